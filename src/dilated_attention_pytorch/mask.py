@@ -1,0 +1,219 @@
+"""Which key tokens a query token may see, and what that means for whole tiles.
+
+One object carries causality, key lengths and packed documents, so that candidates,
+budgets and every attention backend read the same rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Returns ``numerator / denominator`` rounded up, for non-negative integers."""
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """The token rule: query ``n`` sees key ``m`` of the same sample if every line holds.
+
+    * ``m < key_lengths[b]`` (if given)
+    * ``m <= n + query_offset[b]`` (if ``causal``)
+    * ``document_ids[b, n] == document_ids[b, m] >= 0`` (if given)
+
+    With ``q_len=3, kv_len=5, causal=True`` and the default offset (bottom-right)::
+
+        m: 0 1 2 3 4
+        n=0  x x x . .
+        n=1  x x x x .
+        n=2  x x x x x
+
+    Attributes:
+        q_len: Number of query tokens, n.
+        kv_len: Number of key tokens, m.
+        causal: Whether later keys are hidden.
+        query_offset: Key position of query 0: an int, or ``(batch,)`` integers. The default
+            of the public functions is ``kv_len - q_len``.
+        key_lengths: ``(batch,)`` integers or None: keys from this position on are padding.
+        document_ids: ``(batch, q_len)`` int32 or None: ascending document number of each
+            token, -1 for padding; needs ``q_len == kv_len``.
+    """
+
+    q_len: int
+    kv_len: int
+    causal: bool = False
+    query_offset: int | Tensor = 0
+    key_lengths: Tensor | None = None
+    document_ids: Tensor | None = None
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the rule differs between the samples of a batch."""
+        return (
+            self.key_lengths is not None
+            or self.document_ids is not None
+            or isinstance(self.query_offset, Tensor)
+        )
+
+    @property
+    def unrestricted(self) -> bool:
+        """Whether every query sees every key."""
+        return not self.causal and self.key_lengths is None and self.document_ids is None
+
+    def offset_column(self) -> int | Tensor:
+        """Returns the query offset as an int or ``(batch, 1, 1)``, ready to broadcast."""
+        if isinstance(self.query_offset, Tensor):
+            return self.query_offset.view(-1, 1, 1).long()
+        return self.query_offset
+
+    def tokens(self, query_index: Tensor, key_index: Tensor) -> Tensor:
+        """Evaluates the rule.
+
+        Args:
+            query_index: Integers that broadcast against ``key_index``, with the batch in the
+                leading dimension (size 1 or batch) and at least three dimensions.
+            key_index: The same for keys.
+
+        Returns:
+            Booleans of the broadcast shape; indices outside the sequence are never allowed.
+        """
+        ok = (query_index < self.q_len) & (key_index >= 0) & (key_index < self.kv_len)
+        rank = max(query_index.dim(), key_index.dim())
+        column = (-1,) + (1,) * (rank - 1)
+        if self.causal:
+            offset = self.query_offset
+            if isinstance(offset, Tensor):
+                offset = offset.view(column)
+            ok = ok & (key_index <= query_index + offset)
+        if self.key_lengths is not None:
+            ok = ok & (key_index < self.key_lengths.view(column))
+        if self.document_ids is not None:
+            ok = ok & _same_document(self.document_ids, query_index, key_index)
+        return ok
+
+    def tiles(self, block_size: tuple[int, int], query_block: Tensor, key_block: Tensor) -> Tensor:
+        """Whether a tile holds at least one allowed pair of tokens.
+
+        Args:
+            block_size: Tokens per query block and per key block.
+            query_block: Query block numbers, broadcastable as in :meth:`tokens`.
+            key_block: Key block numbers.
+
+        Returns:
+            Booleans of the broadcast shape.
+        """
+        size_q, size_k = block_size
+        first_q, first_k = query_block * size_q, key_block * size_k
+        last_q = (first_q + size_q - 1).clamp(max=self.q_len - 1)
+        ok = (first_q < self.q_len) & (key_block >= 0) & (first_k < self.kv_len)
+        rank = max(query_block.dim(), key_block.dim())
+        column = (-1,) + (1,) * (rank - 1)
+        if self.causal:
+            offset = self.query_offset
+            if isinstance(offset, Tensor):
+                offset = offset.view(column)
+            ok = ok & (first_k <= last_q + offset)
+        if self.key_lengths is not None:
+            ok = ok & (first_k < self.key_lengths.view(column))
+        if self.document_ids is not None:
+            last_k = (first_k + size_k - 1).clamp(max=self.kv_len - 1)
+            ids = self.document_ids
+            q_low, q_high = _block_range(ids, first_q, last_q)
+            k_low, k_high = _block_range(ids, first_k.clamp(max=self.kv_len - 1), last_k)
+            ok = ok & (q_high >= 0) & (k_high >= 0) & (q_high >= k_low) & (k_high >= q_low)
+        return ok
+
+    def num_allowed_tiles(self, block_size: tuple[int, int], device: torch.device) -> Tensor:
+        """Counts, per query block, the tiles that dense attention would compute.
+
+        Returns:
+            int32 of shape ``(1 or batch, 1, query blocks)``. Linear in the number of blocks:
+            the allowed key blocks of a query block are one contiguous range, whose ends are
+            computed, not counted.
+        """
+        size_q, size_k = block_size
+        rows = torch.arange(ceil_div(self.q_len, size_q), device=device).view(1, 1, -1)
+        first_q = rows * size_q
+        last_q = (first_q + size_q - 1).clamp(max=max(self.q_len - 1, 0))
+        low = torch.zeros_like(rows)
+        end = torch.full_like(rows, self.kv_len)
+        if self.causal:
+            end = torch.minimum(end, last_q + self.offset_column() + 1)
+        if self.key_lengths is not None:
+            end = torch.minimum(end, self.key_lengths.view(-1, 1, 1).long())
+        if self.document_ids is not None:
+            start_of, end_of = document_bounds(self.document_ids)
+            low, document_end = _visible_documents(
+                self.document_ids, start_of, end_of, rows, size_q
+            )
+            end = torch.minimum(end, document_end)
+        count = (end + size_k - 1).div(size_k, rounding_mode="floor") - low.div(
+            size_k, rounding_mode="floor"
+        )
+        return torch.where(end > low, count, 0).clamp(min=0).int()
+
+
+def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and end (exclusive) of the document that each token belongs to.
+
+    Args:
+        document_ids: ``(batch, n)`` ascending ids; -1 for padding tokens at the end.
+
+    Returns:
+        Two ``(batch, n)`` integer tensors.
+    """
+    batch, length = document_ids.shape
+    position = torch.arange(length, device=document_ids.device).expand(batch, length)
+    fresh = torch.ones_like(document_ids, dtype=torch.bool)
+    fresh[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    start = torch.where(fresh, position, 0).cummax(-1).values
+    last = torch.ones_like(fresh)
+    last[:, :-1] = fresh[:, 1:]
+    reverse = torch.where(last, position + 1, length).flip(-1)
+    end = reverse.cummin(-1).values.flip(-1)
+    return start, end
+
+
+def _visible_documents(
+    ids: Tensor, start: Tensor, end: Tensor, rows: Tensor, size_q: int
+) -> tuple[Tensor, Tensor]:
+    length = ids.shape[1]
+    first = (rows * size_q).expand(ids.shape[0], 1, -1)[:, 0]
+    last = (first + size_q - 1).clamp(max=length - 1)
+    low = start.gather(1, first)
+    # Padding follows the last document, so a block's last real token ends its documents.
+    real = (ids >= 0).sum(-1, keepdim=True)
+    last = torch.minimum(last, (real - 1).clamp(min=0))
+    high = torch.where((ids.gather(1, first) >= 0), end.gather(1, last), 0)
+    return low[:, None], high[:, None]
+
+
+def _same_document(ids: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+    length = ids.shape[1]
+    batch = ids.shape[0]
+
+    def look_up(index: Tensor) -> Tensor:
+        index = index.clamp(0, length - 1)
+        index = index.expand(batch, *index.shape[1:])
+        return ids.gather(1, index.reshape(batch, -1).long()).view(index.shape)
+
+    of_query, of_key = look_up(query_index), look_up(key_index)
+    return (of_query == of_key) & (of_query >= 0)
+
+
+def _block_range(ids: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest document number in ``[first, last]``; (big, -1) if all padding."""
+    batch, length = ids.shape
+
+    def look_up(table: Tensor, index: Tensor) -> Tensor:
+        index = index.clamp(0, length - 1).expand(batch, *index.shape[1:])
+        return table.gather(1, index.reshape(batch, -1).long()).view(index.shape)
+
+    highest = ids.cummax(-1).values
+    low = look_up(ids, first)
+    high = torch.where(low >= 0, look_up(highest, last), -1)
+    return torch.where(low >= 0, low, torch.iinfo(torch.int32).max), high

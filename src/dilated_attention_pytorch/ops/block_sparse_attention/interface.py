@@ -1,0 +1,165 @@
+"""The public op: checks its arguments, picks a backend, calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
+    Arguments,
+    check_arguments,
+)
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import gather_attention
+from dilated_attention_pytorch.ops.block_sparse_attention.reference import reference_attention
+from dilated_attention_pytorch.pattern import BlockPattern
+
+Backend = Callable[[Arguments], tuple[Tensor, Tensor]]
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference_attention,
+    "gather": gather_attention,
+}
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    block_bias: Tensor | None = None,
+    mass_probe: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention over the tiles that ``pattern`` keeps.
+
+    For query token n in query block i and head h:
+
+    .. math:: o_n = \sum_m \mathrm{softmax}_m(s\, q_n \cdot k_m + \beta_{ij(m)})\, v_m
+
+    over the allowed tokens m of the kept key blocks j. With every block kept this is dense
+    attention.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``, any floating dtype.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``; ``num_kv_heads`` divides ``num_heads``,
+            and query head ``h`` reads KV head ``h // (num_heads // num_kv_heads)``.
+        value: Shaped like ``key``.
+        pattern: The tiles to compute, for these lengths; its batch is 1 or ``batch``, its heads
+            are 1, ``num_kv_heads`` or ``num_heads``.
+        causal: Hide later keys. Aligned bottom-right: query n sees keys up to
+            ``n + kv_len - q_len``, unless ``query_offset`` says otherwise.
+        scale: Factor of the logits. None: ``head_dim ** -0.5``.
+        block_bias: β, added to every logit of a tile: shaped like ``pattern.kv_indices`` (batch
+            may be 1). Its gradient is the sum of the logits' gradient over the tile.
+        mass_probe: Same shape. The forward pass ignores its values; its *gradient* is the tile
+            mass ``Σ_n w_n Σ_m P_nm`` with ``w_n = ‖dO_n‖ / Σ_n' ‖dO_n'‖`` over the rows of the
+            query block (and the heads that share the pattern): where the tile's attention went,
+            weighted by how much the loss cares about each row. None: not computed.
+        key_lengths: ``(batch,)`` integers: keys from there on are padding. None: no padding.
+        cu_seqlens: Cumulative document lengths ``(documents + 1,)`` for batch 1, or
+            ``(batch, documents + 1)``: tokens see their own document only. None: one document.
+        query_offset: Key position of query 0: an int or ``(batch,)`` integers. None:
+            ``kv_len - q_len``.
+        backend: ``"auto"`` or a name in ``BACKENDS``; see :func:`explain_backend`.
+        return_lse: Also return the log-sum-exp of the logits.
+
+    Returns:
+        The output, shaped and typed like ``query`` (in the autocast dtype under autocast); with
+        ``return_lse`` also ``(batch, num_heads, q_len)`` in float32 (float64 for float64). A row
+        with nothing to read returns 0 and an lse of -inf. Both are differentiable.
+
+    Raises:
+        TypeError: If inputs are not floating point or mix dtypes.
+        ValueError: If shapes, devices, pattern and lengths do not fit together, or the backend
+            is unknown.
+
+    Example:
+        >>> import torch
+        >>> q = k = v = torch.randn(1, 128, 2, 16)
+        >>> everything = torch.ones(2, 2, dtype=torch.bool)
+        >>> pattern = BlockPattern.from_dense(everything, q_len=128, kv_len=128)
+        >>> block_sparse_attention(q, k, v, pattern, causal=True).shape
+        torch.Size([1, 128, 2, 16])
+    """
+    arguments = check_arguments(
+        query,
+        key,
+        value,
+        pattern,
+        causal=causal,
+        scale=scale,
+        block_bias=block_bias,
+        mass_probe=mass_probe,
+        key_lengths=key_lengths,
+        cu_seqlens=cu_seqlens,
+        query_offset=query_offset,
+    )
+    name, _ = choose_backend(arguments, backend)
+    out, lse = BACKENDS[name](arguments)
+    return (out, lse) if return_lse else out
+
+
+def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
+    """Picks the backend and says why.
+
+    Returns:
+        Its name and the reason.
+
+    Raises:
+        ValueError: If ``backend`` is unknown.
+    """
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
+            )
+        return backend, "asked for by name"
+    return "gather", f"the PyTorch path runs on {arguments.query.device.type}"
+
+
+def explain_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    block_bias: Tensor | None = None,
+    mass_probe: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    backend: str = "auto",
+) -> str:
+    """Says which backend :func:`block_sparse_attention` runs for the same arguments, and why.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(1, 64, 2, 16)
+        >>> pattern = BlockPattern.from_dense(torch.ones(1, 1).bool(), q_len=64, kv_len=64)
+        >>> explain_backend(q, q, q, pattern)
+        'gather: the PyTorch path runs on cpu'
+    """
+    arguments = check_arguments(
+        query,
+        key,
+        value,
+        pattern,
+        causal=causal,
+        scale=scale,
+        block_bias=block_bias,
+        mass_probe=mass_probe,
+        key_lengths=key_lengths,
+        cu_seqlens=cu_seqlens,
+        query_offset=query_offset,
+    )
+    return ": ".join(choose_backend(arguments, backend))

@@ -1,0 +1,79 @@
+"""The oracle: dense logits, masked to the kept tiles, in any dtype up to float64.
+
+Quadratic in tokens by design; nothing else in the package is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
+
+
+def reference_attention(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Computes output and lse as :func:`block_sparse_attention` defines them."""
+    dtype = torch.float64 if args.query.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (args.query, args.key, args.value))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    n, m = q.shape[2], k.shape[2]
+
+    def to_tokens(tiles: Tensor) -> Tensor:
+        tiles = tiles.repeat_interleave(q.shape[1] // tiles.shape[1], 1)
+        size_q, size_k = args.pattern.block_size
+        return tiles.repeat_interleave(size_q, 2)[:, :, :n].repeat_interleave(size_k, 3)[..., :m]
+
+    rows = torch.arange(n, device=q.device).view(1, 1, n, 1)
+    columns = torch.arange(m, device=q.device).view(1, 1, 1, m)
+    visible = to_tokens(args.pattern.to_dense()) & args.mask.tokens(rows, columns)
+    logits = q @ k.transpose(-1, -2) * args.scale
+    if args.block_bias is not None:
+        logits = logits + to_tokens(_slots_to_tiles(args, args.block_bias))
+    empty = ~visible.any(-1, keepdim=True)
+    logits = logits.masked_fill(~visible, -torch.inf).masked_fill(empty, 0)
+    lse = logits.logsumexp(-1, keepdim=True)
+    p = (logits - lse).exp().masked_fill(~visible, 0)
+    # 0 * nan is nan: a value that nobody reads must not reach the sum.
+    out = (p @ torch.where(visible.any(2, keepdim=True).transpose(-1, -2), v, 0)).transpose(1, 2)
+    if args.mass_probe is not None:
+        out = _MassTap.apply(out, args.mass_probe, p.detach(), args)
+    return out.to(args.query.dtype), lse.masked_fill(empty, -torch.inf).squeeze(-1)
+
+
+def _slots_to_tiles(args: Arguments, per_slot: Tensor) -> Tensor:
+    """Spreads ``(b, p, i, k)`` over ``(b, p, i, j)``."""
+    pattern = args.pattern
+    index = torch.where(pattern.slot_used(), pattern.kv_indices, pattern.num_key_blocks).long()
+    tiles = per_slot.new_zeros(*index.shape[:3], pattern.num_key_blocks + 1)
+    return tiles.scatter_add(-1, index, per_slot)[..., :-1]
+
+
+class _MassTap(torch.autograd.Function):
+    """Identity on the output; in the backward pass the probe's gradient is the tile mass."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, probe: Tensor, p: Tensor, args: Arguments) -> Tensor:
+        ctx.save_for_backward(p)
+        ctx.args, ctx.probe_dtype = args, probe.dtype
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (p,) = ctx.saved_tensors
+        pattern = ctx.args.pattern
+        (size_q, size_k), (b, h, n, m) = pattern.block_size, p.shape
+        i, j, heads = pattern.num_query_blocks, pattern.num_key_blocks, pattern.num_heads
+        # (b, p, heads sharing it, i, rows)
+        w = F.pad(grad.norm(dim=-1).transpose(1, 2), (0, i * size_q - n))
+        w = w.view(b, heads, h // heads, i, size_q)
+        w = w / w.sum((2, 4), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        p = F.pad(p, (0, j * size_k - m, 0, i * size_q - n))
+        p = p.view(b, heads, h // heads, i, size_q, j, size_k).sum(-1)
+        mass = (p * w[..., None]).sum((2, 4))
+        slots = mass.gather(-1, pattern.kv_indices.long().clamp(max=j - 1) if j else mass.long())
+        slots = slots.masked_fill(~pattern.slot_used(), 0)
+        return grad, slots.to(ctx.probe_dtype), None, None

@@ -1,0 +1,432 @@
+"""BlockPattern: which key blocks each query block reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.mask import ceil_div
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_FILE_FORMAT = "dilated_attention_pytorch.block_pattern"
+_FILE_VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class PatternTranspose:
+    """The same tiles, listed by key block (compressed rows; nothing quadratic).
+
+    Attributes:
+        offsets: ``(b, h, j + 1)`` int32. The tiles of key block ``j`` are entries
+            ``offsets[j]`` to ``offsets[j + 1] - 1`` of ``slots``.
+        slots: ``(b, h, i * k)`` int32. Each entry is ``query_block * k + slot``: the tile's place
+            in ``kv_indices``, ascending in the query block. Entries from ``offsets[-1]`` on are
+            unused.
+    """
+
+    offsets: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPattern:
+    """Which key blocks each query block reads, as packed ascending lists.
+
+    Attributes:
+        kv_num_blocks: ``(b, h, i)`` int32, number of key blocks that query block ``i`` reads.
+        kv_indices: ``(b, h, i, k)`` int32, their numbers: ascending, left-packed. Entries from
+            ``kv_num_blocks`` on are ignored.
+        q_len: Query tokens, n.
+        kv_len: Key tokens, m.
+        block_size: Tokens per query block and per key block; the last block may be partial.
+        kv_num_allowed: int32 that broadcasts to ``(b, h, i)``: how many key blocks dense
+            attention under the same mask would read. None: all of them.
+        check_values: Check the values as well as the shapes when constructed (waits for the
+            device if the pattern is on a GPU).
+
+    ``b`` is 1 (every sample alike) or the batch; ``h`` is 1 (all heads alike), ``num_kv_heads``
+    (alike within a group) or ``num_heads``.
+
+    Raises:
+        TypeError: If a tensor has the wrong dtype.
+        ValueError: If shapes disagree, or a list is out of range, unsorted or repeats a block.
+
+    Example:
+        >>> import torch
+        >>> pattern = BlockPattern.from_dense(torch.eye(4, dtype=torch.bool), q_len=256, kv_len=256)
+        >>> float(pattern.sparsity)
+        0.75
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    q_len: int
+    kv_len: int
+    block_size: tuple[int, int] = (64, 64)
+    kv_num_allowed: Tensor | None = None
+    check_values: bool = field(default=True, repr=False)
+    _transposed: list[PatternTranspose] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        self._check_shapes()
+        if self.check_values:
+            self.validate()
+
+    def _check_shapes(self) -> None:
+        for name in ("kv_num_blocks", "kv_indices"):
+            value = getattr(self, name)
+            if value.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, got {value.dtype}; call .int() on it.")
+        if self.kv_indices.dim() != 4 or self.kv_num_blocks.shape != self.kv_indices.shape[:3]:
+            raise ValueError(
+                "kv_indices must be (b, h, i, k) and kv_num_blocks (b, h, i), got "
+                f"{tuple(self.kv_indices.shape)} and {tuple(self.kv_num_blocks.shape)}."
+            )
+        if self.kv_num_blocks.device != self.kv_indices.device:
+            raise ValueError(
+                "kv_num_blocks and kv_indices must be on one device, got "
+                f"{self.kv_num_blocks.device} and {self.kv_indices.device}."
+            )
+        if min(self.block_size) < 1:
+            raise ValueError(f"block_size must be positive, got {self.block_size}.")
+        if self.num_query_blocks != ceil_div(self.q_len, self.block_size[0]):
+            raise ValueError(
+                f"kv_indices has {self.num_query_blocks} query blocks, but q_len={self.q_len} in "
+                f"blocks of {self.block_size[0]} makes {ceil_div(self.q_len, self.block_size[0])}."
+            )
+
+    def validate(self) -> None:
+        """Checks the values: counts and indices in range, lists strictly ascending.
+
+        Waits for the device if the pattern is on a GPU.
+
+        Raises:
+            ValueError: Naming the first rule that is broken.
+        """
+        count, index = self.kv_num_blocks, self.kv_indices
+        width = index.shape[-1]
+        if count.numel() and bool(((count < 0) | (count > width)).any()):
+            raise ValueError(
+                f"kv_num_blocks must lie in [0, {width}] (the width of kv_indices), got values "
+                f"from {int(count.min())} to {int(count.max())}."
+            )
+        used = self.slot_used()
+        outside = used & ((index < 0) | (index >= self.num_key_blocks))
+        if bool(outside.any()):
+            raise ValueError(
+                f"kv_indices must lie in [0, {self.num_key_blocks - 1}] for kv_len={self.kv_len} "
+                f"and key blocks of {self.block_size[1]}, got {int(index[outside][0])}."
+            )
+        if width > 1:
+            unsorted = used[..., 1:] & (index[..., 1:] <= index[..., :-1])
+            if bool(unsorted.any()):
+                b, h, i = (int(x) for x in unsorted.nonzero()[0][:3])
+                raise ValueError(
+                    "kv_indices must ascend strictly in every row (sorted, no block twice); "
+                    f"sample {b}, head {h}, query block {i} holds "
+                    f"{index[b, h, i, : int(count[b, h, i])].tolist()}."
+                )
+
+    @property
+    def batch_size(self) -> int:
+        """Samples with a pattern of their own (1: shared by the batch)."""
+        return self.kv_indices.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads with a pattern of their own (1: shared by all)."""
+        return self.kv_indices.shape[1]
+
+    @property
+    def num_query_blocks(self) -> int:
+        """Query blocks, i."""
+        return self.kv_indices.shape[2]
+
+    @property
+    def num_key_blocks(self) -> int:
+        """Key blocks, j."""
+        return ceil_div(self.kv_len, self.block_size[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists are."""
+        return self.kv_indices.device
+
+    def slot_used(self) -> Tensor:
+        """Booleans ``(b, h, i, k)``: which entries of ``kv_indices`` count."""
+        slots = torch.arange(self.kv_indices.shape[-1], device=self.device, dtype=torch.int32)
+        return slots < self.kv_num_blocks[..., None]
+
+    @property
+    def allowed_tiles(self) -> Tensor:
+        """Tiles of dense attention under the same mask, ``(b, h)`` int64."""
+        shape = self.kv_num_blocks.shape
+        if self.kv_num_allowed is None:
+            total = self.num_query_blocks * self.num_key_blocks
+            return torch.full(shape[:2], total, device=self.device)
+        return self.kv_num_allowed.expand(shape).sum(-1)
+
+    @property
+    def sparsity_per_head(self) -> Tensor:
+        """``1 - tiles computed / tiles of dense attention under the same mask``, ``(b, h)``."""
+        allowed = self.allowed_tiles
+        return 1 - self.kv_num_blocks.sum(-1).double() / allowed.clamp(min=1)
+
+    @property
+    def sparsity(self) -> Tensor:
+        """The same over all samples and heads together: a 0-dim float64 tensor."""
+        return 1 - self.kv_num_blocks.sum().double() / self.allowed_tiles.sum().clamp(min=1)
+
+    def head(self, index: int) -> BlockPattern:
+        """The pattern of one head, with ``h == 1``."""
+        if not 0 <= index < self.num_heads:
+            raise ValueError(f"head must lie in [0, {self.num_heads - 1}], got {index}.")
+        allowed = self.kv_num_allowed
+        if allowed is not None and allowed.dim() == 3 and allowed.shape[1] > 1:
+            allowed = allowed[:, index : index + 1]
+        return replace(
+            self,
+            kv_num_blocks=self.kv_num_blocks[:, index : index + 1],
+            kv_indices=self.kv_indices[:, index : index + 1],
+            kv_num_allowed=allowed,
+            check_values=False,
+            _transposed=[],
+        )
+
+    def heads(self, num_heads: int) -> list[BlockPattern]:
+        """One pattern per query head; heads that share a pattern share the tensors."""
+        if num_heads % self.num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} must be a multiple of the pattern's {self.num_heads} heads."
+            )
+        group = num_heads // self.num_heads
+        return [self.head(h // group) for h in range(num_heads)]
+
+    def to(self, device: torch.device | str) -> BlockPattern:
+        """The same pattern on another device."""
+        return replace(
+            self,
+            kv_num_blocks=self.kv_num_blocks.to(device),
+            kv_indices=self.kv_indices.to(device),
+            kv_num_allowed=None if self.kv_num_allowed is None else self.kv_num_allowed.to(device),
+            check_values=False,
+            _transposed=[],
+        )
+
+    def to_dense(self) -> Tensor:
+        """Booleans ``(b, h, i, j)``: which tiles are kept."""
+        b, h, i, _ = self.kv_indices.shape
+        # One column too many takes the unused entries.
+        dense = torch.zeros(b, h, i, self.num_key_blocks + 1, dtype=torch.bool, device=self.device)
+        index = torch.where(self.slot_used(), self.kv_indices, self.num_key_blocks).long()
+        return dense.scatter_(-1, index, True)[..., :-1]
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: Tensor,
+        *,
+        q_len: int,
+        kv_len: int,
+        block_size: int | tuple[int, int] = 64,
+        kv_num_allowed: Tensor | None = None,
+    ) -> BlockPattern:
+        """Builds the lists from a tile mask.
+
+        Args:
+            dense: Booleans ``(i, j)``, ``(h, i, j)`` or ``(b, h, i, j)``.
+            q_len: Query tokens.
+            kv_len: Key tokens.
+            block_size: Tokens per block, or per query block and per key block.
+            kv_num_allowed: See the class.
+
+        Raises:
+            TypeError: If ``dense`` is not boolean.
+            ValueError: If its shape does not fit the lengths and block sizes.
+        """
+        if dense.dtype != torch.bool:
+            raise TypeError(f"dense must be bool, got {dense.dtype}.")
+        size = (block_size, block_size) if isinstance(block_size, int) else block_size
+        if not 2 <= dense.dim() <= 4:
+            raise ValueError(f"dense must have 2, 3 or 4 dimensions, got {tuple(dense.shape)}.")
+        while dense.dim() < 4:
+            dense = dense[None]
+        expected = (ceil_div(q_len, size[0]), ceil_div(kv_len, size[1]))
+        if tuple(dense.shape[-2:]) != expected:
+            raise ValueError(
+                f"dense must end in {expected} tiles for q_len={q_len}, kv_len={kv_len} and "
+                f"block_size={size}, got {tuple(dense.shape)}."
+            )
+        count = dense.sum(-1, dtype=torch.int32)
+        width = int(count.max()) if count.numel() else 0
+        index = pack_ascending(dense, width)
+        return cls(count, index, q_len, kv_len, size, kv_num_allowed, check_values=False)
+
+    def transpose(self) -> PatternTranspose:
+        """Lists the tiles by key block; built once and kept. Does not wait for the device."""
+        if not self._transposed:
+            self._transposed.append(self._build_transpose())
+        return self._transposed[0]
+
+    def _build_transpose(self) -> PatternTranspose:
+        b, h, i, k = self.kv_indices.shape
+        columns = self.num_key_blocks
+        key = torch.where(self.slot_used(), self.kv_indices, columns).view(b, h, i * k)
+        # Stable: within a key block the slots stay ascending in the query block.
+        slots = key.sort(dim=-1, stable=True).indices.int()
+        count = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=self.device)
+        count.scatter_add_(-1, key.long(), torch.ones_like(key))
+        offsets = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=self.device)
+        offsets[..., 1:] = count[..., :-1].cumsum(-1)
+        return PatternTranspose(offsets, slots)
+
+    def to_block_mask(self, mask_mod: object = None) -> BlockMask:
+        """Converts to FlexAttention's ``BlockMask``.
+
+        Args:
+            mask_mod: The token rule inside the kept tiles, as FlexAttention defines it; None:
+                none (all tokens of a kept tile).
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        pad = self.num_key_blocks - self.kv_indices.shape[-1]
+        index = torch.nn.functional.pad(
+            torch.where(self.slot_used(), self.kv_indices, 0), (0, max(pad, 0))
+        )
+        return BlockMask.from_kv_blocks(
+            self.kv_num_blocks.contiguous(),
+            index.contiguous(),
+            BLOCK_SIZE=self.block_size,
+            mask_mod=mask_mod,  # type: ignore[arg-type]
+            seq_lengths=(self.q_len, self.kv_len),
+        )
+
+    @classmethod
+    def from_block_mask(cls, block_mask: BlockMask) -> BlockPattern:
+        """Converts from FlexAttention's ``BlockMask`` (its partial and full blocks together)."""
+        dense = block_mask.to_dense().bool()
+        q_len, kv_len = block_mask.seq_lengths
+        size = block_mask.BLOCK_SIZE
+        return cls.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=(size[0], size[1]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the pattern as a safetensors file (needs the ``safetensors`` package)."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            "kv_num_blocks": self.kv_num_blocks.contiguous().cpu(),
+            "kv_indices": self.kv_indices.contiguous().cpu(),
+        }
+        if self.kv_num_allowed is not None:
+            tensors["kv_num_allowed"] = self.kv_num_allowed.contiguous().cpu()
+        about = {"q_len": self.q_len, "kv_len": self.kv_len, "block_size": list(self.block_size)}
+        metadata = {"format": _FILE_FORMAT, "version": _FILE_VERSION, "about": json.dumps(about)}
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockPattern:
+        """Reads a file that :meth:`save` wrote, and validates it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is something else or of a newer version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no pattern file at {path}.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
+        if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != _FILE_VERSION:
+            raise ValueError(
+                f"{path} must be a block pattern of version {_FILE_VERSION}, got "
+                f"format={metadata.get('format')!r} version={metadata.get('version')!r}."
+            )
+        about = json.loads(metadata["about"])
+        return cls(
+            tensors["kv_num_blocks"],
+            tensors["kv_indices"],
+            about["q_len"],
+            about["kv_len"],
+            tuple(about["block_size"]),
+            tensors.get("kv_num_allowed"),
+        )
+
+
+def pack_ascending(chosen: Tensor, width: int, numbers: Tensor | None = None) -> Tensor:
+    """Lists the chosen columns of every row, ascending and left-packed.
+
+    Args:
+        chosen: Booleans ``(..., c)``.
+        width: Length of the lists; rows that chose more lose the later ones.
+        numbers: Integers that broadcast to ``chosen``: what to list for each column, ascending
+            among the chosen. None: the column's own number.
+
+    Returns:
+        int32 ``(..., width)``; unused entries are 0. Does not wait for the device.
+    """
+    place = chosen.cumsum(-1) - 1
+    place = torch.where(chosen & (place < width), place, width)
+    if numbers is None:
+        numbers = torch.arange(chosen.shape[-1], device=chosen.device)
+    out = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
+    out.scatter_(-1, place, numbers.expand(chosen.shape).int())
+    return out[..., :width]
+
+
+def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
+    """Joins patterns of single heads into one with a head for each.
+
+    Raises:
+        ValueError: If they differ in lengths, block sizes or batch, or there are none.
+    """
+    if not patterns:
+        raise ValueError("patterns must hold at least one BlockPattern, got none.")
+    first = patterns[0]
+    for p in patterns[1:]:
+        if (p.q_len, p.kv_len, p.block_size, p.batch_size) != (
+            first.q_len,
+            first.kv_len,
+            first.block_size,
+            first.batch_size,
+        ):
+            raise ValueError("patterns must agree in q_len, kv_len, block_size and batch.")
+    width = max(p.kv_indices.shape[-1] for p in patterns)
+    indices = [
+        torch.nn.functional.pad(p.kv_indices, (0, width - p.kv_indices.shape[-1])) for p in patterns
+    ]
+    allowed = None
+    if any(p.kv_num_allowed is not None for p in patterns):
+        allowed = torch.cat(
+            [
+                (
+                    p.kv_num_allowed
+                    if p.kv_num_allowed is not None
+                    else torch.full_like(p.kv_num_blocks, p.num_key_blocks)
+                ).expand(p.kv_num_blocks.shape)
+                for p in patterns
+            ],
+            dim=1,
+        )
+    return BlockPattern(
+        torch.cat([p.kv_num_blocks for p in patterns], dim=1),
+        torch.cat(indices, dim=1),
+        first.q_len,
+        first.kv_len,
+        first.block_size,
+        allowed,
+        check_values=False,
+    )
