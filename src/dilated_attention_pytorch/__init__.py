@@ -1,9 +1,33 @@
 """Attention whose connections are chosen from the content, block by block, and learned."""
 
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.nn import (
+    BlockSparseAdaptive,
+    BlockSparseFixed,
+    create_adaptive_block_sparse,
+    fixed_pattern,
+    get_sparsity_loss,
+)
 from dilated_attention_pytorch.ops.block_sparse_attention import (
     block_sparse_attention,
     explain_backend,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.scoring import ImportanceScorer, block_summaries
+from dilated_attention_pytorch.selection import get_adaptive_sparsity, gumbel_softmax_topk
 
-__all__ = ["BlockPattern", "block_sparse_attention", "explain_backend"]
+__all__ = [
+    "AdaptiveConfig",
+    "BlockPattern",
+    "BlockSparseAdaptive",
+    "BlockSparseFixed",
+    "ImportanceScorer",
+    "block_sparse_attention",
+    "block_summaries",
+    "create_adaptive_block_sparse",
+    "explain_backend",
+    "fixed_pattern",
+    "get_adaptive_sparsity",
+    "get_sparsity_loss",
+    "gumbel_softmax_topk",
+]

@@ -1,1 +1,1 @@
-
+"""What a model chose: statistics."""

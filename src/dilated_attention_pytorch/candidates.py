@@ -1,0 +1,212 @@
+"""Which key blocks a query block may choose at all, and which it must read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+
+
+@dataclass(frozen=True, eq=False)
+class RowRange:
+    """For every query block, the key blocks that it can see: one contiguous range.
+
+    All fields are int64 and broadcast to ``(batch, 1, i)``.
+
+    Attributes:
+        low: First visible key block.
+        end: One past the last; ``end <= low`` for a row with nothing to see.
+        diagonal_first: First key block at the positions of the query block's own tokens.
+        diagonal_last: The last such block (two blocks if query and key blocks are not aligned).
+        has_diagonal: Whether queries have positions on the key axis at all.
+        document: Number of the row's document (0 without documents).
+        num_documents: How many numbers there are.
+    """
+
+    low: Tensor
+    end: Tensor
+    diagonal_first: Tensor
+    diagonal_last: Tensor
+    has_diagonal: bool
+    document: Tensor
+    num_documents: int = 1
+
+    @property
+    def num_allowed(self) -> Tensor:
+        """Visible key blocks per query block, int32 ``(1 or batch, 1, i)``."""
+        return (self.end - self.low).clamp(min=0).int()
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The key blocks that a row may choose from.
+
+    All tensors broadcast to ``(batch, heads, i, c)``.
+
+    Attributes:
+        indices: int64 key block numbers, ascending along ``c``. None: all key blocks (c = j).
+        scored: Booleans: may be chosen by its score.
+        forced: Booleans: read in any case, counted in the sparsity, without a score gradient.
+    """
+
+    indices: Tensor | None
+    scored: Tensor
+    forced: Tensor
+
+    @property
+    def width(self) -> int:
+        """Candidates per row, c."""
+        return self.scored.shape[-1]
+
+
+def row_ranges(
+    mask: AttentionMask,
+    block_size: tuple[int, int],
+    *,
+    has_diagonal: bool,
+    device: torch.device,
+) -> RowRange:
+    """Computes the visible range of every query block. Linear in the number of blocks.
+
+    Args:
+        mask: The token rule. Documents must start at block boundaries (``documents.py`` brings
+            them there). With ``key_lengths`` and as many queries as keys, query blocks that lie
+            entirely in the padding see nothing.
+        block_size: Tokens per query block and per key block.
+        has_diagonal: Whether queries and keys are positions of one sequence.
+        device: Where to build the tensors.
+    """
+    size_q, size_k = block_size
+    blocks_k = ceil_div(mask.kv_len, size_k)
+    rows = torch.arange(ceil_div(mask.q_len, size_q), device=device).view(1, 1, -1)
+    offset = mask.offset_column()
+    first = rows * size_q + offset
+    last = (rows * size_q + size_q - 1).clamp(max=mask.q_len - 1) + offset
+    diagonal_first = first.div(size_k, rounding_mode="floor").clamp(min=0)
+    diagonal_last = last.div(size_k, rounding_mode="floor").clamp(max=blocks_k - 1)
+    low = torch.zeros_like(first)
+    end = torch.full_like(first, blocks_k)
+    document, num_documents = torch.zeros_like(first), 1
+    if mask.causal:
+        end = torch.minimum(end, diagonal_last + 1)
+    if mask.key_lengths is not None:
+        lengths = mask.key_lengths.view(-1, 1, 1).long()
+        end = torch.minimum(end, (lengths + size_k - 1).div(size_k, rounding_mode="floor"))
+        if mask.q_len == mask.kv_len:
+            end = torch.where(rows * size_q < lengths, end, 0)
+    if mask.document_ids is not None:
+        document = mask.document_ids[:, None, ::size_q].long()
+        num_documents = int(rows.shape[-1])
+        fresh = torch.ones_like(document, dtype=torch.bool)
+        fresh[..., 1:] = document[..., 1:] != document[..., :-1]
+        low = torch.where(fresh, rows, 0).cummax(-1).values
+        final = torch.ones_like(fresh)
+        final[..., :-1] = fresh[..., 1:]
+        stop = torch.where(final, rows + 1, blocks_k).flip(-1).cummin(-1).values.flip(-1)
+        end = torch.where(document >= 0, torch.minimum(end, stop), low)
+        # Ranks instead of the given numbers, so that a table per document is bounded by rows.
+        document = fresh.long().cumsum(-1) - 1
+    return RowRange(low, end, diagonal_first, diagonal_last, has_diagonal, document, num_documents)
+
+
+def build_candidates(
+    rows: RowRange,
+    *,
+    num_heads: int,
+    num_key_blocks: int,
+    block_size: int,
+    causal: bool,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    num_local_blocks: int = 0,
+    num_sink_blocks: int = 0,
+) -> Candidates:
+    """Enumerates the candidates of every row.
+
+    With segments, key block j is a candidate of row i and head h if for some group g both lie in
+    the same segment of ``segment_lengths[g]`` tokens and j's number inside its segment is
+    ``≡ h (mod dilation_rates[g])``: LongNet's lattice (arXiv 2307.02486) at block level, shifted
+    per head so that the heads together cover everything. Two heads, one group of 8 blocks with
+    rate 2::
+
+        head 0   x . x . x . x .        head 1   . x . x . x . x
+
+    Differs from the paper: the lattice limits what can be *chosen*; it is not itself the pattern.
+
+    Args:
+        rows: From :func:`row_ranges`.
+        num_heads: Heads of the pattern.
+        num_key_blocks: Key blocks in all.
+        block_size: Tokens per key block.
+        causal: Whether local blocks lie before the diagonal only.
+        segment_lengths: Tokens per segment, one for each group, rounded up to whole blocks,
+            counted from the start of the document. None: all visible blocks are candidates.
+        dilation_rates: One rate for each group.
+        num_local_blocks: Forced neighbours of the diagonal.
+        num_sink_blocks: Forced blocks at the start of the sequence or document.
+    """
+    if segment_lengths is None or dilation_rates is None:
+        columns = torch.arange(num_key_blocks, device=rows.low.device).view(1, 1, 1, -1)
+        visible = (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
+        forced = visible & _forced(rows, columns, causal, num_local_blocks, num_sink_blocks)
+        return Candidates(None, visible & ~forced, forced)
+    columns = _enumerate(
+        rows, num_heads, block_size, causal, segment_lengths, dilation_rates,
+        num_local_blocks, num_sink_blocks,
+    )  # fmt: skip
+    columns = columns.sort(-1).values
+    fresh = torch.ones_like(columns, dtype=torch.bool)
+    fresh[..., 1:] = columns[..., 1:] != columns[..., :-1]
+    visible = fresh & (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
+    forced = visible & _forced(rows, columns, causal, num_local_blocks, num_sink_blocks)
+    return Candidates(columns, visible & ~forced, forced)
+
+
+def _enumerate(
+    rows: RowRange,
+    num_heads: int,
+    block_size: int,
+    causal: bool,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    num_local_blocks: int,
+    num_sink_blocks: int,
+) -> Tensor:
+    """Lists lattice, local and sink blocks; -1 stands for none. ``(b, heads, i, c)``."""
+    device = rows.low.device
+    low, own = rows.low[..., None], rows.diagonal_first[..., None]
+    head = torch.arange(num_heads, device=device).view(1, -1, 1, 1)
+
+    def span(count: int) -> Tensor:
+        return torch.arange(count, device=device).view(1, 1, 1, -1)
+
+    parts = []
+    for length, rate in zip(segment_lengths, dilation_rates, strict=True):
+        segment = ceil_div(length, block_size)
+        inside = span(ceil_div(segment, rate)) * rate + head % rate
+        start = (own - low).div(segment, rounding_mode="floor") * segment
+        parts.append(torch.where(inside < segment, low + start + inside, -1))
+    parts.append(torch.where(span(num_sink_blocks) >= 0, low + span(num_sink_blocks), -1))
+    if rows.has_diagonal:
+        # Two diagonal blocks at most when query and key blocks have one size.
+        after = 2 + (0 if causal else num_local_blocks)
+        parts.append(own + span(num_local_blocks + after) - num_local_blocks)
+    shape = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
+    return torch.cat([p.expand(*shape, -1) for p in parts], -1)
+
+
+def _forced(
+    rows: RowRange, columns: Tensor, causal: bool, num_local_blocks: int, num_sink_blocks: int
+) -> Tensor:
+    forced = columns < rows.low[..., None] + num_sink_blocks
+    if rows.has_diagonal:
+        after = 0 if causal else num_local_blocks
+        near = (columns >= rows.diagonal_first[..., None] - num_local_blocks) & (
+            columns <= rows.diagonal_last[..., None] + after
+        )
+        forced = forced | near
+    return forced

@@ -1,0 +1,199 @@
+"""AdaptiveConfig: everything that shapes how blocks are scored, budgeted and chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
+SCORERS = ("bilinear", "mlp")
+BUDGETS = ("adaptive", "fixed", "top_p")
+POOLINGS = ("mean", "max", "min", "attention")
+QUERY_SCOPES = ("block", "past")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig:
+    """Settings of content-adaptive selection.
+
+    Attributes:
+        base_sparsity: Mean sparsity to meet, in [0, 1): 1 - tiles computed / tiles that dense
+            attention under the same mask would compute.
+        temperature: Scale of the Gumbel noise on the ranking while training, > 0; the value
+            that annealing starts from.
+        learnable_temperature: Learn a factor on the temperature (one number per layer, starting
+            at 1). The schedule sets the base, the factor multiplies it; see
+            :class:`AdaptiveSparsityTrainer`.
+        min_temperature: The temperature never falls below it, > 0.
+        hidden_dim: Width of the scorer: rank of the bilinear form, or hidden units of the MLP.
+        num_layers: Depth: linear maps per tower of the bilinear scorer, or hidden layers of the
+            MLP.
+        share_across_heads: One pattern for all heads of a layer instead of one per head.
+        hard_sparsity: Train on exactly the selection that evaluation uses: no noise, no random
+            blocks, no gates in the forward pass (``"gumbel"`` and ``"soft"`` then pass their
+            gradient straight through). False: explore while training.
+        block_size: Tokens per block, the same for queries and keys. Multiples of 16 keep tensor
+            cores busy; 64 suits most GPUs.
+        estimator: How the scorer gets its gradient. ``"mass"``: its softmax over the kept blocks
+            is pulled towards where attention went, weighted by the output gradient;
+            ``"gumbel"``: the score is a logit bias of the kept tiles, centred over the row's
+            candidates; ``"soft"``: every candidate is computed while training, gated by a relaxed
+            top-k (quadratic cost); ``"straight_through"``: the gradient of a bias that the forward
+            pass leaves out.
+        selector_weight: λ of ``"mass"``: how strongly the scorer is pulled, >= 0.
+        pooling: Block summaries to concatenate: any of ``"mean"``, ``"max"``, ``"min"``,
+            ``"attention"`` (learned; for frozen queries and keys).
+        scorer: ``"bilinear"`` (a product of two towers) or ``"mlp"`` (a network on the
+            concatenated summaries of a pair).
+        budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
+            see, from half of the base share (repetition) to one and a half (unrelated content);
+            ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
+            ``top_p`` of the softmaxed score.
+        top_p: Share to reach with ``budget="top_p"``, in (0, 1];
+            :meth:`BlockSparseAdaptive.calibrate_top_p` finds the one that meets
+            ``base_sparsity``.
+        num_selected_blocks: Scored blocks per query block, in place of ``base_sparsity``; needs
+            ``budget="fixed"``. None: use ``base_sparsity``.
+        num_local_blocks: Blocks next to the diagonal that are always read, besides the diagonal
+            block itself; before it when causal, on both sides otherwise.
+        num_sink_blocks: Blocks at the start of the sequence that are always read.
+        num_explore_blocks: Uniformly random extra blocks per row while training.
+        query_scope: What a query block's summary sees when causal. ``"block"``: all its tokens,
+            so that the *choice* of blocks (never a value) may depend on later tokens of the same
+            block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
+            token, which is strictly causal.
+        share_within_kv_group: One pattern for the query heads of a KV group.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field is out of range, or fields exclude each other.
+
+    Example:
+        >>> AdaptiveConfig(base_sparsity=0.95, block_size=32).base_sparsity
+        0.95
+    """
+
+    base_sparsity: float = 0.9
+    temperature: float = 1.0
+    learnable_temperature: bool = True
+    min_temperature: float = 0.1
+    hidden_dim: int = 32
+    num_layers: int = 1
+    share_across_heads: bool = False
+    hard_sparsity: bool = False
+    block_size: int = 64
+    estimator: str = "mass"
+    selector_weight: float = 0.1
+    pooling: tuple[str, ...] = ("mean", "max")
+    scorer: str = "bilinear"
+    budget: str = "adaptive"
+    top_p: float = 0.9
+    num_selected_blocks: int | None = None
+    num_local_blocks: int = 0
+    num_sink_blocks: int = 0
+    num_explore_blocks: int = 2
+    query_scope: str = "block"
+    share_within_kv_group: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if isinstance(self.pooling, str):
+            raise TypeError(f"pooling must be a sequence of names, got {self.pooling!r}.")
+        object.__setattr__(self, "pooling", tuple(self.pooling))
+        _check_types(self)
+        _check_ranges(self)
+        for name, valid in (
+            ("estimator", ESTIMATORS),
+            ("scorer", SCORERS),
+            ("budget", BUDGETS),
+            ("query_scope", QUERY_SCOPES),
+        ):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+        unknown = [name for name in self.pooling if name not in POOLINGS]
+        if unknown or not self.pooling or len(set(self.pooling)) != len(self.pooling):
+            raise ValueError(
+                f"pooling must name one or more of {POOLINGS}, each once, got {self.pooling}."
+            )
+        if self.num_selected_blocks is not None and self.budget != "fixed":
+            raise ValueError(
+                f"num_selected_blocks needs budget='fixed', got budget={self.budget!r}."
+            )
+        if self.min_temperature > self.temperature:
+            raise ValueError(
+                f"min_temperature must be at most temperature={self.temperature}, got "
+                f"{self.min_temperature}."
+            )
+        if self.share_across_heads and self.share_within_kv_group:
+            raise ValueError(
+                "share_across_heads already shares within KV groups; set only one of "
+                "share_across_heads and share_within_kv_group."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        out = dataclasses.asdict(self)
+        out["pooling"] = list(self.pooling)
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdaptiveConfig:
+        """Builds a config from :meth:`to_dict`'s result.
+
+        Raises:
+            ValueError: If a key is unknown.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(
+                f"values has unknown keys {unknown}; AdaptiveConfig knows {sorted(names)}."
+            )
+        return cls(**values)
+
+
+def _check_types(config: AdaptiveConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "bool" and not isinstance(value, bool):
+            raise TypeError(f"{field.name} must be True or False, got {value!r}.")
+        if field.type in ("int", "int | None"):
+            if value is None and field.type == "int | None":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{field.name} must be an int, got {value!r}.")
+        if field.type == "float":
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{field.name} must be a number, got {value!r}.")
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}.")
+        if field.type == "str" and not isinstance(value, str):
+            raise TypeError(f"{field.name} must be a string, got {value!r}.")
+
+
+def _check_ranges(config: AdaptiveConfig) -> None:
+    check_sparsity("base_sparsity", config.base_sparsity)
+    for name in ("temperature", "min_temperature", "hidden_dim", "num_layers", "block_size"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
+    for name in (
+        "selector_weight",
+        "num_local_blocks",
+        "num_sink_blocks",
+        "num_explore_blocks",
+        "num_selected_blocks",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}.")
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
+
+
+def check_sparsity(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a sparsity in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1): the share of tiles left out, got {value}.")

@@ -1,0 +1,191 @@
+"""A plain pre-norm decoder that takes any attention layer of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.fixed import BlockSparseFixed
+
+ATTENTION_NAMES = ("adaptive", *FIXED_PATTERNS)
+
+
+class DenseAttention(nn.Module):
+    """PyTorch's own dense attention behind the layers' calling convention."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False
+    ) -> Tensor:
+        """Attends over ``(batch, seq_len, num_heads, head_dim)``."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return out.transpose(1, 2)
+
+
+def build_attention(
+    name: str,
+    num_heads: int,
+    head_dim: int,
+    config: AdaptiveConfig,
+    *,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+) -> nn.Module:
+    """Builds an attention layer by name, all at the sparsity and block size of ``config``.
+
+    Args:
+        name: ``"adaptive"``, or a fixed pattern's name; ``"dense"`` is PyTorch's kernel.
+        num_heads: Heads.
+        head_dim: Size of a head.
+        config: Settings; a fixed pattern takes block size, sparsity, forced blocks from it.
+        segment_lengths: As in :class:`BlockSparseAdaptive`.
+        dilation_rates: As in :class:`BlockSparseAdaptive`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in ATTENTION_NAMES:
+        raise ValueError(f"attention must be one of {ATTENTION_NAMES}, got {name!r}.")
+    if name == "dense":
+        return DenseAttention()
+    if name == "adaptive":
+        return BlockSparseAdaptive(segment_lengths, dilation_rates, num_heads, head_dim, config)
+    return BlockSparseFixed(
+        name,
+        num_heads,
+        head_dim,
+        base_sparsity=config.base_sparsity,
+        num_selected_blocks=config.num_selected_blocks,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        block_size=config.block_size,
+        num_local_blocks=config.num_local_blocks,
+        num_sink_blocks=config.num_sink_blocks,
+    )
+
+
+def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of ``(batch, n, heads, dim)``."""
+    n, half = x.shape[1], x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(n, device=x.device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)
+
+
+class _Block(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, attention: nn.Module, feed_forward: int, rope: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.rope = num_heads, rope
+        self.attention_norm = nn.RMSNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attention = attention
+        self.out = nn.Linear(dim, dim, bias=False)
+        if feed_forward:
+            self.feed_forward_norm = nn.RMSNorm(dim)
+            self.feed_forward = nn.Sequential(
+                nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim)
+            )
+
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, dict[str, Any] | None]:
+        b, n, dim = x.shape
+        q, k, v = self.qkv(self.attention_norm(x)).view(b, n, 3, self.num_heads, -1).unbind(2)
+        if self.rope:
+            q, k = rotary(q), rotary(k)
+        attended = self.attention(q, k, v, is_causal=True, **options)
+        info = None
+        if isinstance(attended, tuple):
+            attended, info = attended
+        x = x + self.out(attended.reshape(b, n, dim))
+        if hasattr(self, "feed_forward"):
+            x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x, info
+
+
+class Transformer(nn.Module):
+    """A causal transformer over embedded inputs.
+
+    Args:
+        dim: Model dimension.
+        num_heads: Heads; must divide ``dim``.
+        num_layers: Blocks.
+        make_attention: Builds the attention layer of one block, from heads and head size.
+        feed_forward: Hidden units of the feed-forward part; 0: none.
+        rope: Rotary positions.
+        vocabulary: Input tokens to embed; None: the input is embedded already.
+        outputs: Outputs per token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        make_attention: Callable[[int, int], nn.Module],
+        *,
+        feed_forward: int,
+        rope: bool = True,
+        vocabulary: int | None = 256,
+        outputs: int = 256,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or num_heads < 1:
+            raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}.")
+        self.embedding = None if vocabulary is None else nn.Embedding(vocabulary, dim)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(
+            _Block(dim, num_heads, make_attention(num_heads, dim // num_heads), feed_forward, rope)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, outputs)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Returns logits.
+
+        Args:
+            x: Tokens ``(batch, n)``, or embedded inputs ``(batch, n, dim)``.
+            keep: ``(batch, n)`` booleans: positions to compute logits for. None: all.
+
+        Returns:
+            ``(batch, n, outputs)``, or ``(kept positions, outputs)``.
+        """
+        return self._run(x, keep, {})[0]
+
+    def patterns(self, x: Tensor) -> list[dict[str, Any]]:
+        """What every sparse layer chose for an input: one ``pattern_info`` per layer."""
+        infos = self._run(x, None, {"return_pattern": True})[1]
+        return [info for info in infos if info is not None]
+
+    def _run(
+        self, x: Tensor, keep: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, list[dict[str, Any] | None]]:
+        x = x if self.embedding is None else self.embedding(x)
+        infos = []
+        for block in self.blocks:
+            sparse = not isinstance(block.attention, DenseAttention)
+            x, info = block(x, **(options if sparse else {}))
+            infos.append(info)
+        x = self.norm(x if keep is None else x[keep])
+        return self.head(x), infos
+
+
+def scorer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the selectors: clipped apart from the rest, so neither drowns the other."""
+    return [
+        parameter
+        for layer in model.modules()
+        if isinstance(layer, BlockSparseAdaptive)
+        for parameter in layer.parameters()
+    ]

@@ -1,0 +1,336 @@
+"""What adaptive and fixed block-sparse layers share: everything but who ranks the blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.candidates import (
+    Candidates,
+    RowRange,
+    build_candidates,
+    row_ranges,
+)
+from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
+from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, make_mask
+from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending
+
+PatternObserver = Callable[["BlockSparseLayer", BlockPattern], None]
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionInputs:
+    """What a layer may look at when it chooses blocks.
+
+    Attributes:
+        query: ``(batch, q_len, num_heads, head_dim)``, documents aligned to blocks.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``, likewise.
+        mask: The token rule, for this layout.
+        rows: Visible key blocks of each query block.
+        candidates: Blocks to choose from.
+        query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding.
+        key_valid: The same for keys.
+        generator: Source of randomness, None for torch's default.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: AttentionMask
+    rows: RowRange
+    candidates: Candidates
+    query_valid: Tensor | None
+    key_valid: Tensor | None
+    generator: torch.Generator | None
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The chosen blocks, and what ties them to the scores.
+
+    Attributes:
+        pattern: The chosen blocks.
+        block_bias: Logit bias per kept tile, or None.
+        mass_probe: Takes the tile mass in the backward pass, or None.
+    """
+
+    pattern: BlockPattern
+    block_bias: Tensor | None = None
+    mass_probe: Tensor | None = None
+
+
+class BlockSparseLayer(nn.Module, ABC):
+    """Attention over blocks that :meth:`select` chooses; has no projections of its own.
+
+    Args:
+        segment_lengths: See :class:`BlockSparseAdaptive`.
+        dilation_rates: See :class:`BlockSparseAdaptive`.
+        num_heads: Query heads.
+        head_dim: Size of a head.
+        num_kv_heads: Key and value heads; None: ``num_heads``.
+        block_size: Tokens per block.
+        pattern_heads: Heads of the patterns: 1, ``num_kv_heads`` or ``num_heads``.
+        num_local_blocks: Forced neighbours of the diagonal.
+        num_sink_blocks: Forced first blocks.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+        backend: Of :func:`block_sparse_attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        segment_lengths: Sequence[int] | None,
+        dilation_rates: Sequence[int] | None,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None,
+        block_size: int,
+        pattern_heads: int,
+        num_local_blocks: int,
+        num_sink_blocks: int,
+        scale: float | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.segment_lengths, self.dilation_rates = check_segments(segment_lengths, dilation_rates)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_kv_heads = check_heads(num_heads, head_dim, num_kv_heads)
+        self.block_size, self.pattern_heads = block_size, pattern_heads
+        self.num_local_blocks, self.num_sink_blocks = num_local_blocks, num_sink_blocks
+        self.scale, self.backend = scale, backend
+        self.observers: list[PatternObserver] = []
+
+    @abstractmethod
+    def select(self, inputs: SelectionInputs) -> Selection:
+        """Chooses the blocks."""
+
+    def pattern_info(self, pattern: BlockPattern) -> dict[str, Any]:
+        """What ``return_pattern=True`` returns beside the output."""
+        per_head = pattern.sparsity_per_head
+        group = self.num_heads // per_head.shape[1]
+        return {
+            "patterns": pattern.heads(self.num_heads),
+            "pattern": pattern,
+            "sparsity": per_head.repeat_interleave(group, 1),
+        }
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        query_offset: int | Tensor | None = None,
+        return_pattern: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Chooses blocks and attends to them.
+
+        Args:
+            query: ``(batch, q_len, num_heads, head_dim)``.
+            key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+            value: Shaped like ``key``.
+            is_causal: Hide later keys (aligned bottom-right if the lengths differ).
+            key_lengths: ``(batch,)`` integers: tokens from there on are padding. With as many
+                queries as keys they are padding as queries too and give 0.
+            cu_seqlens: Cumulative document lengths; see :func:`block_sparse_attention`. Every
+                document is treated as if it were alone; the pattern then counts blocks from the
+                start of each document, in a layout where every document starts a new block.
+            query_offset: Key position of query 0; None: ``kv_len - q_len``.
+            return_pattern: Also return what was chosen.
+            generator: Source of the training-time randomness; None: torch's default.
+
+        Returns:
+            The output, shaped like ``query``. With ``return_pattern`` also a dict:
+            ``"patterns"``, a list with one :class:`BlockPattern` per head; ``"pattern"``, all heads
+            in one; ``"sparsity"``, ``(batch, num_heads)``; layers add entries of their own.
+
+        Raises:
+            TypeError: If inputs are not floating point or mix dtypes.
+            ValueError: If shapes do not fit the layer or each other.
+        """
+        self._check(query, key, value)
+        batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
+        mask = make_mask(
+            batch, q_len, kv_len, device=query.device, causal=is_causal,
+            key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
+        )  # fmt: skip
+        documents: AlignedDocuments | None = None
+        if cu_seqlens is not None:
+            documents = align_documents(cu_seqlens, batch, q_len, self.block_size)
+            query, key, value = (documents.align(x) for x in (query, key, value))
+            cu_seqlens = documents.cu_seqlens
+            mask = AttentionMask(
+                documents.length,
+                documents.length,
+                is_causal,
+                document_ids=documents.document_ids,
+            )
+        has_diagonal = is_causal or query_offset is not None or q_len == kv_len
+        selection = self.select(self._inputs(query, key, mask, documents, has_diagonal, generator))
+        out = block_sparse_attention(
+            query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
+            block_bias=selection.block_bias, mass_probe=selection.mass_probe,
+            key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
+            backend=self.backend,
+        )  # fmt: skip
+        if not isinstance(out, Tensor):
+            out = out[0]
+        for observer in self.observers:
+            observer(self, selection.pattern)
+        if documents is not None:
+            out = documents.restore(out)
+        if key_lengths is not None and q_len == kv_len:
+            real = torch.arange(q_len, device=out.device) < key_lengths[:, None]
+            out = torch.where(real[..., None, None], out, 0)
+        if return_pattern:
+            return out, self.pattern_info(selection.pattern)
+        return out
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        check_qkv(query, key, value)
+        if query.shape[2] != self.num_heads or key.shape[2] != self.num_kv_heads:
+            raise ValueError(
+                f"query must have num_heads={self.num_heads} and key and value "
+                f"num_kv_heads={self.num_kv_heads} heads, got {query.shape[2]} and {key.shape[2]}; "
+                "the layout is (batch, seq_len, num_heads, head_dim)."
+            )
+        if query.shape[3] != self.head_dim:
+            raise ValueError(
+                f"query, key and value must have head_dim={self.head_dim}, got {query.shape[3]}."
+            )
+
+    def _inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        documents: AlignedDocuments | None,
+        has_diagonal: bool,
+        generator: torch.Generator | None,
+    ) -> SelectionInputs:
+        size = (self.block_size, self.block_size)
+        rows = row_ranges(mask, size, has_diagonal=has_diagonal, device=query.device)
+        candidates = build_candidates(
+            rows,
+            num_heads=self.pattern_heads,
+            num_key_blocks=-(-mask.kv_len // self.block_size),
+            block_size=self.block_size,
+            causal=mask.causal,
+            segment_lengths=self.segment_lengths,
+            dilation_rates=self.dilation_rates,
+            num_local_blocks=self.num_local_blocks,
+            num_sink_blocks=self.num_sink_blocks,
+        )
+        query_valid = key_valid = None
+        if documents is not None:
+            query_valid = key_valid = documents.valid
+        elif mask.key_lengths is not None:
+            positions = torch.arange(mask.kv_len, device=query.device)
+            key_valid = positions < mask.key_lengths[:, None]
+            query_valid = key_valid if mask.q_len == mask.kv_len else None
+        return SelectionInputs(
+            query, key, mask, rows, candidates, query_valid, key_valid, generator
+        )
+
+    def build_pattern(
+        self, inputs: SelectionInputs, chosen: Tensor, width: int
+    ) -> tuple[BlockPattern, Tensor]:
+        """Packs chosen candidates into a pattern.
+
+        Args:
+            inputs: What :meth:`select` got.
+            chosen: Booleans ``(b, h, i, c)``.
+            width: Length of the lists, at least the most that a row chose.
+
+        Returns:
+            The pattern, and the candidate ``(b, h, i, width)`` that each of its slots came from.
+        """
+        indices = inputs.candidates.indices
+        slots = pack_ascending(chosen, width)
+        numbers = slots
+        if indices is not None:
+            numbers = indices.expand(chosen.shape).gather(-1, slots.long()).int()
+        count = chosen.sum(-1, dtype=torch.int32)
+        used = torch.arange(width, device=chosen.device) < count[..., None]
+        pattern = BlockPattern(
+            count,
+            torch.where(used, numbers, 0),
+            inputs.mask.q_len,
+            inputs.mask.kv_len,
+            (self.block_size, self.block_size),
+            inputs.rows.num_allowed,
+            check_values=False,
+        )
+        return pattern, slots.long()
+
+
+@contextmanager
+def observe_patterns(
+    layers: Sequence[BlockSparseLayer], observer: PatternObserver
+) -> Iterator[None]:
+    """Calls ``observer(layer, pattern)`` after every forward pass of the layers, while open."""
+    for layer in layers:
+        layer.observers.append(observer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observers.remove(observer)
+
+
+def check_heads(num_heads: int, head_dim: int, num_kv_heads: int | None) -> int:
+    """Checks head counts and returns ``num_kv_heads``.
+
+    Raises:
+        ValueError: If a count is not positive or does not divide.
+    """
+    for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    if num_kv_heads is None:
+        return num_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}.")
+    return num_kv_heads
+
+
+def check_segments(
+    segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Checks that segments and rates are positive and as many.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If they differ in length, are empty or not positive.
+    """
+    if segment_lengths is None and dilation_rates is None:
+        return None, None
+    if segment_lengths is None or dilation_rates is None:
+        raise ValueError(
+            "segment_lengths and dilation_rates must be given together (or both None), got "
+            f"{segment_lengths} and {dilation_rates}."
+        )
+    lengths, rates = tuple(segment_lengths), tuple(dilation_rates)
+    if len(lengths) != len(rates) or not lengths:
+        raise ValueError(
+            "segment_lengths and dilation_rates must have one entry for each group, got "
+            f"{len(lengths)} and {len(rates)}: {list(lengths)} and {list(rates)}."
+        )
+    for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must hold integers, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {list(values)}.")
+    return lengths, rates

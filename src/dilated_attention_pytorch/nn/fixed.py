@@ -1,0 +1,232 @@
+"""BlockSparseFixed: the same layer with a pattern that does not look at the content."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS, TileGrid
+from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
+from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
+from dilated_attention_pytorch.selection.top_k import choose_top_k
+
+
+class BlockSparseFixed(BlockSparseLayer):
+    """Block-sparse attention with a fixed pattern, at the same budget as an adaptive one.
+
+    Candidates, forced blocks, budget, top-k and attention are those of
+    :class:`BlockSparseAdaptive` with ``budget="fixed"``; only the ranking differs.
+
+    Args:
+        pattern: A name in ``FIXED_PATTERNS``: ``"local"``, ``"dilated"``, ``"strided"``,
+            ``"hierarchical"``, ``"sink_local"``, ``"random"`` or ``"dense"``.
+        num_heads: Query heads.
+        head_dim: Size of a head.
+        base_sparsity: Sparsity to meet; ``"dense"`` ignores no block and must be given 0.
+        num_selected_blocks: Blocks per row besides the forced ones, in place of
+            ``base_sparsity``.
+        segment_lengths: Limits the candidates as in the adaptive layer; None: all visible.
+        dilation_rates: With ``segment_lengths``.
+        num_kv_heads: Key and value heads; None: ``num_heads``.
+        block_size: Tokens per block.
+        num_local_blocks: Forced neighbours of the diagonal.
+        num_sink_blocks: Forced first blocks.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+        backend: Of :func:`block_sparse_attention`.
+
+    Raises:
+        ValueError: If the name is unknown or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> layer = BlockSparseFixed("local", num_heads=2, head_dim=16, base_sparsity=0.5)
+        >>> x = torch.randn(1, 512, 2, 16)
+        >>> _, info = layer(x, x, x, return_pattern=True)
+        >>> float(info["pattern"].sparsity)
+        0.5
+    """
+
+    def __init__(
+        self,
+        pattern: str = "local",
+        num_heads: int = 8,
+        head_dim: int = 64,
+        *,
+        base_sparsity: float = 0.9,
+        num_selected_blocks: int | None = None,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        num_kv_heads: int | None = None,
+        block_size: int = 64,
+        num_local_blocks: int = 0,
+        num_sink_blocks: int = 0,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if pattern not in FIXED_PATTERNS:
+            raise ValueError(f"pattern must be one of {sorted(FIXED_PATTERNS)}, got {pattern!r}.")
+        check_sparsity("base_sparsity", base_sparsity)
+        if pattern == "dense" and (base_sparsity != 0 or num_selected_blocks is not None):
+            raise ValueError(
+                "pattern 'dense' keeps every block: base_sparsity must be 0 and "
+                f"num_selected_blocks None, got {base_sparsity} and {num_selected_blocks}."
+            )
+        for name, value, least in (
+            ("block_size", block_size, 1),
+            ("num_local_blocks", num_local_blocks, 0),
+            ("num_sink_blocks", num_sink_blocks, 0),
+            ("num_selected_blocks", num_selected_blocks, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        super().__init__(
+            segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            pattern_heads=num_heads,
+            num_local_blocks=num_local_blocks,
+            num_sink_blocks=num_sink_blocks,
+            scale=scale,
+            backend=backend,
+        )
+        self.pattern = pattern
+        self.base_sparsity = base_sparsity
+        self.num_selected_blocks = num_selected_blocks
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(layer)``."""
+        return (
+            f"{self.pattern!r}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"base_sparsity={self.base_sparsity}, block_size={self.block_size}"
+        )
+
+    def select(self, inputs: SelectionInputs) -> Selection:
+        """Ranks by the fixed rule and keeps the best within the budget."""
+        pattern = fixed_selection(
+            self, inputs, self.pattern, self.base_sparsity, self.num_selected_blocks
+        )
+        return Selection(pattern)
+
+
+def fixed_selection(
+    layer: BlockSparseLayer,
+    inputs: SelectionInputs,
+    name: str,
+    base_sparsity: float,
+    num_selected_blocks: int | None,
+) -> BlockPattern:
+    """Chooses the blocks of a fixed pattern for the inputs of a layer; values are not looked at."""
+    rows, candidates = inputs.rows, inputs.candidates
+    ranking = FIXED_PATTERNS[name]
+    shape = torch.broadcast_shapes(
+        candidates.scored.shape, (1, layer.pattern_heads, 1, 1), (*rows.low.shape, 1)
+    )
+    forced = candidates.forced.sum(-1)
+    limit = (forced + candidates.scored.sum(-1)).expand(shape[:3])
+    if ranking is None:
+        chosen = (candidates.scored | candidates.forced).expand(shape)
+    else:
+        scores = ranking(_grid(inputs, layer.pattern_heads)).float().expand(shape)
+        if num_selected_blocks is not None:
+            exact = torch.minimum(forced + num_selected_blocks, limit).float()
+        else:
+            keep = torch.full(shape[:3], 1 - base_sparsity, device=scores.device)
+            exact = water_level_budget(keep, forced, limit, rows, candidates.width)
+        count = (round_budget(exact, rows) - forced).clamp(min=0)
+        most = _most(count, candidates.width)
+        chosen = choose_top_k(scores, candidates.scored.expand(shape), count, most)
+        chosen = chosen | candidates.forced
+    width = _most(chosen.sum(-1), candidates.width)
+    return layer.build_pattern(inputs, chosen, width)[0]
+
+
+def _most(count: Tensor, width: int) -> int:
+    if count.device.type == "cpu" and not torch.compiler.is_compiling():
+        return int(count.max()) if count.numel() else 0
+    return width
+
+
+def _grid(inputs: SelectionInputs, heads: int) -> TileGrid:
+    rows, device = inputs.rows, inputs.query.device
+    columns = inputs.candidates.indices
+    if columns is None:
+        columns = torch.arange(inputs.candidates.width, device=device).view(1, 1, 1, -1)
+    # Numbers are taken from the start of the document, so packing changes nothing.
+    position = columns - rows.low[..., None]
+    own = rows.diagonal_first - rows.low
+    return TileGrid(
+        distance=own[..., None] - position,
+        position=position,
+        head=torch.arange(heads, device=device).view(1, -1, 1, 1),
+        row=own[..., None],
+    )
+
+
+def fixed_pattern(
+    name: str,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    num_heads: int = 1,
+    base_sparsity: float = 0.9,
+    num_selected_blocks: int | None = None,
+    block_size: int = 64,
+    causal: bool = False,
+    num_local_blocks: int = 0,
+    num_sink_blocks: int = 0,
+    device: torch.device | str = "cpu",
+) -> BlockPattern:
+    """Builds a fixed pattern without a layer.
+
+    Args:
+        name: A name in ``FIXED_PATTERNS``.
+        q_len: Query tokens.
+        kv_len: Key tokens; None: ``q_len``.
+        num_heads: Heads of the pattern.
+        base_sparsity: As in :class:`BlockSparseFixed`; ignored by ``"dense"``.
+        num_selected_blocks: As in :class:`BlockSparseFixed`.
+        block_size: Tokens per block.
+        causal: Hide later blocks.
+        num_local_blocks: As in :class:`BlockSparseFixed`.
+        num_sink_blocks: As in :class:`BlockSparseFixed`.
+        device: Where to build it.
+
+    Returns:
+        A pattern with batch 1.
+
+    Example:
+        >>> float(fixed_pattern("strided", 1024, base_sparsity=0.75).sparsity)
+        0.75
+    """
+    dense = name == "dense"
+    layer = BlockSparseFixed(
+        name,
+        num_heads,
+        1,
+        base_sparsity=0.0 if dense else base_sparsity,
+        num_selected_blocks=None if dense else num_selected_blocks,
+        block_size=block_size,
+        num_local_blocks=num_local_blocks,
+        num_sink_blocks=num_sink_blocks,
+    )
+    tokens = torch.empty(1, q_len, num_heads, 1, device=device)
+    _, info = layer(
+        torch.zeros_like(tokens),
+        torch.zeros(1, q_len if kv_len is None else kv_len, num_heads, 1, device=device),
+        torch.zeros(1, q_len if kv_len is None else kv_len, num_heads, 1, device=device),
+        is_causal=causal,
+        return_pattern=True,
+    )
+    pattern: BlockPattern = info["pattern"]
+    return pattern
+
+
+__all__ = ["AttentionMask", "BlockSparseFixed", "fixed_pattern"]

@@ -1,0 +1,228 @@
+"""ImportanceScorer: how much a query block wants a key block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dilated_attention_pytorch.config import SCORERS
+
+# Hidden activations of the MLP are made for this many numbers at a time and recomputed in the
+# backward pass: 2**24 float32 numbers are 64 MiB.
+_MLP_CHUNK = 2**24
+
+
+class ImportanceScorer(nn.Module):
+    r"""Scores pairs of block summaries.
+
+    ``"bilinear"``: :math:`S_{ij} = g\,\langle f(\bar q_i), f'(\bar k_j)\rangle / \sqrt r`, where
+    the towers f and f' are linear for ``num_layers=1`` and GELU networks above.
+    ``"mlp"``: a network on the concatenated, RMS-normalised summaries; its first layer is computed
+    as two projections and a broadcast sum, so that pairs are never concatenated.
+
+    Args:
+        summary_dim: Size of a summary, s.
+        num_heads: Heads with weights of their own.
+        kind: ``"bilinear"`` or ``"mlp"``.
+        hidden_dim: Rank r of the bilinear form, or hidden units.
+        num_layers: Linear maps per tower, or hidden layers.
+        share_across_heads: Average the heads' scores, so that all heads choose alike.
+        heads_per_pattern: Average the scores of this many neighbouring heads (a KV group).
+
+    Raises:
+        ValueError: If ``kind`` is unknown or a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> scorer = ImportanceScorer(summary_dim=32, num_heads=4)
+        >>> scorer(torch.randn(2, 8, 4, 32), torch.randn(2, 8, 4, 32)).shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    def __init__(
+        self,
+        summary_dim: int,
+        num_heads: int,
+        *,
+        kind: str = "bilinear",
+        hidden_dim: int = 32,
+        num_layers: int = 1,
+        share_across_heads: bool = False,
+        heads_per_pattern: int = 1,
+    ) -> None:
+        super().__init__()
+        if kind not in SCORERS:
+            raise ValueError(f"kind must be one of {SCORERS}, got {kind!r}.")
+        sizes = {
+            "summary_dim": summary_dim,
+            "num_heads": num_heads,
+            "hidden_dim": hidden_dim,
+            "num_layers": num_layers,
+            "heads_per_pattern": heads_per_pattern,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}.")
+        if num_heads % heads_per_pattern:
+            raise ValueError(
+                f"heads_per_pattern must divide num_heads={num_heads}, got {heads_per_pattern}."
+            )
+        self.kind, self.num_heads, self.summary_dim = kind, num_heads, summary_dim
+        self.heads_per_pattern = num_heads if share_across_heads else heads_per_pattern
+        self.query_in = nn.Parameter(torch.empty(num_heads, summary_dim, hidden_dim))
+        self.key_in = nn.Parameter(torch.empty(num_heads, summary_dim, hidden_dim))
+        self.gain = nn.Parameter(torch.ones(()))
+
+        def deeper(count: int) -> nn.ParameterList:
+            return nn.ParameterList(
+                nn.Parameter(torch.empty(num_heads, hidden_dim, hidden_dim)) for _ in range(count)
+            )
+
+        if kind == "bilinear":
+            self.query_tower, self.key_tower = deeper(num_layers - 1), deeper(num_layers - 1)
+        else:
+            self.hidden = deeper(num_layers - 1)
+            self.bias = nn.Parameter(torch.empty(num_layers, num_heads, hidden_dim))
+            self.out = nn.Parameter(torch.empty(num_heads, hidden_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew: fan-in normal maps, a small output layer, no biases."""
+        with torch.no_grad():
+            for weight in self.parameters():
+                if weight.dim() == 3:
+                    weight.normal_(std=weight.shape[1] ** -0.5)
+            self.gain.fill_(1)
+            if self.kind == "mlp":
+                self.bias.zero_()
+                self.out.normal_(std=0.1 * self.out.shape[1] ** -0.5)
+
+    def forward(
+        self,
+        query_summaries: Tensor,
+        key_summaries: Tensor | None = None,
+        candidates: Tensor | None = None,
+    ) -> Tensor:
+        """Scores query blocks against key blocks.
+
+        Args:
+            query_summaries: ``(batch, i, num_heads, s)``. Without ``key_summaries``:
+                pairs, concatenated: ``(batch, pairs, num_heads, 2 * s)``.
+            key_summaries: ``(batch, j, num_kv_heads, s)``.
+            candidates: ``(1 or batch, 1 or heads, i, c)`` key block numbers to score; None: all.
+
+        Returns:
+            Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all), or
+            ``(batch, pattern heads, pairs)`` for concatenated pairs.
+        """
+        if key_summaries is None:
+            return self._score_pairs(query_summaries)
+        for name, x in (("query_summaries", query_summaries), ("key_summaries", key_summaries)):
+            if x.shape[-1] != self.summary_dim:
+                raise ValueError(
+                    f"{name} must end in summary_dim={self.summary_dim}, got {tuple(x.shape)}."
+                )
+        group = self.num_heads // key_summaries.shape[2]
+        q = self._enter(query_summaries, self.query_in, 1)
+        k = self._enter(key_summaries, self.key_in, group)
+        if self.kind == "bilinear":
+            return self._bilinear(q, k, candidates)
+        return self._mlp(q, k, candidates)
+
+    def _enter(self, summaries: Tensor, weight: Tensor, group: int) -> Tensor:
+        """First map: ``(b, i, g, s)`` to ``(b, num_heads, i, r)``."""
+        x = summaries.to(weight.dtype)
+        if self.kind == "mlp":
+            x = F.rms_norm(x, (x.shape[-1],))
+        x = x.transpose(1, 2)
+        if group > 1:
+            x = x.repeat_interleave(group, 1)
+        return x @ weight
+
+    def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
+        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
+            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
+        share = self.heads_per_pattern
+        if share > 1:
+            # The mean of the heads' products is one product of the heads side by side.
+            b, h, i, r = q.shape
+            q = q.view(b, h // share, share, i, r).transpose(2, 3).reshape(b, h // share, i, -1)
+            k = (
+                k.view(b, h // share, share, -1, r)
+                .transpose(2, 3)
+                .reshape(b, h // share, -1, share * r)
+            )
+        factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * share)
+        # Scoring everything is one matmul; it beats gathering unless the candidates are few.
+        if candidates is None or 2 * candidates.shape[-1] >= k.shape[2]:
+            scores = (q @ k.transpose(-1, -2)).float() * factor
+            return scores if candidates is None else _take(scores, candidates)
+        return torch.einsum("bhir,bhicr->bhic", q, _take_rows(k, candidates)).float() * factor
+
+    def _mlp(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
+        rows = q.shape[2]
+        columns = k.shape[2] if candidates is None else candidates.shape[-1]
+        per_row = max(q.shape[0] * q.shape[1] * columns * q.shape[3], 1)
+        step = max(_MLP_CHUNK // per_row, 1)
+        chunks = []
+        for start in range(0, rows, step):
+            part = None if candidates is None else candidates[:, :, start : start + step]
+            inputs = (q[:, :, start : start + step], k, part)
+            if rows > step and torch.is_grad_enabled():
+                chunks.append(checkpoint(self._mlp_rows, *inputs, use_reentrant=False))
+            else:
+                chunks.append(self._mlp_rows(*inputs))
+        scores = torch.cat(chunks, 2) if chunks else q.new_zeros(*q.shape[:3], columns)
+        return self._share(scores)
+
+    def _mlp_rows(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
+        keys = k[:, :, None] if candidates is None else _take_rows(k, candidates)
+        return self._head(q[:, :, :, None] + keys)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """The MLP from its first pre-activation ``(b, h, ..., r)`` on."""
+        column = (-1,) + (1,) * (x.dim() - 3) + (x.shape[-1],)
+        x = F.gelu(x + self.bias[0].view(column))
+        for depth, weight in enumerate(self.hidden, start=1):
+            flat = x.reshape(x.shape[0], x.shape[1], -1, x.shape[-1]) @ weight
+            x = F.gelu(flat.view(x.shape) + self.bias[depth].view(column))
+        return (x * self.out.view(column)).sum(-1).float() * self.gain
+
+    def _share(self, scores: Tensor) -> Tensor:
+        share = self.heads_per_pattern
+        if share == 1:
+            return scores
+        return scores.unflatten(1, (-1, share)).mean(2)
+
+    def _score_pairs(self, pairs: Tensor) -> Tensor:
+        if pairs.dim() != 4 or pairs.shape[-1] != 2 * self.summary_dim:
+            raise ValueError(
+                "concatenated pairs must be (batch, pairs, num_heads, 2 * summary_dim="
+                f"{2 * self.summary_dim}), got {tuple(pairs.shape)}."
+            )
+        left, right = pairs.split(self.summary_dim, dim=-1)
+        q, k = self._enter(left, self.query_in, 1), self._enter(right, self.key_in, 1)
+        if self.kind == "mlp":
+            return self._share(self._head(q + k))
+        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
+            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
+        scores = (q * k).sum(-1).float() * (self.gain / math.sqrt(q.shape[-1]))
+        return self._share(scores)
+
+
+def _take(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Columns ``candidates`` of ``(b, h, i, j)``; numbers outside read column 0 or the last."""
+    index = candidates.clamp(0, scores.shape[-1] - 1).long()
+    return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+
+
+def _take_rows(k: Tensor, candidates: Tensor) -> Tensor:
+    """Rows ``candidates`` of ``(b, h, j, r)`` as ``(b, h, i, c, r)``."""
+    b, h, j, r = k.shape
+    index = candidates.clamp(0, j - 1).long().expand(b, h, -1, -1)
+    flat = index.reshape(b, h, -1, 1).expand(-1, -1, -1, r)
+    return k.gather(2, flat).view(b, h, *index.shape[2:], r)

@@ -1,0 +1,125 @@
+"""Block summaries: what the scorer sees of a block of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.config import POOLINGS
+from dilated_attention_pytorch.mask import ceil_div
+
+
+def block_summaries(
+    x: Tensor,
+    block_size: int = 64,
+    *,
+    pooling: Sequence[str] = ("mean", "max"),
+    valid: Tensor | None = None,
+    pool_query: Tensor | None = None,
+) -> Tensor:
+    """Summarises each block of tokens by one vector per head.
+
+    Mean pooling alone dilutes a single important token by the block size; max keeps it.
+
+    Args:
+        x: ``(batch, seq_len, num_heads, head_dim)``.
+        block_size: Tokens per block; the last block may be partial.
+        pooling: Poolings to concatenate, from ``"mean"``, ``"max"``, ``"min"`` and ``"attention"``
+            (a learned query weighs the tokens: ``softmax_t(x_t · u) x_t``).
+        valid: ``(1 or batch, seq_len)`` booleans; other tokens are left out. None: all count.
+        pool_query: u of attention pooling, ``(num_heads, head_dim)``.
+
+    Returns:
+        ``(batch, blocks, num_heads, head_dim * len(pooling))`` in the dtype of ``x`` (half
+        precision is pooled in float32). A block without valid tokens gives zeros.
+
+    Raises:
+        ValueError: If a pooling is unknown, or ``"attention"`` comes without ``pool_query``.
+
+    Example:
+        >>> import torch
+        >>> block_summaries(torch.randn(2, 100, 4, 8), 64).shape
+        torch.Size([2, 2, 4, 16])
+    """
+    unknown = [name for name in pooling if name not in POOLINGS]
+    if unknown or not pooling:
+        raise ValueError(f"pooling must name one or more of {POOLINGS}, got {tuple(pooling)}.")
+    if "attention" in pooling and pool_query is None:
+        raise ValueError("pooling 'attention' needs pool_query (num_heads, head_dim), got None.")
+    batch, length, heads, dim = x.shape
+    blocks = ceil_div(length, block_size)
+    pad = blocks * block_size - length
+    if pad:
+        if valid is None:
+            valid = torch.ones(1, length, dtype=torch.bool, device=x.device)
+        x, valid = F.pad(x, (0, 0, 0, 0, 0, pad)), F.pad(valid, (0, pad))
+    x = (
+        x.view(batch, blocks, block_size, heads, dim)
+        if x.is_contiguous()
+        else x.reshape(batch, blocks, block_size, heads, dim)
+    )
+    keep = None
+    if valid is not None:
+        keep = valid.view(-1, blocks, block_size, 1, 1)
+    out = [_pool(x, name, keep, pool_query) for name in pooling]
+    return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+
+def _pool(x: Tensor, name: str, keep: Tensor | None, pool_query: Tensor | None) -> Tensor:
+    """Pools ``(b, i, t, h, d)`` over t; tokens outside ``keep`` are left out."""
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    if name == "mean":
+        if keep is None:
+            return x.mean(2, dtype=wide).to(x.dtype)
+        total = torch.where(keep, x, 0).sum(2, dtype=wide)
+        return (total / keep.sum(2).clamp(min=1)).to(x.dtype)
+    if name in ("max", "min"):
+        reduce, worst = (torch.amax, -torch.inf) if name == "max" else (torch.amin, torch.inf)
+        if keep is None:
+            return reduce(x, 2)
+        pooled = reduce(torch.where(keep, x, worst), 2)
+        return torch.where(keep.any(2), pooled, 0)
+    if pool_query is None:
+        raise ValueError("pooling 'attention' needs pool_query (num_heads, head_dim), got None.")
+    logits = torch.einsum("bithd,hd->bith", x.to(wide), pool_query.to(wide))[..., None]
+    if keep is not None:
+        # Not -inf: the softmax of a block without valid tokens must stay finite.
+        logits = torch.where(keep, logits, torch.finfo(wide).min)
+        x = torch.where(keep, x, 0)
+    return (logits.softmax(2) * x).sum(2).to(x.dtype)
+
+
+def past_windows(
+    x: Tensor, block_size: int, valid: Tensor | None, document_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Re-cuts tokens so that block i holds the window that ends with block i's first token.
+
+    With ``block_size=4`` block 1 holds tokens 1 to 4 instead of 4 to 7: nothing later than the
+    first token of the block that it stands for.
+
+    Args:
+        x: ``(batch, seq_len, heads, dim)``.
+        block_size: Tokens per block.
+        valid: ``(1 or batch, seq_len)`` booleans or None.
+        document_ids: ``(batch, seq_len)``: tokens of a document other than that of the block's
+            first token are left out. None: one document.
+
+    Returns:
+        The re-cut tokens ``(batch, blocks * block_size, heads, dim)`` and their validity.
+    """
+    length = x.shape[1]
+    blocks = ceil_div(length, block_size)
+    total = blocks * block_size
+    left, right = block_size - 1, max(total - length - block_size + 1, 0)
+    if valid is None:
+        valid = torch.ones(1, length, dtype=torch.bool, device=x.device)
+    x = F.pad(x, (0, 0, 0, 0, left, right))[:, :total]
+    valid = F.pad(valid, (left, right))[:, :total]
+    if document_ids is not None:
+        first = document_ids[:, ::block_size].repeat_interleave(block_size, 1)
+        window = F.pad(document_ids, (left, right), value=-1)[:, :total]
+        valid = valid & (window == first) & (window >= 0)
+    return x, valid

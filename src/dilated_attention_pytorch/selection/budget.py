@@ -1,0 +1,184 @@
+"""How many blocks each row may read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.candidates import RowRange
+
+# Shares of a block are counted in units of 2**-16, as integers, so that every device rounds alike.
+_FRACTION_BITS = 16
+
+
+def get_adaptive_sparsity(seq_len: int) -> float:
+    """The base sparsity that suits a sequence length: longer sequences can leave out more.
+
+    Args:
+        seq_len: Tokens, positive.
+
+    Returns:
+        0.8 below 1,024 tokens, 0.9 below 4,096, 0.95 from there on.
+
+    Raises:
+        ValueError: If ``seq_len`` is not positive.
+
+    Example:
+        >>> get_adaptive_sparsity(2048)
+        0.9
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be positive, got {seq_len}.")
+    if seq_len < 1024:
+        return 0.8
+    return 0.9 if seq_len < 4096 else 0.95
+
+
+def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = False) -> Tensor:
+    r"""How unlike a row's own block is to the other blocks that it can see.
+
+    :math:`1 - \frac{1}{n}\sum_{j \ne a} \cos(\bar k_a, \bar k_j)` over the n visible blocks other
+    than the row's own block a, clipped to [0, 1]: 0 for repetition, about 1 for unrelated content.
+    Without a diagonal (cross-attention) a runs over all visible blocks: the mean over pairs.
+    Linear in the number of blocks (prefix sums); a causal row sees only its past. No gradient.
+
+    Args:
+        key_means: ``(batch, j, num_kv_heads, head_dim)``: mean-pooled key blocks.
+        rows: From :func:`row_ranges`.
+        past_only: Take the block before the diagonal as the row's own, so that nothing of the
+            diagonal block is used.
+
+    Returns:
+        ``(batch, num_kv_heads, i)`` float32. A row that sees no other block gives 1.
+    """
+    unit = key_means.detach().float().transpose(1, 2)
+    unit = F.normalize(unit, dim=-1).nan_to_num(0.0, 0.0, 0.0)
+    batch, heads, _, dim = unit.shape
+    prefix = F.pad(unit.cumsum(2), (0, 0, 1, 0))
+    own = rows.diagonal_first - 1 if past_only else rows.diagonal_first
+    end = torch.minimum(rows.end, rows.diagonal_first) if past_only else rows.end
+    end = torch.maximum(end, rows.low)
+
+    def pick(table: Tensor, index: Tensor) -> Tensor:
+        index = index.clamp(0, table.shape[2] - 1)[..., None]
+        return table.gather(2, index.expand(batch, heads, -1, dim))
+
+    total = pick(prefix, end) - pick(prefix, rows.low)
+    count = (end - rows.low).float()
+    if rows.has_diagonal:
+        inside = (own >= rows.low) & (own < end)
+        mine = torch.where(inside[..., None], pick(unit, own), 0)
+        others = count - inside.float()
+        likeness = (mine * (total - mine)).sum(-1) / others.clamp(min=1)
+        return torch.where(others > 0, (1 - likeness).clamp(0, 1), 1.0)
+    likeness = (total.square().sum(-1) - count) / (count * (count - 1)).clamp(min=1)
+    return torch.where(count > 1, (1 - likeness).clamp(0, 1), 1.0)
+
+
+def water_level_budget(
+    keep: Tensor, forced: Tensor, limit: Tensor, rows: RowRange, max_limit: int
+) -> Tensor:
+    r"""Spreads a share of the visible tiles over the rows as evenly as they can take it.
+
+    If every row had the share κ, the level μ that solves
+    :math:`\sum_i \mathrm{clip}(\mu, f_i, c_i) = \kappa \sum_i a_i` (over the rows of a document;
+    f forced, c candidates, a visible tiles) would meet it exactly. Each row gets the
+    clipped level of its own κ. The level depends on lengths alone, so a row's budget depends
+    on no other row's content.
+
+    Args:
+        keep: κ, ``(batch, heads, i)`` in [0, 1].
+        forced: Forced tiles per row, integers that broadcast to the same shape.
+        limit: Forced and candidate tiles per row.
+        rows: Visible ranges; its documents are budgeted separately.
+        max_limit: An upper bound of ``limit``.
+
+    Returns:
+        Real-valued blocks per row ``(batch, heads, i)`` in [forced, limit], differentiable in
+        ``keep``.
+    """
+    shape = torch.broadcast_shapes(forced.shape, limit.shape, rows.low.shape)
+    forced, limit = forced.expand(shape), limit.expand(shape)
+    allowed = rows.num_allowed.expand(shape)
+    document = rows.document.expand(shape)
+    tables = (*shape[:2], rows.num_documents)
+    # rising[m]: rows that take one block more when the level rises from m to m + 1.
+    rising = torch.zeros(*tables, max_limit + 1, device=keep.device)
+    flat = rising.view(*shape[:2], -1)
+    one = torch.ones(shape, device=keep.device)
+    width = max_limit + 1
+    flat.scatter_add_(2, document * width + forced, one)
+    flat.scatter_add_(2, document * width + limit, -one)
+    rising = rising.cumsum(-1)
+    base = torch.zeros(tables, device=keep.device).scatter_add_(2, document, forced.float())
+    total = torch.zeros(tables, device=keep.device).scatter_add_(2, document, allowed.float())
+    filled = torch.cat([base[..., None], base[..., None] + rising.cumsum(-1)], -1)
+
+    goal = keep * total.gather(2, document)
+    if rows.num_documents == 1:
+        steps = filled[:, :, 0].expand(*goal.shape[:2], -1).contiguous()
+        low = torch.searchsorted(steps, goal.detach().contiguous(), right=True) - 1
+        low = low.clamp(0, max_limit)
+        floor, slope = (
+            steps.gather(2, low),
+            rising[:, :, 0].expand(*goal.shape[:2], -1).gather(2, low),
+        )
+    else:
+        index = document[..., None].expand(*shape, width + 1)
+        steps = filled.gather(2, index)
+        low = ((steps <= goal.detach()[..., None]).sum(-1) - 1).clamp(0, max_limit)
+        floor = steps.expand(*goal.shape, -1).gather(3, low[..., None])[..., 0]
+        slope = rising.gather(2, index[..., :width]).expand(*goal.shape, -1)
+        slope = slope.gather(3, low[..., None])[..., 0]
+    level = low + torch.where(slope > 0, (goal - floor) / slope.clamp(min=1), 0.0)
+    return torch.minimum(torch.maximum(level, forced.float()), limit.float())
+
+
+def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
+    """Rounds to integers so that running sums stay within half a block of the exact ones.
+
+    The remainder moves on to later rows of the same document only (never back), so a causal row
+    depends on no later one. Each row gets the floor or the ceiling of its share.
+
+    Args:
+        budget: ``(batch, heads, i)`` real-valued, not negative.
+        rows: For the documents.
+
+    Returns:
+        int32 of the same shape.
+    """
+    half = 1 << (_FRACTION_BITS - 1)
+    units = (budget.detach().double() * (1 << _FRACTION_BITS)).round().long()
+    running = F.pad(units.cumsum(-1), (1, 0))
+    if rows.num_documents > 1:
+        document = rows.document.expand(budget.shape)
+        fresh = torch.ones_like(document, dtype=torch.bool)
+        fresh[..., 1:] = document[..., 1:] != document[..., :-1]
+        position = torch.arange(budget.shape[-1], device=budget.device)
+        first = torch.where(fresh, position, 0).cummax(-1).values
+        before = running.gather(-1, first)
+    else:
+        before = torch.zeros_like(units)
+    upper = (running[..., 1:] - before + half) >> _FRACTION_BITS
+    lower = (running[..., :-1] - before + half) >> _FRACTION_BITS
+    return (upper - lower).int()
+
+
+def top_p_budget(scores: Tensor, scored: Tensor, share: Tensor | float) -> Tensor:
+    """Fewest blocks whose softmaxed scores reach a share.
+
+    Args:
+        scores: ``(batch, heads, i, c)``.
+        scored: Booleans that broadcast to the same shape: which may be chosen.
+        share: p in (0, 1].
+
+    Returns:
+        int32 ``(batch, heads, i)``: 0 for a row without candidates, at least 1 for others.
+    """
+    logits = scores.detach().nan_to_num(-torch.inf).masked_fill(~scored, -torch.inf)
+    ordered = logits.sort(-1, descending=True).values
+    p = ordered.softmax(-1).nan_to_num(0.0)
+    # A block counts while the blocks before it do not reach the share.
+    before = p.cumsum(-1) - p
+    return ((before < share) & (ordered > -torch.inf)).sum(-1, dtype=torch.int32)

@@ -1,0 +1,106 @@
+"""Gumbel noise and the relaxed, differentiable top-k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.selection.top_k import choose_top_k
+
+
+def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel samples shaped like ``like``, in float32."""
+    uniform = torch.rand(like.shape, device=like.device, generator=generator)
+    tiny = torch.finfo(torch.float32).tiny
+    return -torch.log(-torch.log(uniform.clamp(min=tiny)).clamp(min=tiny))
+
+
+def relaxed_top_k(
+    logits: Tensor, count: Tensor, max_count: int, temperature: Tensor | float
+) -> Tensor:
+    r"""Soft k-hot vectors: k softmaxes in a row, each without what the ones before took.
+
+    :math:`\alpha^{1} = z,\ p^{t} = \mathrm{softmax}(\alpha^{t}/\tau),\
+    \alpha^{t+1} = \alpha^{t} + \log(1 - p^{t})`, and the sum of the p (Xie and Ermon 2019,
+    arXiv 1901.10517, section 3.2).
+
+    Args:
+        logits: ``(..., c)``; -inf excludes a column.
+        count: k per row, ``(...)``; at most the number of columns that are not excluded.
+        max_count: An upper bound of ``count``.
+        temperature: τ > 0; towards 0 the result becomes k-hot.
+
+    Returns:
+        Weights in [0, 1] that sum to k, differentiable in ``logits``.
+    """
+    floor = torch.finfo(logits.dtype).min
+    alpha = logits.clamp(min=floor)
+    excluded = logits == -torch.inf
+    out = torch.zeros_like(logits)
+    for step in range(max_count):
+        p = (alpha / temperature).softmax(-1).masked_fill(excluded, 0)
+        out = out + p * (step < count)[..., None]
+        alpha = alpha + torch.log1p(-p.clamp(max=1 - 1e-6))
+    return out.clamp(max=1)
+
+
+def gumbel_softmax_topk(
+    scores: Tensor,
+    k: int | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    hard: bool = True,
+    noise: bool = True,
+    allowed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Samples k columns per row without replacement, differentiably.
+
+    Gumbel noise on the scores makes the top k a sample without replacement from their softmax
+    (Kool et al. 2019, arXiv 1903.06059); :func:`relaxed_top_k` carries the gradient.
+
+    Args:
+        scores: ``(..., c)`` floating point.
+        k: Columns per row: an int, or integers ``(...)``.
+        temperature: τ > 0 of the relaxation.
+        hard: Return exact zeros and ones with the gradient of the relaxation (straight through);
+            False: the relaxed weights.
+        noise: Add Gumbel noise; False: the plain top k.
+        allowed: Booleans that broadcast to ``scores``; other columns get 0. None: all.
+        generator: Source of the noise. None: torch's default.
+
+    Returns:
+        Weights shaped like ``scores`` that sum to k (to the allowed columns, if fewer) per row.
+
+    Raises:
+        TypeError: If ``scores`` is not floating point.
+        ValueError: If k or the temperature is out of range.
+
+    Example:
+        >>> import torch
+        >>> gumbel_softmax_topk(torch.randn(4, 10), k=3).sum(-1)
+        tensor([3., 3., 3., 3.])
+    """
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}.")
+    columns = scores.shape[-1]
+    if isinstance(k, int):
+        if not 0 <= k <= columns:
+            raise ValueError(f"k must lie in [0, {columns}] (the columns of scores), got {k}.")
+        most = k
+        k = torch.full(scores.shape[:-1], k, device=scores.device)
+    else:
+        most = columns
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    if allowed is None:
+        allowed = torch.ones_like(scores, dtype=torch.bool)
+    allowed = allowed.expand(scores.shape)
+    k = torch.minimum(k, allowed.sum(-1))
+    logits = scores + gumbel_noise(scores, generator).to(scores.dtype) if noise else scores
+    soft = relaxed_top_k(logits.masked_fill(~allowed, -torch.inf), k, most, temperature)
+    if not hard:
+        return soft
+    chosen = choose_top_k(logits, allowed, k, most).to(scores.dtype)
+    # Written so that the value is exactly 0 or 1.
+    return chosen + (soft - soft.detach())

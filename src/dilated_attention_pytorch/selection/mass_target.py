@@ -1,0 +1,54 @@
+"""The selector's signal: pull its softmax towards where the attention went."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def mass_target_probe(scores: Tensor, scored: Tensor, weight: float, tiles_per_loss: int) -> Tensor:
+    r"""A probe that turns the tile mass, its gradient, into a gradient of the scores.
+
+    Pass the result as ``mass_probe`` to :func:`block_sparse_attention`. In the backward pass it
+    receives the tile mass m (attention weighted by the output gradient) and gives the scores
+
+    .. math:: \frac{\lambda}{R}\, w_i\, (\mathrm{softmax}(S_i) - T_i), \qquad
+              T_{ij} = m_{ij} / \sum_{j'} m_{ij'}, \qquad w_i = \max_j m_{ij}
+
+    over the scored kept tiles of row i: the gradient of a cross entropy between T and the
+    selector's softmax, in rows that attend to scored tiles at all. No term is added to the loss.
+    The gradient does not scale with the loss: with accumulation over n batches it adds up n times.
+
+    Args:
+        scores: ``(b, h, i, k)``: scores of the kept tiles.
+        scored: Booleans of the same shape: kept by score or exploration, not forced.
+        weight: λ.
+        tiles_per_loss: R: the rows that the signal is averaged over.
+
+    Returns:
+        Zeros ``(b, h, i, k)`` float32 that carry the gradient.
+    """
+    return _MassTarget.apply(scores, scored, weight / max(tiles_per_loss, 1))
+
+
+class _MassTarget(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, scored: Tensor, weight: float) -> Tensor:
+        ctx.save_for_backward(scores, scored)
+        ctx.weight = weight
+        return torch.zeros_like(scores, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, mass: Tensor) -> tuple[Tensor, None, None]:
+        scores, scored = ctx.saved_tensors
+        mass = mass.float().masked_fill(~scored, 0)
+        target = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        # Not -inf: a row without scored tiles must not become NaN.
+        logits = scores.float().masked_fill(~scored, torch.finfo(torch.float32).min)
+        predicted = logits.softmax(-1).masked_fill(~scored, 0)
+        strength = mass.amax(-1, keepdim=True) * ctx.weight
+        return ((predicted - target) * strength).to(scores.dtype), None, None

@@ -1,0 +1,1 @@
+"""Tasks to train on: the needle task and real text."""

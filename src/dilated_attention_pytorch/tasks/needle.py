@@ -1,0 +1,307 @@
+"""The needle task: content alone says which earlier block a query must read.
+
+A sequence is cut into blocks. Each block holds ``keys_per_block`` key tokens (a key with a value),
+one query token and noise, at random places. A query names the key of some earlier block, any of
+them with equal probability, and must return its value. A fixed pattern can only guess where it is;
+a selector has to find the block from the summaries.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.models.transformer import (
+    Transformer,
+    build_attention,
+    scorer_parameters,
+)
+from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+
+_NOISE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """Sizes of the task.
+
+    Attributes:
+        seq_len: Tokens, a multiple of ``block_size``.
+        block_size: Tokens per block of the task.
+        keys_per_block: Key tokens in every block.
+        num_keys: Different keys; each occurs at most once in a sequence.
+        num_values: Different values.
+    """
+
+    seq_len: int = 512
+    block_size: int = 16
+    keys_per_block: int = 2
+    num_keys: int = 256
+    num_values: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks that the sizes fit together."""
+        blocks = self.seq_len // self.block_size
+        if self.seq_len % self.block_size or blocks < 2:
+            raise ValueError(
+                f"seq_len must be a multiple of block_size={self.block_size} and hold two blocks, "
+                f"got {self.seq_len}."
+            )
+        if blocks * self.keys_per_block > self.num_keys:
+            raise ValueError(
+                f"num_keys must be at least {blocks * self.keys_per_block} (every key once), got "
+                f"{self.num_keys}."
+            )
+        if self.keys_per_block + 1 > self.block_size:
+            raise ValueError(
+                f"keys_per_block must leave room for a query in {self.block_size} tokens, got "
+                f"{self.keys_per_block}."
+            )
+
+    def batch(self, size: int, generator: torch.Generator) -> NeedleBatch:
+        """Draws ``size`` sequences (on the CPU)."""
+        blocks, block, keys = self.seq_len // self.block_size, self.block_size, self.keys_per_block
+
+        def rand(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator)
+
+        names = rand(size, self.num_keys).argsort(-1)[:, : blocks * keys].view(size, blocks, keys)
+        values = torch.randint(0, self.num_values, (size, blocks, keys), generator=generator)
+        place = rand(size, blocks, block).argsort(-1)[..., : keys + 1]
+        kind = torch.zeros(size, blocks, block, dtype=torch.long)
+        key, value, answer = kind.clone(), kind.clone(), torch.full_like(kind, -100)
+        noise = torch.randint(0, _NOISE_TOKENS, kind.shape, generator=generator)
+        kind.scatter_(-1, place[..., :keys], 1)
+        key.scatter_(-1, place[..., :keys], names)
+        value.scatter_(-1, place[..., :keys], values)
+        # Block 0 has nothing before it; its query is not asked.
+        earlier = torch.arange(blocks).clamp(min=1)
+        target = (rand(size, blocks) * earlier).long()
+        which = torch.randint(0, keys, (size, blocks), generator=generator)
+        sample = torch.arange(size)[:, None]
+        query = place[..., keys:]
+        kind.scatter_(-1, query, 2)
+        key.scatter_(-1, query, names[sample, target, which][..., None])
+        answer.scatter_(-1, query, values[sample, target, which][..., None])
+        answer[:, 0] = -100
+        flat = [x.view(size, -1) for x in (kind, key, value, noise, answer)]
+        return NeedleBatch(*flat, target=target)
+
+
+@dataclass(frozen=True)
+class NeedleBatch:
+    """One batch; all ``(batch, seq_len)`` but ``target``.
+
+    Attributes:
+        kind: 0 noise, 1 key, 2 query.
+        key: Key number of keys and queries.
+        value: Value number of keys.
+        noise: Noise token.
+        answer: Value to return at a query, -100 elsewhere.
+        target: ``(batch, blocks)``: the block that holds the answer.
+    """
+
+    kind: Tensor
+    key: Tensor
+    value: Tensor
+    noise: Tensor
+    answer: Tensor
+    target: Tensor
+
+    def to(self, device: torch.device) -> NeedleBatch:
+        """The same batch on another device."""
+        return NeedleBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+class NeedleModel(nn.Module):
+    """Embeds the task's tokens and runs a :class:`Transformer` on them.
+
+    One layer needs neither positions nor a feed-forward part; with more layers both are on.
+    """
+
+    def __init__(
+        self,
+        task: NeedleTask,
+        make_attention: Callable[[int, int], nn.Module],
+        *,
+        dim: int = 64,
+        num_heads: int = 2,
+        num_layers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.key = nn.Embedding(task.num_keys, dim)
+        self.value = nn.Embedding(task.num_values, dim)
+        self.noise = nn.Embedding(_NOISE_TOKENS, dim)
+        self.kind = nn.Embedding(3, dim)
+        deep = num_layers > 1
+        self.transformer = Transformer(
+            dim, num_heads, num_layers, make_attention, feed_forward=2 * dim if deep else 0,
+            rope=deep, vocabulary=None, outputs=task.num_values,
+        )  # fmt: skip
+
+    def embed(self, batch: NeedleBatch) -> Tensor:
+        """Input vectors ``(batch, seq_len, dim)``."""
+        kind = batch.kind[..., None]
+        return (
+            self.kind(batch.kind)
+            + self.key(batch.key) * (kind > 0)
+            + self.value(batch.value) * (kind == 1)
+            + self.noise(batch.noise) * (kind == 0)
+        )
+
+    def forward(self, batch: NeedleBatch) -> tuple[Tensor, Tensor]:
+        """Logits ``(queries, values)`` and the answers ``(queries,)``."""
+        asked = batch.answer != -100
+        return self.transformer(self.embed(batch), asked), batch.answer[asked]
+
+
+@dataclass(frozen=True)
+class NeedleRun:
+    """One training run.
+
+    Attributes:
+        attention: A name of :func:`build_attention`.
+        config: Settings of the layer.
+        num_layers: Transformer blocks.
+        steps: Optimiser steps.
+        seed: Of weights and data.
+        batch_size: Sequences per step.
+        learning_rate: Peak, reached after 50 steps, falling by a cosine to 5 %.
+        scorer_learning_rate: Factor on it for the selectors.
+        sparsity_warmup: Share of the steps over which the number of blocks falls from all to the
+            configured sparsity, after as many dense steps; 0: sparse from the start.
+        task: Sizes.
+        device: Where to train.
+    """
+
+    attention: str
+    config: AdaptiveConfig
+    num_layers: int = 1
+    steps: int = 2000
+    seed: int = 0
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    scorer_learning_rate: float = 1.0
+    sparsity_warmup: float = 0.0
+    task: NeedleTask = NeedleTask()
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class NeedleProgress:
+    """State after some steps: the training loss, and the accuracy on fresh held-out sequences."""
+
+    step: int
+    loss: float
+    accuracy: float | None
+    recall: float | None
+    sparsity: float | None
+    seconds: float
+
+
+def needle_config(**changes: object) -> AdaptiveConfig:
+    """The defaults at the task's block size, with two scored blocks per row."""
+    settings: dict[str, object] = {
+        "block_size": NeedleTask().block_size,
+        "budget": "fixed",
+        "num_selected_blocks": 2,
+    }
+    return AdaptiveConfig.from_dict(settings | changes)
+
+
+def build_needle_model(run: NeedleRun) -> NeedleModel:
+    """The untrained model of a run, from its seed."""
+    torch.manual_seed(run.seed)
+
+    def make(num_heads: int, head_dim: int) -> nn.Module:
+        return build_attention(run.attention, num_heads, head_dim, run.config)
+
+    model = NeedleModel(run.task, make, num_layers=run.num_layers)
+    return model.to(run.device)
+
+
+def train_needle(
+    run: NeedleRun, model: NeedleModel, evaluate_every: int = 250
+) -> Iterator[NeedleProgress]:
+    """Trains ``model`` and yields its progress every ``evaluate_every`` steps and at the end."""
+    generator = torch.Generator().manual_seed(run.seed)
+    device = torch.device(run.device)
+    selectors = scorer_parameters(model)
+    own = {id(p) for p in selectors}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    groups = [{"params": rest, "factor": 1.0}]
+    if selectors:
+        groups.append({"params": selectors, "factor": run.scorer_learning_rate})
+    optimizer = torch.optim.AdamW(
+        groups, lr=run.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
+    )
+    trainer = None
+    if selectors:
+        trainer = AdaptiveSparsityTrainer(
+            model,
+            initial_temperature=run.config.temperature,
+            final_temperature=run.config.min_temperature,
+            annealing_steps=max(run.steps // 2, 1),
+            sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
+            dense_steps=int(run.sparsity_warmup * run.steps),
+        )
+    start = time.perf_counter()
+    for step in range(run.steps):
+        rate = min(1.0, (step + 1) / 50)
+        rate *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate * rate * group["factor"]
+        model.train()
+        logits, answers = model(run.task.batch(run.batch_size, generator).to(device))
+        loss = F.cross_entropy(logits, answers)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(rest, 1.0)
+        if selectors:
+            nn.utils.clip_grad_norm_(selectors, 1.0)
+        optimizer.step()
+        if trainer is not None:
+            trainer.step()
+        done = step + 1 == run.steps
+        if (step + 1) % evaluate_every == 0 or done:
+            accuracy, recall, sparsity = evaluate_needle(run, model, batches=8 if done else 2)
+            seconds = time.perf_counter() - start
+            yield NeedleProgress(step + 1, loss.item(), accuracy, recall, sparsity, seconds)
+
+
+@torch.no_grad()
+def evaluate_needle(
+    run: NeedleRun, model: NeedleModel, batches: int = 8, batch_size: int = 32
+) -> tuple[float, float | None, float | None]:
+    """Accuracy on held-out sequences, recall of the block with the answer, and sparsity.
+
+    Recall (of the last layer, averaged over heads) and sparsity are None for dense attention.
+    """
+    model.eval()
+    generator = torch.Generator().manual_seed(123)
+    device = torch.device(run.device)
+    right = total = 0
+    recalls, sparsities = [], []
+    for _ in range(batches):
+        batch = run.task.batch(batch_size, generator).to(device)
+        logits, answers = model(batch)
+        right += int((logits.argmax(-1) == answers).sum())
+        total += answers.numel()
+        infos = model.transformer.patterns(model.embed(batch))
+        if infos:
+            kept = infos[-1]["pattern"].to_dense()[:, :, 1:]
+            index = batch.target[:, None, 1:, None].expand(-1, kept.shape[1], -1, -1)
+            index = index.expand(len(batch.target), -1, -1, -1)
+            kept = kept.expand(len(batch.target), -1, -1, -1)
+            recalls.append(float(kept.gather(-1, index).float().mean()))
+            sparsities.append(float(infos[-1]["sparsity"].mean()))
+    if not recalls:
+        return right / total, None, None
+    return right / total, sum(recalls) / batches, sum(sparsities) / batches

@@ -1,0 +1,26 @@
+"""How a value moves from its start to its end over a number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float, float, float], float]
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """A straight line."""
+    return start + (end - start) * progress
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine: slow at both ends."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def exponential(start: float, end: float, progress: float) -> float:
+    """A constant factor per step; both ends must be positive."""
+    return start * (end / start) ** progress
+
+
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "exponential": exponential}
