@@ -6,7 +6,7 @@ budgets and every attention backend read the same rule.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,6 +127,54 @@ class AttentionMask:
             ok = ok & (q_high >= 0) & (k_high >= 0) & (q_high >= k_low) & (k_high >= q_low)
         return ok
 
+    def full_tiles(
+        self, block_size: tuple[int, int], query_block: Tensor, key_block: Tensor
+    ) -> Tensor:
+        """Whether every query token of a tile sees all ``block_size[1]`` keys of it.
+
+        Such tiles need no token mask. A partial last key block is never full; of a partial last
+        query block only the tokens that exist count.
+
+        Args:
+            block_size: Tokens per query block and per key block.
+            query_block: Query block numbers inside the sequence, broadcastable as in
+                :meth:`tokens`.
+            key_block: Key block numbers.
+
+        Returns:
+            Booleans of the broadcast shape.
+        """
+        size_q, size_k = block_size
+        first_q, first_k = query_block * size_q, key_block * size_k
+        last_q = (first_q + size_q - 1).clamp(max=self.q_len - 1)
+        last_k = first_k + size_k - 1
+        ok = (first_q < self.q_len) & (key_block >= 0) & (last_k < self.kv_len)
+        column = (-1,) + (1,) * (max(query_block.dim(), key_block.dim()) - 1)
+        if self.causal:
+            offset = self.query_offset
+            if isinstance(offset, Tensor):
+                offset = offset.view(column)
+            ok = ok & (last_k <= first_q + offset)
+        if self.key_lengths is not None:
+            ok = ok & (last_k < self.key_lengths.view(column))
+        if self.document_ids is not None:
+            # Document numbers ascend: equal ends mean one document in between.
+            ids = self.document_ids
+            ok = ok & _same_document(ids, first_q, last_q) & _same_document(ids, first_k, last_k)
+            ok = ok & _same_document(ids, first_q, first_k)
+        return ok
+
+    def sample(self, index: int) -> AttentionMask:
+        """The rule of one sample, as a mask of batch size 1."""
+        rows = slice(index, index + 1)
+        offset = self.query_offset
+        return replace(
+            self,
+            query_offset=offset[rows] if isinstance(offset, Tensor) else offset,
+            key_lengths=None if self.key_lengths is None else self.key_lengths[rows],
+            document_ids=None if self.document_ids is None else self.document_ids[rows],
+        )
+
     def num_allowed_tiles(self, block_size: tuple[int, int], device: torch.device) -> Tensor:
         """Counts, per query block, the tiles that dense attention would compute.
 
@@ -199,7 +247,7 @@ def _same_document(ids: Tensor, query_index: Tensor, key_index: Tensor) -> Tenso
     def look_up(index: Tensor) -> Tensor:
         index = index.clamp(0, length - 1)
         index = index.expand(batch, *index.shape[1:])
-        return ids.gather(1, index.reshape(batch, -1).long()).view(index.shape)
+        return ids.gather(1, index.flatten(1).long()).view(index.shape)
 
     of_query, of_key = look_up(query_index), look_up(key_index)
     return (of_query == of_key) & (of_query >= 0)
@@ -211,7 +259,7 @@ def _block_range(ids: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tens
 
     def look_up(table: Tensor, index: Tensor) -> Tensor:
         index = index.clamp(0, length - 1).expand(batch, *index.shape[1:])
-        return table.gather(1, index.reshape(batch, -1).long()).view(index.shape)
+        return table.gather(1, index.flatten(1).long()).view(index.shape)
 
     highest = ids.cummax(-1).values
     low = look_up(ids, first)
