@@ -91,8 +91,10 @@ class NeedleTask:
         key.scatter_(-1, query, names[sample, target, which][..., None])
         answer.scatter_(-1, query, values[sample, target, which][..., None])
         answer[:, 0] = -100
-        flat = [x.view(size, -1) for x in (kind, key, value, noise, answer)]
-        return NeedleBatch(*flat, target=target)
+        kind, key, value, noise, answer = (
+            x.view(size, -1) for x in (kind, key, value, noise, answer)
+        )
+        return NeedleBatch(kind, key, value, noise, answer, target)
 
 
 @dataclass(frozen=True)
