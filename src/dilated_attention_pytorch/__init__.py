@@ -4,6 +4,7 @@ from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.nn import (
     BlockSparseAdaptive,
     BlockSparseFixed,
+    MultiheadAdaptiveAttention,
     create_adaptive_block_sparse,
     fixed_pattern,
     get_sparsity_loss,
@@ -15,13 +16,16 @@ from dilated_attention_pytorch.ops.block_sparse_attention import (
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring import ImportanceScorer, block_summaries
 from dilated_attention_pytorch.selection import get_adaptive_sparsity, gumbel_softmax_topk
+from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
 
 __all__ = [
     "AdaptiveConfig",
+    "AdaptiveSparsityTrainer",
     "BlockPattern",
     "BlockSparseAdaptive",
     "BlockSparseFixed",
     "ImportanceScorer",
+    "MultiheadAdaptiveAttention",
     "block_sparse_attention",
     "block_summaries",
     "create_adaptive_block_sparse",

@@ -74,8 +74,8 @@ def row_ranges(
 
     Args:
         mask: The token rule. Documents must start at block boundaries (``documents.py`` brings
-            them there). With ``key_lengths`` and as many queries as keys, query blocks that lie
-            entirely in the padding see nothing.
+            them there). With ``key_lengths``, a diagonal and as many queries as keys, query
+            blocks that lie entirely in the padding see nothing.
         block_size: Tokens per query block and per key block.
         has_diagonal: Whether queries and keys are positions of one sequence.
         device: Where to build the tensors.
@@ -96,7 +96,7 @@ def row_ranges(
     if mask.key_lengths is not None:
         lengths = mask.key_lengths.view(-1, 1, 1).long()
         end = torch.minimum(end, (lengths + size_k - 1).div(size_k, rounding_mode="floor"))
-        if mask.q_len == mask.kv_len:
+        if has_diagonal and mask.q_len == mask.kv_len:
             end = torch.where(rows * size_q < lengths, end, 0)
     if mask.document_ids is not None:
         document = mask.document_ids[:, None, ::size_q].long()

@@ -6,10 +6,12 @@ from dilated_attention_pytorch.nn.adaptive import (
     get_sparsity_loss,
 )
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed, fixed_pattern
+from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
 
 __all__ = [
     "BlockSparseAdaptive",
     "BlockSparseFixed",
+    "MultiheadAdaptiveAttention",
     "create_adaptive_block_sparse",
     "fixed_pattern",
     "get_sparsity_loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -178,6 +178,14 @@ class BlockSparseAdaptive(BlockSparseLayer):
         check_sparsity("value", value)
         self.base_sparsity.fill_(value)
         self._densest = 1 - value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
+        settings = {name: getattr(self, name) for name in ("temperature", "base_sparsity", "top_p")}
+        super()._apply(fn, recurse)
+        for name, value in settings.items():
+            # Moves with the layer but keeps its precision: 0.9 in bfloat16 is 0.8984.
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

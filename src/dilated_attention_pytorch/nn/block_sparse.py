@@ -131,6 +131,7 @@ class BlockSparseLayer(nn.Module, ABC):
         key_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         query_offset: int | Tensor | None = None,
+        cross_attention: bool = False,
         return_pattern: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
@@ -147,6 +148,8 @@ class BlockSparseLayer(nn.Module, ABC):
                 document is treated as if it were alone; the pattern then counts blocks from the
                 start of each document, in a layout where every document starts a new block.
             query_offset: Key position of query 0; None: ``kv_len - q_len``.
+            cross_attention: Queries and keys are two sequences, even if they are equally long: no
+                diagonal block is forced, and ``key_lengths`` concerns the keys alone.
             return_pattern: Also return what was chosen.
             generator: Source of the training-time randomness; None: torch's default.
 
@@ -157,9 +160,15 @@ class BlockSparseLayer(nn.Module, ABC):
 
         Raises:
             TypeError: If inputs are not floating point or mix dtypes.
-            ValueError: If shapes do not fit the layer or each other.
+            ValueError: If shapes do not fit the layer or each other, or ``cross_attention`` comes
+                with an argument that places queries on the key axis.
         """
         self._check(query, key, value)
+        if cross_attention and (is_causal or query_offset is not None or cu_seqlens is not None):
+            raise ValueError(
+                "cross_attention excludes is_causal, query_offset and cu_seqlens: they place the "
+                "queries among the keys."
+            )
         batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
         mask = make_mask(
             batch, q_len, kv_len, device=query.device, causal=is_causal,
@@ -176,7 +185,8 @@ class BlockSparseLayer(nn.Module, ABC):
                 is_causal,
                 document_ids=documents.document_ids,
             )
-        has_diagonal = is_causal or query_offset is not None or q_len == kv_len
+        one_sequence = q_len == kv_len and not cross_attention
+        has_diagonal = is_causal or query_offset is not None or one_sequence
         selection = self.select(self._inputs(query, key, mask, documents, has_diagonal, generator))
         out = block_sparse_attention(
             query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
@@ -190,7 +200,7 @@ class BlockSparseLayer(nn.Module, ABC):
             observer(self, selection.pattern)
         if documents is not None:
             out = documents.restore(out)
-        if key_lengths is not None and q_len == kv_len:
+        if key_lengths is not None and one_sequence:
             real = torch.arange(q_len, device=out.device) < key_lengths[:, None]
             out = torch.where(real[..., None, None], out, 0)
         if return_pattern:
@@ -238,7 +248,7 @@ class BlockSparseLayer(nn.Module, ABC):
         elif mask.key_lengths is not None:
             positions = torch.arange(mask.kv_len, device=query.device)
             key_valid = positions < mask.key_lengths[:, None]
-            query_valid = key_valid if mask.q_len == mask.kv_len else None
+            query_valid = key_valid if has_diagonal and mask.q_len == mask.kv_len else None
         return SelectionInputs(
             query, key, mask, rows, candidates, query_valid, key_valid, generator
         )

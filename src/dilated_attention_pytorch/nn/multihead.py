@@ -1,0 +1,293 @@
+"""MultiheadAdaptiveAttention: adaptive attention in the place of ``nn.MultiheadAttention``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.nn.adaptive import create_adaptive_block_sparse
+from dilated_attention_pytorch.nn.key_padding import KeyPadding, hidden_tokens, is_causal_mask
+
+
+class MultiheadAdaptiveAttention(nn.Module):
+    """Projections around :class:`BlockSparseAdaptive`, called like ``nn.MultiheadAttention``.
+
+    Parameters of the projections have the names and shapes of ``nn.MultiheadAttention``. A state
+    dict of that class (one without any ``attention.*`` entry) loads strictly and leaves the
+    selector as it is.
+
+    Differs from ``nn.MultiheadAttention``: ``batch_first`` is True by default; attention weights
+    are never returned; padded queries of self-attention give the output bias instead of a value,
+    as do queries with nothing to read (instead of NaN).
+
+    Args:
+        embed_dim: Model dimension; ``head_dim = embed_dim // num_heads``.
+        num_heads: Query heads; must divide ``embed_dim``.
+        dropout: Must be 0: dropout of attention weights is not computed.
+        bias: Biases of all projections.
+        add_bias_kv: Must be False: the extra token belongs to no block.
+        add_zero_attn: Must be False, for the same reason.
+        kdim: Size of ``key``; None: ``embed_dim``.
+        vdim: Size of ``value``; None: ``embed_dim``.
+        batch_first: Inputs are ``(batch, seq_len, dim)``; False: ``(seq_len, batch, dim)``.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        num_kv_heads: Key and value heads; None: ``num_heads``. Fewer give the projections of
+            ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` instead of one packed weight.
+        segment_lengths: As in :class:`BlockSparseAdaptive`; None: choose from all blocks.
+        dilation_rates: As in :class:`BlockSparseAdaptive`.
+        adaptive_config: As in :class:`BlockSparseAdaptive`.
+        backend: Of :func:`block_sparse_attention`.
+
+    Raises:
+        ValueError: If sizes do not fit, or an option is asked for that block-sparse attention does
+            not have.
+
+    Example:
+        >>> import torch
+        >>> layer = MultiheadAdaptiveAttention(embed_dim=64, num_heads=4)
+        >>> x = torch.randn(2, 300, 64)
+        >>> padding = torch.arange(300) >= torch.tensor([[300], [200]])
+        >>> output, weights = layer(x, x, x, key_padding_mask=padding, is_causal=True)
+        >>> output.shape, weights
+        (torch.Size([2, 300, 64]), None)
+    """
+
+    # nn.TransformerEncoderLayer reads this; True would let its fused inference path take the
+    # weights and run dense attention without calling this module.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        adaptive_config: AdaptiveConfig | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _refuse_options(dropout, add_bias_kv, add_zero_attn)
+        kdim, vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        for name, size in (("embed_dim", embed_dim), ("kdim", kdim), ("vdim", vdim)):
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}.")
+        attention = create_adaptive_block_sparse(
+            embed_dim, num_heads, segment_lengths, dilation_rates, adaptive_config,
+            num_kv_heads=num_kv_heads, backend=backend,
+        )  # fmt: skip
+        self.embed_dim, self.kdim, self.vdim = embed_dim, kdim, vdim
+        self.num_heads, self.num_kv_heads = num_heads, attention.num_kv_heads
+        self.head_dim, self.dropout, self.batch_first = attention.head_dim, dropout, batch_first
+        kv_dim = self.num_kv_heads * self.head_dim
+        self._sizes = [embed_dim, kv_dim, kv_dim]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        if embed_dim == kdim == vdim == kv_dim:
+            self.in_proj_weight = parameter(3 * embed_dim, embed_dim)
+        else:
+            self.q_proj_weight = parameter(embed_dim, embed_dim)
+            self.k_proj_weight = parameter(kv_dim, kdim)
+            self.v_proj_weight = parameter(kv_dim, vdim)
+        if bias:
+            self.in_proj_bias = parameter(sum(self._sizes))
+        else:
+            self.register_parameter("in_proj_bias", None)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+        self.attention = attention.to(device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws the projections anew, as ``nn.MultiheadAttention`` does; not the selector."""
+        for name, weight in self.named_parameters(recurse=False):
+            if name.endswith("weight"):
+                nn.init.xavier_uniform_(weight)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        cu_seqlens: Tensor | None = None,
+        return_pattern: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        """Projects, attends and projects back.
+
+        It is self-attention, with a diagonal, if ``query is key``, or if ``is_causal`` or
+        ``cu_seqlens`` are given; anything else is cross-attention.
+
+        Args:
+            query: ``(batch, q_len, embed_dim)``, or ``(q_len, embed_dim)`` without a batch;
+                ``(q_len, batch, embed_dim)`` with ``batch_first=False``.
+            key: ``(batch, kv_len, kdim)``, likewise.
+            value: ``(batch, kv_len, vdim)``, likewise.
+            key_padding_mask: ``(batch, kv_len)`` (``(kv_len,)`` without a batch): True, or -inf in
+                a floating-point mask, marks padding anywhere in the sequence. Blocks are cut as
+                if it stood at the end. Checking a floating-point mask waits for the device.
+            need_weights: Must be False: the weights are never formed.
+            attn_mask: None, or the causal mask (``nn.Transformer`` hands it over beside
+                ``is_causal``): ``(q_len, kv_len)`` or ``(batch * num_heads, q_len, kv_len)``. It is
+                compared with the causal mask; with ``is_causal`` on a GPU it is trusted.
+            average_attn_weights: No effect, as there are no weights.
+            is_causal: Hide later keys (aligned bottom-right if the lengths differ).
+            cu_seqlens: Packed documents, as in :class:`BlockSparseAdaptive`.
+            return_pattern: Return the dict of :class:`BlockSparseAdaptive` in the place of the
+                weights. Its blocks are cut after padding was moved to the end.
+            generator: Source of the training-time randomness; None: torch's default.
+
+        Returns:
+            The output, shaped like ``query``, and None (with ``return_pattern`` the dict).
+
+        Raises:
+            TypeError: If an input has the wrong type.
+            ValueError: If shapes do not fit, or a mask is given that blocks cannot express.
+        """
+        if need_weights:
+            raise ValueError(
+                "need_weights must be False: block-sparse attention never forms the weights; "
+                "return_pattern=True shows which blocks were read."
+            )
+        if key_padding_mask is not None and cu_seqlens is not None:
+            raise ValueError(
+                "key_padding_mask excludes cu_seqlens; end cu_seqlens before the padding."
+            )
+        self._check(query, key, value)
+        batched = query.dim() == 3
+        query, key, value = self._batch_first(query, key, value)
+        batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
+        if attn_mask is not None and not (is_causal and attn_mask.device.type != "cpu"):
+            is_causal = is_causal_mask(attn_mask, q_len, kv_len, batch * self.num_heads)
+        one_sequence = query is key or cu_seqlens is not None or (is_causal and q_len == kv_len)
+        padding: KeyPadding | None = None
+        if key_padding_mask is not None:
+            hidden = hidden_tokens(key_padding_mask if batched else key_padding_mask[None])
+            padding = KeyPadding.of(hidden, batch, kv_len, key.device)
+            if is_causal and not one_sequence:
+                padding.require_at_the_end()
+            else:
+                key, query, value = padding.compact(key, query, value, one_sequence)
+        projected = self._project(query, key, value)
+        result = self.attention(
+            *projected,
+            is_causal=is_causal,
+            key_lengths=None if padding is None else padding.lengths,
+            cu_seqlens=cu_seqlens,
+            cross_attention=not (one_sequence or is_causal),
+            return_pattern=return_pattern,
+            generator=generator,
+        )
+        out, info = result if return_pattern else (result, None)
+        out = out.flatten(2)
+        if padding is not None and one_sequence:
+            out = padding.spread(out)
+        out = self.out_proj(out)
+        if not batched:
+            return out[0], info
+        return (out if self.batch_first else out.transpose(0, 1)), info
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(layer)``."""
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_kv_heads={self.num_kv_heads}, kdim={self.kdim}, vdim={self.vdim}, "
+            f"batch_first={self.batch_first}"
+        )
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        sizes = (("query", query, "embed_dim"), ("key", key, "kdim"), ("value", value, "vdim"))
+        for name, x, size in sizes:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
+            if x.is_nested:
+                raise TypeError(
+                    f"{name} must not be a nested tensor; pack the sequences and pass cu_seqlens "
+                    "(nn.TransformerEncoder: enable_nested_tensor=False)."
+                )
+            if not x.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(
+                    f"{name} must have 3 dimensions like the other inputs, or 2 without a batch, "
+                    f"got {tuple(x.shape)}."
+                )
+            if x.shape[-1] != getattr(self, size):
+                raise ValueError(
+                    f"{name} must end in {size}={getattr(self, size)}, got {tuple(x.shape)}."
+                )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"key and value must be as long, got {tuple(key.shape)} and {tuple(value.shape)}."
+            )
+
+    def _batch_first(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Brings the inputs to ``(batch, seq_len, dim)``; the same tensor stays the same."""
+        moved: dict[int, Tensor] = {}
+        for x in (query, key, value):
+            if x.dim() == 2:
+                moved[id(x)] = x[None]
+            else:
+                moved[id(x)] = x if self.batch_first else x.transpose(0, 1)
+        return moved[id(query)], moved[id(key)], moved[id(value)]
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Projects to ``(batch, seq_len, heads, head_dim)`` each."""
+        bias = self.in_proj_bias
+        packed = hasattr(self, "in_proj_weight")
+        if packed and query is key and key is value:
+            parts = F.linear(query, self.in_proj_weight, bias).split(self._sizes, dim=-1)
+        else:
+            if packed:
+                weights = self.in_proj_weight.split(self._sizes)
+            else:
+                weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = (None, None, None) if bias is None else bias.split(self._sizes)
+            inputs = zip((query, key, value), weights, biases, strict=True)
+            parts = tuple(F.linear(x, weight, b) for x, weight, b in inputs)
+        return [x.unflatten(-1, (-1, self.head_dim)) for x in parts]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = f"{prefix}attention."
+        if not any(name.startswith(own) for name in state_dict):
+            # Weights of dense attention: the selector has no counterpart there and stays.
+            for name, value in self.attention.state_dict().items():
+                state_dict[own + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_options(dropout: float, add_bias_kv: bool, add_zero_attn: bool) -> None:
+    if dropout != 0:
+        raise ValueError(
+            f"dropout must be 0, got {dropout}: the weights that it would drop are never formed; "
+            "use nn.Dropout on the output."
+        )
+    for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+        if value:
+            raise ValueError(f"{name} must be False: the token it adds would belong to no block.")
