@@ -11,8 +11,8 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel samples shaped like ``like``, in float32."""
     uniform = torch.rand(like.shape, device=like.device, generator=generator)
-    tiny = torch.finfo(torch.float32).tiny
-    return -torch.log(-torch.log(uniform.clamp(min=tiny)).clamp(min=tiny))
+    # Below 2**-24 nothing but 0 is drawn; the largest draw is 1 - 2**-24, so both logs are finite.
+    return -(-uniform.clamp(min=2**-25).log()).log()
 
 
 def relaxed_top_k(
