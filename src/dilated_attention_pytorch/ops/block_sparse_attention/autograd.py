@@ -21,9 +21,11 @@ def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     if scale < 0:
         # The kernels take the maximum of the raw logits, which needs a positive factor.
         query, scale = -query, -scale
-    bounds = None
+    bounds, key_lengths = None, mask.key_lengths
     if mask.document_ids is not None:
         bounds = torch.stack(document_bounds(mask.document_ids), 1).int()
+        # Padding follows the last document.
+        key_lengths = (mask.document_ids >= 0).sum(-1)
     differentiable = (query, args.key, args.value, args.block_bias, args.mass_probe)
     starts = slots = None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
@@ -40,7 +42,7 @@ def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
         args.mass_probe,
         starts,
         slots,
-        mask.key_lengths,
+        key_lengths,
         mask.query_offset if isinstance(mask.query_offset, Tensor) else None,
         mask.document_ids,
         bounds,

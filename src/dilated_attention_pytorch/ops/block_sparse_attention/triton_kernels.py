@@ -5,14 +5,13 @@ program works on ``ROWS`` query tokens of ``PACK`` query heads that share keys a
 ``COLUMNS`` key tokens; both divide the pattern's blocks. Logits live in base 2: the scale carries
 log2(e), so that every exponential is one ``exp2``.
 
-Gradients are deterministic without serialising anything: dK and dV of a key block are owned by one
-program, and dQ is either owned by a program of its own (``split``) or summed in fixed-point
-integers (``fused``), whose addition is associative.
+Gradients are deterministic without atomics: one program owns dK and dV of a key tile, another dQ
+of a query tile. The logits' gradient dS that the first computes is kept for the second in a
+workspace of bounded size; where that does not fit, the second recomputes it.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,21 +110,9 @@ def _visible(
 
 
 @triton.jit
-def _without_padding(
-    tile,
-    column,
-    batch,
-    key_limit,
-    documents,
-    q_len,
-    DOCUMENTS: tl.constexpr,
-):
+def _without_padding(tile, column, key_limit):
     """Zeroes key or value rows that are padding: what lies there may be NaN, and 0 * NaN is NaN."""
-    keep = column < key_limit
-    if DOCUMENTS:
-        ids = documents + tl.cast(batch, tl.int64) * q_len
-        keep = keep & (tl.load(ids + column, mask=column < q_len, other=-1) >= 0)
-    return tl.where(keep[:, None], tile, 0.0).to(tile.dtype)
+    return tl.where((column < key_limit)[:, None], tile, 0.0).to(tile.dtype)
 
 
 @triton.jit
@@ -206,7 +193,7 @@ def _forward_tile(
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
-        v = _without_padding(v, column, batch, key_limit, documents, q_len, DOCUMENTS)
+        v = _without_padding(v, column, key_limit)
     new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
     # A row that has seen nothing yet keeps -inf; 0 instead avoids -inf - -inf.
     base = tl.where(new_high == float("-inf"), 0.0, new_high) if MASKED else new_high
@@ -330,11 +317,9 @@ def _forward_kernel(
 def _row_kernel(
     out, o_stride_b, o_stride_h, o_stride_n,
     grad_out, g_stride_b, g_stride_h, g_stride_n,
-    lse, grad_lse, key_max, value_norm,
-    lse2, delta, norm, unit,
+    lse, grad_lse, lse2, delta, norm,
     q_len, padded_len, num_heads,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    GRAD_LSE: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """What the backward kernels need of every query row; rows past the end get lse = +inf."""
     first = tl.program_id(0) * ROWS
@@ -364,12 +349,6 @@ def _row_kernel(
         extra = tl.load(grad_lse + read, mask=inside, other=0.0)
     tl.store(delta + write, dot - extra, mask=row < padded_len)
     tl.store(norm + write, length, mask=row < padded_len)
-    if UNIT:
-        # |dQ| <= sum_m P |dP - delta| max|K|, and |dP|, |delta| <= |dO| max|V| (+ |dlse|).
-        # 2**29 of the 2**31 steps: room for the rounding of P, out and the sums.
-        kv = tl.cast(batch, tl.int64) * (num_heads // GROUP) + head // GROUP
-        bound = 2 * length * tl.load(value_norm + kv) + tl.abs(extra)
-        tl.store(unit + write, bound * tl.load(key_max + kv) / 536870912.0, mask=row < padded_len)
 
 
 @triton.jit
@@ -473,12 +452,12 @@ def _query_kernel(
                 k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
-            k = _without_padding(k, column, batch, key_limit, documents, q_len, DOCUMENTS)
+            k = _without_padding(k, column, key_limit)
             v = _load_rows(
                 v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
-            v = _without_padding(v, column, batch, key_limit, documents, q_len, DOCUMENTS)
+            v = _without_padding(v, column, key_limit)
             bias = 0.0
             if BIAS:
                 bias = tl.load(biases + slot) * LOG2E
@@ -514,8 +493,7 @@ def _key_tile(
     lse2,
     delta,
     norm,
-    unit,
-    grad_q,
+    grad_logits,
     grad_bias,
     mass,
     batch,
@@ -523,6 +501,7 @@ def _key_tile(
     first,
     entry,
     plane,
+    place_logits,
     bias,
     q_len,
     padded_len,
@@ -541,12 +520,12 @@ def _key_tile(
     MASKED: tl.constexpr,
     GRAD_BIAS: tl.constexpr,
     MASS: tl.constexpr,
-    FUSED: tl.constexpr,
+    KEEP: tl.constexpr,
     TMA_Q: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds one query tile to dK and dV (and to dQ, if fused). Logits stand transposed (m, n)."""
+    """Adds one query tile to dK and dV. Logits stand transposed, ``(m, n)``."""
     q = _load_rows(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
         PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
@@ -578,17 +557,8 @@ def _key_tile(
         tl.store(grad_bias + plane + entry, tl.sum(tl.sum(ds, 1), 0))
     ds = ds.to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    if FUSED:
-        part = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-        step = tl.load(unit + place)
-        part = part * tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)[:, None]
-        # Rounding to the nearest: truncation would pull every sum towards zero.
-        fixed = (part + tl.where(part < 0, -0.5, 0.5)).to(tl.int32)
-        if UPCAST:
-            cell = place[:, None] * D + tl.arange(0, D)[None, :]
-            tl.atomic_add(grad_q + cell, fixed, sem="relaxed")
-        else:
-            grad_q.atomic_add([batch, head, first, 0], fixed.reshape([1, PACK, ROWS, D]))
+    if KEEP:
+        grad_logits.store(place_logits, ds.to(grad_logits.dtype))
     return dk, dv
 
 
@@ -598,29 +568,29 @@ def _key_kernel(
     k_source, k_stride_b, k_stride_h, k_stride_n,
     v_source, v_stride_b, v_stride_h, v_stride_n,
     g_source, g_stride_b, g_stride_h, g_stride_n,
-    grad_q,
+    grad_logits,
     grad_k, dk_stride_b, dk_stride_h, dk_stride_n,
     grad_v, dv_stride_b, dv_stride_h, dv_stride_n,
-    lse2, delta, norm, unit,
-    grad_bias, mass,
+    lse2, delta, norm, grad_bias, mass,
     starts, t_stride_b, t_stride_p,
     slots, s_stride_b, s_stride_p,
     block_bias, b_stride_b, b_stride_p, b_stride_i,
     key_lengths, offsets, documents, bounds,
-    q_len, kv_len, padded_len, offset, scale, scale2, num_heads, num_planes, query_blocks, width,
+    q_len, kv_len, padded_len, offset, scale, scale2, num_heads, first_plane, query_blocks, width,
     GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, FUSED: tl.constexpr,
+    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, KEEP: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile, its share of the by-products and, if fused, of dQ."""
+    """dK and dV of one key tile, its share of the by-products and, if kept, of dS."""
     key_tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    batch = tl.program_id(2)
+    num_kv_heads = num_heads // GROUP
+    batch = (first_plane + tl.program_id(1)) // num_kv_heads
+    kv_head = (first_plane + tl.program_id(1)) % num_kv_heads
     start = key_tile * COLUMNS
     block = start // BLOCK_K
     batch64 = tl.cast(batch, tl.int64)
@@ -638,9 +608,9 @@ def _key_kernel(
         v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
         1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
     )  # fmt: skip
-    if LENGTHS or DOCUMENTS:
-        k = _without_padding(k, column, batch, key_limit, documents, q_len, DOCUMENTS)
-        v = _without_padding(v, column, batch, key_limit, documents, q_len, DOCUMENTS)
+    if LENGTHS:
+        k = _without_padding(k, column, key_limit)
+        v = _without_padding(v, column, key_limit)
     # Queries [row_low, row_end) see all these keys.
     row_low = 0
     row_end = query_blocks * BLOCK_Q
@@ -668,8 +638,10 @@ def _key_kernel(
         if BIAS:
             biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p
         # One plane of by-products for each program that visits the same tile.
-        plane_of = (batch64 * num_planes + head // PACK) * (PARTS * KEY_PARTS)
+        plane_of = (batch64 * num_heads + head) // PACK * (PARTS * KEY_PARTS)
         plane_of += (key_tile % KEY_PARTS) * PARTS
+        # The workspace holds dS of the launched planes only.
+        kept = (tl.program_id(1) * (GROUP // PACK) + member) * query_blocks * width
         low = 0
         full = count
         if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
@@ -689,11 +661,12 @@ def _key_kernel(
             dk, dv = _key_tile(
                 dk, dv, k, v, q_source, g_source,
                 q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
-                lse2, delta, norm, unit, grad_q, grad_bias, mass,
+                lse2, delta, norm, grad_logits, grad_bias, mass,
                 batch, head, first, entry, (plane_of + step % PARTS) * cells,
+                [(kept + entry) * BLOCK_K + start % BLOCK_K, step % PARTS * (PACK * ROWS)],
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
                 PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
-                GRAD_BIAS, MASS, FUSED, TMA_Q, UPCAST, PRECISION,
+                GRAD_BIAS, MASS, KEEP, TMA_Q, UPCAST, PRECISION,
             )  # fmt: skip
         if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
             for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
@@ -709,12 +682,13 @@ def _key_kernel(
                 dk, dv = _key_tile(
                     dk, dv, k, v, q_source, g_source,
                     q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
-                    lse2, delta, norm, unit, grad_q, grad_bias, mass,
+                    lse2, delta, norm, grad_logits, grad_bias, mass,
                     batch, head, first, entry, (plane_of + step % PARTS) * cells,
+                    [(kept + entry) * BLOCK_K + start % BLOCK_K, step % PARTS * (PACK * ROWS)],
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
                     PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
-                    GRAD_BIAS, MASS, FUSED, TMA_Q, UPCAST, PRECISION,
+                    GRAD_BIAS, MASS, KEEP, TMA_Q, UPCAST, PRECISION,
                 )  # fmt: skip
     _store_rows(
         grad_k, dk_stride_b, dk_stride_h, dk_stride_n, batch, kv_head, start, kv_len, dk * scale,
@@ -727,24 +701,63 @@ def _key_kernel(
 
 
 @triton.jit
-def _unfix_kernel(
-    fixed, unit, grad_q, stride_b, stride_h, stride_n,
-    q_len, padded_len, num_heads, scale,
-    ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _kept_query_kernel(
+    grad_logits,
+    k_source, k_stride_b, k_stride_h, k_stride_n,
+    grad_q, dq_stride_b, dq_stride_h, dq_stride_n,
+    counts, c_stride_b, c_stride_p, c_stride_i,
+    indices, i_stride_b, i_stride_p, i_stride_i,
+    key_lengths,
+    q_len, kv_len, scale, num_heads, first_pack, query_blocks, width,
+    GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, LENGTHS: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Turns the fixed-point dQ into floating point."""
+    """dQ of one query tile from the kept dS."""
     first = tl.program_id(0) * ROWS
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    row = first + tl.arange(0, ROWS)
-    place = (tl.cast(batch, tl.int64) * num_heads + head) * padded_len + row
-    inside = row < q_len
-    cell = place[:, None] * D + tl.arange(0, D)[None, :]
-    tile = tl.load(fixed + cell, mask=inside[:, None], other=0).to(tl.float32)
-    tile = tile * (tl.load(unit + place, mask=inside, other=0.0) * scale)[:, None]
+    head = (first_pack + tl.program_id(1)) * PACK
+    batch = head // num_heads
+    head = head % num_heads
+    kv_head = head // GROUP
+    block = first // BLOCK_Q
+    batch64 = tl.cast(batch, tl.int64)
+    shared64 = tl.cast(head // HEADS_PER_PATTERN, tl.int64)
+    block64 = tl.cast(block, tl.int64)
+    count = tl.load(counts + batch64 * c_stride_b + shared64 * c_stride_p + block64 * c_stride_i)
+    entries = indices + batch64 * i_stride_b + shared64 * i_stride_p + block64 * i_stride_i
+    kept = (tl.program_id(1) * query_blocks + block) * width
+    side = (first % BLOCK_Q) * PACK
+    full = count
+    if LENGTHS:
+        key_limit = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), kv_len)
+        full = _count_below(entries, count, 1, BLOCK_K, key_limit - BLOCK_K + 1)
+    acc = tl.zeros([PACK * ROWS, D], tl.float32)
+    PARTS: tl.constexpr = BLOCK_K // COLUMNS
+    upcoming = tl.load(entries, mask=full > 0, other=0)
+    for step in tl.range(0, full * PARTS, num_stages=STAGES):
+        start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
+        following = (step + 1) // PARTS
+        upcoming = tl.load(entries + following, mask=following < full, other=0)
+        k = _load_rows(
+            k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
+            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+        )  # fmt: skip
+        ds = grad_logits.load([kept * BLOCK_K + step * COLUMNS, side]).to(k.dtype)
+        acc = tl.dot(tl.trans(ds), k, acc)
+    if LENGTHS:
+        for step in tl.range(full * PARTS, count * PARTS, num_stages=1):
+            start = tl.load(entries + step // PARTS) * BLOCK_K + (step % PARTS) * COLUMNS
+            k = _load_rows(
+                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
+                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+            )  # fmt: skip
+            k = _without_padding(k, start + tl.arange(0, COLUMNS), key_limit)
+            ds = grad_logits.load([kept * BLOCK_K + step * COLUMNS, side]).to(k.dtype)
+            acc = tl.dot(tl.trans(ds), k, acc)
     _store_rows(
-        grad_q, stride_b, stride_h, stride_n, batch, head, first, q_len, tile,
-        1, ROWS, D, HEAD_DIM,
+        grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
+        PACK, ROWS, D, HEAD_DIM,
     )  # fmt: skip
 
 
@@ -893,15 +906,29 @@ def key_config(call: Call) -> LaunchConfig:
     return LaunchConfig(rows, columns, 8 if columns > 64 or d > 128 else 4, 2 if d <= 128 else 1)
 
 
-def can_fuse(call: Call) -> bool:
-    """Whether dQ is summed in fixed point by the dK, dV kernel.
+def kept_query_config(call: Call, rows: int) -> LaunchConfig:
+    """The measured launch of the dQ kernel that reads dS, for the rows of the dK, dV kernel."""
+    return LaunchConfig(rows, min(call.block_k, 64), 4, 3)
 
-    Needs the bulk reduction of compute capability 9.0, and 16-bit inputs: the fixed-point step is
-    finer than their rounding, but not than float32's.
+
+WORKSPACE_BYTES = 2**30
+"""Memory for kept dS; heads are processed in chunks that fit it."""
+
+
+def planes_per_chunk(call: Call) -> int:
+    """How many (sample, KV head) pairs keep their dS at a time; 0: it is recomputed.
+
+    Needs the bulk copy engine of compute capability 9.0 and 16-bit inputs: dS is rounded to their
+    type for the matrix units anyway, so that keeping it loses nothing.
     """
-    if call.query.dtype == torch.float32 or call.padded_head_dim > 128:
-        return False
-    return INTERPRETED or _capability(call.query.device) >= (9, 0)
+    if call.query.dtype == torch.float32 or call.indices.shape[3] == 0:
+        return 0
+    if not INTERPRETED and _capability(call.query.device) < (9, 0):
+        return 0
+    cells = call.indices.shape[2] * call.indices.shape[3] * call.block_q * call.block_k
+    planes = call.query.shape[0] * call.key.shape[2]
+    fitting = min(WORKSPACE_BYTES // (2 * cells * call.group), planes)
+    return 0 if fitting == 0 else triton.cdiv(planes, triton.cdiv(planes, fitting))
 
 
 def launch_forward(
@@ -912,7 +939,7 @@ def launch_forward(
         return
     config = config or forward_config(call)
     batch, q_len, num_heads, _ = call.query.shape
-    pack = call.pack(config.rows, 128)
+    pack = call.pack(config.rows, 64)
     tiles = triton.cdiv(q_len, config.rows)
     query, tma_q = _source(call.query, pack, config.rows, call)
     key, tma_k = _source(call.key, 1, config.columns, call)
@@ -963,7 +990,7 @@ def launch_backward(
     slots: Tensor,
     grads: Gradients,
     *,
-    fused: bool | None = None,
+    chunk: int | None = None,
     config: LaunchConfig | None = None,
     config_query: LaunchConfig | None = None,
 ) -> None:
@@ -978,9 +1005,10 @@ def launch_backward(
         starts: ``PatternTranspose.offsets``.
         slots: ``PatternTranspose.slots``.
         grads: Where to write.
-        fused: Sum dQ in the dK, dV kernel; None: :func:`can_fuse`.
+        chunk: (sample, KV head) pairs that keep dS at a time, 0: none; None:
+            :func:`planes_per_chunk`.
         config: Launch of the dK, dV kernel.
-        config_query: Launch of the dQ kernel, if not fused.
+        config_query: Launch of the dQ kernel.
     """
     batch, q_len, num_heads, head_dim = call.query.shape
     kv_len, num_kv_heads = call.key.shape[1:3]
@@ -989,7 +1017,7 @@ def launch_backward(
             if tensor is not None:
                 tensor.zero_()
         return
-    fused = can_fuse(call) if fused is None else fused
+    chunk = planes_per_chunk(call) if chunk is None else chunk
     config = config or key_config(call)
     d = call.padded_head_dim
     query_blocks, width = call.indices.shape[2:]
@@ -1006,62 +1034,59 @@ def launch_backward(
         return torch.empty(batch, num_heads, padded_len, dtype=torch.float32, device=device)
 
     lse2, delta, norm = per_row(), per_row(), per_row()
-    unit = per_row() if fused else norm
-    key_max = value_norm = norm
-    if fused:
-        key_max = torch.linalg.vector_norm(call.key, math.inf, (1, 3), dtype=torch.float32)
-        value_norm = torch.linalg.vector_norm(call.value, 2, 3, dtype=torch.float32).amax(1)
     constants = call.constants()
     with _on(device):
         _row_kernel[(triton.cdiv(padded_len, 32), num_heads, batch)](
             out, *_strides(out), grad_out, *_strides(grad_out),
-            lse, lse if grad_lse is None else grad_lse, key_max, value_norm,
-            lse2, delta, norm, unit, q_len, padded_len, num_heads,
-            GROUP=call.group, ROWS=32, D=d, HEAD_DIM=head_dim,
-            GRAD_LSE=grad_lse is not None, UNIT=fused, num_warps=4,
+            lse, lse if grad_lse is None else grad_lse, lse2, delta, norm,
+            q_len, padded_len, num_heads,
+            ROWS=32, D=d, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None, num_warps=4,
         )  # fmt: skip
         parts = (call.block_q // config.rows) * (call.block_k // config.columns)
-        planes = num_heads // pack
+        planes = num_heads // pack * parts
 
         def by_product(wanted: Tensor | None) -> Tensor:
             if wanted is None:
                 return norm
             return torch.zeros(
-                batch, planes * parts, query_blocks, width, dtype=torch.float32, device=device
+                batch, planes, query_blocks, width, dtype=torch.float32, device=device
             )
 
         grad_bias, mass = by_product(grads.block_bias), by_product(grads.mass)
-        target: Any = grads.query
-        if fused:
-            fixed = torch.zeros(
-                batch, num_heads, padded_len, d, dtype=torch.int32, device=device
+        planes_kv = batch * num_kv_heads
+        kept: Any = norm
+        if chunk:
+            packs = call.group // pack
+            rows = chunk * packs * query_blocks * width * call.block_k
+            workspace = torch.empty(
+                rows, pack * call.block_q, dtype=call.query.dtype, device=device
             )
-            box = [1, pack, config.rows, d]
-            target = fixed if INTERPRETED else TensorDescriptor.from_tensor(fixed, box)
-        _key_kernel[(triton.cdiv(kv_len, config.columns), num_kv_heads, batch)](
-            query if tma_q else call.query, *_strides(call.query),
-            key if tma else call.key, *_strides(call.key),
-            value if tma else call.value, *_strides(call.value),
-            gradient if tma_q else grad_out, *_strides(grad_out),
-            target,
-            grads.key, *_strides(grads.key), grads.value, *_strides(grads.value),
-            lse2, delta, norm, unit, grad_bias, mass,
-            starts, *starts.stride()[:2], slots, *slots.stride()[:2],
-            *call.mask_arguments(),
-            q_len, kv_len, padded_len, call.offset, call.scale, call.scale * LOG2E.value,
-            num_heads, planes, query_blocks, width,
-            **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-            GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None, FUSED=fused,
-            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        if fused:
-            _unfix_kernel[(triton.cdiv(q_len, 32), num_heads, batch)](
-                fixed, unit, grads.query, *_strides(grads.query),
-                q_len, padded_len, num_heads, call.scale,
-                ROWS=32, D=d, HEAD_DIM=head_dim, num_warps=4,
+            box = [config.columns, pack * config.rows]
+            kept = TensorDescriptor.from_tensor(workspace, box)
+        for plane in range(0, planes_kv, chunk or planes_kv):
+            current = min(chunk or planes_kv, planes_kv - plane)
+            _key_kernel[(triton.cdiv(kv_len, config.columns), current)](
+                query if tma_q else call.query, *_strides(call.query),
+                key if tma else call.key, *_strides(call.key),
+                value if tma else call.value, *_strides(call.value),
+                gradient if tma_q else grad_out, *_strides(grad_out),
+                kept,
+                grads.key, *_strides(grads.key), grads.value, *_strides(grads.value),
+                lse2, delta, norm, grad_bias, mass,
+                starts, *starts.stride()[:2], slots, *slots.stride()[:2],
+                *call.mask_arguments(),
+                q_len, kv_len, padded_len, call.offset, call.scale, call.scale * LOG2E.value,
+                num_heads, plane, query_blocks, width,
+                **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
+                GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
+                KEEP=chunk > 0, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+                num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
-        else:
+            if chunk:
+                _launch_kept_query(
+                    call, workspace, pack, plane, current, grads.query, config.rows, config_query
+                )
+        if not chunk:
             _launch_query(call, grad_out, lse2, delta, grads.query, config_query)
     _collect(call, grads, grad_bias, mass, norm)
 
@@ -1076,7 +1101,7 @@ def _launch_query(
 ) -> None:
     config = config or query_config(call)
     batch, q_len, num_heads, _ = call.query.shape
-    pack = call.pack(config.rows, 128 if call.padded_head_dim <= 128 else 64)
+    pack = call.pack(config.rows, 64)
     tiles = triton.cdiv(q_len, config.rows)
     query, tma_q = _source(call.query, pack, config.rows, call)
     gradient, tma_g = _source(grad_out, pack, config.rows, call)
@@ -1096,6 +1121,36 @@ def _launch_query(
         call.scale * LOG2E.value, num_heads, tiles,
         **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
         TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _launch_kept_query(
+    call: Call,
+    workspace: Tensor,
+    pack: int,
+    plane: int,
+    planes: int,
+    grad_q: Tensor,
+    rows: int,
+    config: LaunchConfig | None,
+) -> None:
+    config = config or kept_query_config(call, rows)
+    _, q_len, num_heads, head_dim = call.query.shape
+    key, tma = _source(call.key, 1, config.columns, call)
+    packs = call.group // pack
+    _kept_query_kernel[(triton.cdiv(q_len, rows), planes * packs)](
+        TensorDescriptor.from_tensor(workspace, [config.columns, pack * rows]),
+        key if tma else call.key, *_strides(call.key),
+        grad_q, *_strides(grad_q),
+        call.counts, *call.counts.stride(),
+        call.indices, *call.indices.stride()[:3],
+        call.counts if call.key_lengths is None else call.key_lengths,
+        q_len, call.key.shape[1], call.scale, num_heads, plane * packs, *call.indices.shape[2:],
+        GROUP=call.group, HEADS_PER_PATTERN=call.heads_per_pattern, PACK=pack,
+        BLOCK_Q=call.block_q, BLOCK_K=call.block_k, ROWS=rows, COLUMNS=config.columns,
+        D=call.padded_head_dim, HEAD_DIM=head_dim, LENGTHS=call.key_lengths is not None,
+        TMA=tma, UPCAST=INTERPRETED, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -1129,7 +1184,7 @@ def _source(x: Tensor, heads: int, count: int, call: Call) -> tuple[Any, bool]:
     strides = [unit if size == 1 else step for size, step in zip(shape, strides, strict=True)]
     fits = all(step > 0 and step % unit == 0 for step in strides) and x.numel() > 0
     hardware = INTERPRETED or _capability(x.device) >= (9, 0)
-    if heads > 1 or not hardware or not fits or x.data_ptr() % 16:
+    if not hardware or not fits or x.data_ptr() % 16:
         return x, False
     box = [1, heads, count, call.padded_head_dim]
     return TensorDescriptor(x, [*shape, x.shape[3]], [*strides, 1], box), True
