@@ -193,8 +193,10 @@ def _enumerate(
     parts.append(torch.where(span(num_sink_blocks) >= 0, low + span(num_sink_blocks), -1))
     if rows.has_diagonal:
         # Two diagonal blocks at most when query and key blocks have one size.
-        after = 2 + (0 if causal else num_local_blocks)
-        parts.append(own + span(num_local_blocks + after) - num_local_blocks)
+        after = 0 if causal else num_local_blocks
+        near = own + span(num_local_blocks + 2 + after) - num_local_blocks
+        # With one diagonal block the last entry is no neighbour and must not slip in.
+        parts.append(torch.where(near <= rows.diagonal_last[..., None] + after, near, -1))
     shape = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
     return torch.cat([p.expand(*shape, -1) for p in parts], -1)
 
