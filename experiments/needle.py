@@ -77,7 +77,7 @@ VARIANTS = (
             config={"learnable_temperature": False}),
     Variant("shared_pattern", "one pattern for all heads", config={"share_across_heads": True}),
     Variant("hard", "hard_sparsity (no noise, no random blocks)", config={"hard_sparsity": True}),
-    Variant("one_block", "1 scored block", config={"num_selected_blocks": 1}),
+    Variant("one_block", "1 scored block", config={"scored_blocks": 1}),
     Variant("mlp", "MLP scorer, 2 x 64 hidden, its learning rate / 4, sparsity warm-up",
             config=MLP, run=MLP_RUN),
     Variant("mlp_plain", "MLP scorer, 2 x 64 hidden, trained like the bilinear one", config=MLP),

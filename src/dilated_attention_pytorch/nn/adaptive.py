@@ -174,8 +174,17 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self.temperature.fill_(value)
 
     def set_base_sparsity(self, value: float) -> None:
-        """Sets the mean sparsity to meet, e.g. for a warm-up from dense or by length."""
+        """Sets the mean sparsity to meet, e.g. for a warm-up from dense or by length.
+
+        Raises:
+            ValueError: If it is not in [0, 1), or ``num_selected_blocks`` takes its place.
+        """
         check_sparsity("value", value)
+        if self.config.num_selected_blocks is not None and value != self.config.base_sparsity:
+            raise ValueError(
+                "base_sparsity has no effect with num_selected_blocks="
+                f"{self.config.num_selected_blocks}; configure one of the two to schedule sparsity."
+            )
         self.base_sparsity.fill_(value)
         self._densest = 1 - value
 

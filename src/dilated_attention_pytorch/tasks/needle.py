@@ -208,12 +208,23 @@ class NeedleProgress:
     seconds: float
 
 
-def needle_config(**changes: object) -> AdaptiveConfig:
-    """The defaults at the task's block size, with two scored blocks per row."""
+def needle_config(
+    task: NeedleTask | None = None, scored_blocks: int = 2, **changes: object
+) -> AdaptiveConfig:
+    """The defaults at the task's block size, with a fixed number of scored blocks per row.
+
+    Args:
+        task: For its sizes; None: ``NeedleTask()``.
+        scored_blocks: Blocks per row besides the diagonal one, as far as there are as many.
+        **changes: Other fields of :class:`AdaptiveConfig`.
+    """
+    task = NeedleTask() if task is None else task
+    rows = range(task.seq_len // task.block_size)
+    kept = sum(min(row, scored_blocks) + 1 for row in rows)
     settings: dict[str, object] = {
-        "block_size": NeedleTask().block_size,
+        "block_size": task.block_size,
         "budget": "fixed",
-        "num_selected_blocks": 2,
+        "base_sparsity": 1 - kept / sum(row + 1 for row in rows),
     }
     return AdaptiveConfig.from_dict(settings | changes)
 

@@ -215,7 +215,8 @@ class AdaptiveSparsityTrainer:
     def _apply(self) -> None:
         for layer in self._layers():
             layer.set_temperature(self.temperature)
-            layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity))
+            if self.sparsity_warmup_steps or self.dense_steps:
+                layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity))
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:
