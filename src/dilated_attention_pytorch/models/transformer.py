@@ -101,6 +101,9 @@ class _Block(nn.Module):
         b, n, dim = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(b, n, 3, self.num_heads, -1).unbind(2)
         if self.rope:
+            if isinstance(self.attention, BlockSparseAdaptive):
+                # Rotated summaries match by content at short distances only.
+                options = {"selector_query": q, "selector_key": k, **options}
             q, k = rotary(q), rotary(k)
         attended = self.attention(q, k, v, is_causal=True, **options)
         info = None

@@ -31,7 +31,8 @@ class SelectionInputs:
     """What a layer may look at when it chooses blocks.
 
     Attributes:
-        query: ``(batch, q_len, num_heads, head_dim)``, documents aligned to blocks.
+        query: ``(batch, q_len, num_heads, head_dim)``, documents aligned to blocks: what blocks are
+            chosen by (``selector_query`` if the caller gave one).
         key: ``(batch, kv_len, num_kv_heads, head_dim)``, likewise.
         mask: The token rule, for this layout.
         rows: Visible key blocks of each query block.
@@ -132,6 +133,8 @@ class BlockSparseLayer(nn.Module, ABC):
         cu_seqlens: Tensor | None = None,
         query_offset: int | Tensor | None = None,
         cross_attention: bool = False,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
         return_pattern: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
@@ -150,6 +153,10 @@ class BlockSparseLayer(nn.Module, ABC):
             query_offset: Key position of query 0; None: ``kv_len - q_len``.
             cross_attention: Queries and keys are two sequences, even if they are equally long: no
                 diagonal block is forced, and ``key_lengths`` concerns the keys alone.
+            selector_query: Shaped like ``query``: what blocks are chosen by in place of it, such as
+                queries before rotary positions, whose summaries match by content at any distance.
+                None: ``query``.
+            selector_key: The same for ``key``.
             return_pattern: Also return what was chosen.
             generator: Source of the training-time randomness; None: torch's default.
 
@@ -164,6 +171,8 @@ class BlockSparseLayer(nn.Module, ABC):
                 with an argument that places queries on the key axis.
         """
         self._check(query, key, value)
+        score_query = _stand_in("selector_query", selector_query, query)
+        score_key = _stand_in("selector_key", selector_key, key)
         if cross_attention and (is_causal or query_offset is not None or cu_seqlens is not None):
             raise ValueError(
                 "cross_attention excludes is_causal, query_offset and cu_seqlens: they place the "
@@ -177,6 +186,8 @@ class BlockSparseLayer(nn.Module, ABC):
         documents: AlignedDocuments | None = None
         if cu_seqlens is not None:
             documents = align_documents(cu_seqlens, batch, q_len, self.block_size)
+            score_query = documents.align(score_query)
+            score_key = documents.align(score_key)
             query, key, value = (documents.align(x) for x in (query, key, value))
             cu_seqlens = documents.cu_seqlens
             mask = AttentionMask(
@@ -187,7 +198,9 @@ class BlockSparseLayer(nn.Module, ABC):
             )
         one_sequence = q_len == kv_len and not cross_attention
         has_diagonal = is_causal or query_offset is not None or one_sequence
-        selection = self.select(self._inputs(query, key, mask, documents, has_diagonal, generator))
+        selection = self.select(
+            self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
+        )
         out = block_sparse_attention(
             query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
             block_bias=selection.block_bias, mass_probe=selection.mass_probe,
@@ -297,6 +310,21 @@ def observe_patterns(
     finally:
         for layer in layers:
             layer.observers.remove(observer)
+
+
+def _stand_in(name: str, given: Tensor | None, original: Tensor) -> Tensor:
+    """Checks what stands in for ``original`` in the selector."""
+    if given is None:
+        return original
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name} must be a floating-point Tensor, got {kind}.")
+    if given.shape != original.shape or given.device != original.device:
+        raise ValueError(
+            f"{name} must match what it stands in for, {tuple(original.shape)} on "
+            f"{original.device}, got {tuple(given.shape)} on {given.device}."
+        )
+    return given
 
 
 def check_heads(num_heads: int, head_dim: int, num_kv_heads: int | None) -> int:

@@ -133,9 +133,7 @@ def backward_op(
         document_ids, bounds, block_q, block_k, causal, offset, scale,
     )  # fmt: skip
     dq, dk, dv, dbias, mass = _empty_gradients(query, key, kv_indices, want_bias, want_mass)
-    grads = kernels.Gradients(
-        dq, dk, dv, dbias if want_bias else None, mass if want_mass else None
-    )
+    grads = kernels.Gradients(dq, dk, dv, dbias if want_bias else None, mass if want_mass else None)
     kernels.launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, grads)
     return dq, dk, dv, dbias, mass
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
@@ -16,9 +18,18 @@ from dilated_attention_pytorch.pattern import BlockPattern
 
 Backend = Callable[[Arguments], tuple[Tensor, Tensor]]
 
+
+def _triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
+    # Triton is imported on first use: the package itself needs torch alone.
+    from dilated_attention_pytorch.ops.block_sparse_attention.autograd import triton_attention
+
+    return triton_attention(args)
+
+
 BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
     "gather": gather_attention,
+    "triton": _triton_attention,
 }
 
 
@@ -114,15 +125,51 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
         Its name and the reason.
 
     Raises:
-        ValueError: If ``backend`` is unknown.
+        ValueError: If ``backend`` is unknown, or named and unable to take these arguments.
     """
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(
                 f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
             )
+        refusal = _triton_refusal(arguments, interpreter=True) if backend == "triton" else None
+        if refusal:
+            raise ValueError(f"backend='triton' cannot run this: {refusal}; use backend='auto'.")
         return backend, "asked for by name"
-    return "gather", f"the PyTorch path runs on {arguments.query.device.type}"
+    refusal = _triton_refusal(arguments, interpreter=False)
+    if refusal is None:
+        return "triton", "fused kernels on a CUDA device"
+    device = arguments.query.device.type
+    if device == "cuda":
+        return "gather", f"the PyTorch path, because the Triton kernels cannot run this: {refusal}"
+    return "gather", f"the PyTorch path runs on {device}"
+
+
+_TRITON_BLOCK_SIZES = (16, 32, 64, 128)
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _triton_refusal(arguments: Arguments, *, interpreter: bool) -> str | None:
+    """Why the Triton kernels cannot run this, or None if they can."""
+    query = arguments.query
+    if query.dtype not in _TRITON_DTYPES:
+        return f"they compute bfloat16, float16 and float32, not {query.dtype}"
+    sizes = arguments.pattern.block_size
+    if any(size not in _TRITON_BLOCK_SIZES for size in sizes):
+        return f"block sizes must be among {_TRITON_BLOCK_SIZES}, got {sizes}"
+    if query.shape[3] > 256:
+        return f"head_dim must be at most 256, got {query.shape[3]}"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if query.device.type != "cuda" and not (interpreter and _interpreting()):
+        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
+    return None
+
+
+def _interpreting() -> bool:
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_kernels import INTERPRETED
+
+    return INTERPRETED
 
 
 def explain_backend(

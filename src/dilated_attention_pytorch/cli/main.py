@@ -1,0 +1,60 @@
+"""``dilated-attention``: the entry point."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dilated_attention_pytorch.cli.errors import (
+    FAILURE,
+    INTERRUPTED,
+    USAGE,
+    CommandError,
+    UsageError,
+)
+
+_NEEDS_RICH = "the command line needs rich: pip install 'dilated-attention-pytorch[cli]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        print(f"dilated-attention: error: {_NEEDS_RICH}", file=sys.stderr)
+        return FAILURE
+    parsed = _parser().parse_args(arguments)
+    try:
+        code: int = parsed.command(parsed)
+    except UsageError as error:
+        return _report(parsed.name, error, USAGE)
+    except CommandError as error:
+        return _report(parsed.name, error, FAILURE)
+    except KeyboardInterrupt:
+        print(f"dilated-attention {parsed.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return code
+
+
+def _report(name: str, error: Exception, code: int) -> int:
+    print(f"dilated-attention {name}: error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    from dilated_attention_pytorch.cli import demo, train
+
+    parser = argparse.ArgumentParser(
+        prog="dilated-attention",
+        description="Attention whose connections are chosen from the content.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+    train.add_parser(commands)
+    demo.add_parser(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

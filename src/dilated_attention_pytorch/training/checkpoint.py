@@ -1,0 +1,137 @@
+"""Checkpoints: written whole or not at all, checked when read, never pickled code."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "dilated_attention_pytorch.training"
+VERSION = 1
+
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another kind; the message says what to do."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints of a folder, oldest first; interrupted writes are not among them."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name)
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Writes a checkpoint atomically and removes all but the newest ``keep``.
+
+    The file appears under its name only when all of it is on the disk, so a run that is killed at
+    any moment leaves the previous checkpoint or the new one, never half of one.
+
+    Args:
+        folder: Where checkpoints lie; created if needed.
+        step: Optimiser steps done.
+        state: Tensors, numbers, strings, and dicts and lists of them.
+        keep: Checkpoints to keep, at least 1.
+
+    Returns:
+        The path of the new checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, "step": step, **state}, payload)
+    path = checkpoint_path(folder, step)
+    write_atomically(path, payload.getvalue())
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, after checking that every byte of it is as it was written.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or no checkpoint of this version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}.")
+    try:
+        # torch does not verify the sums that it writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(_damaged(path, f"{damaged} fails its checksum"))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # Whatever a damaged archive makes the readers raise, the user's remedy is the same.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(_damaged(path, reason)) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of dilated-attention train.")
+    if state.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {state.get('version')}; this package reads version {VERSION}."
+        )
+    return state
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint to go on from.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {folder}: nothing to resume.")
+    return found[-1]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file by new content: a reader, or a crash, sees the old or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The new name itself must survive a power cut; not every system can open a folder.
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path, reason: str) -> str:
+    others = [p for p in list_checkpoints(path.parent) if p != path]
+    remedy = (
+        f"Remove it to go on from {others[-1].name}."
+        if others
+        else "Start a new run; there is no earlier checkpoint."
+    )
+    return f"the checkpoint {path} is damaged ({reason}). {remedy}"

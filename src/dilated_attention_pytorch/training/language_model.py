@@ -1,0 +1,337 @@
+"""A byte-level causal language model: one training run that can stop and go on exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.models.transformer import (
+    ATTENTION_NAMES,
+    Transformer,
+    build_attention,
+    scorer_parameters,
+)
+from dilated_attention_pytorch.nn.adaptive import get_sparsity_loss
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
+from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
+from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+def _language_config() -> AdaptiveConfig:
+    # "past": the choice of blocks, too, must not see a byte that is still to be predicted.
+    return AdaptiveConfig(block_size=32, base_sparsity=0.8, query_scope="past")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelRun:
+    """Everything that a run's result depends on, beside the text.
+
+    Attributes:
+        attention: A name of :func:`build_attention`.
+        config: Settings of the attention; fixed patterns take sparsity and block size from it.
+        segment_lengths: As in :class:`BlockSparseAdaptive`; None: choose from all blocks.
+        dilation_rates: With ``segment_lengths``.
+        dim: Model dimension.
+        num_heads: Heads; must divide ``dim``.
+        num_layers: Transformer blocks.
+        seq_len: Bytes per sequence.
+        batch_size: Sequences per step.
+        steps: Optimiser steps.
+        learning_rate: Peak, reached after a twentieth of the steps, falling by a cosine to 10 %.
+        weight_decay: Of AdamW.
+        annealing_share: Share of the steps over which the temperature falls.
+        schedule: How it falls: ``"exponential"``, ``"linear"`` or ``"cosine"``.
+        sparsity_weight: Weight of the sparsity loss.
+        validation_sequences: Held-out sequences to measure on.
+        seed: Of weights, data order and exploration.
+        threads: CPU threads; they decide the order of sums, so the last bits depend on them.
+        device: Where to train.
+    """
+
+    attention: str = "adaptive"
+    config: AdaptiveConfig = field(default_factory=_language_config)
+    segment_lengths: tuple[int, ...] | None = None
+    dilation_rates: tuple[int, ...] | None = None
+    dim: int = 128
+    num_heads: int = 4
+    num_layers: int = 2
+    seq_len: int = 512
+    batch_size: int = 8
+    steps: int = 500
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    annealing_share: float = 0.25
+    schedule: str = "exponential"
+    sparsity_weight: float = 0.01
+    validation_sequences: int = 32
+    seed: int = 0
+    threads: int = 2
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Checks every number."""
+        if self.attention not in ATTENTION_NAMES:
+            raise ValueError(f"attention must be one of {ATTENTION_NAMES}, got {self.attention!r}.")
+        for name in (
+            "dim", "num_heads", "num_layers", "seq_len", "batch_size", "steps",
+            "validation_sequences", "threads",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"dim must be a multiple of twice num_heads={self.num_heads} (rotary positions "
+                f"need an even head size), got {self.dim}."
+            )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        for name in ("weight_decay", "sparsity_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        if not 0 < self.annealing_share <= 1:
+            raise ValueError(f"annealing_share must lie in (0, 1], got {self.annealing_share}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["config"] = self.config.to_dict()
+        for name in ("segment_lengths", "dilation_rates"):
+            out[name] = None if out[name] is None else list(out[name])
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelRun:
+        """Builds a run from :meth:`to_dict`'s result."""
+        changes = dict(values)
+        changes["config"] = AdaptiveConfig.from_dict(changes["config"])
+        for name in ("segment_lengths", "dilation_rates"):
+            changes[name] = None if changes[name] is None else tuple(changes[name])
+        return cls(**changes)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step gave.
+
+    Attributes:
+        step: Steps done.
+        loss: Cross-entropy in nats per byte, on this step's batch.
+        sparsity: Of the tiles that this step computed, exploration included; None: dense.
+        temperature: In force during the step; None without adaptive layers.
+        seconds: Time of the step.
+    """
+
+    step: int
+    loss: float
+    sparsity: float | None
+    temperature: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Held-out text: the loss in nats per byte, and the sparsity with which it was reached."""
+
+    loss: float
+    sparsity: float | None
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits."""
+        return self.loss / math.log(2)
+
+
+class LanguageModelTraining:
+    """The state of a run; :meth:`state_dict` holds all of it.
+
+    On one machine and with as many threads, a run that was stopped and loaded again gives bit for
+    bit what an uninterrupted one gives (on a GPU only if its kernels are deterministic).
+
+    Args:
+        run: What to train.
+        text: What to train on.
+
+    Raises:
+        ValueError: If the text is shorter than a sequence, or the settings do not fit.
+    """
+
+    def __init__(self, run: LanguageModelRun, text: TextData) -> None:
+        self.run = run
+        torch.set_num_threads(run.threads)
+        torch.manual_seed(run.seed)
+        self.model = build_language_model(run)
+        self.windows = TextWindows(text.train, run.seq_len, run.seed)
+        self.validation = validation_windows(text.validation, run.seq_len, run.validation_sequences)
+        self._selectors = scorer_parameters(self.model)
+        own = {id(p) for p in self._selectors}
+        self._rest = [p for p in self.model.parameters() if id(p) not in own]
+        groups = [{"params": g} for g in (self._rest, self._selectors) if g]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=run.learning_rate, weight_decay=run.weight_decay, betas=(0.9, 0.95)
+        )
+        self.trainer: AdaptiveSparsityTrainer | None = None
+        if self._selectors:
+            self.trainer = AdaptiveSparsityTrainer(
+                self.model,
+                initial_temperature=run.config.temperature,
+                final_temperature=run.config.min_temperature,
+                annealing_steps=max(1, round(run.annealing_share * run.steps)),
+                schedule=run.schedule,
+            )
+        self.step_count = 0
+        self.seconds = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step_count >= self.run.steps
+
+    def step(self) -> StepResult:
+        """Does one optimiser step.
+
+        Raises:
+            TrainingError: If the loss is no longer finite.
+        """
+        start = time.perf_counter()
+        self._set_learning_rate()
+        temperature = None if self.trainer is None else self.trainer.temperature
+        self.model.train()
+        batch = self.windows.next_batch(self.run.batch_size).to(self.run.device)
+        with _Tiles(self.model) as tiles:
+            loss = _cross_entropy(self.model, batch)
+        total = loss
+        if self.trainer is not None and self.run.sparsity_weight:
+            total = loss + self.run.sparsity_weight * get_sparsity_loss(self.model)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {self.step_count + 1}; lower the learning rate "
+                f"({self.run.learning_rate:g})."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        # Apart, so that a large gradient of the one does not silence the other.
+        for parameters in (self._rest, self._selectors):
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        if self.trainer is not None:
+            self.trainer.step()
+        self.step_count += 1
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        return StepResult(self.step_count, value, tiles.sparsity, temperature, seconds)
+
+    @torch.no_grad()
+    def validate(self) -> ValidationResult:
+        """Measures on the held-out text, in evaluation mode; changes nothing."""
+        self.model.eval()
+        total = 0.0
+        with _Tiles(self.model) as tiles:
+            for rows in self.validation.split(self.run.batch_size):
+                total += _cross_entropy(self.model, rows.to(self.run.device)).item() * len(rows)
+        return ValidationResult(total / len(self.validation), tiles.sparsity)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimiser, schedule, data position, random numbers and time spent."""
+        on_gpu = torch.device(self.run.device).type == "cuda"
+        return {
+            "run": self.run.to_dict(),
+            "step_count": self.step_count,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": None if self.trainer is None else self.trainer.state_dict(),
+            "data_position": self.windows.position,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.run.device) if on_gpu else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`'s result, of the same run and text."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.trainer is not None:
+            self.trainer.load_state_dict(state["trainer"])
+        self.windows.position = state["data_position"]
+        self.step_count, self.seconds = state["step_count"], state["seconds"]
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.run.device)
+
+    def _set_learning_rate(self) -> None:
+        run, step = self.run, self.step_count
+        warmup = max(1, run.steps // 20)
+        rate = min(1.0, (step + 1) / warmup)
+        rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = run.learning_rate * rate
+
+
+def build_language_model(run: LanguageModelRun) -> Transformer:
+    """The untrained model of a run, from torch's random state."""
+    sparse = run.attention != "dense"
+
+    def make(num_heads: int, head_dim: int) -> nn.Module:
+        return build_attention(
+            run.attention,
+            num_heads,
+            head_dim,
+            run.config,
+            segment_lengths=run.segment_lengths if sparse else None,
+            dilation_rates=run.dilation_rates if sparse else None,
+        )
+
+    model = Transformer(run.dim, run.num_heads, run.num_layers, make, feed_forward=4 * run.dim)
+    return model.to(run.device)
+
+
+def _cross_entropy(model: nn.Module, windows: Tensor) -> Tensor:
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+class _Tiles:
+    """Counts the tiles that a model computes while open."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
+        self._watch = observe_patterns(layers, self._add) if layers else nullcontext()
+        self._kept: list[Tensor] = []
+        self._allowed: list[Tensor] = []
+
+    def _add(self, layer: BlockSparseLayer, pattern: BlockPattern) -> None:
+        self._kept.append(pattern.kv_num_blocks.sum())
+        self._allowed.append(pattern.allowed_tiles.sum())
+
+    def __enter__(self) -> _Tiles:
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._watch.__exit__(*error)
+
+    @property
+    def sparsity(self) -> float | None:
+        """``1 - tiles computed / tiles of dense attention``; None if no layer is sparse."""
+        if not self._kept:
+            return None
+        return 1 - int(torch.stack(self._kept).sum()) / int(torch.stack(self._allowed).sum())
