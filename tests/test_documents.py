@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_every_document_starts_a_block(cuts: list[int], tail: int) -> None:
     x = torch.arange(1, length + 1.0).view(1, length, 1, 1)
     aligned = plan.align(x).flatten().tolist()
     expected: list[float] = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in itertools.pairwise(cuts):
         expected += x[0, start:stop].flatten().tolist()
         expected += [0.0] * (-(stop - start) % 4)
     assert len(aligned) == plan.length >= len(expected)

@@ -55,7 +55,7 @@ def test_relaxed_weights_sum_to_k(temperature: float) -> None:
     assert (weights >= 0).all()
     assert (weights <= 1).all()
     assert (weights[:, 3] == 0).all()
-    torch.testing.assert_close(weights.sum(-1), count.double(), atol=0.05, rtol=0)
+    torch.testing.assert_close(weights.sum(-1), count.double(), atol=0.05, rtol=0.05)
 
 
 def test_relaxation_becomes_hard_as_it_cools() -> None:

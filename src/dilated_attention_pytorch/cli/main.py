@@ -18,7 +18,7 @@ _NEEDS_RICH = "the command line needs rich: pip install 'dilated-attention-pytor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Runs a command and returns its exit code, as in `errors`."""
     try:
         import rich  # noqa: F401
     except ImportError:

@@ -31,7 +31,7 @@ def relaxed_top_k(
         temperature: τ > 0; towards 0 the result becomes k-hot.
 
     Returns:
-        Weights in [0, 1] that sum to k, differentiable in ``logits``.
+        Weights in [0, 1] that sum to k within a few percent, differentiable in ``logits``.
     """
     floor = torch.finfo(logits.dtype).min
     alpha = logits.clamp(min=floor)

@@ -46,7 +46,7 @@ class MetricsFile:
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Makes sure that the lines are on the disk; called before a checkpoint that counts on it."""
+        """Makes sure that the lines are on the disk, before a checkpoint counts on it."""
         with open(self.path, "ab") as file:
             os.fsync(file.fileno())
 

@@ -61,7 +61,7 @@ def group_rows(args: Arguments, max_elements: int) -> RowGroups:
     """
     pattern, num_heads, num_kv_heads = args.pattern, args.query.shape[2], args.key.shape[2]
     (size_q, size_k), device = pattern.block_size, pattern.device
-    b, p, i, k = pattern.kv_indices.shape
+    b, p, i, _k = pattern.kv_indices.shape
     used = pattern.slot_used()
     if not bool(used.any()):
         nothing = torch.empty(0, size_q, size_k, dtype=torch.bool, device=device)
