@@ -41,7 +41,7 @@ def make(kind: str, num_layers: int = 2, heads: int = 4, **options: object) -> I
 
 @pytest.mark.parametrize("kind", ["bilinear", "mlp"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize(("kv_heads", "share"), [(4, {}), (2, {}), (4, {"share_across_heads": True}),
+@pytest.mark.parametrize(("kv_heads", "share"), [(4, {}), (2, {}), (4, {"share_across_heads": True}),  # noqa: E501
                                                  (2, {"heads_per_pattern": 2})])  # fmt: skip
 def test_equals_the_formula(kind: str, num_layers: int, kv_heads: int, share: dict) -> None:
     scorer = make(kind, num_layers, **share)

@@ -31,7 +31,8 @@ def relaxed_top_k(
         temperature: τ > 0; towards 0 the result becomes k-hot.
 
     Returns:
-        Weights in [0, 1] that sum to k within a few percent, differentiable in ``logits``.
+        Weights in [0, 1], differentiable in ``logits``. They sum to at most k: what a column
+        would get above 1 is cut off, which vanishes as τ falls.
     """
     floor = torch.finfo(logits.dtype).min
     alpha = logits.clamp(min=floor)
@@ -70,7 +71,8 @@ def gumbel_softmax_topk(
         generator: Source of the noise. None: torch's default.
 
     Returns:
-        Weights shaped like ``scores`` that sum to k (to the allowed columns, if fewer) per row.
+        Weights shaped like ``scores``. If hard, they sum to k (to the allowed columns, if fewer)
+        per row; relaxed weights sum to at most that.
 
     Raises:
         TypeError: If ``scores`` is not floating point.

@@ -25,8 +25,8 @@ class AdaptiveSparsityTrainer:
     product from below.
 
     The sparsity can start dense: it stays at ``initial_sparsity`` for ``dense_steps``, then moves
-    to each layer's configured ``base_sparsity`` over ``sparsity_warmup_steps`` (geometrically in the
-    share of kept blocks).
+    to each layer's configured ``base_sparsity`` over ``sparsity_warmup_steps``, geometrically in
+    the share of kept blocks.
 
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.

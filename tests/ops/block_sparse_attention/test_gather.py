@@ -38,7 +38,12 @@ CASES = [
     {"q_len": 100, "kv_len": 200, "causal": True},
     {"q_len": 130, "kv_len": 70},
     {"q_len": 130, "kv_len": 130, "lengths": [130, 40]},
-    {"q_len": 130, "kv_len": 130, "causal": True, "documents": [[0, 50, 70, 130], [0, 64, 120, 120]]},
+    {
+        "q_len": 130,
+        "kv_len": 130,
+        "causal": True,
+        "documents": [[0, 50, 70, 130], [0, 64, 120, 120]],
+    },  # noqa: E501
     {"q_len": 200, "kv_len": 200, "keep": 0.0},
     {"q_len": 200, "kv_len": 200, "keep": 1.0, "causal": True},
     {"q_len": 90, "kv_len": 200, "causal": True, "offset": [20, 110]},
@@ -127,13 +132,13 @@ def test_bad_arguments_are_named():
         block_sparse_attention(q.double(), q, q, pattern)
     with pytest.raises(ValueError, match="pattern"):
         block_sparse_attention(q[:, :32], q, q, pattern)
+    wrong = torch.randn(1, 64, 3, 16)
     with pytest.raises(ValueError, match="num_kv_heads"):
-        wrong = torch.randn(1, 64, 3, 16)
         block_sparse_attention(q, wrong, wrong, pattern)
     with pytest.raises(ValueError, match="cu_seqlens"):
         block_sparse_attention(q, q, q, pattern, cu_seqlens=torch.tensor([0, 50, 40]))
     with pytest.raises(ValueError, match="key_lengths"):
         block_sparse_attention(q, q, q, pattern, key_lengths=torch.tensor([65]))
+    count = torch.tensor([[[2]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="kv_indices"):
-        count = torch.tensor([[[2]]], dtype=torch.int32)
         BlockPattern(count, torch.tensor([[[[1, 0]]]], dtype=torch.int32), 32, 64, (32, 32))

@@ -130,7 +130,7 @@ def _document_of(documents, bounds, batch, first, last, q_len):
 
 @triton.jit
 def _count_below(entries, count, divisor, factor, threshold):
-    """How many of the first ``count`` ascending entries have ``entry // divisor * factor`` below."""
+    """How many of the first ``count`` ascending entries have ``entry // divisor * factor`` below."""  # noqa: E501
     lane = tl.arange(0, 128)
     total = 0
     for chunk in range(0, count, 128):
