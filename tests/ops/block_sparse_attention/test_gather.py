@@ -43,7 +43,7 @@ CASES = [
         "kv_len": 130,
         "causal": True,
         "documents": [[0, 50, 70, 130], [0, 64, 120, 120]],
-    },  # noqa: E501
+    },
     {"q_len": 200, "kv_len": 200, "keep": 0.0},
     {"q_len": 200, "kv_len": 200, "keep": 1.0, "causal": True},
     {"q_len": 90, "kv_len": 200, "causal": True, "offset": [20, 110]},
