@@ -68,6 +68,10 @@ MLP_RUN = {"scorer_learning_rate": 0.25, "sparsity_warmup": 0.2}
 VARIANTS = (
     Variant("dense", "dense attention (upper bound)", "dense"),
     Variant("adaptive", "**adaptive, defaults** (mass target, bilinear, mean + max)"),
+    Variant("warmup", "defaults with a sparsity warm-up (dense for 20 % of the steps, then 20 %)",
+            run={"sparsity_warmup": 0.2}),
+    Variant("warmup_slow", "the same, the scorer's learning rate / 4",
+            run={"sparsity_warmup": 0.2, "scorer_learning_rate": 0.25}),
     Variant("mean_pooling", "mean summaries alone", config={"pooling": ["mean"]}),
     Variant("attention_pooling", "mean + attention pooling",
             config={"pooling": ["mean", "attention"]}),
