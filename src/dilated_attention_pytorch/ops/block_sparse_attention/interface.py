@@ -132,24 +132,19 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
             raise ValueError(
                 f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
             )
-        refusal = _triton_refusal(arguments, interpreter=True) if backend == "triton" else None
+        refusal = _triton_refusal(arguments) if backend == "triton" else None
         if refusal:
             raise ValueError(f"backend='triton' cannot run this: {refusal}; use backend='auto'.")
         return backend, "asked for by name"
-    refusal = _triton_refusal(arguments, interpreter=False)
-    if refusal is None:
-        return "triton", "fused kernels on a CUDA device"
-    device = arguments.query.device.type
-    if device == "cuda":
-        return "gather", f"the PyTorch path, because the Triton kernels cannot run this: {refusal}"
-    return "gather", f"the PyTorch path runs on {device}"
+    # The kernels are not chosen unasked before their gradients are tested on a GPU.
+    return "gather", f"the PyTorch path runs on {arguments.query.device.type}"
 
 
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _triton_refusal(arguments: Arguments, *, interpreter: bool) -> str | None:
+def _triton_refusal(arguments: Arguments) -> str | None:
     """Why the Triton kernels cannot run this, or None if they can."""
     query = arguments.query
     if query.dtype not in _TRITON_DTYPES:
@@ -161,7 +156,7 @@ def _triton_refusal(arguments: Arguments, *, interpreter: bool) -> str | None:
         return f"head_dim must be at most 256, got {query.shape[3]}"
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
-    if query.device.type != "cuda" and not (interpreter and _interpreting()):
+    if query.device.type != "cuda" and not _interpreting():
         return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
     return None
 

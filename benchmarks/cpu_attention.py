@@ -1,0 +1,143 @@
+"""Adaptive attention against dense causal attention on the CPU, selection included.
+
+    python benchmarks/cpu_attention.py
+
+Measures forward (evaluation, no gradient) and forward + backward (training, with the selector's
+signal), each interleaved with PyTorch's dense causal attention, and the peak memory of one process
+that runs forward + backward at 32,768 tokens. Writes ``results/cpu_attention.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+
+HEADS, HEAD_DIM, SPARSITY = 8, 64, 0.9
+OUT = Path(__file__).parent / "results" / "cpu_attention.json"
+
+
+def inputs(tokens: int, grad: bool) -> list[Tensor]:
+    """Random queries, keys and values."""
+    torch.manual_seed(0)
+    return [torch.randn(1, tokens, HEADS, HEAD_DIM, requires_grad=grad) for _ in "qkv"]
+
+
+def layer(training: bool) -> BlockSparseAdaptive:
+    """The layer with its defaults, choosing from all blocks."""
+    config = AdaptiveConfig(base_sparsity=SPARSITY)
+    made = BlockSparseAdaptive(None, None, HEADS, HEAD_DIM, config)
+    return made.train(training)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's dense causal attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(tokens: int, backward: bool, repeats: int) -> dict[str, Any]:
+    """Times both, one after the other, ``repeats`` times after one warm-up."""
+    q, k, v = inputs(tokens, backward)
+    ours = layer(training=backward)
+
+    def run(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        with torch.set_grad_enabled(backward):
+            out = attend(q, k, v)
+        if backward:
+            out.sum().backward()
+
+    def adaptive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ours(q, k, v, is_causal=True)
+
+    seconds: dict[str, list[float]] = {"adaptive": [], "dense": []}
+    for number in range(repeats + 1):
+        for name, attend in (("adaptive", adaptive), ("dense", dense)):
+            taken = timed(lambda attend=attend: run(attend))
+            if number:
+                seconds[name].append(taken)
+    _, info = ours(q, k, v, is_causal=True, return_pattern=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "tokens": tokens,
+        "what": "forward + backward, training" if backward else "forward, evaluation",
+        "sparsity": float(info["pattern"].sparsity),
+        "median_seconds": medians,
+        "range_seconds": {name: [min(x), max(x)] for name, x in seconds.items()},
+        "ratio": medians["dense"] / medians["adaptive"],
+    }
+
+
+def peak_gigabytes(tokens: int) -> float:
+    """Peak memory of this process after one training step of the layer."""
+    q, k, v = inputs(tokens, True)
+    layer(training=True)(q, k, v, is_causal=True).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def main() -> int:
+    """Measures and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--peak", type=int, help="print the peak memory at so many tokens and end")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    if arguments.peak:
+        print(peak_gigabytes(arguments.peak))
+        return 0
+    rows = [compare(arguments.tokens, backward, arguments.repeats) for backward in (False, True)]
+    command = [sys.executable, __file__, "--peak", "32768"]
+    peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    git = ["git", "-C", str(OUT.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    result = {
+        "rows": rows,
+        "peak_gigabytes_at_32768": peak,
+        "setup": {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "block_size": 64},
+        "environment": {
+            "processor": processor(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "load_average": os.getloadavg()[0],
+        },
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
