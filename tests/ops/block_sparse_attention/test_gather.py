@@ -139,6 +139,10 @@ def test_bad_arguments_are_named():
         block_sparse_attention(q, q, q, pattern, cu_seqlens=torch.tensor([0, 50, 40]))
     with pytest.raises(ValueError, match="key_lengths"):
         block_sparse_attention(q, q, q, pattern, key_lengths=torch.tensor([65]))
+    with pytest.raises(TypeError, match="cu_seqlens"):
+        block_sparse_attention(q, q, q, pattern, cu_seqlens=[0, 64])
+    with pytest.raises(TypeError, match="query_offset"):
+        block_sparse_attention(q, q, q, pattern, query_offset=0.5)
     count = torch.tensor([[[2]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="kv_indices"):
         BlockPattern(count, torch.tensor([[[[1, 0]]]], dtype=torch.int32), 32, 64, (32, 32))

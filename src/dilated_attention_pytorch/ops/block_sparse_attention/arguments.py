@@ -182,6 +182,10 @@ def make_mask(
             )
     if isinstance(query_offset, Tensor):
         _check_integers("query_offset", query_offset, (batch,), device)
+    elif query_offset is not None and not isinstance(query_offset, int):
+        raise TypeError(
+            f"query_offset must be an int or an integer Tensor, got {type(query_offset).__name__}."
+        )
     offset: int | Tensor = kv_len - q_len if query_offset is None else query_offset
     document_ids = None
     if cu_seqlens is not None:
@@ -210,6 +214,8 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int, device: torch.
     Returns:
         ``(batch, length)`` int32, -1 for padding.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an integer Tensor, got {type(cu_seqlens).__name__}.")
     rows = cu_seqlens[None] if cu_seqlens.dim() == 1 else cu_seqlens
     if cu_seqlens.dim() not in (1, 2) or rows.shape[0] != batch or rows.shape[1] < 2:
         raise ValueError(
@@ -252,6 +258,8 @@ def _check_per_slot(
 ) -> Tensor | None:
     if x is None:
         return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}.")
     if x.dim() != 4 or x.shape[0] not in (1, slots[0]) or x.shape[1:] != slots[1:]:

@@ -20,8 +20,9 @@ from dilated_attention_pytorch.ops.block_sparse_attention.row_groups import (
     group_rows,
 )
 
-# Logits of one chunk, by device type.
-_CHUNK_ELEMENTS = {"cpu": 1 << 19}
+# Logits of one chunk, by device type. At 8,192 tokens, 8 heads of 64, sparsity 0.9 on 2 cores,
+# forward + backward took 0.46 s with 2**19, 0.37 s with 2**21 and 0.41 s with 2**23.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
