@@ -102,6 +102,12 @@ def newest_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what writes that were killed have left behind."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file by new content: a reader, or a crash, sees the old or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

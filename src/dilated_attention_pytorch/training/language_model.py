@@ -170,11 +170,13 @@ class LanguageModelTraining:
         text: What to train on.
 
     Raises:
-        ValueError: If the text is shorter than a sequence, or the settings do not fit.
+        ValueError: If the device is missing, the text is shorter than a sequence, or the settings
+            do not fit.
     """
 
     def __init__(self, run: LanguageModelRun, text: TextData) -> None:
         self.run = run
+        check_device(run.device)
         torch.set_num_threads(run.threads)
         torch.manual_seed(run.seed)
         self.model = build_language_model(run)
@@ -284,6 +286,16 @@ class LanguageModelTraining:
         rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / run.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = run.learning_rate * rate
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError unless tensors can be made on a device."""
+    try:
+        torch.empty(1, device=name)
+    # torch raises AssertionError if it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
 
 
 def build_language_model(run: LanguageModelRun) -> Transformer:

@@ -13,6 +13,7 @@ from dilated_attention_pytorch.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    remove_unfinished,
     save_checkpoint,
 )
 from dilated_attention_pytorch.training.language_model import (
@@ -185,6 +186,7 @@ class TrainingLoop:
         loop.training.load_state_dict(state["training"])
         loop._losses, loop._seconds = list(saved["losses"]), saved["seconds"]
         loop.metrics.rewind(loop.training.step_count)
+        remove_unfinished(loop.checkpoints)
         return loop
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -245,10 +247,14 @@ class TrainingLoop:
 
 
 def flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a saved run in one dict; those of the attention lie beside the others."""
+    """All settings of a saved run in one dict, those of the attention beside the others.
+
+    The scorer's ``num_layers`` is ``config.num_layers``; the plain name is the model's.
+    """
     run = dict(saved["run"])
     config = run.pop("config")
-    return {**config, **run, **saved["text"], **saved["intervals"]}
+    flat = {**config, "config.num_layers": config["num_layers"], **run}
+    return {**flat, **saved["text"], **saved["intervals"]}
 
 
 def _check_same(saved: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
