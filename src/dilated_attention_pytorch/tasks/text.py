@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,11 +54,7 @@ class TextData:
 def standard_library_files() -> list[Path]:
     """The Python standard library's own sources, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return [
-        path
-        for path in _files_below(root)
-        if path.suffix == ".py" and not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
-    ]
+    return [path for path in _files_below(root, _SKIPPED_FOLDERS) if path.suffix == ".py"]
 
 
 def load_text(
@@ -175,15 +172,18 @@ def validation_windows(data: Tensor, seq_len: int, count: int) -> Tensor:
     return torch.stack([data[n * seq_len : n * seq_len + seq_len + 1] for n in numbers]).long()
 
 
-def _files_below(folder: Path) -> list[Path]:
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and "__pycache__" not in path.parts
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+def _files_below(folder: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
+    found = []
+    for place, folders, names in os.walk(folder):
+        # In place: os.walk then does not go down there.
+        folders[:] = [
+            name
+            for name in folders
+            if name != "__pycache__" and name not in skipped and not name.startswith(".")
+        ]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    files = [path for path in found if path.is_file()]
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _named_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, Path]]:

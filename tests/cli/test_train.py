@@ -1,0 +1,163 @@
+"""``dilated-attention train``: interruption, exit codes, and errors that name the remedy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dilated_attention_pytorch.cli.main import main
+
+SMALL = ["--dim", "32", "--heads", "2", "--layers", "1", "--seq-len", "64", "--batch-size", "2",
+         "--threads", "1", "--validation-sequences", "2", "--log-every", "5"]  # fmt: skip
+BLOCK = ["--block-size", "16"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog; " * 400)
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
+)
+def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, capsys, number, code):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = ["train", "--text", text, "--steps", "80", *SMALL, *BLOCK, "--checkpoint-every", "70"]
+    assert main([*command, "--out", str(whole), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dilated_attention_pytorch.cli.main", *command, "--out", str(cut)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"COLUMNS": "80"},
+    )  # fmt: skip
+    metrics, deadline = cut / "metrics.jsonl", time.monotonic() + 90
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == code, errors.decode()
+    assert f"train --out {cut} --resume" in errors.decode()
+    assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    for name in ("validation_loss", "training_loss", "validation_sparsity", "steps"):
+        assert summary[name] == expected[name]
+    # A run that is done says so again.
+    assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["validation_loss"] == expected["validation_loss"]
+
+
+@pytest.mark.parametrize("attention", ["dense", "local", "strided"])
+def test_every_kind_trains_and_the_table_says_where_things_are(tmp_path, text, capsys, attention):
+    out = tmp_path / "run"
+    options = [] if attention == "dense" else [*BLOCK, "--base-sparsity", "0.4"]
+    command = ["train", "--text", text, "--attention", attention, "--steps", "2", *SMALL, *options]
+    assert main([*command, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert "bits per byte" in shown
+    assert "metrics.jsonl" in shown
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2
+    if attention == "dense":
+        assert last["validation_sparsity"] is None
+    else:
+        assert last["validation_sparsity"] == pytest.approx(0.4)
+
+
+def test_every_option_reaches_the_run(tmp_path, text):
+    out = tmp_path / "run"
+    command = ["train", "--text", text, "--steps", "1", *SMALL, *BLOCK, "--out", str(out)]
+    options = {
+        "lr": 0.001, "weight-decay": 0.1, "seed": 5, "max-bytes": 9000, "validation-share": 0.2,
+        "base-sparsity": 0.3, "num-local-blocks": 1, "num-sink-blocks": 1, "query-scope": "block",
+        "estimator": "gumbel", "selector-weight": 0.2, "scorer": "mlp", "scorer-dim": 6,
+        "scorer-layers": 2, "budget": "fixed", "num-explore-blocks": 1, "temperature": 0.9,
+        "min-temperature": 0.2, "annealing-share": 0.5, "schedule": "cosine",
+        "sparsity-weight": 0.3, "validate-every": 7, "checkpoint-every": 9, "top-p": 0.8,
+    }  # fmt: skip
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    command += ["--segment-lengths", "32", "64", "--dilation-rates", "1", "2"]
+    command += ["--pooling", "mean", "min", "--no-learnable-temperature", "--share-across-heads"]
+    command += ["--hard-sparsity"]
+    assert main(command) == 0
+    state = torch.load(out / "checkpoints" / "step-00000001.pt", weights_only=True)["loop"]
+    run, config = state["run"], state["run"]["config"]
+    names = {"lr": "learning_rate", "scorer-dim": "hidden_dim"}
+    for name, value in options.items():
+        key = names.get(name, name.replace("-", "_"))
+        if name == "scorer-layers":
+            assert config["num_layers"] == 2
+            continue
+        assert {**state["text"], **state["intervals"], **config, **run}[key] == value, name
+    assert (run["segment_lengths"], run["dilation_rates"]) == ([32, 64], [1, 2])
+    assert config["pooling"] == ["mean", "min"]
+    assert not config["learnable_temperature"]
+    assert config["share_across_heads"]
+    assert config["hard_sparsity"]
+    resumed = [x for x in command if x != "train"]
+    assert main(["train", "--resume", *resumed]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--base-sparsity", "2"], 2, "base_sparsity"),
+        (["--seq-len", "0"], 2, "seq_len"),
+        (["--dim", "33"], 2, "dim"),
+        (["--lr", "-1"], 2, "learning_rate"),
+        (["--attention", "local", "--estimator", "mass"], 2, "--estimator: no effect"),
+        (["--attention", "dense", "--block-size", "16"], 2, "--block-size: no effect"),
+        (["--attention", "local", "--scorer-layers", "2"], 2, "--scorer-layers: no effect"),
+        (["--segment-lengths", "64"], 2, "dilation_rates"),
+        (["--num-selected-blocks", "2"], 2, "budget"),
+        (["--log-every", "0"], 2, "log_every"),
+        (["--max-bytes", "0"], 2, "max_bytes"),
+        (["--validation-share", "0.9"], 2, "validation_share"),
+        (["--device", "cuda:99"], 2, "cuda:99"),
+        (["--text", "/no/such/file"], 1, "/no/such/file"),
+        (["--seq-len", "100000000"], 1, "too little text"),
+        (["--resume"], 1, "nothing to resume"),
+    ],
+)
+def test_wrong_usage_is_explained(tmp_path, text, capsys, options, code, words):
+    given = [] if "--text" in options or "--resume" in options else ["--text", text]
+    assert main(["train", *given, *options, "--out", str(tmp_path / "run")]) == code
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("options", [["--attention", "none"], ["--estimator", "x"], ["--nonsense"]])
+def test_the_parser_refuses_with_exit_code_2(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *options])
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_settings_and_a_second_start(tmp_path, text, capsys):
+    out = str(tmp_path / "run")
+    command = ["train", "--text", text, "--steps", "2", *SMALL, *BLOCK, "--out", out]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", out, "--steps", "9"]) == 2
+    assert "steps is 2 there and 9 here" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", out, "--checkpoint-every", "3"]) == 0
