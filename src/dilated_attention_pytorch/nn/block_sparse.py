@@ -217,7 +217,10 @@ class BlockSparseLayer(nn.Module, ABC):
             real = torch.arange(q_len, device=out.device) < key_lengths[:, None]
             out = torch.where(real[..., None, None], out, 0)
         if return_pattern:
-            return out, self.pattern_info(selection.pattern)
+            info = self.pattern_info(selection.pattern)
+            # A pattern shared by the batch holds for every sample of it.
+            info["sparsity"] = info["sparsity"].expand(batch, -1)
+            return out, info
         return out
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:

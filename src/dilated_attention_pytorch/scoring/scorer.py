@@ -150,12 +150,9 @@ class ImportanceScorer(nn.Module):
         if share > 1:
             # The mean of the heads' products is one product of the heads side by side.
             b, h, i, r = q.shape
-            q = q.view(b, h // share, share, i, r).transpose(2, 3).reshape(b, h // share, i, -1)
-            k = (
-                k.view(b, h // share, share, -1, r)
-                .transpose(2, 3)
-                .reshape(b, h // share, -1, share * r)
-            )
+            j, groups = k.shape[2], h // share
+            q = q.view(b, groups, share, i, r).transpose(2, 3).reshape(b, groups, i, share * r)
+            k = k.view(b, groups, share, j, r).transpose(2, 3).reshape(b, groups, j, share * r)
         factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * share)
         # Scoring everything is one matmul; it beats gathering unless the candidates are few.
         if candidates is None or 2 * candidates.shape[-1] >= k.shape[2]:
@@ -188,8 +185,7 @@ class ImportanceScorer(nn.Module):
         column = (-1,) + (1,) * (x.dim() - 3) + (x.shape[-1],)
         x = F.gelu(x + self.bias[0].view(column))
         for depth, weight in enumerate(self.hidden, start=1):
-            flat = x.reshape(x.shape[0], x.shape[1], -1, x.shape[-1]) @ weight
-            x = F.gelu(flat.view(x.shape) + self.bias[depth].view(column))
+            x = F.gelu(x.flatten(2, -2) @ weight + self.bias[depth][:, None]).view(x.shape)
         return (x * self.out.view(column)).sum(-1).float() * self.gain
 
     def _share(self, scores: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def block_summaries(
     )
     keep = None
     if valid is not None:
-        keep = valid.view(-1, blocks, block_size, 1, 1)
+        keep = valid.view(valid.shape[0], blocks, block_size, 1, 1)
     out = [_pool(x, name, keep, pool_query) for name in pooling]
     return out[0] if len(out) == 1 else torch.cat(out, -1)
 
