@@ -1,6 +1,16 @@
 """Settings of the whole suite."""
 
+import os
+
 import hypothesis
+import torch
+
+# Some virtual machines announce matrix instructions that they do not run: half precision on the
+# CPU would end the process. oneDNN reads this on its first use.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
+# One process per core runs the tests; more threads than cores only wait for each other.
+torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("suite")

@@ -1,0 +1,405 @@
+"""Every field of AdaptiveConfig changes what it says it changes; the layer survives copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from brute_force import forced_blocks, lattice_blocks, running_round, visible_blocks, water_level
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    BlockSparseAdaptive,
+    create_adaptive_block_sparse,
+)
+from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
+
+HEADS, DIM, SIZE = 4, 8, 16
+
+
+def make(segments: bool = False, kv_heads: int | None = None, **settings: object) -> (
+    BlockSparseAdaptive
+):  # fmt: skip
+    torch.manual_seed(0)
+    config = AdaptiveConfig(**{"block_size": SIZE, "base_sparsity": 0.6, **settings})
+    groups = ([64, 256], [1, 2]) if segments else (None, None)
+    return BlockSparseAdaptive(*groups, HEADS, DIM, config, num_kv_heads=kv_heads)
+
+
+def tokens(batch: int = 2, length: int = 320, heads: int = HEADS, seed: int = 0) -> Tensor:
+    return torch.randn(batch, length, heads, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def pattern(layer: BlockSparseAdaptive, x: Tensor, seed: int = 0, **options: object) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    _, info = layer(x, x, x, generator=generator, return_pattern=True, **options)
+    return info["pattern"].to_dense()
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.85])
+@pytest.mark.parametrize("causal", [False, True])
+def test_base_sparsity(sparsity: float, causal: bool) -> None:
+    layer = make(base_sparsity=sparsity, budget="fixed").eval()
+    x = tokens(1, 64 * SIZE)
+    _, info = layer(x, x, x, is_causal=causal, return_pattern=True)
+    assert (info["sparsity"] - sparsity).abs().max() < 0.002
+
+
+def test_temperature_scales_the_noise() -> None:
+    x = tokens()
+    kept = {}
+    for temperature in (0.01, 1.0, 100.0):
+        layer = make(temperature=temperature, min_temperature=0.01, num_explore_blocks=0)
+        plain = pattern(layer.eval(), x)
+        kept[temperature] = agreement(pattern(layer.train(), x), plain)
+    assert kept[0.01] > 0.95
+    assert kept[0.01] > kept[1.0] > kept[100.0]
+
+
+def test_learnable_temperature() -> None:
+    layer = make(temperature=2.0)
+    assert layer.effective_temperature().item() == pytest.approx(2.0)
+    with torch.no_grad():
+        layer.log_temperature.fill_(0.5)
+    assert layer.effective_temperature().item() == pytest.approx(2.0 * 1.6487, rel=1e-4)
+    layer.set_temperature(1.0)
+    assert layer.effective_temperature().item() == pytest.approx(1.6487, rel=1e-4)
+    _, info = layer(tokens(), tokens(), tokens(), return_pattern=True)
+    assert info["temperature"] == pytest.approx(1.6487, rel=1e-4)
+    frozen = make(learnable_temperature=False)
+    assert "log_temperature" not in dict(frozen.named_parameters())
+    assert frozen.temperature_factor() == 1.0
+
+
+def test_min_temperature() -> None:
+    layer = make(min_temperature=0.25)
+    layer.set_temperature(0.01)
+    assert layer.effective_temperature().item() == 0.25
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            layer.set_temperature(bad)
+
+
+@pytest.mark.parametrize("scorer", ["bilinear", "mlp"])
+def test_scorer_hidden_dim_and_num_layers(scorer: str) -> None:
+    layer = make(scorer=scorer, hidden_dim=5, num_layers=3)
+    assert layer.scorer.kind == scorer
+    assert layer.scorer.query_in.shape == (HEADS, 2 * DIM, 5)
+    deep = layer.scorer.query_tower if scorer == "bilinear" else layer.scorer.hidden
+    assert len(deep) == 2
+
+
+def test_sharing() -> None:
+    x = tokens()
+    kv = tokens(heads=2)
+    assert pattern(make().eval(), x).shape[1] == HEADS
+    assert pattern(make(share_across_heads=True).eval(), x).shape[1] == 1
+    grouped = make(kv_heads=2, share_within_kv_group=True).eval()
+    _, info = grouped(x, kv, kv, return_pattern=True)
+    assert info["pattern"].num_heads == 2
+    assert len(info["patterns"]) == HEADS
+    assert torch.equal(info["patterns"][0].to_dense(), info["patterns"][1].to_dense())
+    assert not torch.equal(info["patterns"][1].to_dense(), info["patterns"][2].to_dense())
+    assert grouped.budget_gain.shape == (2,)
+
+
+def test_hard_sparsity_trains_on_the_evaluated_selection() -> None:
+    x = tokens()
+    layer = make(hard_sparsity=True)
+    assert torch.equal(pattern(layer.train(), x), pattern(layer.eval(), x))
+    soft = make(hard_sparsity=False)
+    assert not torch.equal(pattern(soft.train(), x), pattern(soft.eval(), x))
+
+
+def test_block_size() -> None:
+    x = tokens()
+    _, info = make(block_size=32)(x, x, x, return_pattern=True)
+    assert info["pattern"].block_size == (32, 32)
+
+
+def test_pooling_chooses_the_summary() -> None:
+    """A block whose sum is zero is invisible to the mean and visible to the maximum."""
+    x = torch.zeros(1, 10 * SIZE, HEADS, DIM)
+    x[:, ::2] = 1.0
+    x[:, 1::2] = -1.0
+    x[:, 7 * SIZE : 8 * SIZE] *= 5
+    for pooling, same in ((("mean",), True), (("max",), False), (("min",), False)):
+        layer = make(pooling=pooling)
+        q, mask = x, make_mask(1, 160, 160, device=x.device)
+        inputs = layer._inputs(q, x, mask, None, True, None)
+        scores, _ = layer.score(inputs)
+        assert torch.equal(scores[..., 7], scores[..., 6]) is same, pooling
+    both = make(pooling=("attention", "mean"))
+    assert both.scorer.summary_dim == 2 * DIM
+    assert both.query_pool.shape == both.key_pool.shape == (HEADS, DIM)
+
+
+def test_budget() -> None:
+    repeated = tokens(1, SIZE).repeat(1, 40, 1, 1)
+    density = {}
+    for budget in ("fixed", "adaptive"):
+        layer = make(budget=budget, base_sparsity=0.5).eval()
+        density[budget] = float(pattern(layer, repeated).float().mean())
+    assert density["fixed"] == pytest.approx(0.5, abs=0.01)
+    assert density["adaptive"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_top_p() -> None:
+    x = tokens()
+    counts = [float(pattern(make(budget="top_p", top_p=p).eval(), x).float().mean())
+              for p in (0.3, 0.6, 0.95, 1.0)]  # fmt: skip
+    assert counts == sorted(counts)
+    assert counts[0] < counts[2]
+    assert counts[-1] == 1.0
+
+
+def test_num_selected_blocks() -> None:
+    x = tokens()
+    layer = make(budget="fixed", num_selected_blocks=3).eval()
+    assert (pattern(layer, x).sum(-1) == 4).all()
+    with pytest.raises(ValueError, match="num_selected_blocks"):
+        layer.set_base_sparsity(0.2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("local", [0, 1, 3])
+@pytest.mark.parametrize("sink", [0, 1, 2])
+def test_forced_blocks(causal: bool, local: int, sink: int) -> None:
+    layer = make(
+        segments=True, budget="fixed", num_selected_blocks=0, num_local_blocks=local,
+        num_sink_blocks=sink,
+    ).eval()  # fmt: skip
+    kept = pattern(layer, tokens(), is_causal=causal)
+    for i in range(20):
+        visible = list(range(i + 1 if causal else 20))
+        expected = forced_blocks(
+            i, visible, q_len=320, kv_len=320, size=SIZE, causal=causal, local=local, sink=sink,
+            diagonal=True,
+        )  # fmt: skip
+        for h in range(HEADS):
+            assert set(kept[0, h, i].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("extra", [0, 1, 4])
+def test_num_explore_blocks_are_uniform_extras_while_training(extra: int) -> None:
+    layer = make(
+        budget="fixed", num_selected_blocks=2, num_explore_blocks=extra, temperature=1e-6,
+        min_temperature=1e-6,
+    )  # fmt: skip
+    x = tokens(1)
+    base = pattern(layer.eval(), x)
+    layer.train()
+    seen = torch.stack([pattern(layer, x, seed=s) for s in range(100)])
+    assert (seen.sum(-1) == 3 + extra).all()
+    assert (seen & base == base).all()
+    free = ~base.expand_as(seen[0])
+    share = seen.float().mean(0)[free]
+    assert share.mean().item() == pytest.approx(extra / 17, abs=1e-5)
+    assert share.std() < 0.07
+
+
+def test_query_scope() -> None:
+    """Changing a block's later tokens changes its own choice in one scope and not in the other."""
+    x = tokens(1)
+    changed = x.clone()
+    changed[:, 305:] = 9 * tokens(1, 15, seed=1)
+    for scope, same in (("block", False), ("past", True)):
+        layer = make(query_scope=scope, hidden_dim=8, budget="fixed").eval()
+        rows = [pattern(layer, y, is_causal=True)[0, :, 19] for y in (x, changed)]
+        assert torch.equal(*rows) is same
+        free = [pattern(layer, y)[0, :, 19] for y in (x, changed)]
+        assert not torch.equal(*free), "the scope concerns causal attention alone"
+
+
+def test_segments_limit_the_choice() -> None:
+    layer = make(segments=True, base_sparsity=0.0).eval()
+    kept = pattern(layer, tokens())
+    for i in range(20):
+        for h in range(HEADS):
+            expected = lattice_blocks(
+                i, h, list(range(20)), [64, 256], [1, 2], q_len=320, kv_len=320, size=SIZE
+            )
+            assert set(kept[0, h, i].nonzero().flatten().tolist()) == expected | {i}
+
+
+def test_a_generator_makes_training_reproducible_and_leaves_the_default_alone() -> None:
+    x = tokens()
+    for estimator in ("mass", "gumbel", "soft", "straight_through"):
+        layer = make(estimator=estimator)
+        state = torch.get_rng_state()
+        first = layer(x, x, x, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(first, layer(x, x, x, generator=torch.Generator().manual_seed(5)))
+        assert not torch.equal(first, layer(x, x, x, generator=torch.Generator().manual_seed(6)))
+        torch.manual_seed(0)
+        default = layer(x, x, x)
+        torch.manual_seed(0)
+        assert torch.equal(default, layer(x, x, x))
+
+
+@pytest.mark.parametrize("budget", ["adaptive", "top_p"])
+def test_copies_after_a_forward_pass(budget: str) -> None:
+    layer = make(budget=budget, pooling=("mean", "attention"))
+    x = tokens()
+    layer(x, x, x)
+    assert layer.get_sparsity_loss().requires_grad
+    expected = layer.eval()(x, x, x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with pytest.raises(RuntimeError, match="forward"):
+            twin.get_sparsity_loss()
+        assert torch.equal(twin(x, x, x), expected)
+        with torch.no_grad():
+            twin.scorer.gain.add_(1)
+        assert layer.scorer.gain.item() == 1, "the copy shares parameters"
+
+
+def test_state_dict_round_trip(tmp_path: Path) -> None:
+    layer = make(budget="top_p").eval()
+    x = tokens()
+    layer.calibrate_top_p(x, x)
+    layer.set_temperature(0.33)
+    layer.set_base_sparsity(0.42)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    torch.manual_seed(99)
+    other = BlockSparseAdaptive(None, None, HEADS, DIM, layer.config).eval()
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    assert torch.equal(other(x, x, x), layer(x, x, x))
+    torch.testing.assert_close(other.get_sparsity_loss(), layer.get_sparsity_loss())
+    assert float(other.temperature) == pytest.approx(0.33)
+    assert float(other.top_p) == float(layer.top_p)
+
+
+def test_casts_leave_the_settings_alone() -> None:
+    layer = make(base_sparsity=0.9).bfloat16()
+    assert layer.scorer.query_in.dtype == torch.bfloat16
+    assert layer.base_sparsity.dtype == torch.float32
+    assert float(layer.base_sparsity) == pytest.approx(0.9, abs=1e-7)
+    assert layer.double().base_sparsity.dtype == torch.float32
+    assert layer.to("meta").temperature.device.type == "meta"
+
+
+def test_constructor_arguments_reach_the_layer() -> None:
+    layer = create_adaptive_block_sparse(
+        96, 4, [128], [2], AdaptiveConfig(block_size=8), num_kv_heads=2, scale=0.5,
+        backend="reference",
+    )  # fmt: skip
+    assert (layer.num_heads, layer.head_dim, layer.num_kv_heads) == (4, 24, 2)
+    assert (layer.segment_lengths, layer.dilation_rates) == ((128,), (2,))
+    assert (layer.block_size, layer.scale, layer.backend) == (8, 0.5, "reference")
+    for embed_dim, heads in ((100, 3), (0, 1), (8, 0)):
+        with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
+            create_adaptive_block_sparse(embed_dim, heads)
+    with pytest.raises(TypeError, match="adaptive_config"):
+        BlockSparseAdaptive(adaptive_config={"base_sparsity": 0.9})  # type: ignore[arg-type]
+    buffer = io.StringIO()
+    print(layer, file=buffer)
+    assert "head_dim=24" in buffer.getvalue()
+
+
+@settings(max_examples=60)
+@given(
+    length=st.integers(1, 90),
+    extra=st.integers(0, 40),
+    causal=st.booleans(),
+    segments=st.sampled_from([None, ([8], [1]), ([12, 40], [1, 3]), ([200], [2])]),
+    config=st.fixed_dictionaries({
+        "block_size": st.sampled_from([4, 8]),
+        "base_sparsity": st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+        "budget": st.sampled_from(["adaptive", "fixed", "top_p"]),
+        "num_local_blocks": st.integers(0, 2),
+        "num_sink_blocks": st.integers(0, 2),
+        "num_explore_blocks": st.integers(0, 2),
+        "estimator": st.sampled_from(["mass", "gumbel", "soft", "straight_through"]),
+        "share_across_heads": st.booleans(),
+        "query_scope": st.sampled_from(["block", "past"]),
+    }),
+    train=st.booleans(),
+)  # fmt: skip
+def test_any_configuration_chooses_allowed_blocks_within_the_budget(
+    length: int, extra: int, causal: bool, segments: tuple | None, config: dict, train: bool
+) -> None:
+    layer = BlockSparseAdaptive(*(segments or (None, None)), 2, 4, AdaptiveConfig(**config))
+    layer.train(train)
+    size, heads = layer.block_size, layer.pattern_heads
+    kv_len = length + extra
+    q = torch.randn(2, length, 2, 4)
+    k = torch.randn(2, kv_len, 2, 4)
+    lengths = torch.tensor([kv_len, max(kv_len // 2, 1)])
+    out, info = layer(q, k, k, is_causal=causal, key_lengths=lengths, return_pattern=True)
+    assert out.isfinite().all()
+    chosen = info["pattern"]
+    chosen.validate()
+    diagonal = causal or extra == 0
+    soft = train and config["estimator"] == "soft"
+    for b in range(2):
+        for h in range(heads):
+            forced_all, limits, allowed = [], [], []
+            for i in range(chosen.num_query_blocks):
+                rule = {"q_len": length, "kv_len": kv_len, "size": size}
+                visible = visible_blocks(i, causal=causal, length=int(lengths[b]), **rule)
+                forced = forced_blocks(
+                    i, visible, causal=causal, local=layer.num_local_blocks,
+                    sink=layer.num_sink_blocks, diagonal=diagonal, **rule,
+                )  # fmt: skip
+                free = set(visible)
+                if segments is not None:
+                    free = lattice_blocks(i, h, visible, *segments, **rule)
+                count = int(chosen.kv_num_blocks[b, h, i])
+                row = set(chosen.kv_indices[b, h, i, :count].tolist())
+                assert forced <= row <= free | forced
+                forced_all.append(len(forced))
+                limits.append(len(free | forced))
+                allowed.append(len(visible))
+            if config["budget"] != "fixed" or soft:
+                continue
+            level = water_level(1 - config["base_sparsity"], forced_all, limits, allowed)
+            shares = [min(max(level, f), c) for f, c in zip(forced_all, limits, strict=True)]
+            counts = chosen.kv_num_blocks[b, h].tolist()
+            slack = config["num_explore_blocks"] if train else 0
+            for count, limit, share in zip(counts, limits, shares, strict=True):
+                assert count <= min(limit, int(share + 1 - 1e-4) + slack)
+            if slack == 0:
+                assert abs(sum(counts) - sum(running_round(shares))) <= 1
+
+
+@settings(max_examples=60)
+@given(
+    length=st.integers(1, 200),
+    causal=st.booleans(),
+    segments=st.sampled_from([None, ([8], [1]), ([12, 40], [1, 3]), ([200], [2])]),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9]),
+    budget=st.sampled_from(["adaptive", "fixed", "top_p"]),
+    forced=st.integers(0, 2),
+    offset=st.floats(-1, 3),
+)
+def test_the_bound_without_looking_at_values_is_never_exceeded(
+    length: int, causal: bool, segments: tuple | None, sparsity: float, budget: str, forced: int,
+    offset: float,
+) -> None:  # fmt: skip
+    """On a GPU the width of the lists comes from lengths alone; a low bound would drop blocks."""
+    config = AdaptiveConfig(
+        block_size=4, base_sparsity=sparsity, budget=budget, num_local_blocks=forced
+    )
+    layer = BlockSparseAdaptive(*(segments or (None, None)), 2, 4, config)
+    if budget == "adaptive":
+        with torch.no_grad():
+            layer.budget_offset.fill_(offset)
+    x = torch.randn(1, length, 2, 4)
+    mask = make_mask(1, length, length, device=x.device, causal=causal)
+    inputs: SelectionInputs = layer._inputs(x, x, mask, None, True, None)
+    scores, means = layer.score(inputs)
+    wanted = layer._budget(inputs, scores, means)
+    count = (wanted - inputs.candidates.forced.sum(-1)).clamp(min=0)
+    assert layer._bound(inputs, count.to("meta")) >= int(count.max())
