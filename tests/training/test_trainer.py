@@ -1,0 +1,224 @@
+"""AdaptiveSparsityTrainer: schedules, resume, sharing the temperature, pattern analysis."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    AdaptiveSparsityTrainer,
+    BlockSparseAdaptive,
+    BlockSparseFixed,
+)
+
+
+def make(**settings: object) -> BlockSparseAdaptive:
+    torch.manual_seed(0)
+    config = AdaptiveConfig(**{"block_size": 8, "base_sparsity": 0.6, **settings})
+    return BlockSparseAdaptive(None, None, 2, 8, config)
+
+
+class Model(nn.Module):
+    """Two adaptive layers, one of them in evaluation mode for good, and a fixed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = make(), make(base_sparsity=0.3)
+        self.fixed = BlockSparseFixed("local", 2, 8, block_size=8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        x = self.dropout(x * scale + shift)
+        for layer in (self.first, self.second, self.fixed):
+            x = x + layer(x, x, x, is_causal=True)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle"), [("linear", 0.55), ("cosine", 0.55), ("exponential", math.sqrt(0.1))]
+)
+def test_anneals_from_the_initial_to_the_final_temperature(schedule: str, middle: float) -> None:
+    layer = make(temperature=7.0)
+    trainer = AdaptiveSparsityTrainer(layer, 1.0, 0.1, 10, schedule=schedule)
+    assert layer.temperature.item() == 1.0
+    seen = [trainer.step() for _ in range(12)]
+    assert seen[4] == pytest.approx(middle)
+    assert seen[9:] == [0.1] * 3
+    assert seen == sorted(seen, reverse=True)
+    assert layer.temperature.item() == pytest.approx(0.1)
+
+
+def test_the_layer_multiplies_its_learned_factor() -> None:
+    layer = make(min_temperature=0.05)
+    trainer = AdaptiveSparsityTrainer(layer, 1.0, 0.2, annealing_steps=1)
+    with torch.no_grad():
+        layer.log_temperature.fill_(math.log(0.5))
+    assert layer.effective_temperature().item() == pytest.approx(0.5)
+    trainer.step()
+    assert layer.effective_temperature().item() == pytest.approx(0.1)
+    assert layer.log_temperature.item() == pytest.approx(math.log(0.5)), "the trainer touched it"
+
+
+def test_every_adaptive_layer_of_a_model_is_set() -> None:
+    model = Model()
+    trainer = AdaptiveSparsityTrainer(model, 1.0, 0.1, 2, schedule="linear")
+    trainer.step()
+    for layer in (model.first, model.second):
+        assert layer.temperature.item() == pytest.approx(0.55)
+
+
+def test_sparsity_warm_up() -> None:
+    model = Model()
+    trainer = AdaptiveSparsityTrainer(
+        model, sparsity_warmup_steps=4, dense_steps=2, initial_sparsity=0.1
+    )
+    seen = [(model.first.base_sparsity.item(), model.second.base_sparsity.item())]
+    for _ in range(8):
+        trainer.step()
+        seen.append((model.first.base_sparsity.item(), model.second.base_sparsity.item()))
+    for column, goal in ((0, 0.6), (1, 0.3)):
+        values = [pair[column] for pair in seen]
+        assert values[:3] == pytest.approx([0.1] * 3)
+        assert values[6:] == pytest.approx([goal] * 3)
+        assert values[4] == pytest.approx(1 - math.sqrt(0.9 * (1 - goal)))
+        assert values == sorted(values)
+
+
+def test_dense_steps_alone() -> None:
+    layer = make()
+    trainer = AdaptiveSparsityTrainer(layer, dense_steps=2)
+    seen = [layer.base_sparsity.item()]
+    for _ in range(3):
+        trainer.step()
+        seen.append(layer.base_sparsity.item())
+    assert seen == pytest.approx([0.0, 0.0, 0.6, 0.6])
+
+
+def test_without_warm_up_the_sparsity_is_left_alone() -> None:
+    layer = make()
+    layer.set_base_sparsity(0.25)
+    AdaptiveSparsityTrainer(layer).step()
+    assert layer.base_sparsity.item() == pytest.approx(0.25)
+    counted = make(budget="fixed", num_selected_blocks=2)
+    AdaptiveSparsityTrainer(counted).step()
+
+
+def test_resume_is_exact() -> None:
+    options = {"annealing_steps": 9, "schedule": "cosine", "sparsity_warmup_steps": 5,
+               "dense_steps": 1, "initial_sparsity": 0.2}  # fmt: skip
+    straight = AdaptiveSparsityTrainer(make(), 2.0, 0.3, **options)
+    broken = AdaptiveSparsityTrainer(make(), 2.0, 0.3, **options)
+    for _ in range(4):
+        straight.step()
+        broken.step()
+    state = json.loads(json.dumps(broken.state_dict()))
+    layer = make()
+    resumed = AdaptiveSparsityTrainer(layer)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == straight.state_dict()
+    assert layer.temperature.item() == pytest.approx(straight.temperature)
+    reference = straight.model
+    assert isinstance(reference, BlockSparseAdaptive)
+    for _ in range(8):
+        assert resumed.step() == straight.step()
+        assert torch.equal(layer.temperature, reference.temperature)
+        assert torch.equal(layer.base_sparsity, reference.base_sparsity)
+    for bad in ({}, {**state, "extra": 1}):
+        with pytest.raises(ValueError, match="state"):
+            resumed.load_state_dict(bad)
+
+
+def test_a_model_can_come_later() -> None:
+    trainer = AdaptiveSparsityTrainer(annealing_steps=4, schedule="linear")
+    for call in (trainer.step, lambda: trainer.analyze_patterns([])):
+        with pytest.raises(RuntimeError, match="model"):
+            call()
+    state = {**trainer.state_dict(), "current_step": 2}
+    trainer.load_state_dict(state)
+    layer = make()
+    trainer.attach(layer)
+    assert layer.temperature.item() == pytest.approx(0.55)
+    assert trainer.step() == pytest.approx(0.325)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list"])
+def test_analysis_of_a_bare_layer(kind: str) -> None:
+    layer = make(budget="fixed", base_sparsity=0.5)
+    x = torch.randn(3, 64, 2, 8)
+    batch = {"tensor": x, "tuple": (x, x, x), "list": [x, x, x]}[kind]
+    stats = AdaptiveSparsityTrainer(layer).analyze_patterns([batch] * 5, num_samples=4)
+    assert len(stats["sparsity_ratios"]) == 6 * 2, "4 samples are 2 batches of 3"
+    assert stats["sparsity_ratios"] == pytest.approx([0.5] * 12)
+    assert len(stats["pattern_diversity"]) == 2
+    assert len(stats["head_similarity"]) == 6
+    assert all(0 <= value <= 1 for values in stats.values() for value in values)
+
+
+def test_analysis_of_a_model_with_several_layers() -> None:
+    model = Model()
+    model.second.eval()
+    modes = [module.training for module in model.modules()]
+    x = torch.randn(4, 64, 2, 8)
+    trainer = AdaptiveSparsityTrainer(model)
+    stats = trainer.analyze_patterns([(x, 2.0), {"x": x, "shift": 1.0}, x], num_samples=100)
+    assert len(stats["sparsity_ratios"]) == 2 * 12 * 2
+    assert len(stats["pattern_diversity"]) == 2 * 2
+    assert len(stats["head_similarity"]) == 2 * 12
+    assert [module.training for module in model.modules()] == modes
+    assert model.first.observers == []
+    assert all(parameter.grad is None for parameter in model.parameters())
+    again = trainer.analyze_patterns([(x, 2.0), {"x": x, "shift": 1.0}, x], num_samples=100)
+    assert again == stats, "evaluation mode leaves no randomness"
+
+
+def test_analysis_tells_content_from_repetition() -> None:
+    layer = make(base_sparsity=0.7)
+    ones, noise = torch.ones(4, 256, 2, 8), torch.randn(4, 256, 2, 8)
+    trainer = AdaptiveSparsityTrainer(layer)
+    simple, varied = (trainer.analyze_patterns([x]) for x in (ones, noise))
+    assert min(simple["sparsity_ratios"]) > max(varied["sparsity_ratios"]) + 0.2
+    assert simple["pattern_diversity"] == [0.0, 0.0]
+    assert min(varied["pattern_diversity"]) > 0.3
+
+
+def test_modes_are_restored_after_an_error() -> None:
+    layer = make()
+    with pytest.raises(ValueError, match="head_dim"):
+        AdaptiveSparsityTrainer(layer).analyze_patterns([torch.randn(1, 8, 2, 4)])
+    assert layer.training
+    assert layer.observers == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("initial_temperature", {"initial_temperature": 0.0}),
+        ("initial_temperature", {"initial_temperature": float("nan")}),
+        ("final_temperature", {"final_temperature": -1.0}),
+        ("final_temperature", {"final_temperature": float("inf")}),
+        ("annealing_steps", {"annealing_steps": 0}),
+        ("schedule", {"schedule": "stairs"}),
+        ("sparsity_warmup_steps", {"sparsity_warmup_steps": -1}),
+        ("dense_steps", {"dense_steps": -1}),
+        ("initial_sparsity", {"initial_sparsity": 1.0}),
+    ],
+)
+def test_bad_arguments(name: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=name):
+        AdaptiveSparsityTrainer(make(), **options)
+
+
+def test_bad_models_and_data() -> None:
+    with pytest.raises(TypeError, match="model"):
+        AdaptiveSparsityTrainer("layer")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model"):
+        AdaptiveSparsityTrainer(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="num_samples"):
+        AdaptiveSparsityTrainer(make()).analyze_patterns([], num_samples=0)
+    with pytest.raises(ValueError, match="dataloader"):
+        AdaptiveSparsityTrainer(make()).analyze_patterns([])
