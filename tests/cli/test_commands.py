@@ -61,13 +61,3 @@ def test_errors_name_the_remedy(tmp_path, text, capsys):
         path.write_bytes(path.read_bytes()[:500])
     assert main(["train", "--resume", "--out", str(tmp_path / "d")]) == 1
     assert "damaged" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_demo_writes_a_page_without_references(tmp_path):
-    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    page = (tmp_path / "index.html").read_text()
-    for name in ("adaptive", "dense", "strided", "local"):
-        assert f"{name}, step" in page
-    assert "http" not in page
-    assert "<script" not in page

@@ -1,0 +1,121 @@
+"""Runs independent jobs in a few processes, with progress, and ends them all together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from typing import Any
+
+from dilated_attention_pytorch.cli.errors import CommandError
+
+# Tells how far a job is: share done in [0, 1], and a few words.
+Report = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work.
+
+    Attributes:
+        name: Shown to the user.
+        function: Called as ``function(report, *arguments)``; importable by name, as the result is.
+        arguments: Of the function.
+        weight: Expected share of the whole, for the progress.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a job: its number, the share done, words, and the result once there is one."""
+
+    number: int
+    share: float
+    words: str
+    result: Any = None
+    error: str | None = None
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], None]) -> list[Any]:
+    """Runs all jobs and returns their results in order.
+
+    Args:
+        jobs: Started in this order.
+        processes: At once.
+        on_event: Called in this process for every piece of news.
+
+    Raises:
+        CommandError: If a job fails or its process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    numbers: Queue[int | None] = context.Queue()
+    events: Queue[Event] = context.Queue()
+    for number in [*range(len(jobs)), *[None] * processes]:
+        numbers.put(number)
+    workers = [
+        context.Process(target=_work, args=(list(jobs), numbers, events), daemon=True)
+        for _ in range(processes)
+    ]
+    results: dict[int, Any] = {}
+    try:
+        for worker in workers:
+            worker.start()
+        while len(results) < len(jobs):
+            try:
+                event = events.get(timeout=0.5)
+            except queue.Empty:
+                _check_alive(workers)
+                continue
+            if event.error is not None:
+                raise CommandError(f"{jobs[event.number].name} failed:\n{event.error}")
+            if event.result is not None:
+                results[event.number] = event.result
+            on_event(event)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+        for channel in (numbers, events):
+            channel.cancel_join_thread()
+            channel.close()
+    return [results[number] for number in range(len(jobs))]
+
+
+def _check_alive(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        if worker.exitcode not in (None, 0):
+            raise CommandError(
+                f"a training process ended with exit code {worker.exitcode}; if that is -9, the "
+                "machine has probably run out of memory."
+            )
+
+
+def _work(jobs: list[Job], numbers: Queue[int | None], events: Queue[Event]) -> None:
+    # Ctrl-C reaches the whole group; the parent alone decides what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    while (number := numbers.get()) is not None:
+        job, index = jobs[number], number
+
+        def report(share: float, words: str, index: int = index) -> None:
+            if parent is not None and not parent.is_alive():
+                os._exit(1)
+            events.put(Event(index, share, words))
+
+        try:
+            result = job.function(report, *job.arguments)
+            events.put(Event(number, 1.0, "done", result=result))
+        except Exception:
+            events.put(Event(number, 0.0, "failed", error=traceback.format_exc()))
+            return
