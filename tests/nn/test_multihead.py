@@ -1,0 +1,352 @@
+"""MultiheadAdaptiveAttention equals nn.MultiheadAttention once every block is kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    BlockSparseAdaptive,
+    MultiheadAdaptiveAttention,
+)
+
+DIM, HEADS = 32, 4
+EVERYTHING = AdaptiveConfig(base_sparsity=0.0, budget="fixed", block_size=16)
+
+
+def make(config: AdaptiveConfig = EVERYTHING, **options: object) -> MultiheadAdaptiveAttention:
+    torch.manual_seed(1)
+    return MultiheadAdaptiveAttention(DIM, HEADS, adaptive_config=config, **options).eval()
+
+
+def pair(**options: object) -> tuple[nn.MultiheadAttention, MultiheadAdaptiveAttention]:
+    """The dense class with random weights and biases, and ours with the same."""
+    torch.manual_seed(0)
+    dense = nn.MultiheadAttention(DIM, HEADS, **{"batch_first": True, **options}).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    ours = make(**{"batch_first": True, **options})
+    ours.load_state_dict(dense.state_dict())
+    return dense, ours
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def later(q_len: int, kv_len: int) -> Tensor:
+    return torch.ones(q_len, kv_len, dtype=torch.bool).triu(kv_len - q_len + 1)
+
+
+def agree(ours: Tensor, dense: Tensor) -> None:
+    torch.testing.assert_close(ours, dense, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+def test_self_attention(bias: bool, batch_first: bool, causal: bool) -> None:
+    dense, ours = pair(bias=bias, batch_first=batch_first)
+    x = tokens(3, 50, DIM) if batch_first else tokens(50, 3, DIM)
+    options = {"attn_mask": later(50, 50), "is_causal": True} if causal else {}
+    expected, _ = dense(x, x, x, need_weights=False, **options)
+    out, weights = ours(x, x, x, **options)
+    assert weights is None
+    agree(out, expected)
+    agree(ours(x, x, x, is_causal=causal)[0], expected)
+
+
+PADDING = torch.zeros(4, 50, dtype=torch.bool)
+PADDING[1, 30:] = True
+PADDING[2, :13] = True
+PADDING[3, ::3] = True
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", ["bool", "float"])
+@pytest.mark.parametrize("separate", [False, True])
+def test_padding_anywhere(causal: bool, form: str, separate: bool) -> None:
+    dense, ours = pair()
+    q = k = v = tokens(4, 50, DIM)
+    if separate:
+        q, v = (q.clone() if causal else q), tokens(4, 50, DIM, seed=1)
+    given = PADDING
+    if form == "float":
+        given = torch.zeros(4, 50).masked_fill(PADDING, -torch.inf)
+    mask = later(50, 50).float().masked_fill(later(50, 50), -torch.inf) if causal else None
+    bias = torch.zeros(4, 50).masked_fill(PADDING, -torch.inf)
+    expected, _ = dense(q, k, v, key_padding_mask=bias, attn_mask=mask, need_weights=False)
+    out, _ = ours(q, k, v, key_padding_mask=given, is_causal=causal)
+    real = ~PADDING
+    agree(out[real], expected[real])
+    torch.testing.assert_close(out[PADDING], ours.out_proj.bias.expand_as(out[PADDING]))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(50, 50), (20, 50), (70, 50)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_cross_attention(q_len: int, kv_len: int, padded: bool) -> None:
+    dense, ours = pair(kdim=24, vdim=20)
+    q, k, v = tokens(4, q_len, DIM), tokens(4, kv_len, 24, seed=1), tokens(4, kv_len, 20, seed=2)
+    options = {"key_padding_mask": PADDING} if padded else {}
+    expected, _ = dense(q, k, v, need_weights=False, **options)
+    agree(ours(q, k, v, **options)[0], expected)
+
+
+def test_equal_lengths_do_not_make_it_self_attention() -> None:
+    """Queries of another sequence are not padding where the keys are."""
+    dense, ours = pair()
+    q, k = tokens(4, 50, DIM), tokens(4, 50, DIM, seed=1)
+    expected, _ = dense(q, k, k, key_padding_mask=PADDING, need_weights=False)
+    agree(ours(q, k, k, key_padding_mask=PADDING)[0], expected)
+
+
+def test_causal_with_fewer_queries_aligns_bottom_right() -> None:
+    dense, ours = pair()
+    q, k = tokens(2, 7, DIM), tokens(2, 50, DIM, seed=1)
+    mask = later(7, 50)
+    right = torch.arange(50) >= torch.tensor([[50], [47]])
+    for padding in (None, right):
+        expected, _ = dense(q, k, k, attn_mask=mask, key_padding_mask=padding, need_weights=False)
+        agree(ours(q, k, k, is_causal=True, key_padding_mask=padding)[0], expected)
+        agree(ours(q, k, k, attn_mask=mask, key_padding_mask=padding)[0], expected)
+    with pytest.raises(ValueError, match=r"key_padding_mask must mark tokens at the end"):
+        ours(q, k, k, is_causal=True, key_padding_mask=right.flip(1))
+
+
+def test_unbatched() -> None:
+    dense, ours = pair()
+    x = tokens(50, DIM)
+    padding = PADDING[3]
+    expected, _ = dense(x, x, x, key_padding_mask=padding, need_weights=False)
+    out, info = ours(x, x, x, key_padding_mask=padding, return_pattern=True)
+    assert out.shape == x.shape
+    assert info["pattern"].batch_size == 1
+    agree(out[~padding], expected[~padding])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients(causal: bool) -> None:
+    dense, ours = pair()
+    grads = []
+    for module in (dense.double(), ours.double()):
+        x = tokens(4, 50, DIM).double().requires_grad_()
+        options = {"attn_mask": later(50, 50), "is_causal": causal} if causal else {}
+        out, _ = module(x, x, x, key_padding_mask=PADDING[:1].expand(4, -1), need_weights=False,
+                        **options)  # fmt: skip
+        (out * tokens(4, 50, DIM, seed=3)).sum().backward()
+        grads.append([x.grad, module.in_proj_weight.grad, module.in_proj_bias.grad,
+                      module.out_proj.weight.grad, module.out_proj.bias.grad])  # fmt: skip
+    for ours_, dense_ in zip(*reversed(grads), strict=True):
+        torch.testing.assert_close(ours_, dense_, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 24, "vdim": 20}, {"bias": False}])
+def test_weights_load_across(options: dict, tmp_path: Path) -> None:
+    dense, ours = pair(**options)
+    selector = {k: v.clone() for k, v in ours.attention.state_dict().items()}
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
+    result = ours.load_state_dict(torch.load(tmp_path / "dense.pt", weights_only=True))
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    for name, value in ours.attention.state_dict().items():
+        assert torch.equal(value, selector[name])
+    back = dense.load_state_dict(ours.state_dict(), strict=False)
+    assert back.missing_keys == []
+    assert all(name.startswith("attention.") for name in back.unexpected_keys)
+    broken = {k: v for k, v in ours.state_dict().items() if "query_in" not in k}
+    with pytest.raises(RuntimeError, match="query_in"):
+        ours.load_state_dict(broken)
+    again = make(**options)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert torch.equal(again.attention.scorer.query_in, ours.attention.scorer.query_in)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_inside_an_encoder(norm_first: bool, grad: bool) -> None:
+    """Also without gradient, where PyTorch would run its own fused dense layer."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        DIM, HEADS, 64, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    dense = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    ours = copy.deepcopy(dense)
+    for block in ours.layers:
+        block.self_attn = make()
+    ours.load_state_dict(dense.state_dict())
+    calls: list[BlockSparseAdaptive] = []
+    for block in ours.layers:
+        block.self_attn.attention.observers.append(lambda layer, _: calls.append(layer))
+    x = tokens(4, 50, DIM)
+    mask = later(50, 50)
+    right = torch.arange(50) >= torch.tensor([50, 30, 50, 1])[:, None]
+    with torch.set_grad_enabled(grad):
+        for options in ({}, {"mask": mask}, {"mask": mask, "is_causal": True}):
+            for padding in (None, right):
+                calls.clear()
+                expected = dense(x, src_key_padding_mask=padding, **options)
+                out = ours(x, src_key_padding_mask=padding, **options)
+                assert len(calls) == 2, "the adaptive layers did not run"
+                real = torch.ones(4, 50, dtype=torch.bool) if padding is None else ~padding
+                agree(out[real], expected[real])
+
+
+def test_nested_tensors_are_refused_with_a_remedy() -> None:
+    nested = torch.nested.nested_tensor([tokens(5, DIM), tokens(3, DIM)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="enable_nested_tensor=False"):
+        make()(nested, nested, nested)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_inside_a_decoder(causal: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.TransformerDecoderLayer(DIM, HEADS, 64, dropout=0.0, batch_first=True).eval()
+    ours = copy.deepcopy(dense)
+    ours.self_attn, ours.multihead_attn = make(), make()
+    ours.load_state_dict(dense.state_dict())
+    x, memory = tokens(4, 20, DIM), tokens(4, 50, DIM, seed=1)
+    options = {"memory_key_padding_mask": PADDING}
+    if causal:
+        options["tgt_mask"] = nn.Transformer.generate_square_subsequent_mask(20)
+        options["memory_key_padding_mask"] = PADDING.float().masked_fill(PADDING, -torch.inf)
+        options["tgt_is_causal"] = True
+    agree(ours(x, memory, **options), dense(x, memory, **options))
+
+
+def test_packed_documents() -> None:
+    ours = make(AdaptiveConfig(base_sparsity=0.5, block_size=16))
+    x = tokens(1, 150, DIM)
+    out, _ = ours(x, x, x, cu_seqlens=torch.tensor([0, 40, 150]), is_causal=True)
+    for start, stop in ((0, 40), (40, 150)):
+        part = x[:, start:stop]
+        torch.testing.assert_close(
+            out[:, start:stop], ours(part, part, part, is_causal=True)[0], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_padding_moves_nothing_else() -> None:
+    """Left padding chooses the blocks that the sequence alone would choose."""
+    ours = make(AdaptiveConfig(base_sparsity=0.6, block_size=16))
+    x = tokens(1, 150, DIM)
+    padding = torch.arange(150)[None] < 37
+    out, info = ours(x, x, x, key_padding_mask=padding, is_causal=True, return_pattern=True)
+    real = x[:, 37:]
+    alone, own = ours(real, real, real, is_causal=True, return_pattern=True)
+    torch.testing.assert_close(out[:, 37:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(info["sparsity"], own["sparsity"])
+
+
+def test_constructor_arguments_reach_the_layer() -> None:
+    config = AdaptiveConfig(block_size=8)
+    ours = MultiheadAdaptiveAttention(
+        DIM, HEADS, 0.0, False, False, False, 24, 20, False, "cpu", torch.float64, num_kv_heads=2,
+        segment_lengths=[64], dilation_rates=[2], adaptive_config=config, backend="reference",
+    )  # fmt: skip
+    inner = ours.attention
+    assert (inner.num_heads, inner.num_kv_heads, inner.head_dim) == (HEADS, 2, 8)
+    assert (inner.segment_lengths, inner.dilation_rates) == ((64,), (2,))
+    assert (inner.config, inner.backend) == (config, "reference")
+    assert ours.k_proj_weight.shape == (16, 24)
+    assert ours.v_proj_weight.shape == (16, 20)
+    assert ours.in_proj_bias is ours.out_proj.bias is None
+    assert {p.dtype for p in ours.parameters()} == {torch.float64}
+    assert not ours.batch_first
+    x = torch.randn(5, 2, DIM, dtype=torch.float64)
+    y = torch.randn(9, 2, 24, dtype=torch.float64)
+    z = torch.randn(9, 2, 20, dtype=torch.float64)
+    assert ours(x, y, z)[0].shape == x.shape
+    meta = MultiheadAdaptiveAttention(DIM, HEADS, device="meta")
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert "num_kv_heads=4" in repr(meta)
+
+
+def test_fewer_kv_heads() -> None:
+    """Two KV heads equal four whose projections are repeated."""
+    few = make(num_kv_heads=2)
+    many = make()
+    with torch.no_grad():
+        k, v = (
+            w.view(2, 1, 8, DIM).expand(2, 2, 8, DIM).reshape(DIM, DIM)
+            for w in (few.k_proj_weight, few.v_proj_weight)
+        )
+        many.in_proj_weight.copy_(torch.cat([few.q_proj_weight, k, v]))
+        many.out_proj.weight.copy_(few.out_proj.weight)
+    x = tokens(2, 50, DIM)
+    agree(few(x, x, x)[0], many(x, x, x)[0])
+
+
+def test_generator_and_training() -> None:
+    ours = make(AdaptiveConfig(base_sparsity=0.7, block_size=8)).train()
+    x = tokens(2, 150, DIM)
+    runs = [ours(x, x, x, generator=torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    runs[0].square().sum().backward()
+    assert all(p.grad is not None for n, p in ours.named_parameters() if "budget" not in n)
+
+
+def test_reset_parameters_spares_the_selector() -> None:
+    ours = make()
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    with torch.no_grad():
+        ours.in_proj_bias.fill_(1)
+    ours.reset_parameters()
+    after = ours.state_dict()
+    assert not torch.equal(before["in_proj_weight"], after["in_proj_weight"])
+    assert (after["in_proj_bias"] == 0).all()
+    assert torch.equal(before["attention.scorer.query_in"], after["attention.scorer.query_in"])
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("dropout", {"dropout": 0.1}),
+        ("add_bias_kv", {"add_bias_kv": True}),
+        ("add_zero_attn", {"add_zero_attn": True}),
+        ("num_heads must divide embed_dim", {"num_heads": 5}),
+        ("embed_dim", {"embed_dim": 0}),
+        ("kdim", {"kdim": 0}),
+        ("vdim", {"vdim": -1}),
+        ("num_kv_heads", {"num_kv_heads": 3}),
+        ("segment_lengths", {"segment_lengths": [64]}),
+    ],
+)
+def test_bad_constructor_arguments(match: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=match):
+        MultiheadAdaptiveAttention(**{"embed_dim": DIM, "num_heads": HEADS, **options})
+
+
+X = torch.zeros(2, 20, DIM)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changes"),
+    [
+        (ValueError, "need_weights", {"need_weights": True}),
+        (ValueError, "attn_mask", {"attn_mask": torch.zeros(20, 20)}),
+        (ValueError, "attn_mask", {"attn_mask": torch.rand(20, 20), "is_causal": True}),
+        (ValueError, "attn_mask", {"attn_mask": later(19, 19), "is_causal": True}),
+        (ValueError, "key_padding_mask", {"key_padding_mask": torch.ones(2, 19).bool()}),
+        (ValueError, "key_padding_mask", {"key_padding_mask": torch.rand(2, 20)}),
+        (TypeError, "key_padding_mask", {"key_padding_mask": torch.ones(2, 20).int()}),
+        (ValueError, "cu_seqlens", {"key_padding_mask": torch.zeros(2, 20).bool(),
+                                    "cu_seqlens": torch.tensor([[0, 20]] * 2)}),
+        (ValueError, "query.*embed_dim=32", {"query": X[..., :8]}),
+        (ValueError, "key.*kdim=32", {"key": X[..., :8]}),
+        (ValueError, "value.*vdim=32", {"value": X[..., :8]}),
+        (ValueError, "key and value", {"value": X[:, :8]}),
+        (ValueError, "batch", {"query": X[:1]}),
+        (ValueError, "query.*dimensions", {"query": X[None]}),
+        (ValueError, "key.*dimensions", {"key": X[0]}),
+        (TypeError, "query", {"query": X.int()}),
+        (TypeError, "value", {"value": [1.0]}),
+    ],
+)  # fmt: skip
+def test_bad_input(error: type[Exception], match: str, changes: dict) -> None:
+    with pytest.raises(error, match=match):
+        make()(**{"query": X, "key": X, "value": X, **changes})
