@@ -31,7 +31,7 @@ class DemoSize:
     """How much to train.
 
     Attributes:
-        needle: The needle task. 24 blocks are as many as one layer learns within 550 short steps;
+        needle: The needle task. 24 blocks are as many as one layer learns within 500 short steps;
             with 32 blocks and 256 keys, dense attention itself needs more than 2,000.
         needle_steps: Optimiser steps on it.
         needle_every: Steps between two measurements.
@@ -41,9 +41,9 @@ class DemoSize:
     """
 
     needle: NeedleTask = field(default_factory=lambda: NeedleTask(seq_len=384, num_keys=48))
-    needle_steps: int = 550
+    needle_steps: int = 500
     needle_every: int = 50
-    text_steps: int = 150
+    text_steps: int = 120
     text_bytes: int = 4_000_000
     seq_len: int = 512
 
@@ -113,7 +113,7 @@ def text_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
     training = LanguageModelTraining(run, text)
     losses: list[float] = []
     curve = []
-    every = max(1, size.text_steps // 24)
+    every = max(1, size.text_steps // 15)
     while not training.done:
         losses.append(training.step().loss)
         if len(losses) == every or training.done:

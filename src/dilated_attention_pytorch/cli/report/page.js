@@ -41,7 +41,7 @@ function ticks(low, high) {
 }
 
 function lineChart(host, label, curves, low, high, format) {
-  const [width, height, left, top, right, bottom] = [640, 300, 46, 10, 12, 34];
+  const [width, height, left, top, right, bottom] = [640, 300, 58, 10, 20, 34];
   const names = Object.keys(curves);
   const steps = curves[names[0]].map((point) => point[0]);
   const last = steps[steps.length - 1];
