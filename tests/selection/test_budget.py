@@ -230,3 +230,9 @@ def test_top_p_is_the_fewest_blocks_that_reach_the_share(
 def test_top_p_ranks_nan_last() -> None:
     scores = torch.tensor([[[[math.nan, 2.0, 1.0]]]])
     assert int(top_p_budget(scores, torch.ones(3, dtype=torch.bool), 1.0)) == 2
+
+
+def test_top_p_stops_at_the_share_itself() -> None:
+    halves, scored = torch.zeros(1, 1, 1, 2), torch.ones(2, dtype=torch.bool)
+    assert int(top_p_budget(halves, scored, 0.5)) == 1
+    assert int(top_p_budget(halves, scored, 0.51)) == 2
