@@ -7,7 +7,8 @@ import os
 import queue
 import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any
@@ -68,8 +69,9 @@ def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], No
     ]
     results: dict[int, Any] = {}
     try:
-        for worker in workers:
-            worker.start()
+        with _ctrl_c_held_back():
+            for worker in workers:
+                worker.start()
         while len(results) < len(jobs):
             try:
                 event = events.get(timeout=0.5)
@@ -90,6 +92,22 @@ def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], No
             channel.cancel_join_thread()
             channel.close()
     return [results[number] for number in range(len(jobs))]
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Delivers a Ctrl-C afterwards; processes started meanwhile never see one.
+
+    A process that is still importing cannot have told the system yet that it ignores Ctrl-C.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_alive(workers: Sequence[Any]) -> None:
