@@ -82,12 +82,12 @@ def teach(model: NeedleModel, run: NeedleRun, pooling: tuple[str, ...], steps: i
     """Teaches a selector and returns the share of blocks found."""
     torch.manual_seed(run.seed)
     generator = torch.Generator().manual_seed(1000 + run.seed)
-    heads = 2
-    selector = Selector(heads, 64 // heads, pooling, run.task.block_size)
+    heads, device = 2, torch.device(run.device)
+    selector = Selector(heads, 64 // heads, pooling, run.task.block_size).to(device)
     optimizer = torch.optim.AdamW(selector.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        batch = run.task.batch(16, generator)
+        batch = run.task.batch(16, generator).to(device)
         scores = selector(*frozen_heads(model, batch))
         # Row 1 has one candidate only; there is nothing to learn from it.
         loss = F.cross_entropy(scores[:, 2:].flatten(0, 1), batch.target[:, 2:].flatten())
@@ -99,7 +99,7 @@ def teach(model: NeedleModel, run: NeedleRun, pooling: tuple[str, ...], steps: i
     found = total = 0
     with torch.no_grad():
         for _ in range(8):
-            batch = run.task.batch(32, held_out)
+            batch = run.task.batch(32, held_out).to(device)
             scores = selector(*frozen_heads(model, batch))[:, TOP + 1 :]
             best = scores.topk(TOP, -1).indices
             hit = (best == batch.target[:, TOP + 1 :, None]).any(-1)
@@ -138,6 +138,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", nargs="+", type=int, default=[500, 1500])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     out, dense_steps = arguments.out, 1500
@@ -156,7 +157,9 @@ def main() -> int:
         ]
         if not cells:
             continue
-        run = NeedleRun("dense", needle_config(), steps=dense_steps, seed=seed)
+        run = NeedleRun(
+            "dense", needle_config(), steps=dense_steps, seed=seed, device=arguments.device
+        )
         model = build_needle_model(run)
         accuracy = [p.accuracy for p in train_needle(run, model)][-1]
         model.requires_grad_(False)
@@ -168,7 +171,7 @@ def main() -> int:
                 "steps": steps,
                 "found": found,
                 "dense_accuracy": accuracy,
-                "environment": environment("cpu"),
+                "environment": environment(arguments.device),
             }
             with log.open("a") as file:
                 file.write(json.dumps(result) + "\n")

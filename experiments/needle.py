@@ -53,6 +53,7 @@ class Variant:
         attention: A name of ``build_attention``.
         config: Changes to the default configuration.
         run: Changes to the default run.
+        seeds: Seeds that are run unless asked otherwise.
     """
 
     name: str
@@ -60,39 +61,45 @@ class Variant:
     attention: str = "adaptive"
     config: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 MLP = {"scorer": "mlp", "hidden_dim": 64, "num_layers": 2}
 MLP_RUN = {"scorer_learning_rate": 0.25, "sparsity_warmup": 0.2}
 
+ONE = (0,)
 VARIANTS = (
     Variant("dense", "dense attention (upper bound)", "dense"),
     Variant("adaptive", "**adaptive, defaults** (mass target, bilinear, mean + max)"),
-    Variant("warmup", "defaults with a sparsity warm-up (dense for 20 % of the steps, then 20 %)",
-            run={"sparsity_warmup": 0.2}),
-    Variant("warmup_slow", "the same, the scorer's learning rate / 4",
-            run={"sparsity_warmup": 0.2, "scorer_learning_rate": 0.25}),
-    Variant("mean_pooling", "mean summaries alone", config={"pooling": ["mean"]}),
-    Variant("attention_pooling", "mean + attention pooling",
-            config={"pooling": ["mean", "attention"]}),
-    Variant("no_exploration", "no random blocks", config={"num_explore_blocks": 0}),
-    Variant("weight_1", "selector_weight 1", config={"selector_weight": 1.0}),
-    Variant("fixed_temperature", "learnable_temperature off",
-            config={"learnable_temperature": False}),
-    Variant("shared_pattern", "one pattern for all heads", config={"share_across_heads": True}),
-    Variant("hard", "hard_sparsity (no noise, no random blocks)", config={"hard_sparsity": True}),
-    Variant("one_block", "1 scored block", config={"scored_blocks": 1}),
-    Variant("mlp", "MLP scorer, 2 x 64 hidden, its learning rate / 4, sparsity warm-up",
-            config=MLP, run=MLP_RUN),
-    Variant("mlp_plain", "MLP scorer, 2 x 64 hidden, trained like the bilinear one", config=MLP),
-    Variant("guide", "the guide's sizes: MLP, 2 x 128 hidden, its learning rate / 4, warm-up",
-            config=MLP | {"hidden_dim": 128}, run=MLP_RUN),
-    Variant("towers", "bilinear with 2-layer towers of 128",
-            config={"hidden_dim": 128, "num_layers": 2}),
     Variant("gumbel", "estimator gumbel (score as logit bias)", config={"estimator": "gumbel"}),
-    Variant("soft", "estimator soft (dense relaxation)", config={"estimator": "soft"}),
+    Variant("soft", "estimator soft (dense relaxation)", config={"estimator": "soft"},
+            seeds=(0, 1)),
     Variant("straight_through", "estimator straight-through",
-            config={"estimator": "straight_through"}),
+            config={"estimator": "straight_through"}, seeds=(0, 1)),
+    Variant("guide", "MLP scorer, 2 x 128 hidden, its learning rate / 4, sparsity warm-up",
+            config=MLP | {"hidden_dim": 128}, run=MLP_RUN),
+    Variant("mlp", "MLP scorer, 2 x 64 hidden, trained likewise", config=MLP, run=MLP_RUN,
+            seeds=ONE),
+    Variant("mlp_plain", "MLP scorer, 2 x 64 hidden, trained like the bilinear one", config=MLP,
+            seeds=ONE),
+    Variant("towers", "bilinear with 2-layer towers of 128",
+            config={"hidden_dim": 128, "num_layers": 2}, seeds=ONE),
+    Variant("warmup", "defaults with a sparsity warm-up (dense for 20 % of the steps, then 20 %)",
+            run={"sparsity_warmup": 0.2}, seeds=ONE),
+    Variant("mean_pooling", "mean summaries alone", config={"pooling": ["mean"]}, seeds=ONE),
+    Variant("attention_pooling", "mean + attention pooling",
+            config={"pooling": ["mean", "attention"]}, seeds=ONE),
+    Variant("no_exploration", "no random blocks", config={"num_explore_blocks": 0}, seeds=ONE),
+    Variant("weight_1", "selector_weight 1", config={"selector_weight": 1.0}, seeds=ONE),
+    Variant("fixed_temperature", "learnable_temperature off",
+            config={"learnable_temperature": False}, seeds=ONE),
+    Variant("shared_pattern", "one pattern for all heads", config={"share_across_heads": True},
+            seeds=ONE),
+    Variant("hard", "hard_sparsity (no noise, no random blocks)", config={"hard_sparsity": True},
+            seeds=ONE),
+    Variant("one_block", "1 scored block", config={"scored_blocks": 1}, seeds=ONE),
+    Variant("past", "query_scope past (strictly causal choice)", config={"query_scope": "past"},
+            seeds=ONE),
     Variant("local", "fixed: local window", "local"),
     Variant("dilated", "fixed: dilated (LongNet)", "dilated"),
     Variant("strided", "fixed: strided", "strided"),
@@ -246,7 +253,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS])
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of each variant")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -263,9 +270,9 @@ def main() -> int:
     wanted = [v for v in VARIANTS if arguments.only is None or v.name in arguments.only]
     cells = [
         (variant, depth, seed)
-        for seed in arguments.seeds
         for depth in sorted(arguments.layers, reverse=True)
         for variant in wanted
+        for seed in arguments.seeds or variant.seeds
         if (variant.name, depth, seed) not in done
     ]
     for number, result in enumerate(sweep(cells, steps, arguments.device, arguments.jobs), start=1):

@@ -83,7 +83,13 @@ def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
 
 class _Block(nn.Module):
     def __init__(
-        self, dim: int, num_heads: int, attention: nn.Module, feed_forward: int, rope: bool
+        self,
+        dim: int,
+        num_heads: int,
+        attention: nn.Module,
+        feed_forward: int,
+        rope: bool,
+        residual_branches: int,
     ) -> None:
         super().__init__()
         self.num_heads, self.rope = num_heads, rope
@@ -91,6 +97,11 @@ class _Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attention = attention
         self.out = nn.Linear(dim, dim, bias=False)
+        # PyTorch's default is 3 ** 0.5 times smaller: attention then starts nearly uniform, and
+        # training can stay there (docs/log.md). What a block adds to the residual stream starts
+        # smaller the more of them there are, as in GPT-2.
+        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
+        nn.init.normal_(self.out.weight, std=(dim * residual_branches) ** -0.5)
         if feed_forward:
             self.feed_forward_norm = nn.RMSNorm(dim)
             self.feed_forward = nn.Sequential(
@@ -147,8 +158,16 @@ class Transformer(nn.Module):
         self.embedding = None if vocabulary is None else nn.Embedding(vocabulary, dim)
         if self.embedding is not None:
             nn.init.normal_(self.embedding.weight, std=0.02)
+        branches = num_layers * (2 if feed_forward else 1)
         self.blocks = nn.ModuleList(
-            _Block(dim, num_heads, make_attention(num_heads, dim // num_heads), feed_forward, rope)
+            _Block(
+                dim,
+                num_heads,
+                make_attention(num_heads, dim // num_heads),
+                feed_forward,
+                rope,
+                branches,
+            )
             for _ in range(num_layers)
         )
         self.norm = nn.RMSNorm(dim)

@@ -188,7 +188,7 @@ class NeedleRun:
     num_layers: int = 1
     steps: int = 2000
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 64
     learning_rate: float = 2e-3
     scorer_learning_rate: float = 1.0
     sparsity_warmup: float = 0.0
