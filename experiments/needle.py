@@ -135,6 +135,8 @@ def execute(
         "num_layers": num_layers,
         "seed": seed,
         "steps": steps,
+        "batch_size": run.batch_size,
+        "learning_rate": run.learning_rate,
         "accuracy": curve[-1]["accuracy"],
         "recall": curve[-1]["recall"],
         "sparsity": curve[-1]["sparsity"],
@@ -203,7 +205,8 @@ def write_table(runs: list[dict[str, Any]], path: Path) -> None:
     note = (
         "Accuracy on 256 held-out sequences for seeds 0, 1, 2 in that order; 512 tokens in 32 "
         "blocks, the diagonal block and 2 scored blocks (of up to 31) kept in every row unless "
-        f"said otherwise; {', '.join(map(str, steps))} steps. Ran on {', '.join(devices)}; torch "
+        f"said otherwise; {', '.join(map(str, steps))} steps of {NeedleRun.batch_size} "
+        f"sequences. Ran on {', '.join(devices)}; torch "
         f"{', '.join(torches)}; commit {', '.join(commits)}."
     )
     path.write_text("\n".join([*lines, "", note, ""]))
