@@ -6,6 +6,7 @@ backward pass recomputes the probabilities of a chunk from the saved lse.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -72,8 +73,46 @@ class _GatherAttention(torch.autograd.Function):
             return (*_backward(ctx, grad_out, grad_lse), None)
 
 
+class _Tokens:
+    """One input as rows of ``head_dim`` numbers, from which blocks are gathered token by token.
+
+    Gathering straight from the input spares a copy of it in blocks, whose fresh memory costs more
+    than the copying.
+    """
+
+    def __init__(self, x: Tensor, size: int) -> None:
+        if x.dtype not in (torch.float32, torch.float64):
+            x = x.float()
+        dim = x.shape[3]
+        if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
+            x = x.contiguous()
+        self.batch, self.length, self.heads, self.head_dim = x.shape
+        self.size, self.blocks = size, ceil_div(self.length, size)
+        places = [(n - 1) * x.stride(axis) // dim for axis, n in enumerate(x.shape[:3])]
+        self.rows = x.as_strided((sum(places) + 1 if x.numel() else 0, dim), (dim, 1))
+        self.strides = [x.stride(axis) // dim for axis in range(3)]
+        # A partial last block repeats the last token; masks or an infinite lse leave it out.
+        self._tokens = torch.arange(size, device=x.device)
+
+    def index(self, blocks: Tensor) -> Tensor:
+        """Rows of the tokens of blocks, given as places in the flattened ``(b, h, blocks)``."""
+        head = blocks.div(self.blocks, rounding_mode="floor")
+        sample = head.div(self.heads, rounding_mode="floor")
+        base = sample * self.strides[0] + (head - sample * self.heads) * self.strides[2]
+        first = (blocks - head * self.blocks) * self.size
+        token = first[:, None] + self._tokens
+        if self.length % self.size:
+            token.clamp_(max=self.length - 1)
+        return token.mul_(self.strides[1]).add_(base[:, None]).flatten()
+
+    def gather(self, blocks: Tensor, out: Tensor) -> Tensor:
+        """Fills ``out`` ``(blocks, size, head_dim)``."""
+        torch.index_select(self.rows, 0, self.index(blocks), out=out.view(-1, self.head_dim))
+        return out
+
+
 class _Products:
-    """The tensors of one call cut into blocks, and the products that both passes need."""
+    """The tensors of one call, and the products that both passes need."""
 
     def __init__(
         self,
@@ -87,28 +126,40 @@ class _Products:
     ) -> None:
         self.size_q, self.size_k = block_size
         self.head_dim, self.scale, self.hidden = query.shape[3], scale, rows.hidden
-        self.query = to_blocks(query, self.size_q)
-        self.key, self.value = to_blocks(key, self.size_k), to_blocks(value, self.size_k)
+        self.query = _Tokens(query, self.size_q)
+        self.key, self.value = _Tokens(key, self.size_k), _Tokens(value, self.size_k)
         self.bias = None if block_bias is None else block_bias.flatten()
         # Reusing a few buffers spares the page faults of fresh ones.
         self._tiles = max((group.slots.numel() for group in rows.groups), default=0)
+        self._rows = max((group.rows.numel() for group in rows.groups), default=0)
         self._buffers: dict[str, Tensor] = {}
+
+    def new_blocks(self, tokens: _Tokens, *, zero: bool = False) -> Tensor:
+        """A tensor for the blocks of an input, ``(b * h * blocks, size, head_dim)``."""
+        make = torch.zeros if zero else torch.empty
+        return make(
+            tokens.batch * tokens.heads * tokens.blocks, tokens.size, tokens.head_dim,
+            dtype=tokens.rows.dtype, device=tokens.rows.device,
+        )  # fmt: skip
 
     def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A contiguous uninitialised tensor, the same memory for the same name."""
         if name not in self._buffers:
             tile = self.size_k * max(self.size_q, self.head_dim)
-            self._buffers[name] = self.query.new_empty(self._tiles * tile)
-        size = 1
-        for length in shape:
-            size *= length
-        return self._buffers[name][:size].view(shape)
+            size = max(self._tiles * tile, self._rows * self.size_q * self.head_dim)
+            self._buffers[name] = self.query.rows.new_empty(size)
+        return self._buffers[name][: math.prod(shape)].view(shape)
 
-    def gather(self, name: str, blocks: Tensor, group: RowGroup) -> Tensor:
+    def gather_rows(self, name: str, tokens: _Tokens, group: RowGroup) -> Tensor:
+        """The query blocks of a group, ``(r, size_q, d)``."""
+        out = self.buffer(name, (group.rows.numel(), self.size_q, self.head_dim))
+        return tokens.gather(group.rows, out)
+
+    def gather(self, name: str, tokens: _Tokens, group: RowGroup) -> Tensor:
         """The key or value blocks that each row reads, ``(r, c * size_k, d)``."""
         r, c = group.keys.shape
         tiles = self.buffer(name, (r * c, self.size_k, self.head_dim))
-        torch.index_select(blocks, 0, group.keys.flatten(), out=tiles)
+        tokens.gather(group.keys.flatten(), tiles)
         if group.unread is not None:
             # 0 * nan is nan: what nobody reads must not reach a sum.
             tiles.masked_fill_(group.unread.view(r * c, self.size_k, 1), 0)
@@ -118,7 +169,7 @@ class _Products:
         """What to add to the logits: ``(r, size_q, c * size_k)``, or r = 1 for all rows alike."""
         r, c = group.slots.shape
         if self.bias is None and group.shared is not None:
-            row = self.query.new_zeros(1, self.size_q, c * self.size_k)
+            row = self.query.rows.new_zeros(1, self.size_q, c * self.size_k)
             row[..., -self.size_k :].masked_fill_(self.hidden[group.shared], -torch.inf)
             return row
         if self.bias is None and group.masked is None:
@@ -137,6 +188,27 @@ class _Products:
             tiles[row, :, place] = tiles[row, :, place].masked_fill_(hidden, -torch.inf)
         return mask
 
+    def logits(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """``scale * query @ key^T + mask``, in a buffer."""
+        s = self.buffer("logits", (*query.shape[:2], key.shape[1]))
+        torch.baddbmm(s, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=s)
+        if mask is not None:
+            s += mask
+        return s
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax attention (in a buffer) and its lse; a row that sees nothing gives 0 and -inf."""
+        p = self.logits(query, key, mask)
+        highest = p.amax(-1, keepdim=True)
+        # A row of -inf alone must not become NaN.
+        p.sub_(highest.clamp(min=torch.finfo(p.dtype).min)).exp_()
+        total = p.sum(-1, keepdim=True)
+        out = torch.bmm(p, value, out=self.buffer("out", tuple(query.shape)))
+        out.div_(total.clamp(min=torch.finfo(p.dtype).tiny))
+        return out, total.log_().add_(highest).squeeze(-1)
+
 
 def _forward(
     query: Tensor,
@@ -148,50 +220,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     b, n, h, _ = query.shape
     x = _Products(query, key, value, block_bias, args.scale, args.pattern.block_size, rows)
-    attend = _attend_cpu if query.device.type == "cpu" else _attend
-    out, lse = torch.empty_like(x.query), x.query.new_empty(x.query.shape[:2])
+    out = x.new_blocks(x.query)
+    lse = out.new_empty(out.shape[:2])
     out[rows.empty], lse[rows.empty] = 0, -torch.inf
     for group in rows.groups:
         k, v = x.gather("key", x.key, group), x.gather("value", x.value, group)
         mask = x.mask(group)
-        some_out, some_lse = attend(x.query[group.rows], k, v, mask, args.scale)
-        if mask is not None and mask.shape[0] == group.rows.numel():
-            blind = mask.amax(-1) == -torch.inf
-            some_out, some_lse = (
-                some_out.masked_fill(blind[..., None], 0),
-                some_lse.masked_fill(blind, -torch.inf),
-            )
-        out[group.rows], lse[group.rows] = some_out, some_lse
+        q = x.gather_rows("query", x.query, group)
+        some_out, some_lse = x.attend(q, k, v, mask)
+        # index_copy_ moves whole blocks; an indexed assignment took eight times as long.
+        out.index_copy_(0, group.rows, some_out)
+        lse.index_copy_(0, group.rows, some_lse)
     lse = lse.view(b, h, ceil_div(n, x.size_q) * x.size_q)[:, :, :n]
     return from_blocks(out, b, n, h, query.dtype), lse
-
-
-def _attend_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention and its lse; rows that see nothing hold no meaningful lse.
-
-    The fused op took 80 ms of one core where :func:`_attend` took 118 (docs/log.md).
-    """
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[:, None],
-        key[:, None],
-        value[:, None],
-        attn_mask=None if mask is None else mask[:, None],
-        scale=scale,
-    )
-    return out[:, 0], lse[:, 0]
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same in plain products, for any device."""
-    s = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
-    if mask is not None:
-        s += mask
-    lse = s.logsumexp(-1)
-    return torch.bmm(s.sub_(lse[..., None]).exp_(), value), lse
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
@@ -202,31 +243,29 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> lis
     m, num_kv_heads = key.shape[1:3]
     x = _Products(query, key, value, block_bias, ctx.scale, pattern.block_size, rows)
     grad = torch.zeros_like(query) if grad_out is None else grad_out
-    weight = _row_weights(grad, pattern.num_heads, x.size_q, x.query.dtype)
-    grad = to_blocks(grad, x.size_q)
+    weight = _row_weights(grad, pattern.num_heads, x.size_q, x.query.rows.dtype)
+    grad_tokens = _Tokens(grad, x.size_q)
     # Rows that read nothing: exp(s - inf) is 0, and what they hold must not reach a sum.
     empty = _rows_to_blocks(lse == -torch.inf, x.size_q, True)
     lse = _rows_to_blocks(lse, x.size_q, torch.inf).masked_fill_(empty, torch.inf)[..., None]
-    if bool(empty.any()):
-        x.query.masked_fill_(empty[..., None], 0)
-        grad.masked_fill_(empty[..., None], 0)
+    any_empty = bool(empty.any())
     if grad_lse is not None:
         grad_lse = _rows_to_blocks(grad_lse, x.size_q, 0).masked_fill_(empty, 0)[..., None]
     needs_q, needs_k, needs_v, needs_bias, needs_mass = ctx.needs_input_grad[:5]
-    dq, dk, dv = torch.empty_like(x.query), torch.zeros_like(x.key), torch.zeros_like(x.value)
+    dq = x.new_blocks(x.query)
+    dk, dv = x.new_blocks(x.key, zero=True), x.new_blocks(x.value, zero=True)
     slots = pattern.kv_indices.numel()
-    d_bias, mass = (x.query.new_zeros(slots if needs else 0) for needs in (needs_bias, needs_mass))
+    d_bias, mass = (dq.new_zeros(slots if needs else 0) for needs in (needs_bias, needs_mass))
     dq[rows.empty] = 0
     for group in rows.groups:
         r, c = group.slots.shape
         k, v = x.gather("key", x.key, group), x.gather("value", x.value, group)
-        q, g = x.query.index_select(0, group.rows), grad.index_select(0, group.rows)
-        p = x.buffer("logits", (r, x.size_q, c * x.size_k))
-        torch.baddbmm(p, q, k.transpose(1, 2), beta=0, alpha=ctx.scale, out=p)
-        mask = x.mask(group)
-        if mask is not None:
-            p += mask
-        p.sub_(lse[group.rows]).exp_()
+        q = x.gather_rows("query", x.query, group)
+        g = x.gather_rows("grad rows", grad_tokens, group)
+        if any_empty:
+            for rows_of in (q, g):
+                rows_of.masked_fill_(empty[group.rows][..., None], 0)
+        p = x.logits(q, k, x.mask(group)).sub_(lse[group.rows]).exp_()
         if needs_mass:
             column = torch.bmm(weight[group.rows][:, None], p)
             mass.index_add_(0, group.slots.flatten(), column.view(r * c, x.size_k).sum(-1))
@@ -240,7 +279,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> lis
             column = ds.sum(1)
             d_bias.index_add_(0, group.slots.flatten(), column.view(r * c, x.size_k).sum(-1))
         if needs_q:
-            dq[group.rows] = torch.bmm(ds, k).mul_(ctx.scale)
+            # The gathered output gradient is no longer needed.
+            dq.index_copy_(0, group.rows, torch.baddbmm(g, ds, k, beta=0, alpha=ctx.scale, out=g))
         if needs_k:
             torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=k)
             dk.index_add_(0, group.keys.flatten(), k.view(r * c, *dk.shape[1:]))
@@ -261,19 +301,8 @@ def _softmax_backward(grad: Tensor, p: Tensor, grad_lse: Tensor | None) -> None:
         grad.addcmul_(p, grad_lse)
 
 
-def to_blocks(x: Tensor, size: int) -> Tensor:
-    """``(b, n, h, d)`` to ``(b * h * blocks, size, d)`` in the accumulation dtype, zero-padded."""
-    b, n, h, d = x.shape
-    blocks = ceil_div(n, size)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = torch.empty(b, h, blocks * size, d, dtype=dtype, device=x.device)
-    out[:, :, :n] = x.transpose(1, 2)
-    out[:, :, n:] = 0
-    return out.view(b * h * blocks, size, d)
-
-
 def from_blocks(x: Tensor, batch: int, length: int, heads: int, dtype: torch.dtype) -> Tensor:
-    """Undoes :func:`to_blocks`; a strided view if the dtype is already right."""
+    """``(b * h * blocks, size, d)`` as ``(b, n, h, d)``: a strided view, or a copy in ``dtype``."""
     padded = ceil_div(length, x.shape[1]) * x.shape[1]
     heads_first = x.view(batch, heads, padded, x.shape[2])[:, :, :length]
     return heads_first.transpose(1, 2).to(dtype)
