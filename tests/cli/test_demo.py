@@ -1,5 +1,6 @@
 """``dilated-attention demo``: one table, one page, and no process left behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -155,14 +156,19 @@ def test_ctrl_c_ends_the_demo_and_its_processes(tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while len(children := _children(process.pid)) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(1)
-    # As a terminal does: the whole group hears it.
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        while len(children := _children(process.pid)) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+        # As a terminal does: the whole group hears it.
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert process.returncode == 130
     assert "Traceback" not in errors.decode()
     while any(os.path.exists(f"/proc/{child}") for child in children):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,9 +85,10 @@ def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], No
                 results[event.number] = event.result
             on_event(event)
     finally:
-        for worker in workers:
+        started = [worker for worker in workers if worker.pid is not None]
+        for worker in started:
             worker.terminate()
-        for worker in workers:
+        for worker in started:
             worker.join()
         for channel in (numbers, events):
             channel.cancel_join_thread()
@@ -98,16 +100,24 @@ def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], No
 def _ctrl_c_held_back() -> Iterator[None]:
     """Delivers a Ctrl-C afterwards; processes started meanwhile never see one.
 
-    A process that is still importing cannot have told the system yet that it ignores Ctrl-C.
+    A process that is still importing cannot have told the system yet that it ignores Ctrl-C, and
+    one that is half started when its parent is interrupted would be left behind.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    # Blocking alone is not enough: the system hands the signal to any other thread of this process.
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number)) if main else None
+    blocks = hasattr(signal, "pthread_sigmask")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if blocks else set()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _check_alive(workers: Sequence[Any]) -> None:
@@ -134,6 +144,6 @@ def _work(jobs: list[Job], numbers: Queue[int | None], events: Queue[Event]) -> 
         try:
             result = job.function(report, *job.arguments)
             events.put(Event(number, 1.0, "done", result=result))
-        except Exception:
+        except Exception:  # whatever it was, the parent shows it
             events.put(Event(number, 0.0, "failed", error=traceback.format_exc()))
             return
