@@ -30,7 +30,10 @@ ROOMS = [
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 # Optional packages, and where alone they may be imported.
 OPTIONAL = {
-    "triton": ("ops.block_sparse_attention.triton_kernels",),
+    "triton": (
+        "ops.block_sparse_attention.triton_kernels",
+        "ops.block_sparse_attention.triton_launch",
+    ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),
     "matplotlib": ("analysis",),

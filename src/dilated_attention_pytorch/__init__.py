@@ -7,7 +7,6 @@ from dilated_attention_pytorch.nn import (
     MultiheadAdaptiveAttention,
     create_adaptive_block_sparse,
     fixed_pattern,
-    get_sparsity_loss,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention import (
     block_sparse_attention,
@@ -16,7 +15,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention import (
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring import ImportanceScorer, block_summaries
 from dilated_attention_pytorch.selection import get_adaptive_sparsity, gumbel_softmax_topk
-from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.training import AdaptiveSparsityTrainer, get_sparsity_loss
 
 __all__ = [
     "AdaptiveConfig",

@@ -59,16 +59,13 @@ class AttentionMask:
             or isinstance(self.query_offset, Tensor)
         )
 
-    @property
-    def unrestricted(self) -> bool:
-        """Whether every query sees every key."""
-        return not self.causal and self.key_lengths is None and self.document_ids is None
+    def _column(self, x: int | Tensor, rank: int) -> int | Tensor:
+        """Per-sample numbers ready to broadcast against ``rank`` dimensions; an int as it is."""
+        return x.view((-1,) + (1,) * (rank - 1)).long() if isinstance(x, Tensor) else x
 
     def offset_column(self) -> int | Tensor:
         """Returns the query offset as an int or ``(batch, 1, 1)``, ready to broadcast."""
-        if isinstance(self.query_offset, Tensor):
-            return self.query_offset.view(-1, 1, 1).long()
-        return self.query_offset
+        return self._column(self.query_offset, 3)
 
     def tokens(self, query_index: Tensor, key_index: Tensor) -> Tensor:
         """Evaluates the rule.
@@ -83,14 +80,10 @@ class AttentionMask:
         """
         ok = (query_index < self.q_len) & (key_index >= 0) & (key_index < self.kv_len)
         rank = max(query_index.dim(), key_index.dim())
-        column = (-1,) + (1,) * (rank - 1)
         if self.causal:
-            offset = self.query_offset
-            if isinstance(offset, Tensor):
-                offset = offset.view(column)
-            ok = ok & (key_index <= query_index + offset)
+            ok = ok & (key_index <= query_index + self._column(self.query_offset, rank))
         if self.key_lengths is not None:
-            ok = ok & (key_index < self.key_lengths.view(column))
+            ok = ok & (key_index < self._column(self.key_lengths, rank))
         if self.document_ids is not None:
             ok = ok & _same_document(self.document_ids, query_index, key_index)
         return ok
@@ -111,14 +104,10 @@ class AttentionMask:
         last_q = (first_q + size_q - 1).clamp(max=self.q_len - 1)
         ok = (first_q < self.q_len) & (key_block >= 0) & (first_k < self.kv_len)
         rank = max(query_block.dim(), key_block.dim())
-        column = (-1,) + (1,) * (rank - 1)
         if self.causal:
-            offset = self.query_offset
-            if isinstance(offset, Tensor):
-                offset = offset.view(column)
-            ok = ok & (first_k <= last_q + offset)
+            ok = ok & (first_k <= last_q + self._column(self.query_offset, rank))
         if self.key_lengths is not None:
-            ok = ok & (first_k < self.key_lengths.view(column))
+            ok = ok & (first_k < self._column(self.key_lengths, rank))
         if self.document_ids is not None:
             last_k = (first_k + size_k - 1).clamp(max=self.kv_len - 1)
             ids = self.document_ids
@@ -149,14 +138,11 @@ class AttentionMask:
         last_q = (first_q + size_q - 1).clamp(max=self.q_len - 1)
         last_k = first_k + size_k - 1
         ok = (first_q < self.q_len) & (key_block >= 0) & (last_k < self.kv_len)
-        column = (-1,) + (1,) * (max(query_block.dim(), key_block.dim()) - 1)
+        rank = max(query_block.dim(), key_block.dim())
         if self.causal:
-            offset = self.query_offset
-            if isinstance(offset, Tensor):
-                offset = offset.view(column)
-            ok = ok & (last_k <= first_q + offset)
+            ok = ok & (last_k <= first_q + self._column(self.query_offset, rank))
         if self.key_lengths is not None:
-            ok = ok & (last_k < self.key_lengths.view(column))
+            ok = ok & (last_k < self._column(self.key_lengths, rank))
         if self.document_ids is not None:
             # Document numbers ascend: equal ends mean one document in between.
             ids = self.document_ids
@@ -174,35 +160,6 @@ class AttentionMask:
             key_lengths=None if self.key_lengths is None else self.key_lengths[rows],
             document_ids=None if self.document_ids is None else self.document_ids[rows],
         )
-
-    def num_allowed_tiles(self, block_size: tuple[int, int], device: torch.device) -> Tensor:
-        """Counts, per query block, the tiles that dense attention would compute.
-
-        Returns:
-            int32 of shape ``(1 or batch, 1, query blocks)``. Linear in the number of blocks:
-            the allowed key blocks of a query block are one contiguous range, whose ends are
-            computed, not counted.
-        """
-        size_q, size_k = block_size
-        rows = torch.arange(ceil_div(self.q_len, size_q), device=device).view(1, 1, -1)
-        first_q = rows * size_q
-        last_q = (first_q + size_q - 1).clamp(max=max(self.q_len - 1, 0))
-        low = torch.zeros_like(rows)
-        end = torch.full_like(rows, self.kv_len)
-        if self.causal:
-            end = torch.minimum(end, last_q + self.offset_column() + 1)
-        if self.key_lengths is not None:
-            end = torch.minimum(end, self.key_lengths.view(-1, 1, 1).long())
-        if self.document_ids is not None:
-            start_of, end_of = document_bounds(self.document_ids)
-            low, document_end = _visible_documents(
-                self.document_ids, start_of, end_of, rows, size_q
-            )
-            end = torch.minimum(end, document_end)
-        count = (end + size_k - 1).div(size_k, rounding_mode="floor") - low.div(
-            size_k, rounding_mode="floor"
-        )
-        return torch.where(end > low, count, 0).clamp(min=0).int()
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,20 +181,6 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     reverse = torch.where(last, position + 1, length).flip(-1)
     end = reverse.cummin(-1).values.flip(-1)
     return start, end
-
-
-def _visible_documents(
-    ids: Tensor, start: Tensor, end: Tensor, rows: Tensor, size_q: int
-) -> tuple[Tensor, Tensor]:
-    length = ids.shape[1]
-    first = (rows * size_q).expand(ids.shape[0], 1, -1)[:, 0]
-    last = (first + size_q - 1).clamp(max=length - 1)
-    low = start.gather(1, first)
-    # Padding follows the last document, so a block's last real token ends its documents.
-    real = (ids >= 0).sum(-1, keepdim=True)
-    last = torch.minimum(last, (real - 1).clamp(min=0))
-    high = torch.where((ids.gather(1, first) >= 0), end.gather(1, last), 0)
-    return low[:, None], high[:, None]
 
 
 def _same_document(ids: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:

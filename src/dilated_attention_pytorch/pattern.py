@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -355,15 +354,21 @@ class BlockPattern:
                 f"{path} must be a block pattern of version {_FILE_VERSION}, got "
                 f"format={metadata.get('format')!r} version={metadata.get('version')!r}."
             )
-        about = json.loads(metadata["about"])
-        return cls(
-            tensors["kv_num_blocks"],
-            tensors["kv_indices"],
-            about["q_len"],
-            about["kv_len"],
-            tuple(about["block_size"]),
-            tensors.get("kv_num_allowed"),
-        )
+        try:
+            about = json.loads(metadata["about"])
+            fields = (
+                tensors["kv_num_blocks"],
+                tensors["kv_indices"],
+                int(about["q_len"]),
+                int(about["kv_len"]),
+                (int(about["block_size"][0]), int(about["block_size"][1])),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must hold kv_num_blocks, kv_indices and the lengths and block sizes that "
+                f"BlockPattern.save writes, but one is missing or unreadable: {error!r}."
+            ) from error
+        return cls(*fields, tensors.get("kv_num_allowed"))
 
 
 def pack_ascending(chosen: Tensor, width: int, numbers: Tensor | None = None) -> Tensor:
@@ -385,48 +390,3 @@ def pack_ascending(chosen: Tensor, width: int, numbers: Tensor | None = None) ->
     out = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
     out.scatter_(-1, place, numbers.expand(chosen.shape).int())
     return out[..., :width]
-
-
-def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
-    """Joins patterns of single heads into one with a head for each.
-
-    Raises:
-        ValueError: If they differ in lengths, block sizes or batch, or there are none.
-    """
-    if not patterns:
-        raise ValueError("patterns must hold at least one BlockPattern, got none.")
-    first = patterns[0]
-    for p in patterns[1:]:
-        if (p.q_len, p.kv_len, p.block_size, p.batch_size) != (
-            first.q_len,
-            first.kv_len,
-            first.block_size,
-            first.batch_size,
-        ):
-            raise ValueError("patterns must agree in q_len, kv_len, block_size and batch.")
-    width = max(p.kv_indices.shape[-1] for p in patterns)
-    indices = [
-        torch.nn.functional.pad(p.kv_indices, (0, width - p.kv_indices.shape[-1])) for p in patterns
-    ]
-    allowed = None
-    if any(p.kv_num_allowed is not None for p in patterns):
-        allowed = torch.cat(
-            [
-                (
-                    p.kv_num_allowed
-                    if p.kv_num_allowed is not None
-                    else torch.full_like(p.kv_num_blocks, p.num_key_blocks)
-                ).expand(p.kv_num_blocks.shape)
-                for p in patterns
-            ],
-            dim=1,
-        )
-    return BlockPattern(
-        torch.cat([p.kv_num_blocks for p in patterns], dim=1),
-        torch.cat(indices, dim=1),
-        first.q_len,
-        first.kv_len,
-        first.block_size,
-        allowed,
-        check_values=False,
-    )

@@ -1,10 +1,7 @@
 """Layers."""
 
-from dilated_attention_pytorch.nn.adaptive import (
-    BlockSparseAdaptive,
-    create_adaptive_block_sparse,
-    get_sparsity_loss,
-)
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.factory import create_adaptive_block_sparse
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed, fixed_pattern
 from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
 
@@ -14,5 +11,4 @@ __all__ = [
     "MultiheadAdaptiveAttention",
     "create_adaptive_block_sparse",
     "fixed_pattern",
-    "get_sparsity_loss",
 ]

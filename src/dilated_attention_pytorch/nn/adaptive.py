@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.candidates import build_candidates, row_ranges
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
-from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.block_sparse import (
     BlockSparseLayer,
     Selection,
     SelectionInputs,
 )
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
+from dilated_attention_pytorch.selection.bounds import most_scored_blocks
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
     round_budget,
@@ -232,14 +231,14 @@ class BlockSparseAdaptive(BlockSparseLayer):
         query, valid = inputs.query, inputs.query_valid
         if config.query_scope == "past" and inputs.mask.causal:
             query, valid = past_windows(query, self.block_size, valid, inputs.mask.document_ids)
-        pools = ("attention" in config.pooling) or None
+        learned = "attention" in config.pooling
         queries = block_summaries(
             query, self.block_size, pooling=config.pooling, valid=valid,
-            pool_query=pools and self.query_pool,
+            pool_query=self.query_pool if learned else None,
         )  # fmt: skip
         keys = block_summaries(
             inputs.key, self.block_size, pooling=config.pooling, valid=inputs.key_valid,
-            pool_query=pools and self.key_pool,
+            pool_query=self.key_pool if learned else None,
         )  # fmt: skip
         if "mean" in config.pooling:
             start = config.pooling.index("mean") * self.head_dim
@@ -331,7 +330,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         factor = _MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
         return min(
             width,
-            _most_blocks(
+            most_scored_blocks(
                 inputs.mask.q_len,
                 inputs.mask.kv_len,
                 inputs.mask.causal,
@@ -430,8 +429,6 @@ class BlockSparseAdaptive(BlockSparseLayer):
         """
         if self.config.budget != "top_p":
             raise ValueError(f"calibrate_top_p needs budget='top_p', got {self.config.budget!r}.")
-        from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
-
         self._check(query, key, key)
         mask = make_mask(
             query.shape[0], query.shape[1], key.shape[1], device=query.device,
@@ -453,109 +450,3 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 low = middle
         self.top_p.fill_(max(low, 1e-6))
         return float(self.top_p)
-
-
-@lru_cache(maxsize=256)
-def _most_blocks(
-    q_len: int,
-    kv_len: int,
-    causal: bool,
-    query_offset: int,
-    has_diagonal: bool,
-    block_size: int,
-    segment_lengths: tuple[int, ...] | None,
-    dilation_rates: tuple[int, ...] | None,
-    num_heads: int,
-    num_local_blocks: int,
-    num_sink_blocks: int,
-    keep: float,
-) -> int:
-    """The most scored blocks that any row may get at the share ``keep``, from lengths alone."""
-    device = torch.device("cpu")
-    mask = AttentionMask(q_len, kv_len, causal, query_offset)
-    rows = row_ranges(mask, (block_size,) * 2, has_diagonal=has_diagonal, device=device)
-    if segment_lengths is None:
-        # Without forced blocks the level is at least as high as with them.
-        forced, limit = torch.zeros_like(rows.low), rows.num_allowed.long()
-        width = ceil_div(kv_len, block_size)
-    else:
-        candidates = build_candidates(
-            rows, num_heads=num_heads, num_key_blocks=ceil_div(kv_len, block_size),
-            block_size=block_size, causal=causal, segment_lengths=segment_lengths,
-            dilation_rates=dilation_rates, num_local_blocks=num_local_blocks,
-            num_sink_blocks=num_sink_blocks,
-        )  # fmt: skip
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
-        width = candidates.width
-    shape = torch.broadcast_shapes(forced.shape, limit.shape)
-    level = water_level_budget(torch.full(shape, keep), forced, limit, rows, width)
-    return int((level - forced).max().ceil()) + 1
-
-
-def create_adaptive_block_sparse(
-    embed_dim: int,
-    num_heads: int,
-    segment_lengths: Sequence[int] | None = (2048, 4096, 8192),
-    dilation_rates: Sequence[int] | None = (1, 2, 4),
-    adaptive_config: AdaptiveConfig | None = None,
-    *,
-    num_kv_heads: int | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> BlockSparseAdaptive:
-    """Builds a :class:`BlockSparseAdaptive` for a model dimension.
-
-    Args:
-        embed_dim: Model dimension; ``head_dim = embed_dim // num_heads``.
-        num_heads: Query heads; must divide ``embed_dim``.
-        segment_lengths: As in the class; None: choose from all blocks.
-        dilation_rates: As in the class.
-        adaptive_config: As in the class.
-        num_kv_heads: As in the class.
-        scale: As in the class.
-        backend: As in the class.
-
-    Raises:
-        ValueError: If ``num_heads`` does not divide ``embed_dim``.
-
-    Example:
-        >>> layer = create_adaptive_block_sparse(embed_dim=768, num_heads=12)
-        >>> layer.head_dim
-        64
-    """
-    if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(
-            f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}."
-        )
-    return BlockSparseAdaptive(
-        segment_lengths,
-        dilation_rates,
-        num_heads,
-        embed_dim // num_heads,
-        adaptive_config,
-        num_kv_heads=num_kv_heads,
-        scale=scale,
-        backend=backend,
-    )
-
-
-def get_sparsity_loss(model: nn.Module) -> Tensor:
-    """Mean of :meth:`BlockSparseAdaptive.get_sparsity_loss` over the layers of a model.
-
-    Raises:
-        RuntimeError: If a layer has run no forward pass.
-        ValueError: If the model holds no adaptive layer.
-
-    Example:
-        >>> import torch
-        >>> model = nn.ModuleList([BlockSparseAdaptive(num_heads=2, head_dim=16)])
-        >>> x = torch.randn(1, 512, 2, 16)
-        >>> loss = model[0](x, x, x).square().mean() + 0.01 * get_sparsity_loss(model)
-        >>> loss.requires_grad
-        True
-    """
-    losses = [m.get_sparsity_loss() for m in model.modules() if isinstance(m, BlockSparseAdaptive)]
-    if not losses:
-        raise ValueError("model holds no BlockSparseAdaptive layer.")
-    return torch.stack(losses).mean()

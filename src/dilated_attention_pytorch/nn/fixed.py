@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS, TileGrid
-from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
@@ -227,6 +226,3 @@ def fixed_pattern(
     )
     pattern: BlockPattern = info["pattern"]
     return pattern
-
-
-__all__ = ["AttentionMask", "BlockSparseFixed", "fixed_pattern"]

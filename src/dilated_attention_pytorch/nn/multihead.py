@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.nn.adaptive import create_adaptive_block_sparse
+from dilated_attention_pytorch.nn.factory import create_adaptive_block_sparse
 from dilated_attention_pytorch.nn.key_padding import KeyPadding, hidden_tokens, is_causal_mask
 
 

@@ -1,5 +1,6 @@
-"""Training the selector: schedules and pattern statistics while training."""
+"""Training the selector: schedules, losses, and pattern statistics while training."""
 
+from dilated_attention_pytorch.training.losses import get_sparsity_loss
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
-__all__ = ["AdaptiveSparsityTrainer"]
+__all__ = ["AdaptiveSparsityTrainer", "get_sparsity_loss"]

@@ -21,10 +21,10 @@ from dilated_attention_pytorch.models.transformer import (
     build_attention,
     scorer_parameters,
 )
-from dilated_attention_pytorch.nn.adaptive import get_sparsity_loss
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
+from dilated_attention_pytorch.training.losses import get_sparsity_loss
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 

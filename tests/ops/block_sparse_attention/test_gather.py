@@ -73,13 +73,15 @@ def test_gather_equals_reference(case, pattern_heads, dtype):
     oracle = run("reference", [x.double() for x in tensors], pattern, **options)
     plain = run("reference", tensors, pattern, **options)
     ours = run("gather", tensors, pattern, **options)
-    eps = torch.finfo(dtype).eps
     for want, near, got in zip(oracle, plain, ours, strict=True):
         assert got.isfinite().all()
         allowed = 2 * (near.double() - want).abs().max() if want.numel() else 0
         if want.numel():
             error = (got.double() - want).abs().max()
-            assert error <= allowed + 20 * eps * (1 + want.abs().max())
+            # Half precision may round the other way once; what is float32 stays as exact as that.
+            slack = 1 if got.dtype == torch.bfloat16 else 20
+            eps = torch.finfo(got.dtype).eps
+            assert error <= allowed + slack * eps * (1 + want.abs().max())
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather"])

@@ -86,6 +86,8 @@ def check_arguments(
     )
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
+    elif isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}.")
     if pattern.batch_size != batch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import document_bounds
-from dilated_attention_pytorch.ops.block_sparse_attention import triton_kernels as kernels
+from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
 
 NAMESPACE = "dilated_attention_pytorch"
@@ -82,12 +82,12 @@ def forward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; ``mass_probe``, ``starts`` and ``slots`` matter to the gradient alone."""
-    call = kernels.Call(
+    call = launch.Call(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
         document_ids, bounds, block_q, block_k, causal, offset, scale,
     )  # fmt: skip
     out, lse = _empty_results(query)
-    kernels.launch_forward(call, out, lse)
+    launch.launch_forward(call, out, lse)
     return out, lse
 
 
@@ -128,13 +128,13 @@ def backward_op(
     want_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, block bias and mass probe (the last two may be empty)."""
-    call = kernels.Call(
+    call = launch.Call(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
         document_ids, bounds, block_q, block_k, causal, offset, scale,
     )  # fmt: skip
     dq, dk, dv, dbias, mass = _empty_gradients(query, key, kv_indices, want_bias, want_mass)
-    grads = kernels.Gradients(dq, dk, dv, dbias if want_bias else None, mass if want_mass else None)
-    kernels.launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, grads)
+    grads = launch.Gradients(dq, dk, dv, dbias if want_bias else None, mass if want_mass else None)
+    launch.launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, grads)
     return dq, dk, dv, dbias, mass
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of block-sparse attention, their launch configurations and launchers.
+"""Triton kernels of block-sparse attention; ``triton_launch.py`` launches them.
 
 Names inside the kernels: a *tile* is one kept (query block, key block) pair of the pattern. A
 program works on ``ROWS`` query tokens of ``PACK`` query heads that share keys and pattern, or on
@@ -12,14 +12,8 @@ workspace of bounded size; where that does not fit, the second recomputes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -206,7 +200,7 @@ def _forward_tile(
 
 
 @triton.jit
-def _forward_kernel(
+def forward_kernel(
     q_source, q_stride_b, q_stride_h, q_stride_n,
     k_source, k_stride_b, k_stride_h, k_stride_n,
     v_source, v_stride_b, v_stride_h, v_stride_n,
@@ -314,7 +308,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _row_kernel(
+def row_kernel(
     out, o_stride_b, o_stride_h, o_stride_n,
     grad_out, g_stride_b, g_stride_h, g_stride_n,
     lse, grad_lse, lse2, delta, norm,
@@ -352,7 +346,7 @@ def _row_kernel(
 
 
 @triton.jit
-def _query_kernel(
+def query_kernel(
     q_source, q_stride_b, q_stride_h, q_stride_n,
     k_source, k_stride_b, k_stride_h, k_stride_n,
     v_source, v_stride_b, v_stride_h, v_stride_n,
@@ -563,7 +557,7 @@ def _key_tile(
 
 
 @triton.jit
-def _key_kernel(
+def key_kernel(
     q_source, q_stride_b, q_stride_h, q_stride_n,
     k_source, k_stride_b, k_stride_h, k_stride_n,
     v_source, v_stride_b, v_stride_h, v_stride_n,
@@ -701,7 +695,7 @@ def _key_kernel(
 
 
 @triton.jit
-def _kept_query_kernel(
+def kept_query_kernel(
     grad_logits,
     k_source, k_stride_b, k_stride_h, k_stride_n,
     grad_q, dq_stride_b, dq_stride_h, dq_stride_n,
@@ -761,439 +755,5 @@ def _kept_query_kernel(
     )  # fmt: skip
 
 
-INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 """Whether ``TRITON_INTERPRET=1`` was set when this file was imported: kernels run on the CPU."""
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is launched.
-
-    Attributes:
-        rows: Query tokens of each packed head in a tile.
-        columns: Key tokens in a tile.
-        num_warps: Warps of a program.
-        num_stages: Tiles in flight from memory.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What the forward and the backward launchers share.
-
-    Attributes:
-        query: ``(b, n, h, d)``, like ``key`` and ``value`` with any strides but 1 for ``d``.
-        key: ``(b, m, g, d)``.
-        value: ``(b, m, g, d)``.
-        counts: ``(b, p, i)`` int32.
-        indices: ``(b, p, i, k)`` int32.
-        block_bias: ``(b, p, i, k)`` float32 or None.
-        key_lengths: ``(b,)`` or None.
-        query_offset: ``(b,)`` or None: then ``offset`` counts.
-        document_ids: ``(b, n)`` int32 or None.
-        document_bounds: ``(b, 2, n)`` int32: start and end of each token's document, or None.
-        block_q: Tokens per query block.
-        block_k: Tokens per key block.
-        causal: Whether later keys are hidden.
-        offset: Key position of query 0.
-        scale: Factor of the logits, not negative.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    counts: Tensor
-    indices: Tensor
-    block_bias: Tensor | None
-    key_lengths: Tensor | None
-    query_offset: Tensor | None
-    document_ids: Tensor | None
-    document_bounds: Tensor | None
-    block_q: int
-    block_k: int
-    causal: bool
-    offset: int
-    scale: float
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.query.shape[2] // self.key.shape[2]
-
-    @property
-    def heads_per_pattern(self) -> int:
-        """Query heads that share one list of tiles."""
-        return self.query.shape[2] // self.counts.shape[1]
-
-    @property
-    def padded_head_dim(self) -> int:
-        """The power of two that a tile's last dimension takes."""
-        return max(16, triton.next_power_of_2(self.query.shape[3]))
-
-    def pack(self, rows: int, limit: int) -> int:
-        """Heads that one tile holds: a power of two that divides those sharing keys and list."""
-        shared = min(self.group, self.heads_per_pattern)
-        pack = 1
-        while shared % (2 * pack) == 0 and 2 * pack * rows <= limit:
-            pack *= 2
-        return pack
-
-    def constants(self) -> dict[str, Any]:
-        """The compile-time arguments that all kernels share."""
-        full_precision = torch.get_float32_matmul_precision() == "highest"
-        return {
-            "GROUP": self.group,
-            "HEADS_PER_PATTERN": self.heads_per_pattern,
-            "BLOCK_Q": self.block_q,
-            "BLOCK_K": self.block_k,
-            "D": self.padded_head_dim,
-            "HEAD_DIM": self.query.shape[3],
-            "CAUSAL": self.causal,
-            "BIAS": self.block_bias is not None,
-            "LENGTHS": self.key_lengths is not None,
-            "OFFSETS": self.causal and self.query_offset is not None,
-            "DOCUMENTS": self.document_ids is not None,
-            "EVEN_KEYS": self.key.shape[1] % self.block_k == 0,
-            "UPCAST": INTERPRETED,
-            "PRECISION": "ieee" if full_precision else "tf32",
-        }
-
-    def mask_arguments(self) -> tuple[Any, ...]:
-        """Block bias with its strides and the tensors of the token rule; unused ones stand in."""
-        stand_in = self.counts
-        bias = self.block_bias
-        return (
-            *((stand_in, 0, 0, 0) if bias is None else (bias, *bias.stride()[:3])),
-            stand_in if self.key_lengths is None else self.key_lengths,
-            stand_in if self.query_offset is None else self.query_offset,
-            stand_in if self.document_ids is None else self.document_ids,
-            stand_in if self.document_bounds is None else self.document_bounds,
-        )
-
-
-def forward_config(call: Call) -> LaunchConfig:
-    """The measured launch of the forward kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 64), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 128 if d <= 128 else 64)
-    columns = min(call.block_k, 128 if d <= 64 else 64)
-    return LaunchConfig(rows, columns, 8 if rows > 64 else 4, 3 if d <= 128 else 2)
-
-
-def query_config(call: Call) -> LaunchConfig:
-    """The measured launch of the dQ kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 128 if d <= 128 else 64)
-    columns = min(call.block_k, 64 if d <= 128 else 32)
-    return LaunchConfig(rows, columns, 8 if rows > 64 or d > 128 else 4, 2)
-
-
-def key_config(call: Call) -> LaunchConfig:
-    """The measured launch of the dK, dV kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 64 if d <= 128 else 32)
-    columns = min(call.block_k, 128 if d <= 128 else 64)
-    return LaunchConfig(rows, columns, 8 if columns > 64 or d > 128 else 4, 2 if d <= 128 else 1)
-
-
-def kept_query_config(call: Call, rows: int) -> LaunchConfig:
-    """The measured launch of the dQ kernel that reads dS, for the rows of the dK, dV kernel."""
-    return LaunchConfig(rows, min(call.block_k, 64), 4, 3)
-
-
-WORKSPACE_BYTES = 2**30
-"""Memory for kept dS; heads are processed in chunks that fit it."""
-
-
-def planes_per_chunk(call: Call) -> int:
-    """How many (sample, KV head) pairs keep their dS at a time; 0: it is recomputed.
-
-    Needs the bulk copy engine of compute capability 9.0 and 16-bit inputs: dS is rounded to their
-    type for the matrix units anyway, so that keeping it loses nothing.
-    """
-    if call.query.dtype == torch.float32 or call.indices.shape[3] == 0:
-        return 0
-    if not INTERPRETED and _capability(call.query.device) < (9, 0):
-        return 0
-    cells = call.indices.shape[2] * call.indices.shape[3] * call.block_q * call.block_k
-    planes = call.query.shape[0] * call.key.shape[2]
-    fitting = min(WORKSPACE_BYTES // (2 * cells * call.group), planes)
-    return 0 if fitting == 0 else triton.cdiv(planes, triton.cdiv(planes, fitting))
-
-
-def launch_forward(
-    call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | None = None
-) -> None:
-    """Writes the output ``(b, n, h, d)`` and the lse ``(b, h, n)``, both preallocated."""
-    if out.numel() == 0:
-        return
-    config = config or forward_config(call)
-    batch, q_len, num_heads, _ = call.query.shape
-    pack = call.pack(config.rows, 64)
-    tiles = triton.cdiv(q_len, config.rows)
-    query, tma_q = _source(call.query, pack, config.rows, call)
-    key, tma_k = _source(call.key, 1, config.columns, call)
-    value, tma_v = _source(call.value, 1, config.columns, call)
-    tma = tma_k and tma_v
-    with _on(call.query.device):
-        _forward_kernel[(tiles, num_heads // pack, batch)](
-            query if tma_q else call.query, *_strides(call.query),
-            key if tma else call.key, *_strides(call.key),
-            value if tma else call.value, *_strides(call.value),
-            out, *_strides(out), lse,
-            call.counts, *call.counts.stride(),
-            call.indices, *call.indices.stride()[:3],
-            *call.mask_arguments(),
-            q_len, call.key.shape[1], call.offset, call.scale * LOG2E.value, num_heads, tiles,
-            **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """Preallocated results of the backward pass.
-
-    Attributes:
-        query: ``(b, n, h, d)``.
-        key: ``(b, m, g, d)``.
-        value: ``(b, m, g, d)``.
-        block_bias: ``(b, p, i, k)`` float32 or None.
-        mass: ``(b, p, i, k)`` or None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    block_bias: Tensor | None
-    mass: Tensor | None
-
-
-def launch_backward(
-    call: Call,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    starts: Tensor,
-    slots: Tensor,
-    grads: Gradients,
-    *,
-    chunk: int | None = None,
-    config: LaunchConfig | None = None,
-    config_query: LaunchConfig | None = None,
-) -> None:
-    """Writes all gradients.
-
-    Args:
-        call: As in the forward pass.
-        out: Its output.
-        lse: Its lse.
-        grad_out: Gradient of the output; last dimension contiguous.
-        grad_lse: Gradient of the lse, contiguous, or None.
-        starts: ``PatternTranspose.offsets``.
-        slots: ``PatternTranspose.slots``.
-        grads: Where to write.
-        chunk: (sample, KV head) pairs that keep dS at a time, 0: none; None:
-            :func:`planes_per_chunk`.
-        config: Launch of the dK, dV kernel.
-        config_query: Launch of the dQ kernel.
-    """
-    batch, q_len, num_heads, head_dim = call.query.shape
-    kv_len, num_kv_heads = call.key.shape[1:3]
-    if q_len == 0 or kv_len == 0 or batch == 0:
-        for tensor in (grads.query, grads.key, grads.value, grads.block_bias, grads.mass):
-            if tensor is not None:
-                tensor.zero_()
-        return
-    chunk = planes_per_chunk(call) if chunk is None else chunk
-    config = config or key_config(call)
-    d = call.padded_head_dim
-    query_blocks, width = call.indices.shape[2:]
-    padded_len = query_blocks * call.block_q
-    pack = call.pack(config.rows, 64)
-    query, tma_q = _source(call.query, pack, config.rows, call)
-    gradient, tma_g = _source(grad_out, pack, config.rows, call)
-    key, tma_k = _source(call.key, 1, config.columns, call)
-    value, tma_v = _source(call.value, 1, config.columns, call)
-    tma, tma_q = tma_k and tma_v, tma_q and tma_g
-    device = call.query.device
-
-    def per_row() -> Tensor:
-        return torch.empty(batch, num_heads, padded_len, dtype=torch.float32, device=device)
-
-    lse2, delta, norm = per_row(), per_row(), per_row()
-    constants = call.constants()
-    with _on(device):
-        _row_kernel[(triton.cdiv(padded_len, 32), num_heads, batch)](
-            out, *_strides(out), grad_out, *_strides(grad_out),
-            lse, lse if grad_lse is None else grad_lse, lse2, delta, norm,
-            q_len, padded_len, num_heads,
-            ROWS=32, D=d, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None, num_warps=4,
-        )  # fmt: skip
-        parts = (call.block_q // config.rows) * (call.block_k // config.columns)
-        planes = num_heads // pack * parts
-
-        def by_product(wanted: Tensor | None) -> Tensor:
-            if wanted is None:
-                return norm
-            return torch.zeros(
-                batch, planes, query_blocks, width, dtype=torch.float32, device=device
-            )
-
-        grad_bias, mass = by_product(grads.block_bias), by_product(grads.mass)
-        planes_kv = batch * num_kv_heads
-        kept: Any = norm
-        if chunk:
-            packs = call.group // pack
-            rows = chunk * packs * query_blocks * width * call.block_k
-            workspace = torch.empty(
-                rows, pack * call.block_q, dtype=call.query.dtype, device=device
-            )
-            box = [config.columns, pack * config.rows]
-            kept = TensorDescriptor.from_tensor(workspace, box)
-        for plane in range(0, planes_kv, chunk or planes_kv):
-            current = min(chunk or planes_kv, planes_kv - plane)
-            _key_kernel[(triton.cdiv(kv_len, config.columns), current)](
-                query if tma_q else call.query, *_strides(call.query),
-                key if tma else call.key, *_strides(call.key),
-                value if tma else call.value, *_strides(call.value),
-                gradient if tma_q else grad_out, *_strides(grad_out),
-                kept,
-                grads.key, *_strides(grads.key), grads.value, *_strides(grads.value),
-                lse2, delta, norm, grad_bias, mass,
-                starts, *starts.stride()[:2], slots, *slots.stride()[:2],
-                *call.mask_arguments(),
-                q_len, kv_len, padded_len, call.offset, call.scale, call.scale * LOG2E.value,
-                num_heads, plane, query_blocks, width,
-                **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-                GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
-                KEEP=chunk > 0, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
-            if chunk:
-                _launch_kept_query(
-                    call, workspace, pack, plane, current, grads.query, config.rows, config_query
-                )
-        if not chunk:
-            _launch_query(call, grad_out, lse2, delta, grads.query, config_query)
-    _collect(call, grads, grad_bias, mass, norm)
-
-
-def _launch_query(
-    call: Call,
-    grad_out: Tensor,
-    lse2: Tensor,
-    delta: Tensor,
-    grad_q: Tensor,
-    config: LaunchConfig | None,
-) -> None:
-    config = config or query_config(call)
-    batch, q_len, num_heads, _ = call.query.shape
-    pack = call.pack(config.rows, 64)
-    tiles = triton.cdiv(q_len, config.rows)
-    query, tma_q = _source(call.query, pack, config.rows, call)
-    gradient, tma_g = _source(grad_out, pack, config.rows, call)
-    key, tma_k = _source(call.key, 1, config.columns, call)
-    value, tma_v = _source(call.value, 1, config.columns, call)
-    tma, tma_q = tma_k and tma_v, tma_q and tma_g
-    _query_kernel[(tiles, num_heads // pack, batch)](
-        query if tma_q else call.query, *_strides(call.query),
-        key if tma else call.key, *_strides(call.key),
-        value if tma else call.value, *_strides(call.value),
-        gradient if tma_q else grad_out, *_strides(grad_out),
-        grad_q, *_strides(grad_q), lse2, delta,
-        call.counts, *call.counts.stride(),
-        call.indices, *call.indices.stride()[:3],
-        *call.mask_arguments(),
-        q_len, call.key.shape[1], lse2.shape[2], call.offset, call.scale,
-        call.scale * LOG2E.value, num_heads, tiles,
-        **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-        TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def _launch_kept_query(
-    call: Call,
-    workspace: Tensor,
-    pack: int,
-    plane: int,
-    planes: int,
-    grad_q: Tensor,
-    rows: int,
-    config: LaunchConfig | None,
-) -> None:
-    config = config or kept_query_config(call, rows)
-    _, q_len, num_heads, head_dim = call.query.shape
-    key, tma = _source(call.key, 1, config.columns, call)
-    packs = call.group // pack
-    _kept_query_kernel[(triton.cdiv(q_len, rows), planes * packs)](
-        TensorDescriptor.from_tensor(workspace, [config.columns, pack * rows]),
-        key if tma else call.key, *_strides(call.key),
-        grad_q, *_strides(grad_q),
-        call.counts, *call.counts.stride(),
-        call.indices, *call.indices.stride()[:3],
-        call.counts if call.key_lengths is None else call.key_lengths,
-        q_len, call.key.shape[1], call.scale, num_heads, plane * packs, *call.indices.shape[2:],
-        GROUP=call.group, HEADS_PER_PATTERN=call.heads_per_pattern, PACK=pack,
-        BLOCK_Q=call.block_q, BLOCK_K=call.block_k, ROWS=rows, COLUMNS=config.columns,
-        D=call.padded_head_dim, HEAD_DIM=head_dim, LENGTHS=call.key_lengths is not None,
-        TMA=tma, UPCAST=INTERPRETED, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def _collect(call: Call, grads: Gradients, grad_bias: Tensor, mass: Tensor, norm: Tensor) -> None:
-    """Adds the planes of programs that visited the same tile; normalises the mass."""
-    batch, heads, blocks, width = call.indices.shape
-
-    def add_planes(planes: Tensor) -> Tensor:
-        return planes.view(batch, heads, -1, blocks, width).sum(2)
-
-    if grads.block_bias is not None:
-        grads.block_bias.copy_(add_planes(grad_bias))
-    if grads.mass is not None:
-        rows = norm.view(batch, heads, -1, blocks, call.block_q).sum((2, 4))
-        tiny = torch.finfo(torch.float32).tiny
-        grads.mass.copy_(add_planes(mass) / rows.clamp(min=tiny)[..., None])
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token of ``(b, n, h, d)``."""
-    return x.stride(0), x.stride(2), x.stride(1)
-
-
-def _source(x: Tensor, heads: int, count: int, call: Call) -> tuple[Any, bool]:
-    """A tensor descriptor for boxes of ``count`` tokens, if the hardware takes this layout."""
-    unit = 16 // x.element_size()
-    strides = [x.stride(0), x.stride(2), x.stride(1)]
-    shape = [x.shape[0], x.shape[2], x.shape[1]]
-    # The stride of a dimension of one element is never used, but still checked.
-    strides = [unit if size == 1 else step for size, step in zip(shape, strides, strict=True)]
-    fits = all(step > 0 and step % unit == 0 for step in strides) and x.numel() > 0
-    hardware = INTERPRETED or _capability(x.device) >= (9, 0)
-    if not hardware or not fits or x.data_ptr() % 16:
-        return x, False
-    box = [1, heads, count, call.padded_head_dim]
-    return TensorDescriptor(x, [*shape, x.shape[3]], [*strides, 1], box), True
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _on(device: torch.device) -> Any:
-    """Kernels launch on the current device: makes it the tensors' one."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
