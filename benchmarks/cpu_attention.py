@@ -3,8 +3,9 @@
     python benchmarks/cpu_attention.py
 
 Measures forward (evaluation, no gradient) and forward + backward (training, with the selector's
-signal), each interleaved with PyTorch's dense causal attention, and the peak memory of one process
-that runs forward + backward at 32,768 tokens. Writes ``results/cpu_attention.json``.
+signal; once with the default random blocks, which lower the sparsity, and once without), each
+interleaved with PyTorch's dense causal attention, and the peak memory of one process that runs
+forward + backward at 32,768 tokens. Writes ``results/cpu_attention.json``.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def inputs(tokens: int, grad: bool) -> list[Tensor]:
     return [torch.randn(1, tokens, HEADS, HEAD_DIM, requires_grad=grad) for _ in "qkv"]
 
 
-def layer(training: bool) -> BlockSparseAdaptive:
+def layer(training: bool, explore: bool = True) -> BlockSparseAdaptive:
     """The layer, choosing from all blocks."""
     # Random inputs would get one and a half times the budget: fix it to measure at this sparsity.
-    config = AdaptiveConfig(base_sparsity=SPARSITY, budget="fixed")
+    config = AdaptiveConfig(
+        base_sparsity=SPARSITY, budget="fixed", num_explore_blocks=2 if explore else 0
+    )
     made = BlockSparseAdaptive(None, None, HEADS, HEAD_DIM, config)
     return made.train(training)
 
@@ -59,10 +62,10 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(tokens: int, backward: bool, repeats: int) -> dict[str, Any]:
+def compare(tokens: int, backward: bool, explore: bool, repeats: int) -> dict[str, Any]:
     """Times both, one after the other, ``repeats`` times after one warm-up."""
     q, k, v = inputs(tokens, backward)
-    ours = layer(training=backward)
+    ours = layer(backward, explore)
 
     def run(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         with torch.set_grad_enabled(backward):
@@ -84,8 +87,10 @@ def compare(tokens: int, backward: bool, repeats: int) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "what": "forward + backward, training" if backward else "forward, evaluation",
+        "random_blocks": ours.config.num_explore_blocks if backward else 0,
         "sparsity": float(info["pattern"].sparsity),
         "median_seconds": medians,
+        "quartile_seconds": {n: statistics.quantiles(x, n=4)[::2] for n, x in seconds.items()},
         "range_seconds": {name: [min(x), max(x)] for name, x in seconds.items()},
         "ratio": medians["dense"] / medians["adaptive"],
     }
@@ -108,7 +113,7 @@ def processor() -> str:
 def main() -> int:
     """Measures and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--peak", type=int, help="print the peak memory at so many tokens and end")
     arguments = parser.parse_args()
@@ -116,7 +121,10 @@ def main() -> int:
     if arguments.peak:
         print(peak_gigabytes(arguments.peak))
         return 0
-    rows = [compare(arguments.tokens, backward, arguments.repeats) for backward in (False, True)]
+    rows = [
+        compare(arguments.tokens, backward, explore, arguments.repeats)
+        for backward, explore in ((False, False), (True, True), (True, False))
+    ]
     command = [sys.executable, __file__, "--peak", "32768"]
     peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     git = ["git", "-C", str(OUT.parent), "describe", "--always", "--dirty", "--abbrev=12"]
