@@ -89,3 +89,21 @@ def test_past_windows_stay_in_their_document() -> None:
     x = torch.arange(1.0, 9).view(1, 8, 1, 1)
     moved, valid = past_windows(x, 4, None, torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]))
     assert moved[0, 4:, 0, 0][valid[0, 4:]].tolist() == [5.0]
+
+
+@pytest.mark.parametrize("names", [("mean", "max"), ("min",), ("max", "min"), ("mean",)])
+@pytest.mark.parametrize("length", [16, 50])
+def test_gradients_equal_the_loop(names: tuple[str, ...], length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randn(2, length, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    got = block_summaries(x, 16, pooling=names)
+    weight = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    rows = [
+        torch.cat([pooled(x[b, start : start + 16, h], name, x[0, 0, 0]) for name in names])
+        for b in range(2)
+        for start in range(0, length, 16)
+        for h in range(3)
+    ]
+    expected = torch.stack(rows).view(got.shape)
+    grads = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)

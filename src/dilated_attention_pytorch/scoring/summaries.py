@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dilated_attention_pytorch.config import POOLINGS
 from dilated_attention_pytorch.mask import ceil_div
@@ -64,8 +66,42 @@ def block_summaries(
     keep = None
     if valid is not None:
         keep = valid.view(valid.shape[0], blocks, block_size, 1, 1)
+    if keep is None and "attention" not in pooling:
+        pooled: Tensor = _Pooled.apply(x, tuple(pooling))
+        return pooled
     out = [_pool(x, name, keep, pool_query) for name in pooling]
     return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+
+class _Pooled(torch.autograd.Function):
+    """Several poolings of whole blocks ``(b, i, t, h, d)`` whose gradient is written once.
+
+    Autograd would make several tensors as large as the tokens for each pooling, which took longer
+    than the summaries themselves. Of tokens that share a maximum the first takes the gradient.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, pooling: tuple[str, ...]) -> Tensor:
+        return torch.cat([_pool(x, name, None, None) for name in pooling], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[str, ...]], output: Tensor) -> None:
+        x, ctx.pooling = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        parts = dict(zip(ctx.pooling, grad.unsqueeze(2).chunk(len(ctx.pooling), -1), strict=True))
+        out.copy_(parts["mean"] / x.shape[2]) if "mean" in parts else out.zero_()
+        for name, reduce in (("max", torch.max), ("min", torch.min)):
+            if name in parts:
+                place = reduce(x, 2, keepdim=True).indices
+                # Each place comes once, so adding there is deterministic.
+                out.scatter_(2, place, out.gather(2, place) + parts[name])
+        return out, None
 
 
 def _pool(x: Tensor, name: str, keep: Tensor | None, pool_query: Tensor | None) -> Tensor:

@@ -245,7 +245,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> lis
     b, n, h, _ = query.shape
     m, num_kv_heads = key.shape[1:3]
     x = _Products(query, key, value, block_bias, ctx.scale, pattern.block_size, rows)
-    grad = torch.zeros_like(query) if grad_out is None else grad_out
+    # An expanded gradient, as of a sum, is slow to reduce.
+    grad = torch.zeros_like(query) if grad_out is None else grad_out.contiguous()
     weight = _row_weights(grad, pattern.num_heads, x.size_q, x.query.rows.dtype)
     grad_tokens = _Tokens(grad, x.size_q)
     # Rows that read nothing: exp(s - inf) is 0, and what they hold must not reach a sum.
