@@ -1,0 +1,249 @@
+"""Block-sparse attention against its rivals on one GPU, bfloat16.
+
+    python benchmarks/gpu_attention.py            # the speed bars
+    python benchmarks/gpu_attention.py --sweep    # also step time by sparsity and by length
+
+Patterns are random with the same share of tiles for everybody, at each one's best block size.
+A step is forward + backward; ours counts the transpose of a fresh pattern and, in "ours", the
+selector's by-product (tile mass). Contenders of a setup take turns in one run; medians. Writes
+``results/gpu_attention.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dilated_attention_pytorch import BlockPattern, block_sparse_attention
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_setups import Setup, environment, event_ms, fresh, inputs, random_pattern
+
+OUT = Path(__file__).parent / "results" / "gpu_attention.json"
+
+BARS = {
+    "block 128": Setup(block_size=128),
+    "block 64": Setup(block_size=64),
+    "head_dim 64, causal": Setup(head_dim=64, causal=True),
+    "4 query heads per KV head": Setup(kv_heads=4),
+}
+SWEEP = {
+    **{f"sparsity {s}": Setup(sparsity=s) for s in (0.5, 0.7, 0.8, 0.95)},
+    **{f"{n} tokens": Setup(tokens=n) for n in (2048, 4096, 8192, 16384, 65536)},
+}
+LARGEST = Setup(tokens=131072, sparsity=0.95)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+_compiled: list[Any] = []
+
+
+def ours(setup: Setup, mass: bool) -> Attend:
+    """Our kernels, on a fresh pattern each time."""
+    pattern = random_pattern(setup)
+    probe = torch.zeros(pattern.kv_indices.shape, device="cuda", requires_grad=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = block_sparse_attention(
+            q, k, v, fresh(pattern), causal=setup.causal, backend="triton",
+            mass_probe=probe if mass and q.requires_grad else None,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
+def dense(setup: Setup, backend: SDPBackend) -> Attend:
+    """PyTorch's dense attention with one of its kernels."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=setup.causal, enable_gqa=setup.heads != setup.kv_heads
+            )
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def _not_future(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q >= k
+
+
+def flex(setup: Setup, block_size: int) -> Attend:
+    """FlexAttention, compiled; tiles without a mask are marked full, which spares it the mask."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    if not _compiled:
+        _compiled.append(torch.compile(flex_attention, dynamic=False))
+    pattern = random_pattern(setup, block_size)
+    every = pattern.to_dense().repeat_interleave(setup.heads // setup.kv_heads, 1)
+    diagonal = torch.eye(every.shape[-1], dtype=torch.bool, device="cuda")
+    masked = every & diagonal if setup.causal else torch.zeros_like(every)
+
+    def lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        order = tiles.int().argsort(-1, descending=True, stable=True).int()
+        return tiles.sum(-1, dtype=torch.int32), order
+
+    mask = BlockMask.from_kv_blocks(
+        *lists(masked), *lists(every & ~masked), BLOCK_SIZE=block_size,
+        mask_mod=_not_future if setup.causal else None,
+    )  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _compiled[0](
+            q, k, v, block_mask=mask, enable_gqa=setup.heads != setup.kv_heads
+        ).transpose(1, 2)
+
+    return attend
+
+
+def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
+    """Everybody who takes part in a setup."""
+    grouped = setup.heads != setup.kv_heads
+    found: dict[str, Callable[[], Attend]] = {
+        "ours": lambda: ours(setup, mass=True),
+        "dense cuDNN": lambda: dense(setup, SDPBackend.CUDNN_ATTENTION),
+        "FlexAttention, block 128": lambda: flex(setup, 128),
+    }
+    if quick:
+        return found
+    found["ours, without tile mass"] = lambda: ours(setup, mass=False)
+    found["dense flash"] = lambda: dense(setup, SDPBackend.FLASH_ATTENTION)
+    if setup.block_size < 128:
+        found[f"FlexAttention, block {setup.block_size}"] = lambda: flex(setup, setup.block_size)
+    if grouped:
+        ungrouped = replace(setup, kv_heads=setup.heads)
+        found["ours, ungrouped"] = lambda: ours(ungrouped, mass=True)
+    return found
+
+
+class Runner:
+    """One contender's forward pass and step."""
+
+    def __init__(self, setup: Setup, attend: Attend) -> None:
+        self.attend = attend
+        self.inputs = inputs(setup, grad=True)
+        self.grad = torch.randn_like(self.inputs[0])
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.attend(*(x.detach() for x in self.inputs))
+
+    def step(self) -> None:
+        for x in self.inputs:
+            x.grad = None
+        self.attend(*self.inputs).backward(self.grad)
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def measure(setup: Setup, rounds: int, quick: bool = False) -> dict[str, Any]:
+    """Times all contenders of a setup in turns."""
+    results: dict[str, Any] = {}
+    runners: dict[str, dict[str, Callable[[], None]]] = {}
+    for name, make in contenders(setup, quick).items():
+        own = replace(setup, kv_heads=setup.heads) if name == "ours, ungrouped" else setup
+        results[name] = {}
+        runner = Runner(own, make())
+        runners[name] = {}
+        for part, call in (("forward", runner.forward), ("step", runner.step)):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            try:
+                call()
+                torch.cuda.synchronize()
+                call()
+                torch.cuda.synchronize()
+            except Exception as error:  # noqa: BLE001 - a rival's refusal is a result
+                results[name][part] = {"refused": f"{type(error).__name__}: {error}"[:300]}
+                continue
+            peak = torch.cuda.max_memory_allocated() - before
+            results[name][part] = {"peak_bytes_beyond_inputs": peak}
+            runners[name][part] = call
+    for part in ("forward", "step"):
+        times: dict[str, list[float]] = {n: [] for n in runners if part in runners[n]}
+        for _ in range(rounds):
+            for name, values in times.items():
+                values.append(event_ms(runners[name][part]))
+        for name, values in times.items():
+            results[name][part] |= summary(values)
+            results[name][part]["tflops"] = _tflops(setup, name, part, values)
+    return {"setup": asdict(setup), "results": results}
+
+
+def _tflops(setup: Setup, name: str, part: str, values: list[float]) -> float:
+    """TFLOP/s on computed tiles: 4·d flops per pair forward, 2.5 times that backward."""
+    pairs = setup.tokens**2 * (0.5 if setup.causal else 1)
+    if not name.startswith("dense"):
+        pairs *= 1 - setup.sparsity
+    flops = 4 * setup.head_dim * setup.heads * pairs * (1 if part == "forward" else 3.5)
+    return flops / statistics.median(values) / 1e9
+
+
+def peak_gigabytes(setup: Setup) -> float:
+    """Peak memory of one step of ours, inputs and gradients included."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pattern: BlockPattern = random_pattern(setup)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    q, k, v = inputs(setup, grad=True)
+    probe = torch.zeros(pattern.kv_indices.shape, device="cuda", requires_grad=True)
+    out = block_sparse_attention(q, k, v, pattern, mass_probe=probe, backend="triton")
+    assert isinstance(out, Tensor)
+    out.backward(torch.randn_like(out))
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def show(name: str, record: dict[str, Any]) -> None:
+    """Prints a setup's rows."""
+    print(name)
+    for contender, parts in record["results"].items():
+        row = [f"{parts[p].get('median', float('nan')):9.3f}" for p in ("forward", "step")]
+        share = [f"{parts[p].get('tflops', float('nan')):6.0f}" for p in ("forward", "step")]
+        print(f"  {contender:28} ms {' '.join(row)}  TFLOP/s {' '.join(share)}", flush=True)
+
+
+def main() -> int:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"environment": environment(), "bars": {}, "sweep": {}}
+    for name, setup in BARS.items():
+        record["bars"][name] = measure(setup, arguments.rounds)
+        show(name, record["bars"][name])
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    record["peak_gigabytes"] = {"setup": asdict(LARGEST), "step": peak_gigabytes(LARGEST)}
+    print(f"peak at {LARGEST.tokens} tokens: {record['peak_gigabytes']['step']:.2f} GiB")
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name, setup in SWEEP.items() if arguments.sweep else ():
+        record["sweep"][name] = measure(setup, arguments.rounds, quick=True)
+        show(name, record["sweep"][name])
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

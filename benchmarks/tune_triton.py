@@ -1,0 +1,184 @@
+"""Times launch configurations of the Triton kernels, on a GPU.
+
+    python benchmarks/tune_triton.py
+
+For each setup of the speed bars: every forward configuration; the backward pass with every dK, dV
+configuration, with kept and with recomputed dS; then every dQ configuration beside the best of
+those. Writes ``results/tune_triton.json``; the launch configurations in ``triton_launch.py`` are
+chosen from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dilated_attention_pytorch import BlockPattern
+from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_setups import Setup, environment, inputs, median_ms, random_pattern
+
+OUT = Path(__file__).parent / "results" / "tune_triton.json"
+Config = launch.LaunchConfig
+
+SETUPS = {
+    "block 64, head_dim 128": Setup(block_size=64, head_dim=128),
+    "block 128, head_dim 128": Setup(block_size=128, head_dim=128),
+    "block 64, head_dim 64, causal": Setup(block_size=64, head_dim=64, causal=True),
+}
+
+FORWARD = {
+    64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 32, 4, 4), (64, 64, 8, 3)],
+    128: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3),
+          (128, 64, 4, 3), (64, 128, 4, 2)],
+}  # fmt: skip
+KEY = {
+    64: [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 2)],
+    128: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2),
+          (128, 128, 8, 2)],
+}  # fmt: skip
+QUERY = {
+    64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2)],
+    128: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
+}
+KEPT_QUERY = {
+    64: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 4)],
+    128: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (64, 8, 3), (128, 8, 2)],
+}
+
+
+@dataclass
+class Job:
+    """A call, its tensors and its transpose."""
+
+    call: launch.Call
+    pattern: BlockPattern
+    out: torch.Tensor
+    lse: torch.Tensor
+    grad: torch.Tensor
+    grads: launch.Gradients
+
+    @classmethod
+    def make(cls, setup: Setup) -> Job:
+        q, k, v = inputs(setup)
+        pattern = random_pattern(setup)
+        call = launch.Call(
+            q, k, v, pattern.kv_num_blocks, pattern.kv_indices, None, None, None, None, None,
+            setup.block_size, setup.block_size, setup.causal, 0, setup.head_dim**-0.5,
+        )  # fmt: skip
+        lse = torch.empty(1, setup.heads, setup.tokens, device="cuda")
+        mass = torch.empty(pattern.kv_indices.shape, device="cuda")
+        grads = launch.Gradients(
+            torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, mass
+        )
+        job = cls(call, pattern, torch.empty_like(q), lse, torch.randn_like(q), grads)
+        job.forward(None)
+        return job
+
+    def forward(self, config: Config | None) -> None:
+        launch.launch_forward(self.call, self.out, self.lse, config)
+
+    def backward(self, chunk: int | None, key: Config | None, query: Config | None) -> None:
+        transpose = self.pattern.transpose()
+        launch.launch_backward(
+            self.call, self.out, self.lse, self.grad, None, transpose.offsets, transpose.slots,
+            self.grads, chunk=chunk, config=key, config_query=query,
+        )  # fmt: skip
+
+
+def candidates(size: int, best: dict[int | None, Config]) -> Iterator[tuple[str, Any]]:
+    """The dQ variants of both ways, beside the best dK, dV configuration of each."""
+    for variant in KEPT_QUERY[size]:
+        rows = best[None].rows
+        yield "kept", (None, best[None], Config(rows, *variant))
+    for variant in QUERY[size]:
+        yield "recomputed", (0, best[0], Config(*variant))
+
+
+def attempt(call: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds, or infinity for what the GPU cannot hold."""
+    try:
+        call()
+        torch.cuda.synchronize()
+        return median_ms(call, repeats)
+    except Exception as error:  # noqa: BLE001 - Triton raises a class per resource and stage
+        print("   ", type(error).__name__, str(error).splitlines()[0][:90], flush=True)
+        return float("inf")
+
+
+def time_setup(setup: Setup, repeats: int) -> list[dict[str, Any]]:
+    """All timings of one setup."""
+    job, size, rows = Job.make(setup), setup.block_size, []
+
+    def record(part: str, label: Any, call: Callable[[], Any]) -> float:
+        taken = attempt(call, repeats)
+        rows.append({"part": part, "config": label, "ms": taken if taken < 1e9 else None})
+        return taken
+
+    for variant in FORWARD[size]:
+        record("forward", variant, lambda c=Config(*variant): job.forward(c))
+    best: dict[int | None, Config] = {}
+    for chunk, name in ((None, "kept"), (0, "recomputed")):
+        timed = {
+            variant: record(
+                f"backward, dS {name}, dK dV", variant,
+                lambda chunk=chunk, c=Config(*variant): job.backward(chunk, c, None),
+            )
+            for variant in KEY[size]
+        }  # fmt: skip
+        best[chunk] = Config(*min(timed, key=lambda variant: timed[variant]))
+    for name, (chunk, key, query) in candidates(size, best):
+        record(
+            f"backward, dS {name}, dQ", [astuple(key), astuple(query)],
+            lambda chunk=chunk, key=key, query=query: job.backward(chunk, key, query),
+        )  # fmt: skip
+    return rows
+
+
+def compile_only(task: tuple[str, str, Any]) -> None:
+    """Fills the compiler's cache; run side by side with others."""
+    name, part, variant = task
+    setup = SETUPS[name]
+    job = Job.make(setup)
+    if part == "forward":
+        attempt(lambda: job.forward(Config(*variant)), 1)
+    else:
+        chunk = None if part == "kept" else 0
+        attempt(lambda: job.backward(chunk, Config(*variant), None), 1)
+
+
+def main() -> int:
+    """Times and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--jobs", type=int, default=8, help="compilers side by side")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    tasks = []
+    for name, setup in SETUPS.items():
+        tasks += [(name, "forward", x) for x in FORWARD[setup.block_size]]
+        tasks += [(name, way, x) for way in ("kept", "recomputed") for x in KEY[setup.block_size]]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        pool.map(compile_only, tasks, chunksize=1)
+    results = {}
+    for name, setup in SETUPS.items():
+        results[name] = time_setup(setup, arguments.repeats)
+        print(name)
+        for row in results[name]:
+            print(f"  {row['part']:34} {row['config']!s:44} {row['ms'] or float('nan'):8.3f}")
+    record = {"environment": environment(), "timings": results}
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
