@@ -3,9 +3,9 @@
     python benchmarks/tune_triton.py
 
 For each setup of the speed bars: every forward configuration; the backward pass with every dK, dV
-configuration, with kept and with recomputed dS; then every dQ configuration beside the best of
-those. Writes ``results/tune_triton.json``; the launch configurations in ``triton_launch.py`` are
-chosen from it.
+configuration; then with every dQ configuration beside the best of those. Writes
+``results/tune_triton.json``, from which the launch configurations in ``triton_launch.py`` are
+chosen.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,6 @@ QUERY = {
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2)],
     128: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
 }
-KEPT_QUERY = {
-    64: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 4)],
-    128: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (64, 8, 3), (128, 8, 2)],
-}
 
 
 @dataclass
@@ -87,21 +84,12 @@ class Job:
     def forward(self, config: Config | None) -> None:
         launch.launch_forward(self.call, self.out, self.lse, config)
 
-    def backward(self, chunk: int | None, key: Config | None, query: Config | None) -> None:
+    def backward(self, key: Config | None, query: Config | None) -> None:
         transpose = self.pattern.transpose()
         launch.launch_backward(
             self.call, self.out, self.lse, self.grad, None, transpose.offsets, transpose.slots,
-            self.grads, chunk=chunk, config=key, config_query=query,
+            self.grads, config=key, config_query=query,
         )  # fmt: skip
-
-
-def candidates(size: int, best: dict[int | None, Config]) -> Iterator[tuple[str, Any]]:
-    """The dQ variants of both ways, beside the best dK, dV configuration of each."""
-    for variant in KEPT_QUERY[size]:
-        rows = best[None].rows
-        yield "kept", (None, best[None], Config(rows, *variant))
-    for variant in QUERY[size]:
-        yield "recomputed", (0, best[0], Config(*variant))
 
 
 def attempt(call: Callable[[], Any], repeats: int) -> float:
@@ -110,7 +98,7 @@ def attempt(call: Callable[[], Any], repeats: int) -> float:
         call()
         torch.cuda.synchronize()
         return median_ms(call, repeats)
-    except Exception as error:  # noqa: BLE001 - Triton raises a class per resource and stage
+    except Exception as error:
         print("   ", type(error).__name__, str(error).splitlines()[0][:90], flush=True)
         return float("inf")
 
@@ -125,22 +113,16 @@ def time_setup(setup: Setup, repeats: int) -> list[dict[str, Any]]:
         return taken
 
     for variant in FORWARD[size]:
-        record("forward", variant, lambda c=Config(*variant): job.forward(c))
-    best: dict[int | None, Config] = {}
-    for chunk, name in ((None, "kept"), (0, "recomputed")):
-        timed = {
-            variant: record(
-                f"backward, dS {name}, dK dV", variant,
-                lambda chunk=chunk, c=Config(*variant): job.backward(chunk, c, None),
-            )
-            for variant in KEY[size]
-        }  # fmt: skip
-        best[chunk] = Config(*min(timed, key=lambda variant: timed[variant]))
-    for name, (chunk, key, query) in candidates(size, best):
-        record(
-            f"backward, dS {name}, dQ", [astuple(key), astuple(query)],
-            lambda chunk=chunk, key=key, query=query: job.backward(chunk, key, query),
-        )  # fmt: skip
+        config = Config(*variant)
+        record("forward", variant, partial(job.forward, config))
+    timed = {}
+    for variant in KEY[size]:
+        config = Config(*variant)
+        timed[config] = record("backward, dK dV", variant, partial(job.backward, config, None))
+    best = min(timed, key=lambda config: timed[config])
+    for variant in QUERY[size]:
+        config = Config(*variant)
+        record("backward, dQ", [astuple(best), variant], partial(job.backward, best, config))
     return rows
 
 
@@ -152,8 +134,7 @@ def compile_only(task: tuple[str, str, Any]) -> None:
     if part == "forward":
         attempt(lambda: job.forward(Config(*variant)), 1)
     else:
-        chunk = None if part == "kept" else 0
-        attempt(lambda: job.backward(chunk, Config(*variant), None), 1)
+        attempt(lambda: job.backward(Config(*variant), None), 1)
 
 
 def main() -> int:
@@ -166,7 +147,7 @@ def main() -> int:
     tasks = []
     for name, setup in SETUPS.items():
         tasks += [(name, "forward", x) for x in FORWARD[setup.block_size]]
-        tasks += [(name, way, x) for way in ("kept", "recomputed") for x in KEY[setup.block_size]]
+        tasks += [(name, "backward", x) for x in KEY[setup.block_size]]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         pool.map(compile_only, tasks, chunksize=1)
     results = {}

@@ -280,8 +280,10 @@ class BlockPattern:
         b, h, i, k = self.kv_indices.shape
         columns = self.num_key_blocks
         key = torch.where(self.slot_used(), self.kv_indices, columns).view(b, h, i * k)
-        # Stable: within a key block the slots stay ascending in the query block.
-        slots = key.sort(dim=-1, stable=True).indices.int()
+        # Stable: within a key block the slots stay ascending in the query block. A radix sort
+        # takes half as many passes over 16-bit numbers.
+        narrow = key.short() if columns < 2**15 else key
+        slots = narrow.sort(dim=-1, stable=True).indices.int()
         count = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=self.device)
         count.scatter_add_(-1, key.long(), torch.ones_like(key))
         offsets = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=self.device)

@@ -6,8 +6,7 @@ program works on ``ROWS`` query tokens of ``PACK`` query heads that share keys a
 log2(e), so that every exponential is one ``exp2``.
 
 Gradients are deterministic without atomics: one program owns dK and dV of a key tile, another dQ
-of a query tile. The logits' gradient dS that the first computes is kept for the second in a
-workspace of bounded size; where that does not fit, the second recomputes it.
+of a query tile; both recompute the logits.
 """
 
 from __future__ import annotations
@@ -471,6 +470,14 @@ def query_kernel(
 
 
 @triton.jit
+def _store_sum(target, place, tile, WARPS: tl.constexpr):
+    """Stores the sum of a tile as one part per warp: warps that add up together wait for it."""
+    per_row = tl.sum(tile, 1)
+    parts = tl.sum(tl.reshape(per_row, [WARPS, per_row.shape[0] // WARPS]), 1)
+    tl.store(target + place * WARPS + tl.arange(0, WARPS), parts)
+
+
+@triton.jit
 def _key_tile(
     dk,
     dv,
@@ -487,7 +494,6 @@ def _key_tile(
     lse2,
     delta,
     norm,
-    grad_logits,
     grad_bias,
     mass,
     batch,
@@ -495,7 +501,6 @@ def _key_tile(
     first,
     entry,
     plane,
-    place_logits,
     bias,
     q_len,
     padded_len,
@@ -514,7 +519,7 @@ def _key_tile(
     MASKED: tl.constexpr,
     GRAD_BIAS: tl.constexpr,
     MASS: tl.constexpr,
-    KEEP: tl.constexpr,
+    WARPS: tl.constexpr,
     TMA_Q: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -546,13 +551,10 @@ def _key_tile(
     ds = p * (dp - centre[None, :])
     if MASS:
         weight = tl.load(norm + place)
-        tl.store(mass + plane + entry, tl.sum(tl.sum(p * weight[None, :], 1), 0))
+        _store_sum(mass, plane + entry, p * weight[None, :], WARPS)
     if GRAD_BIAS:
-        tl.store(grad_bias + plane + entry, tl.sum(tl.sum(ds, 1), 0))
-    ds = ds.to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    if KEEP:
-        grad_logits.store(place_logits, ds.to(grad_logits.dtype))
+        _store_sum(grad_bias, plane + entry, ds, WARPS)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -562,7 +564,6 @@ def key_kernel(
     k_source, k_stride_b, k_stride_h, k_stride_n,
     v_source, v_stride_b, v_stride_h, v_stride_n,
     g_source, g_stride_b, g_stride_h, g_stride_n,
-    grad_logits,
     grad_k, dk_stride_b, dk_stride_h, dk_stride_n,
     grad_v, dv_stride_b, dv_stride_h, dv_stride_n,
     lse2, delta, norm, grad_bias, mass,
@@ -570,21 +571,21 @@ def key_kernel(
     slots, s_stride_b, s_stride_p,
     block_bias, b_stride_b, b_stride_p, b_stride_i,
     key_lengths, offsets, documents, bounds,
-    q_len, kv_len, padded_len, offset, scale, scale2, num_heads, first_plane, query_blocks, width,
+    q_len, kv_len, padded_len, offset, scale, scale2, num_heads, query_blocks, width,
     GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, KEEP: tl.constexpr,
+    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile, its share of the by-products and, if kept, of dS."""
+    """dK and dV of one key tile and its share of the by-products."""
     key_tile = tl.program_id(0)
     num_kv_heads = num_heads // GROUP
-    batch = (first_plane + tl.program_id(1)) // num_kv_heads
-    kv_head = (first_plane + tl.program_id(1)) % num_kv_heads
+    batch = tl.program_id(1) // num_kv_heads
+    kv_head = tl.program_id(1) % num_kv_heads
     start = key_tile * COLUMNS
     block = start // BLOCK_K
     batch64 = tl.cast(batch, tl.int64)
@@ -634,8 +635,6 @@ def key_kernel(
         # One plane of by-products for each program that visits the same tile.
         plane_of = (batch64 * num_heads + head) // PACK * (PARTS * KEY_PARTS)
         plane_of += (key_tile % KEY_PARTS) * PARTS
-        # The workspace holds dS of the launched planes only.
-        kept = (tl.program_id(1) * (GROUP // PACK) + member) * query_blocks * width
         low = 0
         full = count
         if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
@@ -655,12 +654,11 @@ def key_kernel(
             dk, dv = _key_tile(
                 dk, dv, k, v, q_source, g_source,
                 q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
-                lse2, delta, norm, grad_logits, grad_bias, mass,
+                lse2, delta, norm, grad_bias, mass,
                 batch, head, first, entry, (plane_of + step % PARTS) * cells,
-                [(kept + entry) * BLOCK_K + start % BLOCK_K, step % PARTS * (PACK * ROWS)],
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
                 PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
-                GRAD_BIAS, MASS, KEEP, TMA_Q, UPCAST, PRECISION,
+                GRAD_BIAS, MASS, WARPS, TMA_Q, UPCAST, PRECISION,
             )  # fmt: skip
         if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
             for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
@@ -676,13 +674,12 @@ def key_kernel(
                 dk, dv = _key_tile(
                     dk, dv, k, v, q_source, g_source,
                     q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
-                    lse2, delta, norm, grad_logits, grad_bias, mass,
+                    lse2, delta, norm, grad_bias, mass,
                     batch, head, first, entry, (plane_of + step % PARTS) * cells,
-                    [(kept + entry) * BLOCK_K + start % BLOCK_K, step % PARTS * (PACK * ROWS)],
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
                     PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
-                    GRAD_BIAS, MASS, KEEP, TMA_Q, UPCAST, PRECISION,
+                    GRAD_BIAS, MASS, WARPS, TMA_Q, UPCAST, PRECISION,
                 )  # fmt: skip
     _store_rows(
         grad_k, dk_stride_b, dk_stride_h, dk_stride_n, batch, kv_head, start, kv_len, dk * scale,
@@ -691,67 +688,6 @@ def key_kernel(
     _store_rows(
         grad_v, dv_stride_b, dv_stride_h, dv_stride_n, batch, kv_head, start, kv_len, dv,
         1, COLUMNS, D, HEAD_DIM,
-    )  # fmt: skip
-
-
-@triton.jit
-def kept_query_kernel(
-    grad_logits,
-    k_source, k_stride_b, k_stride_h, k_stride_n,
-    grad_q, dq_stride_b, dq_stride_h, dq_stride_n,
-    counts, c_stride_b, c_stride_p, c_stride_i,
-    indices, i_stride_b, i_stride_p, i_stride_i,
-    key_lengths,
-    q_len, kv_len, scale, num_heads, first_pack, query_blocks, width,
-    GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, LENGTHS: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dQ of one query tile from the kept dS."""
-    first = tl.program_id(0) * ROWS
-    head = (first_pack + tl.program_id(1)) * PACK
-    batch = head // num_heads
-    head = head % num_heads
-    kv_head = head // GROUP
-    block = first // BLOCK_Q
-    batch64 = tl.cast(batch, tl.int64)
-    shared64 = tl.cast(head // HEADS_PER_PATTERN, tl.int64)
-    block64 = tl.cast(block, tl.int64)
-    count = tl.load(counts + batch64 * c_stride_b + shared64 * c_stride_p + block64 * c_stride_i)
-    entries = indices + batch64 * i_stride_b + shared64 * i_stride_p + block64 * i_stride_i
-    kept = (tl.program_id(1) * query_blocks + block) * width
-    side = (first % BLOCK_Q) * PACK
-    full = count
-    if LENGTHS:
-        key_limit = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), kv_len)
-        full = _count_below(entries, count, 1, BLOCK_K, key_limit - BLOCK_K + 1)
-    acc = tl.zeros([PACK * ROWS, D], tl.float32)
-    PARTS: tl.constexpr = BLOCK_K // COLUMNS
-    upcoming = tl.load(entries, mask=full > 0, other=0)
-    for step in tl.range(0, full * PARTS, num_stages=STAGES):
-        start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
-        following = (step + 1) // PARTS
-        upcoming = tl.load(entries + following, mask=following < full, other=0)
-        k = _load_rows(
-            k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-        )  # fmt: skip
-        ds = grad_logits.load([kept * BLOCK_K + step * COLUMNS, side]).to(k.dtype)
-        acc = tl.dot(tl.trans(ds), k, acc)
-    if LENGTHS:
-        for step in tl.range(full * PARTS, count * PARTS, num_stages=1):
-            start = tl.load(entries + step // PARTS) * BLOCK_K + (step % PARTS) * COLUMNS
-            k = _load_rows(
-                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            k = _without_padding(k, start + tl.arange(0, COLUMNS), key_limit)
-            ds = grad_logits.load([kept * BLOCK_K + step * COLUMNS, side]).to(k.dtype)
-            acc = tl.dot(tl.trans(ds), k, acc)
-    _store_rows(
-        grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
-        PACK, ROWS, D, HEAD_DIM,
     )  # fmt: skip
 
 

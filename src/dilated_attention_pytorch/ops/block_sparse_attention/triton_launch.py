@@ -125,58 +125,34 @@ class Call:
 
 
 def forward_config(call: Call) -> LaunchConfig:
-    """The measured launch of the forward kernel."""
+    """The launch (`benchmarks/results/tune_triton.json`) of the forward kernel."""
     d = call.padded_head_dim
     if call.query.dtype == torch.float32:
         return LaunchConfig(min(call.block_q, 64), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 128 if d <= 128 else 64)
-    columns = min(call.block_k, 128 if d <= 64 else 64)
-    return LaunchConfig(rows, columns, 8 if rows > 64 else 4, 3 if d <= 128 else 2)
+    rows, columns = min(call.block_q, 64), min(call.block_k, 64)
+    return LaunchConfig(rows, columns, 4, 3 if 64 < d <= 128 else 2)
 
 
 def query_config(call: Call) -> LaunchConfig:
-    """The measured launch of the dQ kernel."""
+    """The launch (`benchmarks/results/tune_triton.json`) of the dQ kernel."""
     d = call.padded_head_dim
     if call.query.dtype == torch.float32:
         return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
     rows = min(call.block_q, 128 if d <= 128 else 64)
     columns = min(call.block_k, 64 if d <= 128 else 32)
-    return LaunchConfig(rows, columns, 8 if rows > 64 or d > 128 else 4, 2)
+    if rows > 64:
+        return LaunchConfig(rows, columns, 8, 3)
+    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 3 if d <= 64 else 2)
 
 
 def key_config(call: Call) -> LaunchConfig:
-    """The measured launch of the dK, dV kernel."""
+    """The launch (`benchmarks/results/tune_triton.json`) of the dK, dV kernel."""
     d = call.padded_head_dim
     if call.query.dtype == torch.float32:
         return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
     rows = min(call.block_q, 64 if d <= 128 else 32)
-    columns = min(call.block_k, 128 if d <= 128 else 64)
-    return LaunchConfig(rows, columns, 8 if columns > 64 or d > 128 else 4, 2 if d <= 128 else 1)
-
-
-def kept_query_config(call: Call, rows: int) -> LaunchConfig:
-    """The measured launch of the dQ kernel that reads dS, for the rows of the dK, dV kernel."""
-    return LaunchConfig(rows, min(call.block_k, 64), 4, 3)
-
-
-WORKSPACE_BYTES = 2**30
-"""Memory for kept dS; heads are processed in chunks that fit it."""
-
-
-def planes_per_chunk(call: Call) -> int:
-    """How many (sample, KV head) pairs keep their dS at a time; 0: it is recomputed.
-
-    Needs the bulk copy engine of compute capability 9.0 and 16-bit inputs: dS is rounded to their
-    type for the matrix units anyway, so that keeping it loses nothing.
-    """
-    if call.query.dtype == torch.float32 or call.indices.shape[3] == 0:
-        return 0
-    if not kernels.INTERPRETED and _capability(call.query.device) < (9, 0):
-        return 0
-    cells = call.indices.shape[2] * call.indices.shape[3] * call.block_q * call.block_k
-    planes = call.query.shape[0] * call.key.shape[2]
-    fitting = min(WORKSPACE_BYTES // (2 * cells * call.group), planes)
-    return 0 if fitting == 0 else triton.cdiv(planes, triton.cdiv(planes, fitting))
+    columns = min(call.block_k, 64)
+    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2 if d <= 128 else 1)
 
 
 def launch_forward(
@@ -239,7 +215,6 @@ def launch_backward(
     slots: Tensor,
     grads: Gradients,
     *,
-    chunk: int | None = None,
     config: LaunchConfig | None = None,
     config_query: LaunchConfig | None = None,
 ) -> None:
@@ -254,8 +229,6 @@ def launch_backward(
         starts: ``PatternTranspose.offsets``.
         slots: ``PatternTranspose.slots``.
         grads: Where to write.
-        chunk: (sample, KV head) pairs that keep dS at a time, 0: none; None:
-            :func:`planes_per_chunk`.
         config: Launch of the dK, dV kernel.
         config_query: Launch of the dQ kernel.
     """
@@ -266,7 +239,6 @@ def launch_backward(
             if tensor is not None:
                 tensor.zero_()
         return
-    chunk = planes_per_chunk(call) if chunk is None else chunk
     config = config or key_config(call)
     d = call.padded_head_dim
     query_blocks, width = call.indices.shape[2:]
@@ -297,46 +269,28 @@ def launch_backward(
         def by_product(wanted: Tensor | None) -> Tensor:
             if wanted is None:
                 return norm
-            return torch.zeros(
-                batch, planes, query_blocks, width, dtype=torch.float32, device=device
-            )
+            shape = (batch, planes, query_blocks, width, config.num_warps)
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
         grad_bias, mass = by_product(grads.block_bias), by_product(grads.mass)
-        planes_kv = batch * num_kv_heads
-        kept: Any = norm
-        if chunk:
-            packs = call.group // pack
-            rows = chunk * packs * query_blocks * width * call.block_k
-            workspace = torch.empty(
-                rows, pack * call.block_q, dtype=call.query.dtype, device=device
-            )
-            box = [config.columns, pack * config.rows]
-            kept = TensorDescriptor.from_tensor(workspace, box)
-        for plane in range(0, planes_kv, chunk or planes_kv):
-            current = min(chunk or planes_kv, planes_kv - plane)
-            kernels.key_kernel[(triton.cdiv(kv_len, config.columns), current)](
-                query if tma_q else call.query, *_strides(call.query),
-                key if tma else call.key, *_strides(call.key),
-                value if tma else call.value, *_strides(call.value),
-                gradient if tma_q else grad_out, *_strides(grad_out),
-                kept,
-                grads.key, *_strides(grads.key), grads.value, *_strides(grads.value),
-                lse2, delta, norm, grad_bias, mass,
-                starts, *starts.stride()[:2], slots, *slots.stride()[:2],
-                *call.mask_arguments(),
-                q_len, kv_len, padded_len, call.offset, call.scale,
-                call.scale * kernels.LOG2E.value, num_heads, plane, query_blocks, width,
-                **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-                GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
-                KEEP=chunk > 0, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
-            if chunk:
-                _launch_kept_query(
-                    call, workspace, pack, plane, current, grads.query, config.rows, config_query
-                )
-        if not chunk:
-            _launch_query(call, grad_out, lse2, delta, grads.query, config_query)
+        grid = (triton.cdiv(kv_len, config.columns), batch * num_kv_heads)
+        kernels.key_kernel[grid](
+            query if tma_q else call.query, *_strides(call.query),
+            key if tma else call.key, *_strides(call.key),
+            value if tma else call.value, *_strides(call.value),
+            gradient if tma_q else grad_out, *_strides(grad_out),
+            grads.key, *_strides(grads.key), grads.value, *_strides(grads.value),
+            lse2, delta, norm, grad_bias, mass,
+            starts, *starts.stride()[:2], slots, *slots.stride()[:2],
+            *call.mask_arguments(),
+            q_len, kv_len, padded_len, call.offset, call.scale,
+            call.scale * kernels.LOG2E.value, num_heads, query_blocks, width,
+            **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
+            GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
+            WARPS=config.num_warps, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        _launch_query(call, grad_out, lse2, delta, grads.query, config_query)
     _collect(call, grads, grad_bias, mass, norm)
 
 
@@ -374,43 +328,14 @@ def _launch_query(
     )  # fmt: skip
 
 
-def _launch_kept_query(
-    call: Call,
-    workspace: Tensor,
-    pack: int,
-    plane: int,
-    planes: int,
-    grad_q: Tensor,
-    rows: int,
-    config: LaunchConfig | None,
-) -> None:
-    config = config or kept_query_config(call, rows)
-    _, q_len, num_heads, head_dim = call.query.shape
-    key, tma = _source(call.key, 1, config.columns, call)
-    packs = call.group // pack
-    kernels.kept_query_kernel[(triton.cdiv(q_len, rows), planes * packs)](
-        TensorDescriptor.from_tensor(workspace, [config.columns, pack * rows]),
-        key if tma else call.key, *_strides(call.key),
-        grad_q, *_strides(grad_q),
-        call.counts, *call.counts.stride(),
-        call.indices, *call.indices.stride()[:3],
-        call.counts if call.key_lengths is None else call.key_lengths,
-        q_len, call.key.shape[1], call.scale, num_heads, plane * packs, *call.indices.shape[2:],
-        GROUP=call.group, HEADS_PER_PATTERN=call.heads_per_pattern, PACK=pack,
-        BLOCK_Q=call.block_q, BLOCK_K=call.block_k, ROWS=rows, COLUMNS=config.columns,
-        D=call.padded_head_dim, HEAD_DIM=head_dim, LENGTHS=call.key_lengths is not None,
-        TMA=tma, UPCAST=kernels.INTERPRETED, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
 def _collect(call: Call, grads: Gradients, grad_bias: Tensor, mass: Tensor, norm: Tensor) -> None:
     """Adds the planes of programs that visited the same tile; normalises the mass."""
     batch, heads, blocks, width = call.indices.shape
 
     def add_planes(planes: Tensor) -> Tensor:
         # Spelled out, since a pattern without tiles leaves nothing to infer a size from.
-        return planes.view(batch, heads, planes.shape[1] // heads, blocks, width).sum(2)
+        parts = (planes.shape[1] // heads, blocks, width, planes.shape[4])
+        return planes.view(batch, heads, *parts).sum((2, 5))
 
     if grads.block_bias is not None:
         grads.block_bias.copy_(add_planes(grad_bias))
