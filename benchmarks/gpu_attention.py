@@ -45,7 +45,6 @@ SWEEP = {
 LARGEST = Setup(tokens=131072, sparsity=0.95)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-_compiled: list[Any] = []
 
 
 def ours(setup: Setup, mass: bool) -> Attend:
@@ -86,8 +85,7 @@ def flex(setup: Setup, block_size: int) -> Attend:
     """FlexAttention, compiled; tiles without a mask are marked full, which spares it the mask."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    if not _compiled:
-        _compiled.append(torch.compile(flex_attention, dynamic=False))
+    compiled = torch.compile(flex_attention, dynamic=False)
     pattern = random_pattern(setup, block_size)
     every = pattern.to_dense().repeat_interleave(setup.heads // setup.kv_heads, 1)
     diagonal = torch.eye(every.shape[-1], dtype=torch.bool, device="cuda")
@@ -107,7 +105,7 @@ def flex(setup: Setup, block_size: int) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = _compiled[0](
+        out = compiled(
             q, k, v, block_mask=mask, enable_gqa=setup.heads != setup.kv_heads,
             kernel_options=options,
         )  # fmt: skip
@@ -162,6 +160,8 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def measure(setup: Setup, rounds: int, quick: bool = False) -> dict[str, Any]:
     """Times all contenders of a setup in turns."""
+    # Past eight compilations of one function the compiler gives up.
+    torch.compiler.reset()
     results: dict[str, Any] = {}
     runners: dict[str, dict[str, Callable[[], None]]] = {}
     for name, make in contenders(setup, quick).items():

@@ -345,27 +345,39 @@ def row_kernel(
 
 
 @triton.jit
+def _store_parts(target, place, per_row, WARPS: tl.constexpr):
+    """Stores the sum over a tile's rows as one part per warp: warps that add together wait."""
+    parts = tl.sum(tl.reshape(per_row, [WARPS, per_row.shape[0] // WARPS]), 1)
+    tl.store(target + place * WARPS + tl.arange(0, WARPS), parts)
+
+
+@triton.jit
 def query_kernel(
     q_source, q_stride_b, q_stride_h, q_stride_n,
     k_source, k_stride_b, k_stride_h, k_stride_n,
     v_source, v_stride_b, v_stride_h, v_stride_n,
     g_source, g_stride_b, g_stride_h, g_stride_n,
     grad_q, dq_stride_b, dq_stride_h, dq_stride_n,
-    lse2, delta,
+    lse2, delta, norm, grad_bias, mass,
     counts, c_stride_b, c_stride_p, c_stride_i,
     indices, i_stride_b, i_stride_p, i_stride_i,
     block_bias, b_stride_b, b_stride_p, b_stride_i,
     key_lengths, offsets, documents, bounds,
     q_len, kv_len, padded_len, offset, scale, scale2, num_heads, query_tiles,
+    query_blocks, width,
     GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one query tile."""
+    """dQ of one query tile and its share of the by-products.
+
+    These are computed here, not beside dK and dV, because here the rows' weights stay in place.
+    """
     query_tile = query_tiles - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     head = tl.program_id(1) * PACK
     batch = tl.program_id(2)
@@ -411,8 +423,13 @@ def query_kernel(
     place = (batch64 * num_heads + of_row) * padded_len + row
     log_sum = tl.load(lse2 + place)
     centre = tl.load(delta + place)
+    weight = tl.load(norm + place)
     acc = tl.zeros([PACK * ROWS, D], tl.float32)
     PARTS: tl.constexpr = BLOCK_K // COLUMNS
+    # One plane of by-products for each program and step that visits the same tile.
+    plane = (batch64 * num_heads + head) // PACK * (BLOCK_Q // ROWS) + first % BLOCK_Q // ROWS
+    cells = tl.cast(query_blocks, tl.int64) * width
+    own = plane * PARTS * cells + block64 * width
     upcoming = tl.load(entries + low, mask=low < full, other=0)
     for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
         slot = step // PARTS
@@ -433,8 +450,12 @@ def query_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
-        ds = (p * (dp - centre[:, None])).to(k.dtype)
-        acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+        ds = p * (dp - centre[:, None])
+        if MASS:
+            _store_parts(mass, own + step % PARTS * cells + slot, tl.sum(p, 1) * weight, WARPS)
+        if GRAD_BIAS:
+            _store_parts(grad_bias, own + step % PARTS * cells + slot, tl.sum(ds, 1), WARPS)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
             slot = step // PARTS
@@ -461,20 +482,16 @@ def query_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
-            ds = (p * (dp - centre[:, None])).to(k.dtype)
-            acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+            ds = p * (dp - centre[:, None])
+            if MASS:
+                _store_parts(mass, own + step % PARTS * cells + slot, tl.sum(p, 1) * weight, WARPS)
+            if GRAD_BIAS:
+                _store_parts(grad_bias, own + step % PARTS * cells + slot, tl.sum(ds, 1), WARPS)
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     _store_rows(
         grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
         PACK, ROWS, D, HEAD_DIM,
     )  # fmt: skip
-
-
-@triton.jit
-def _store_sum(target, place, tile, WARPS: tl.constexpr):
-    """Stores the sum of a tile as one part per warp: warps that add up together wait for it."""
-    per_row = tl.sum(tile, 1)
-    parts = tl.sum(tl.reshape(per_row, [WARPS, per_row.shape[0] // WARPS]), 1)
-    tl.store(target + place * WARPS + tl.arange(0, WARPS), parts)
 
 
 @triton.jit
@@ -493,14 +510,9 @@ def _key_tile(
     g_stride_n,
     lse2,
     delta,
-    norm,
-    grad_bias,
-    mass,
     batch,
     head,
     first,
-    entry,
-    plane,
     bias,
     q_len,
     padded_len,
@@ -517,9 +529,6 @@ def _key_tile(
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     MASKED: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    MASS: tl.constexpr,
-    WARPS: tl.constexpr,
     TMA_Q: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -549,11 +558,6 @@ def _key_tile(
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     ds = p * (dp - centre[None, :])
-    if MASS:
-        weight = tl.load(norm + place)
-        _store_sum(mass, plane + entry, p * weight[None, :], WARPS)
-    if GRAD_BIAS:
-        _store_sum(grad_bias, plane + entry, ds, WARPS)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -566,7 +570,7 @@ def key_kernel(
     g_source, g_stride_b, g_stride_h, g_stride_n,
     grad_k, dk_stride_b, dk_stride_h, dk_stride_n,
     grad_v, dv_stride_b, dv_stride_h, dv_stride_n,
-    lse2, delta, norm, grad_bias, mass,
+    lse2, delta,
     starts, t_stride_b, t_stride_p,
     slots, s_stride_b, s_stride_p,
     block_bias, b_stride_b, b_stride_p, b_stride_i,
@@ -577,11 +581,10 @@ def key_kernel(
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile and its share of the by-products."""
+    """dK and dV of one key tile."""
     key_tile = tl.program_id(0)
     num_kv_heads = num_heads // GROUP
     batch = tl.program_id(1) // num_kv_heads
@@ -621,8 +624,6 @@ def key_kernel(
     dk = tl.zeros([COLUMNS, D], tl.float32)
     dv = tl.zeros([COLUMNS, D], tl.float32)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
-    KEY_PARTS: tl.constexpr = BLOCK_K // COLUMNS
-    cells = tl.cast(query_blocks, tl.int64) * width
     for member in tl.range(0, GROUP // PACK):
         head = kv_head * GROUP + member * PACK
         shared64 = tl.cast(head // HEADS_PER_PATTERN, tl.int64)
@@ -632,9 +633,6 @@ def key_kernel(
         entries = slots + batch64 * s_stride_b + shared64 * s_stride_p + begin
         if BIAS:
             biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p
-        # One plane of by-products for each program that visits the same tile.
-        plane_of = (batch64 * num_heads + head) // PACK * (PARTS * KEY_PARTS)
-        plane_of += (key_tile % KEY_PARTS) * PARTS
         low = 0
         full = count
         if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
@@ -654,11 +652,11 @@ def key_kernel(
             dk, dv = _key_tile(
                 dk, dv, k, v, q_source, g_source,
                 q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
-                lse2, delta, norm, grad_bias, mass,
-                batch, head, first, entry, (plane_of + step % PARTS) * cells,
+                lse2, delta,
+                batch, head, first,
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
                 PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
-                GRAD_BIAS, MASS, WARPS, TMA_Q, UPCAST, PRECISION,
+                TMA_Q, UPCAST, PRECISION,
             )  # fmt: skip
         if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
             for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
@@ -674,12 +672,12 @@ def key_kernel(
                 dk, dv = _key_tile(
                     dk, dv, k, v, q_source, g_source,
                     q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
-                    lse2, delta, norm, grad_bias, mass,
-                    batch, head, first, entry, (plane_of + step % PARTS) * cells,
+                    lse2, delta,
+                    batch, head, first,
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
                     PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
-                    GRAD_BIAS, MASS, WARPS, TMA_Q, UPCAST, PRECISION,
+                    TMA_Q, UPCAST, PRECISION,
                 )  # fmt: skip
     _store_rows(
         grad_k, dk_stride_b, dk_stride_h, dk_stride_n, batch, kv_head, start, kv_len, dk * scale,

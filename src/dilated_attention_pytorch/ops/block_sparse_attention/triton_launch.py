@@ -22,12 +22,22 @@ class LaunchConfig:
         columns: Key tokens in a tile.
         num_warps: Warps of a program.
         num_stages: Tiles in flight from memory.
+        maxnreg: Registers of a thread, so that more programs share a multiprocessor. None: free.
     """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Triton's launch options."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Triton's interpreter does not know this option.
+        if self.maxnreg is not None and not kernels.INTERPRETED:
+            found["maxnreg"] = self.maxnreg
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +192,7 @@ def launch_forward(
             num_heads, tiles,
             **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
             TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options(),
         )  # fmt: skip
 
 
@@ -263,16 +273,6 @@ def launch_backward(
             q_len, padded_len, num_heads,
             ROWS=32, D=d, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None, num_warps=4,
         )  # fmt: skip
-        parts = (call.block_q // config.rows) * (call.block_k // config.columns)
-        planes = num_heads // pack * parts
-
-        def by_product(wanted: Tensor | None) -> Tensor:
-            if wanted is None:
-                return norm
-            shape = (batch, planes, query_blocks, width, config.num_warps)
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
-        grad_bias, mass = by_product(grads.block_bias), by_product(grads.mass)
         grid = (triton.cdiv(kv_len, config.columns), batch * num_kv_heads)
         kernels.key_kernel[grid](
             query if tma_q else call.query, *_strides(call.query),
@@ -280,18 +280,16 @@ def launch_backward(
             value if tma else call.value, *_strides(call.value),
             gradient if tma_q else grad_out, *_strides(grad_out),
             grads.key, *_strides(grads.key), grads.value, *_strides(grads.value),
-            lse2, delta, norm, grad_bias, mass,
+            lse2, delta,
             starts, *starts.stride()[:2], slots, *slots.stride()[:2],
             *call.mask_arguments(),
             q_len, kv_len, padded_len, call.offset, call.scale,
             call.scale * kernels.LOG2E.value, num_heads, query_blocks, width,
             **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-            GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
-            WARPS=config.num_warps, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+            **config.options(),
         )  # fmt: skip
-        _launch_query(call, grad_out, lse2, delta, grads.query, config_query)
-    _collect(call, grads, grad_bias, mass, norm)
+        _launch_query(call, grad_out, lse2, delta, norm, grads, config_query)
 
 
 def _launch_query(
@@ -299,7 +297,8 @@ def _launch_query(
     grad_out: Tensor,
     lse2: Tensor,
     delta: Tensor,
-    grad_q: Tensor,
+    norm: Tensor,
+    grads: Gradients,
     config: LaunchConfig | None,
 ) -> None:
     config = config or query_config(call)
@@ -311,21 +310,31 @@ def _launch_query(
     key, tma_k = _source(call.key, 1, config.columns, call)
     value, tma_v = _source(call.value, 1, config.columns, call)
     tma, tma_q = tma_k and tma_v, tma_q and tma_g
+    parts = (call.block_q // config.rows) * (call.block_k // config.columns)
+    shape = (batch, num_heads // pack * parts, *call.indices.shape[2:], config.num_warps)
+
+    def by_product(wanted: Tensor | None) -> Tensor:
+        # Zeros: entries past a row's count are never visited.
+        return norm if wanted is None else norm.new_zeros(shape)
+
+    grad_bias, mass = by_product(grads.block_bias), by_product(grads.mass)
     kernels.query_kernel[(tiles, num_heads // pack, batch)](
         query if tma_q else call.query, *_strides(call.query),
         key if tma else call.key, *_strides(call.key),
         value if tma else call.value, *_strides(call.value),
         gradient if tma_q else grad_out, *_strides(grad_out),
-        grad_q, *_strides(grad_q), lse2, delta,
+        grads.query, *_strides(grads.query), lse2, delta, norm, grad_bias, mass,
         call.counts, *call.counts.stride(),
         call.indices, *call.indices.stride()[:3],
         *call.mask_arguments(),
         q_len, call.key.shape[1], lse2.shape[2], call.offset, call.scale,
-        call.scale * kernels.LOG2E.value, num_heads, tiles,
+        call.scale * kernels.LOG2E.value, num_heads, tiles, *call.indices.shape[2:],
         **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-        TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
+        WARPS=config.num_warps, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+        **config.options(),
     )  # fmt: skip
+    _collect(call, grads, grad_bias, mass, norm)
 
 
 def _collect(call: Call, grads: Gradients, grad_bias: Tensor, mass: Tensor, norm: Tensor) -> None:
