@@ -136,8 +136,13 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
         if refusal:
             raise ValueError(f"backend='triton' cannot run this: {refusal}; use backend='auto'.")
         return backend, "asked for by name"
-    # The kernels are not chosen unasked before their gradients are tested on a GPU.
-    return "gather", f"the PyTorch path runs on {arguments.query.device.type}"
+    device = arguments.query.device.type
+    if device != "cuda":
+        return "gather", f"the PyTorch path runs on {device}"
+    refusal = _triton_refusal(arguments)
+    if refusal:
+        return "gather", f"the Triton kernels cannot run this: {refusal}"
+    return "triton", "the fused kernels run on this GPU"
 
 
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)

@@ -623,8 +623,11 @@ def key_kernel(
         row_end = tl.where(start + COLUMNS <= key_limit, row_end, 0)
     dk = tl.zeros([COLUMNS, D], tl.float32)
     dv = tl.zeros([COLUMNS, D], tl.float32)
-    PARTS: tl.constexpr = BLOCK_Q // ROWS
-    for member in tl.range(0, GROUP // PACK):
+    # Heads that share one list are visited in one loop, the others one after another.
+    TOGETHER: tl.constexpr = GROUP // PACK if HEADS_PER_PATTERN % GROUP == 0 else 1
+    ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
+    PARTS: tl.constexpr = ROW_PARTS * TOGETHER
+    for member in tl.range(0, GROUP // PACK // TOGETHER):
         head = kv_head * GROUP + member * PACK
         shared64 = tl.cast(head // HEADS_PER_PATTERN, tl.int64)
         ends = starts + batch64 * t_stride_b + shared64 * t_stride_p + block
@@ -645,7 +648,7 @@ def key_kernel(
             following = (step + 1) // PARTS
             upcoming = tl.load(entries + following, mask=following < full, other=0)
             block_q = entry // width
-            first = block_q * BLOCK_Q + (step % PARTS) * ROWS
+            first = block_q * BLOCK_Q + (step % ROW_PARTS) * ROWS
             bias = 0.0
             if BIAS:
                 bias = tl.load(biases + block_q.to(tl.int64) * b_stride_i + entry % width) * LOG2E
@@ -653,7 +656,7 @@ def key_kernel(
                 dk, dv, k, v, q_source, g_source,
                 q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
                 lse2, delta,
-                batch, head, first,
+                batch, head + step % PARTS // ROW_PARTS * PACK, first,
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
                 PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
                 TMA_Q, UPCAST, PRECISION,
@@ -664,7 +667,7 @@ def key_kernel(
                 place = tl.where(place < low, place, place + full - low)
                 entry = tl.load(entries + place)
                 block_q = entry // width
-                first = block_q * BLOCK_Q + (step % PARTS) * ROWS
+                first = block_q * BLOCK_Q + (step % ROW_PARTS) * ROWS
                 bias = 0.0
                 if BIAS:
                     at = block_q.to(tl.int64) * b_stride_i + entry % width
@@ -673,7 +676,7 @@ def key_kernel(
                     dk, dv, k, v, q_source, g_source,
                     q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
                     lse2, delta,
-                    batch, head, first,
+                    batch, head + step % PARTS // ROW_PARTS * PACK, first,
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
                     PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,

@@ -148,11 +148,8 @@ def query_config(call: Call) -> LaunchConfig:
     d = call.padded_head_dim
     if call.query.dtype == torch.float32:
         return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 128 if d <= 128 else 64)
-    columns = min(call.block_k, 64 if d <= 128 else 32)
-    if rows > 64:
-        return LaunchConfig(rows, columns, 8, 3)
-    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 3 if d <= 64 else 2)
+    rows, columns = min(call.block_q, 64), min(call.block_k, 64 if d <= 128 else 32)
+    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2, 128 if d <= 64 else None)
 
 
 def key_config(call: Call) -> LaunchConfig:
@@ -162,6 +159,8 @@ def key_config(call: Call) -> LaunchConfig:
         return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
     rows = min(call.block_q, 64 if d <= 128 else 32)
     columns = min(call.block_k, 64)
+    if d <= 64:
+        return LaunchConfig(rows, columns, 4, 3, 168)
     return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2 if d <= 128 else 1)
 
 
