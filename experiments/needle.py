@@ -67,6 +67,8 @@ class Variant:
 MLP = {"scorer": "mlp", "hidden_dim": 64, "num_layers": 2}
 MLP_RUN = {"scorer_learning_rate": 0.25, "sparsity_warmup": 0.2}
 
+BF16 = {"dtype": "bfloat16"}
+
 ONE = (0,)
 VARIANTS = (
     Variant("dense", "dense attention (upper bound)", "dense"),
@@ -100,6 +102,8 @@ VARIANTS = (
     Variant("one_block", "1 scored block", config={"scored_blocks": 1}, seeds=ONE),
     Variant("past", "query_scope past (strictly causal choice)", config={"query_scope": "past"},
             seeds=ONE),
+    Variant("triton_bf16", "defaults, bfloat16, Triton kernels", run=BF16 | {"backend": "triton"}),
+    Variant("gather_bf16", "defaults, bfloat16, PyTorch path", run=BF16 | {"backend": "gather"}),
     Variant("local", "fixed: local window", "local"),
     Variant("dilated", "fixed: dilated (LongNet)", "dilated"),
     Variant("strided", "fixed: strided", "strided"),
@@ -110,8 +114,8 @@ VARIANTS = (
 
 
 def make_run(variant: Variant, num_layers: int, seed: int, steps: int, device: str) -> NeedleRun:
-    """The run of one cell of the table."""
-    settings: dict[str, Any] = {"steps": steps, **variant.run}
+    """The run of one cell of the table; rows that do not say otherwise use the PyTorch path."""
+    settings: dict[str, Any] = {"steps": steps, "backend": "gather", **variant.run}
     return NeedleRun(
         variant.attention,
         needle_config(**variant.config),
@@ -271,6 +275,8 @@ def main() -> int:
     log = out / "runs.jsonl"
     done = {(r["variant"], r["num_layers"], r["seed"]) for r in load_runs(log)}
     wanted = [v for v in VARIANTS if arguments.only is None or v.name in arguments.only]
+    if arguments.only is None and arguments.device != "cuda":
+        wanted = [v for v in wanted if v.run.get("backend") != "triton"]
     cells = [
         (variant, depth, seed)
         for depth in sorted(arguments.layers, reverse=True)

@@ -23,6 +23,7 @@ from dilated_attention_pytorch.models.transformer import (
     build_attention,
     scorer_parameters,
 )
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 _NOISE_TOKENS = 16
@@ -181,6 +182,8 @@ class NeedleRun:
             configured sparsity, after as many dense steps; 0: sparse from the start.
         task: Sizes.
         device: Where to train.
+        dtype: ``"float32"``, or ``"bfloat16"``: autocast.
+        backend: Of :func:`block_sparse_attention`, in the adaptive layers.
     """
 
     attention: str
@@ -194,6 +197,17 @@ class NeedleRun:
     sparsity_warmup: float = 0.0
     task: NeedleTask = NeedleTask()
     device: str = "cpu"
+    dtype: str = "float32"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks what no layer checks."""
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -234,7 +248,10 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
     torch.manual_seed(run.seed)
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
-        return build_attention(run.attention, num_heads, head_dim, run.config)
+        made = build_attention(run.attention, num_heads, head_dim, run.config)
+        if isinstance(made, BlockSparseAdaptive):
+            made.backend = run.backend
+        return made
 
     model = NeedleModel(run.task, make, num_layers=run.num_layers)
     return model.to(run.device)
@@ -272,8 +289,9 @@ def train_needle(
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate * rate * group["factor"]
         model.train()
-        logits, answers = model(run.task.batch(run.batch_size, generator).to(device))
-        loss = F.cross_entropy(logits, answers)
+        with run.autocast():
+            logits, answers = model(run.task.batch(run.batch_size, generator).to(device))
+        loss = F.cross_entropy(logits.float(), answers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(rest, 1.0)
@@ -304,10 +322,11 @@ def evaluate_needle(
     recalls, sparsities = [], []
     for _ in range(batches):
         batch = run.task.batch(batch_size, generator).to(device)
-        logits, answers = model(batch)
+        with run.autocast():
+            logits, answers = model(batch)
+            infos = model.transformer.patterns(model.embed(batch))
         right += int((logits.argmax(-1) == answers).sum())
         total += answers.numel()
-        infos = model.transformer.patterns(model.embed(batch))
         if infos:
             kept = infos[-1]["pattern"].to_dense()[:, :, 1:]
             index = batch.target[:, None, 1:, None].expand(-1, kept.shape[1], -1, -1)
