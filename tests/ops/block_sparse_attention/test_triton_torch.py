@@ -1,5 +1,7 @@
 """The Triton operators as citizens of PyTorch, on a GPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -15,7 +17,18 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
+
+
+@contextmanager
+def no_waiting():
+    """Any wait of the host for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def setup(batch=2, length=512, heads=4, dim=64, keep=0.3):
@@ -63,6 +76,7 @@ def test_opcheck_accepts_the_forward_operator():
     torch.library.opcheck(forward_op, arguments, test_utils=tests, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compiles_as_one_graph_and_equals_eager():
     tensors, pattern = setup()
 
@@ -84,11 +98,8 @@ def test_no_waiting_for_the_host_in_the_op():
         pattern.kv_num_blocks, pattern.kv_indices, pattern.q_len, pattern.kv_len,
         check_values=False,
     )  # fmt: skip
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step(tensors, fresh)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -97,11 +108,8 @@ def test_no_waiting_for_the_host_in_the_layer(training):
     layer = BlockSparseAdaptive(None, None, 4, 64, AdaptiveConfig(base_sparsity=0.5)).cuda()
     layer.train(training)
     layer(*tensors, is_causal=True).sum().backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         layer(*tensors, is_causal=True).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_cuda_graph_replays_the_forward_pass():

@@ -145,6 +145,8 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
     return "triton", "the fused kernels run on this GPU"
 
 
+# Looked up once: torch.compile cannot trace it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -159,7 +161,7 @@ def _triton_refusal(arguments: Arguments) -> str | None:
         return f"block sizes must be among {_TRITON_BLOCK_SIZES}, got {sizes}"
     if query.shape[3] > 256:
         return f"head_dim must be at most 256, got {query.shape[3]}"
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the triton package is not installed"
     if query.device.type != "cuda" and not _interpreting():
         return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
