@@ -199,7 +199,11 @@ def write_table(runs: list[dict[str, Any]], path: Path) -> None:
         row = []
         for depth in depths:
             found = cells.get((variant.name, depth), {})
-            row.append(" ".join(f"{found[seed]['accuracy']:.3f}" for seed in sorted(found)) or "-")
+            seeds = sorted(found)
+            cell = " ".join(f"{found[seed]['accuracy']:.3f}" for seed in seeds) or "-"
+            if seeds != list(range(len(seeds))):
+                cell += f" (seeds {' '.join(map(str, seeds))})"
+            row.append(cell)
         if any(cell != "-" for cell in row):
             lines.append(f"| {variant.about} | " + " | ".join(row) + " |")
     steps = sorted({run["steps"] for run in runs})
@@ -207,7 +211,7 @@ def write_table(runs: list[dict[str, Any]], path: Path) -> None:
     commits = sorted({run["environment"]["commit"] for run in runs})
     torches = sorted({run["environment"]["torch"] for run in runs})
     note = (
-        "Accuracy on 256 held-out sequences for seeds 0, 1, 2 in that order; 512 tokens in 32 "
+        "Accuracy on 256 held-out sequences by seed, from 0 on unless named; 512 tokens in 32 "
         "blocks, the diagonal block and 2 scored blocks (of up to 31) kept in every row unless "
         f"said otherwise; {', '.join(map(str, steps))} steps of {NeedleRun.batch_size} "
         f"sequences. Ran on {', '.join(devices)}; torch "
