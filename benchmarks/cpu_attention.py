@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+
+sys.path.insert(0, str(Path(__file__).parent))
+from provenance import environment
 
 HEADS, HEAD_DIM, SPARSITY = 8, 64, 0.9
 OUT = Path(__file__).parent / "results" / "cpu_attention.json"
@@ -103,13 +105,6 @@ def peak_gigabytes(tokens: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.machine()
-
-
 def main() -> int:
     """Measures and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -127,20 +122,12 @@ def main() -> int:
     ]
     command = [sys.executable, __file__, "--peak", "32768"]
     peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    git = ["git", "-C", str(OUT.parent), "describe", "--always", "--dirty", "--abbrev=12"]
     result = {
         "rows": rows,
         "peak_gigabytes_at_32768": peak,
         "setup": {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "block_size": 64},
-        "environment": {
-            "processor": processor(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-            "load_average": os.getloadavg()[0],
-        },
+        "environment": environment("cpu")
+        | {"threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]},
     }
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(result, indent=1) + "\n")

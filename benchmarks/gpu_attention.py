@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dilated_attention_pytorch import BlockPattern, block_sparse_attention
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_setups import Setup, environment, event_ms, fresh, inputs, random_pattern
+from gpu_setups import Setup, event_ms, fresh, inputs, random_pattern
+from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "gpu_attention.json"
 
@@ -206,10 +207,8 @@ def _tflops(setup: Setup, name: str, part: str, values: list[float]) -> float:
 
 def peak_gigabytes(setup: Setup) -> float:
     """Peak memory of one step of ours, inputs and gradients included."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     pattern: BlockPattern = random_pattern(setup)
-    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     q, k, v = inputs(setup, grad=True)
     probe = torch.zeros(pattern.kv_indices.shape, device="cuda", requires_grad=True)
@@ -235,7 +234,7 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    record: dict[str, Any] = {"environment": environment(), "bars": {}, "sweep": {}}
+    record: dict[str, Any] = {"environment": environment("cuda"), "bars": {}, "sweep": {}}
     for name, setup in BARS.items():
         record["bars"][name] = measure(setup, arguments.rounds)
         show(name, record["bars"][name])

@@ -1,14 +1,10 @@
-"""What the GPU benchmarks share: setups, inputs, patterns, timing, environment."""
+"""What the GPU benchmarks share: setups, inputs, patterns, timing."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,22 +85,3 @@ def event_ms(call: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))
-
-
-def environment() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    commit = os.environ.get("PROJECT_COMMIT")
-    if commit is None:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-                   "--abbrev=12"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() or "unknown"
-    import triton
-
-    return {
-        "device": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-    }

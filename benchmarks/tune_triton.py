@@ -26,7 +26,8 @@ from dilated_attention_pytorch import BlockPattern
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_setups import Setup, environment, inputs, median_ms, random_pattern
+from gpu_setups import Setup, inputs, median_ms, random_pattern
+from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "tune_triton.json"
 Config = launch.LaunchConfig
@@ -157,7 +158,7 @@ def main() -> int:
         print(name)
         for row in results[name]:
             print(f"  {row['part']:34} {row['config']!s:44} {row['ms'] or float('nan'):8.3f}")
-    record = {"environment": environment(), "timings": results}
+    record = {"environment": environment("cuda"), "timings": results}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -38,6 +35,9 @@ from dilated_attention_pytorch.tasks.needle import (
     needle_config,
     train_needle,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from provenance import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "needle"
@@ -149,24 +149,6 @@ def execute(
         "config": run.config.to_dict(),
         "settings": variant.run,
         "environment": environment(device),
-    }
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    commit = os.environ.get("PROJECT_COMMIT")
-    if commit is None:
-        command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip() or "unknown"
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
-    return {
-        "device": name,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit,
     }
 
 

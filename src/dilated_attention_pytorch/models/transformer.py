@@ -37,6 +37,7 @@ def build_attention(
     *,
     segment_lengths: Sequence[int] | None = None,
     dilation_rates: Sequence[int] | None = None,
+    backend: str = "auto",
 ) -> nn.Module:
     """Builds an attention layer by name, all at the sparsity and block size of ``config``.
 
@@ -47,6 +48,7 @@ def build_attention(
         config: Settings; a fixed pattern takes block size, sparsity, forced blocks from it.
         segment_lengths: As in :class:`BlockSparseAdaptive`.
         dilation_rates: As in :class:`BlockSparseAdaptive`.
+        backend: Of :func:`block_sparse_attention`; dense attention is PyTorch's in any case.
 
     Raises:
         ValueError: If the name is unknown.
@@ -56,7 +58,9 @@ def build_attention(
     if name == "dense":
         return DenseAttention()
     if name == "adaptive":
-        return BlockSparseAdaptive(segment_lengths, dilation_rates, num_heads, head_dim, config)
+        return BlockSparseAdaptive(
+            segment_lengths, dilation_rates, num_heads, head_dim, config, backend=backend
+        )
     return BlockSparseFixed(
         name,
         num_heads,
@@ -68,6 +72,7 @@ def build_attention(
         block_size=config.block_size,
         num_local_blocks=config.num_local_blocks,
         num_sink_blocks=config.num_sink_blocks,
+        backend=backend,
     )
 
 

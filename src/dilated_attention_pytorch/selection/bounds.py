@@ -12,8 +12,6 @@ from dilated_attention_pytorch.selection.budget import water_level_budget
 
 
 @lru_cache(maxsize=256)
-# Numbers in, a number out: torch.compile takes the result instead of tracing the tensors inside.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def most_scored_blocks(
     q_len: int,
     kv_len: int,

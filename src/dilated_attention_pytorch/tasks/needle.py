@@ -23,7 +23,6 @@ from dilated_attention_pytorch.models.transformer import (
     build_attention,
     scorer_parameters,
 )
-from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 _NOISE_TOKENS = 16
@@ -183,7 +182,7 @@ class NeedleRun:
         task: Sizes.
         device: Where to train.
         dtype: ``"float32"``, or ``"bfloat16"``: autocast.
-        backend: Of :func:`block_sparse_attention`, in the adaptive layers.
+        backend: Of :func:`block_sparse_attention`, in every layer that has a pattern.
     """
 
     attention: str
@@ -248,10 +247,7 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
     torch.manual_seed(run.seed)
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
-        made = build_attention(run.attention, num_heads, head_dim, run.config)
-        if isinstance(made, BlockSparseAdaptive):
-            made.backend = run.backend
-        return made
+        return build_attention(run.attention, num_heads, head_dim, run.config, backend=run.backend)
 
     model = NeedleModel(run.task, make, num_layers=run.num_layers)
     return model.to(run.device)

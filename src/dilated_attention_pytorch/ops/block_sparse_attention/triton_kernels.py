@@ -352,6 +352,25 @@ def _store_parts(target, place, per_row, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _store_by_products(
+    mass,
+    grad_bias,
+    place,
+    p,
+    ds,
+    weight,
+    MASS: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """What a visited tile says about its score."""
+    if MASS:
+        _store_parts(mass, place, tl.sum(p, 1) * weight, WARPS)
+    if GRAD_BIAS:
+        _store_parts(grad_bias, place, tl.sum(ds, 1), WARPS)
+
+
+@triton.jit
 def query_kernel(
     q_source, q_stride_b, q_stride_h, q_stride_n,
     k_source, k_stride_b, k_stride_h, k_stride_n,
@@ -451,10 +470,17 @@ def query_kernel(
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
         ds = p * (dp - centre[:, None])
-        if MASS:
-            _store_parts(mass, own + step % PARTS * cells + slot, tl.sum(p, 1) * weight, WARPS)
-        if GRAD_BIAS:
-            _store_parts(grad_bias, own + step % PARTS * cells + slot, tl.sum(ds, 1), WARPS)
+        _store_by_products(
+            mass,
+            grad_bias,
+            own + step % PARTS * cells + slot,
+            p,
+            ds,
+            weight,
+            MASS,
+            GRAD_BIAS,
+            WARPS,
+        )
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
@@ -483,10 +509,17 @@ def query_kernel(
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
             ds = p * (dp - centre[:, None])
-            if MASS:
-                _store_parts(mass, own + step % PARTS * cells + slot, tl.sum(p, 1) * weight, WARPS)
-            if GRAD_BIAS:
-                _store_parts(grad_bias, own + step % PARTS * cells + slot, tl.sum(ds, 1), WARPS)
+            _store_by_products(
+                mass,
+                grad_bias,
+                own + step % PARTS * cells + slot,
+                p,
+                ds,
+                weight,
+                MASS,
+                GRAD_BIAS,
+                WARPS,
+            )
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     _store_rows(
         grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
