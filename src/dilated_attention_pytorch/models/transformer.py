@@ -102,9 +102,12 @@ class _Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attention = attention
         self.out = nn.Linear(dim, dim, bias=False)
-        # PyTorch's default is 3 ** 0.5 times smaller: attention then starts nearly uniform, and
-        # training can stay there (docs/log.md). What a block adds to the residual stream starts
-        # smaller the more of them there are, as in GPT-2.
+        # Normalised queries and keys (arXiv 2010.04245): without them some seeds stay on a plateau
+        # of near-uniform attention, dense and sparse alike (docs/log.md).
+        self.query_norm = nn.RMSNorm(dim // num_heads)
+        self.key_norm = nn.RMSNorm(dim // num_heads)
+        # What a block adds to the residual stream starts smaller the more of them there are, as in
+        # GPT-2: noise of the first layer would blur the block summaries of the next.
         nn.init.normal_(self.qkv.weight, std=dim**-0.5)
         nn.init.normal_(self.out.weight, std=(dim * residual_branches) ** -0.5)
         if feed_forward:
@@ -116,6 +119,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, dict[str, Any] | None]:
         b, n, dim = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(b, n, 3, self.num_heads, -1).unbind(2)
+        # In float32 also under autocast, where the weights are.
+        q, k = self.query_norm(q.float()).to(q.dtype), self.key_norm(k.float()).to(k.dtype)
         if self.rope:
             if isinstance(self.attention, BlockSparseAdaptive):
                 # Rotated summaries match by content at short distances only.

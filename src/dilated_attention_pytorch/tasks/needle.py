@@ -191,7 +191,7 @@ class NeedleRun:
     steps: int = 2000
     seed: int = 0
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     scorer_learning_rate: float = 1.0
     sparsity_warmup: float = 0.0
     task: NeedleTask = NeedleTask()
