@@ -12,6 +12,7 @@ selector's by-product (tile mass). Contenders of a setup take turns in one run; 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -45,17 +46,19 @@ SWEEP = {
 }
 LARGEST = Setup(tokens=131072, sparsity=0.95)
 
+HAS_FLASH4 = importlib.util.find_spec("cutlass") is not None
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(setup: Setup, mass: bool) -> Attend:
-    """Our kernels, on a fresh pattern each time."""
+def ours(setup: Setup, mass: bool, backend: str = "triton") -> Attend:
+    """Our kernels (or FlashAttention-4 through our op), on a fresh pattern each time."""
     pattern = random_pattern(setup)
     probe = torch.zeros(pattern.kv_indices.shape, device="cuda", requires_grad=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = block_sparse_attention(
-            q, k, v, fresh(pattern), causal=setup.causal, backend="triton",
+            q, k, v, fresh(pattern), causal=setup.causal, backend=backend,
             mass_probe=probe if mass and q.requires_grad else None,
         )  # fmt: skip
         assert isinstance(out, Tensor)
@@ -115,6 +118,37 @@ def flex(setup: Setup, block_size: int) -> Attend:
     return attend
 
 
+def flash4(setup: Setup, sparse: bool) -> Attend:
+    """FlashAttention-4 itself: dense, or block-sparse at 128 with its lists made beforehand."""
+    from flash_attn.cute.interface import flash_attn_func
+
+    from dilated_attention_pytorch.ops.block_sparse_attention import flash
+
+    options: dict[str, Any] = {"causal": setup.causal}
+    if sparse:
+        pattern = random_pattern(setup, flash.BLOCK)
+        transpose = pattern.transpose()
+        query = torch.empty(1, setup.tokens, setup.heads, setup.head_dim, device="meta")
+        rows = flash.row_lists(query, pattern.kv_num_blocks, pattern.kv_indices, setup.causal)
+        columns = flash.column_lists(
+            query, pattern.kv_indices, transpose.offsets, transpose.slots, setup.causal
+        )
+        # Its fastest setting: gradients summed in any order.
+        columns |= {"dq_write_order": None, "dq_write_order_full": None, "spt": None}
+        options = {
+            "mask_mod": flash.causal_mask() if setup.causal else None,
+            "block_sparse_tensors": flash.tiles(rows),
+            "block_sparse_tensors_bwd": flash.tiles(columns),
+            "pack_gqa": False,
+        }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
 def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
     """Everybody who takes part in a setup."""
     grouped = setup.heads != setup.kv_heads
@@ -123,8 +157,14 @@ def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
         "dense cuDNN": lambda: dense(setup, SDPBackend.CUDNN_ATTENTION),
         "FlexAttention, block 128": lambda: flex(setup, 128),
     }
+    if HAS_FLASH4:
+        found["dense FlashAttention-4"] = lambda: flash4(setup, sparse=False)
+        found["FlashAttention-4, block 128"] = lambda: flash4(setup, sparse=True)
     if quick:
         return found
+    if HAS_FLASH4 and setup.block_size == 128:
+        found["ours, flash backend"] = lambda: ours(setup, mass=True, backend="flash")
+        found["ours, flash backend, without tile mass"] = lambda: ours(setup, False, "flash")
     found["ours, without tile mass"] = lambda: ours(setup, mass=False)
     found["dense flash"] = lambda: dense(setup, SDPBackend.FLASH_ATTENTION)
     if setup.block_size < 128:

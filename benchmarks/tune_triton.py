@@ -36,22 +36,25 @@ SETUPS = {
     "block 64, head_dim 128": Setup(block_size=64, head_dim=128),
     "block 128, head_dim 128": Setup(block_size=128, head_dim=128),
     "block 64, head_dim 64, causal": Setup(block_size=64, head_dim=64, causal=True),
+    "4 query heads per KV head": Setup(kv_heads=4),
 }
 
+# Query rows, key columns, warps, stages, registers per thread (None: free), one product ahead.
 FORWARD = {
-    64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2, 168), (64, 64, 4, 3, 128)],
-    128: [(128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2, 248)],
-}
-KEY = {
-    64: [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1, 168), (64, 64, 4, 2, 168),
-         (64, 64, 4, 2, 128), (64, 64, 4, 3, 168), (32, 64, 4, 3), (64, 32, 4, 2)],
-    128: [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2, 248), (64, 128, 8, 2),
-          (64, 128, 8, 3), (128, 128, 8, 2)],
+    64: [(64, 64, 4, 3, None, False), (64, 64, 4, 2, None, False), (64, 64, 4, 2), (64, 64, 4, 3),
+         (64, 64, 4, 4), (64, 64, 4, 2, 128), (64, 64, 4, 3, 128), (64, 64, 4, 2, 168)],
+    128: [(64, 64, 4, 3, None, False), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2),
+          (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
 }  # fmt: skip
+KEY = {
+    64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168)],
+    128: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
+}
 QUERY = {
-    64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2, 168), (64, 64, 4, 2, 128), (64, 64, 4, 1)],
-    128: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2, 168),
-          (128, 128, 8, 2)],
+    64: [(64, 64, 4, 2, None, False), (64, 64, 4, 2, 128, False), (64, 64, 4, 2), (64, 64, 4, 1),
+         (64, 64, 4, 3), (64, 64, 4, 2, 168), (64, 64, 4, 2, 128)],
+    128: [(64, 64, 4, 2, None, False), (64, 64, 4, 2), (64, 64, 4, 2, 168), (128, 64, 8, 2),
+          (128, 64, 8, 1)],
 }  # fmt: skip
 
 
@@ -86,11 +89,11 @@ class Job:
     def forward(self, config: Config | None) -> None:
         launch.launch_forward(self.call, self.out, self.lse, config)
 
-    def backward(self, key: Config | None, query: Config | None) -> None:
+    def backward(self, key: Config | None, query: Config | None, overlap: bool = True) -> None:
         transpose = self.pattern.transpose()
         launch.launch_backward(
             self.call, self.out, self.lse, self.grad, None, transpose.offsets, transpose.slots,
-            self.grads, config=key, config_query=query,
+            self.grads, config=key, config_query=query, overlap=overlap,
         )  # fmt: skip
 
 
@@ -125,6 +128,9 @@ def time_setup(setup: Setup, repeats: int) -> list[dict[str, Any]]:
     for variant in QUERY[size]:
         config = Config(*variant)
         record("backward, dQ", [astuple(best), variant], partial(job.backward, best, config))
+    alone = partial(job.backward, best, None, overlap=False)
+    record("backward, kernels not overlapped", astuple(best), alone)
+    record("backward, kernels overlapped", astuple(best), partial(job.backward, best, None))
     return rows
 
 
@@ -135,8 +141,10 @@ def compile_only(task: tuple[str, str, Any]) -> None:
     job = Job.make(setup)
     if part == "forward":
         attempt(lambda: job.forward(Config(*variant)), 1)
-    else:
+    elif part == "backward":
         attempt(lambda: job.backward(Config(*variant), None), 1)
+    else:
+        attempt(lambda: job.backward(None, Config(*variant)), 1)
 
 
 def main() -> int:
@@ -150,6 +158,7 @@ def main() -> int:
     for name, setup in SETUPS.items():
         tasks += [(name, "forward", x) for x in FORWARD[setup.block_size]]
         tasks += [(name, "backward", x) for x in KEY[setup.block_size]]
+        tasks += [(name, "dQ", x) for x in QUERY[setup.block_size]]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         pool.map(compile_only, tasks, chunksize=1)
     results = {}

@@ -12,6 +12,10 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     Arguments,
     check_arguments,
 )
+from dilated_attention_pytorch.ops.block_sparse_attention.flash import (
+    flash_attention,
+    flash_refusal,
+)
 from dilated_attention_pytorch.ops.block_sparse_attention.gather import gather_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.reference import reference_attention
 from dilated_attention_pytorch.pattern import BlockPattern
@@ -30,6 +34,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
     "gather": gather_attention,
     "triton": _triton_attention,
+    "flash": flash_attention,
 }
 
 
@@ -132,9 +137,9 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
             raise ValueError(
                 f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
             )
-        refusal = _triton_refusal(arguments) if backend == "triton" else None
+        refusal = _REFUSALS[backend](arguments) if backend in _REFUSALS else None
         if refusal:
-            raise ValueError(f"backend='triton' cannot run this: {refusal}; use backend='auto'.")
+            raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto'.")
         return backend, "asked for by name"
     device = arguments.query.device.type
     if device != "cuda":
@@ -166,6 +171,10 @@ def _triton_refusal(arguments: Arguments) -> str | None:
     if query.device.type != "cuda" and not _interpreting():
         return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
     return None
+
+
+# What a backend cannot run; the others run everything.
+_REFUSALS = {"triton": _triton_refusal, "flash": flash_refusal}
 
 
 def _interpreting() -> bool:
