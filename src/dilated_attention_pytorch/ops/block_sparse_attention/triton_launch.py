@@ -31,7 +31,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    ahead: bool = True
+    ahead: bool = False
 
     def options(self) -> dict[str, Any]:
         """Triton's launch options."""
