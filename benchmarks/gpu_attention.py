@@ -133,8 +133,6 @@ def flash4(setup: Setup, sparse: bool) -> Attend:
         columns = flash.column_lists(
             query, pattern.kv_indices, transpose.offsets, transpose.slots, setup.causal
         )
-        # Its fastest setting: gradients summed in any order.
-        columns |= {"dq_write_order": None, "dq_write_order_full": None, "spt": None}
         options = {
             "mask_mod": flash.causal_mask() if setup.causal else None,
             "block_sparse_tensors": flash.tiles(rows),
@@ -163,8 +161,9 @@ def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
     if quick:
         return found
     if HAS_FLASH4 and setup.block_size == 128:
-        found["ours, flash backend"] = lambda: ours(setup, mass=True, backend="flash")
-        found["ours, flash backend, without tile mass"] = lambda: ours(setup, False, "flash")
+        found["ours, flash"] = lambda: ours(setup, mass=True, backend="flash")
+        found["ours, flash_atomic"] = lambda: ours(setup, True, "flash_atomic")
+        found["ours, flash_atomic, without tile mass"] = lambda: ours(setup, False, "flash_atomic")
     found["ours, without tile mass"] = lambda: ours(setup, mass=False)
     found["dense flash"] = lambda: dense(setup, SDPBackend.FLASH_ATTENTION)
     if setup.block_size < 128:

@@ -5,10 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from dilated_attention_pytorch import BlockPattern, block_sparse_attention
+from dilated_attention_pytorch import BlockPattern, block_sparse_attention, explain_backend
 from dilated_attention_pytorch.ops.block_sparse_attention.flash import column_lists, row_lists
 
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+# Its packages warn of each other's deprecated names.
+pytestmark = pytest.mark.filterwarnings("ignore")
 needs_package = pytest.mark.skipif(
     not hopper or importlib.util.find_spec("cutlass") is None,
     reason="needs a Hopper GPU and the package flash-attn-4",
@@ -37,7 +39,8 @@ def test_it_is_refused_by_name_where_it_cannot_run():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("pattern_heads", [1, 2, 4])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_output_and_gradients_equal_the_reference(causal, pattern_heads, head_dim):
+@pytest.mark.parametrize("backend", ["flash", "flash_atomic"])
+def test_output_and_gradients_equal_the_reference(causal, pattern_heads, head_dim, backend):
     rows, columns = 5, 5 if causal else 7
     pattern = make_pattern(2, pattern_heads, rows, columns, causal, "cuda")
     torch.manual_seed(0)
@@ -61,11 +64,23 @@ def test_output_and_gradients_equal_the_reference(causal, pattern_heads, head_di
     exact = run("reference", torch.float64)
     plain = run("reference", torch.bfloat16)
     for name, got, same, want in zip(
-        ("out", "lse", "dq", "dk", "dv", "mass"), run("flash", torch.bfloat16), plain, exact,
+        ("out", "lse", "dq", "dk", "dv", "mass"), run(backend, torch.bfloat16), plain, exact,
         strict=True,
     ):  # fmt: skip
         allowed = 2 * (same.double() - want).abs().max() + 1e-2 * want.abs().max()
         assert (got.double() - want).abs().max() <= allowed, name
+
+
+@pytest.mark.gpu
+@needs_package
+def test_auto_takes_it_for_blocks_of_128_alone():
+    q = torch.randn(1, 256, 2, 64, device="cuda", dtype=torch.bfloat16)
+    pattern = make_pattern(1, 2, 2, 2, False, "cuda")
+    assert explain_backend(q, q, q, pattern).startswith("flash: ")
+    bias = torch.zeros(pattern.kv_indices.shape, device="cuda")
+    assert explain_backend(q, q, q, pattern, block_bias=bias).startswith("triton: ")
+    short = BlockPattern.from_dense(torch.ones(4, 4).bool(), q_len=256, kv_len=256).to("cuda")
+    assert explain_backend(q, q, q, short).startswith("triton: ")
 
 
 @pytest.mark.gpu
@@ -87,7 +102,7 @@ def test_gradients_repeat_bit_for_bit():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_lists_hold_every_tile_once_in_a_consistent_order(causal):
+def test_lists_hold_every_tile_once(causal):
     pattern = make_pattern(2, 2, 4, 4, causal)
     query = torch.zeros(2, 512, 4, 64)
     transpose = pattern.transpose()
@@ -105,11 +120,3 @@ def test_lists_hold_every_tile_once_in_a_consistent_order(causal):
             target.scatter_add_(-1, torch.where(used, index, 0).long(), used.int())
     assert torch.equal(found, dense.int())
     assert torch.equal(turned, dense.int().transpose(-1, -2))
-    # The turns of a query block are 0, 1, 2, ... in ascending order of its key blocks.
-    rank = dense.int().cumsum(-1) - 1
-    for kind, order in (("mask", "dq_write_order"), ("full", "dq_write_order_full")):
-        count, index = columns[f"{kind}_block_cnt"], columns[f"{kind}_block_idx"]
-        order = columns[order]
-        used = torch.arange(index.shape[-1]) < count[..., None]
-        want = rank.transpose(-1, -2).gather(-1, index.long())
-        assert torch.equal(order[used], want[used])

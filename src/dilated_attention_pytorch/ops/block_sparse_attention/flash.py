@@ -1,7 +1,9 @@
-"""FlashAttention-4's block-sparse kernels (package ``flash-attn-4``) as a backend.
+"""FlashAttention-4's block-sparse kernels (package ``flash-attn-4``) as two backends.
 
-They know neither block bias nor tile mass; the mass comes from a kernel of ours that computes one
-product per tile. Their lists are derived from the pattern's without waiting for the device.
+``flash`` takes its forward kernel and our Triton backward, whose gradients repeat bit for bit.
+``flash_atomic`` takes its backward too, which adds up dQ in whatever order tiles end (on Hopper it
+has no other); it knows no tile mass, which then comes from a kernel of ours that computes one
+product per tile. The lists are derived from the pattern's without waiting for the device.
 """
 
 from __future__ import annotations
@@ -58,8 +60,13 @@ def flash_refusal(args: Arguments) -> str | None:
     return None
 
 
-def flash_attention(args: Arguments) -> tuple[Tensor, Tensor]:
-    """Computes output and lse as :func:`block_sparse_attention` defines them."""
+def flash_attention(args: Arguments, *, atomic: bool = False) -> tuple[Tensor, Tensor]:
+    """Computes output and lse as :func:`block_sparse_attention` defines them.
+
+    Args:
+        args: The call.
+        atomic: Take FlashAttention-4's backward as well, which does not repeat bit for bit.
+    """
     pattern = args.pattern
     starts = slots = None
     differentiable = (args.query, args.key, args.value, args.mass_probe)
@@ -68,7 +75,7 @@ def flash_attention(args: Arguments) -> tuple[Tensor, Tensor]:
         starts, slots = transpose.offsets, transpose.slots
     out, lse = flash_forward_op(
         args.query, args.key, args.value, pattern.kv_num_blocks, pattern.kv_indices,
-        args.mass_probe, starts, slots, args.mask.causal, args.scale,
+        args.mass_probe, starts, slots, args.mask.causal, args.scale, atomic,
     )  # fmt: skip
     return out, lse
 
@@ -85,8 +92,9 @@ def flash_forward_op(
     slots: Tensor | None,
     causal: bool,
     scale: float,
+    atomic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse; ``mass_probe``, ``starts`` and ``slots`` matter to the gradient alone."""
+    """Output and lse; the probe, ``starts``, ``slots`` and ``atomic`` matter to the gradient."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     lists = tiles(row_lists(query, kv_num_blocks, kv_indices, causal))
@@ -118,25 +126,32 @@ def flash_backward_op(
     slots: Tensor,
     causal: bool,
     scale: float,
+    atomic: bool,
     want_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and the tile mass (empty if not wanted)."""
+    from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
+
+    mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
+    call = launch.Call(
+        query, key, value, kv_num_blocks, kv_indices, None, None, None, None, None,
+        BLOCK, BLOCK, causal, 0, scale,
+    )  # fmt: skip
+    if not atomic:
+        grads = launch.Gradients(
+            torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None,
+            mass if want_mass else None,
+        )  # fmt: skip
+        launch.launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, grads)
+        return grads.query, grads.key, grads.value, mass
     from flash_attn.cute.interface import _flash_attn_bwd
 
     lists = tiles(column_lists(query, kv_indices, starts, slots, causal))
     dq, dk, dv = _flash_attn_bwd(
         query, key, value, out, grad_out, lse, scale,
         mask_mod=causal_mask() if causal else None, block_sparse_tensors=lists, dlse=grad_lse,
-        deterministic=True,
     )  # fmt: skip
-    mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
     if want_mass:
-        from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
-
-        call = launch.Call(
-            query, key, value, kv_num_blocks, kv_indices, None, None, None, None, None,
-            BLOCK, BLOCK, causal, 0, scale,
-        )  # fmt: skip
         launch.launch_mass(call, out, lse, grad_out, mass)
     return dq, dk, dv, mass
 
@@ -160,9 +175,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, counts, indices, probe, starts, slots, causal, scale = inputs
+    query, key, value, counts, indices, probe, starts, slots, *constants = inputs
     ctx.save_for_backward(*output, query, key, value, counts, indices, starts, slots)
-    ctx.causal, ctx.scale = causal, scale
+    ctx.constants = constants
     ctx.probe_dtype = None if probe is None else probe.dtype
     ctx.set_materialize_grads(False)
 
@@ -174,9 +189,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     dq, dk, dv, mass = flash_backward_op(
-        grad_out, grad_lse, out, lse, *saved, ctx.causal, ctx.scale, want_mass
+        grad_out, grad_lse, out, lse, *saved, *ctx.constants, want_mass
     )
-    return dq, dk, dv, None, None, mass.to(ctx.probe_dtype) if want_mass else None, *[None] * 4
+    return dq, dk, dv, None, None, mass.to(ctx.probe_dtype) if want_mass else None, *[None] * 5
 
 
 flash_forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -219,10 +234,7 @@ def row_lists(query: Tensor, counts: Tensor, indices: Tensor, causal: bool) -> d
 def column_lists(
     query: Tensor, indices: Tensor, starts: Tensor, slots: Tensor, causal: bool
 ) -> dict[str, Any]:
-    """The transposed pattern, and in which order each query block takes the sums of its tiles.
-
-    A tile's rank among those of its query block is its place in the ascending list.
-    """
+    """The transposed pattern: per key block, masked and full tiles apart."""
     batch, _, heads, _ = query.shape
     query_blocks, width = indices.shape[2:]
     columns = starts.shape[-1] - 1
@@ -230,19 +242,17 @@ def column_lists(
     place = starts[..., :-1, None] + torch.arange(query_blocks, device=starts.device)
     place = place.clamp(max=max(slots.shape[-1] - 1, 0)).flatten(2).long()
     found = slots.gather(-1, place).view(*starts.shape[:2], columns, query_blocks)
-    row, rank = found // width, found % width
+    row = found // width
     diagonal = torch.arange(columns, device=starts.device, dtype=torch.int32)
     used = torch.arange(query_blocks, device=starts.device) < count[..., None]
-    masked, order = torch.zeros_like(count), torch.zeros_like(count)[..., None]
+    masked = torch.zeros_like(count)
     if causal:
         # Lists ascend: what precedes the diagonal tile holds nothing visible, and is shifted out.
         before = (used & (row < diagonal[:, None])).sum(-1, dtype=torch.int32)
-        on = used & (row == diagonal[:, None])
-        masked = on.sum(-1, dtype=torch.int32)
-        order = torch.where(on, rank, 0).sum(-1, dtype=torch.int32)[..., None]
+        masked = (used & (row == diagonal[:, None])).sum(-1, dtype=torch.int32)
         skip = (before + masked)[..., None] + torch.arange(query_blocks, device=starts.device)
         skip = skip.clamp(max=query_blocks - 1)
-        row, rank = row.gather(-1, skip), rank.gather(-1, skip)
+        row = row.gather(-1, skip)
         count = count - before - masked
 
     def spread(x: Tensor) -> Tensor:
@@ -253,9 +263,6 @@ def column_lists(
         "mask_block_idx": spread(diagonal.view(1, 1, -1, 1).expand(*count.shape, 1)),
         "full_block_cnt": spread(count),
         "full_block_idx": spread(row),
-        "dq_write_order": spread(order),
-        "dq_write_order_full": spread(rank),
-        "spt": False,
     }
 
 

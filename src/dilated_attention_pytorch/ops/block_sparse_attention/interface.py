@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ BACKENDS: dict[str, Backend] = {
     "gather": gather_attention,
     "triton": _triton_attention,
     "flash": flash_attention,
+    "flash_atomic": partial(flash_attention, atomic=True),
 }
 
 
@@ -147,6 +149,8 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
     refusal = _triton_refusal(arguments)
     if refusal:
         return "gather", f"the Triton kernels cannot run this: {refusal}"
+    if flash_refusal(arguments) is None:
+        return "flash", "FlashAttention-4's forward is faster here; the backward is ours"
     return "triton", "the fused kernels run on this GPU"
 
 
@@ -174,7 +178,11 @@ def _triton_refusal(arguments: Arguments) -> str | None:
 
 
 # What a backend cannot run; the others run everything.
-_REFUSALS = {"triton": _triton_refusal, "flash": flash_refusal}
+_REFUSALS = {
+    "triton": _triton_refusal,
+    "flash": flash_refusal,
+    "flash_atomic": flash_refusal,
+}
 
 
 def _interpreting() -> bool:

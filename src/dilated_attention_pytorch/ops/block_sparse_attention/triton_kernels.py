@@ -216,7 +216,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # Under a causal mask the last rows hold the most tiles: they start first.
     query_tile = query_tiles - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
@@ -261,60 +261,23 @@ def forward_kernel(
     total = tl.zeros([PACK * ROWS], tl.float32)
     acc = tl.zeros([PACK * ROWS, D], tl.float32)
     PARTS: tl.constexpr = BLOCK_K // COLUMNS
-    if AHEAD:
-        p = tl.zeros([PACK * ROWS, COLUMNS], tl.float32)
-        shrink = tl.full([PACK * ROWS], 1.0, tl.float32)
-        upcoming = tl.load(entries + low, mask=low < full, other=0)
-        before = upcoming * BLOCK_K
-        for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
-            start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
-            following = (step + 1) // PARTS
-            upcoming = tl.load(entries + following, mask=following < full, other=0)
-            k = _load_rows(
-                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            v = _load_rows(
-                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, before, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            acc = acc * shrink[:, None]
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            bias = 0.0
-            if BIAS:
-                bias = tl.load(biases + step // PARTS) * LOG2E
-            new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
-            weight = tl.exp2(s * scale2 + (bias - new_high)[:, None])
-            shrink = tl.exp2(high - new_high)
-            total = total * shrink + tl.sum(weight, 1)
-            high = new_high
-            p = weight
-            before = start
-        if full > low:
-            v = _load_rows(
-                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, before, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    else:
-        # The list entry of the next step is fetched one step ahead: its address depends on nothing.
-        upcoming = tl.load(entries + low, mask=low < full, other=0)
-        for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
-            slot = step // PARTS
-            start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
-            following = (step + 1) // PARTS
-            upcoming = tl.load(entries + following, mask=following < full, other=0)
-            bias = 0.0
-            if BIAS:
-                bias = tl.load(biases + slot) * LOG2E
-            acc, high, total = _forward_tile(
-                acc, high, total, q, k_source, v_source,
-                k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
-                batch, kv_head, start, kv_len, bias, scale2,
-                row, key_limit, offset, documents, q_len,
-                D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, False, TMA, UPCAST, PRECISION,
-            )  # fmt: skip
+    # The list entry of the next step is fetched one step ahead: its address depends on nothing.
+    upcoming = tl.load(entries + low, mask=low < full, other=0)
+    for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
+        slot = step // PARTS
+        start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
+        following = (step + 1) // PARTS
+        upcoming = tl.load(entries + following, mask=following < full, other=0)
+        bias = 0.0
+        if BIAS:
+            bias = tl.load(biases + slot) * LOG2E
+        acc, high, total = _forward_tile(
+            acc, high, total, q, k_source, v_source,
+            k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+            batch, kv_head, start, kv_len, bias, scale2,
+            row, key_limit, offset, documents, q_len,
+            D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, False, TMA, UPCAST, PRECISION,
+        )  # fmt: skip
     if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
             slot = step // PARTS
@@ -428,7 +391,7 @@ def query_kernel(
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
     GRAD_Q: tl.constexpr, GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dQ of one query tile and its share of the by-products; the mass alone without ``GRAD_Q``.
 
@@ -487,85 +450,42 @@ def query_kernel(
     plane = (batch64 * num_heads + head) // PACK * (BLOCK_Q // ROWS) + first % BLOCK_Q // ROWS
     cells = tl.cast(query_blocks, tl.int64) * width
     own = plane * PARTS * cells + block64 * width
-    if AHEAD:
-        start = tl.load(entries + low, mask=low < full, other=0) * BLOCK_K
-        v = _load_rows(
-            v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+    upcoming = tl.load(entries + low, mask=low < full, other=0)
+    for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
+        slot = step // PARTS
+        start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
+        following = (step + 1) // PARTS
+        upcoming = tl.load(entries + following, mask=following < full, other=0)
+        k = _load_rows(
+            k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
             1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
         )  # fmt: skip
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        following = low + 1 // PARTS
-        upcoming = tl.load(entries + following, mask=following < full, other=0)
-        for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
-            after = upcoming * BLOCK_K + ((step + 1) % PARTS) * COLUMNS
-            following = (step + 2) // PARTS
-            upcoming = tl.load(entries + following, mask=following < full, other=0)
-            k = _load_rows(
-                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        bias = 0.0
+        if BIAS:
+            bias = tl.load(biases + slot) * LOG2E
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
+        if GRAD_Q:
             v = _load_rows(
-                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, after, kv_len,
+                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
-            ahead = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            bias = 0.0
-            if BIAS:
-                bias = tl.load(biases + step // PARTS) * LOG2E
-            p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
+            dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - centre[:, None])
-            _store_by_products(
-                mass,
-                grad_bias,
-                own + step % PARTS * cells + step // PARTS,
-                p,
-                ds,
-                weight,
-                MASS,
-                GRAD_BIAS,
-                WARPS,
-            )
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-            dp = ahead
-            start = after
-    else:
-        upcoming = tl.load(entries + low, mask=low < full, other=0)
-        for step in tl.range(low * PARTS, full * PARTS, num_stages=STAGES):
-            slot = step // PARTS
-            start = upcoming * BLOCK_K + (step % PARTS) * COLUMNS
-            following = (step + 1) // PARTS
-            upcoming = tl.load(entries + following, mask=following < full, other=0)
-            k = _load_rows(
-                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            bias = 0.0
-            if BIAS:
-                bias = tl.load(biases + slot) * LOG2E
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
-            if GRAD_Q:
-                v = _load_rows(
-                    v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
-                    1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-                )  # fmt: skip
-                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-                ds = p * (dp - centre[:, None])
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-            else:
-                ds = p
-            _store_by_products(
-                mass,
-                grad_bias,
-                own + step % PARTS * cells + slot,
-                p,
-                ds,
-                weight,
-                MASS,
-                GRAD_BIAS,
-                WARPS,
-            )
+        else:
+            ds = p
+        _store_by_products(
+            mass,
+            grad_bias,
+            own + step % PARTS * cells + slot,
+            p,
+            ds,
+            weight,
+            MASS,
+            GRAD_BIAS,
+            WARPS,
+        )
     if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
             slot = step // PARTS

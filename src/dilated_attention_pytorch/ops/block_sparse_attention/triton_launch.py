@@ -23,7 +23,6 @@ class LaunchConfig:
         num_warps: Warps of a program.
         num_stages: Tiles in flight from memory.
         maxnreg: Registers of a thread, so that more programs share a multiprocessor. None: free.
-        ahead: Let one product run behind the softmax of another step (forward and dQ kernels).
     """
 
     rows: int
@@ -31,7 +30,6 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    ahead: bool = False
 
     def options(self) -> dict[str, Any]:
         """Triton's launch options."""
@@ -171,7 +169,7 @@ def mass_config(call: Call) -> LaunchConfig:
     if call.query.dtype == torch.float32:
         return query_config(call)
     rows, columns = min(call.block_q, 64), min(call.block_k, 64)
-    return LaunchConfig(rows, columns, 4, 3, ahead=False)
+    return LaunchConfig(rows, columns, 4, 3)
 
 
 def launch_forward(
@@ -200,7 +198,7 @@ def launch_forward(
             q_len, call.key.shape[1], call.offset, call.scale * kernels.LOG2E.value,
             num_heads, tiles,
             **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages, AHEAD=config.ahead,
+            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
             **config.options(),
         )  # fmt: skip
 
@@ -412,7 +410,7 @@ def _launch_query(
         GRAD_Q=grad_query is not None, GRAD_BIAS=planes.block_bias is not None,
         MASS=planes.mass is not None,
         WARPS=config.num_warps, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-        AHEAD=config.ahead, OVERLAP=overlap, **options,
+        OVERLAP=overlap, **options,
     )  # fmt: skip
 
 
