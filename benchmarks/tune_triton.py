@@ -24,13 +24,14 @@ import torch
 
 from dilated_attention_pytorch import BlockPattern
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
+from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import LaunchConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_setups import Setup, inputs, median_ms, random_pattern
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "tune_triton.json"
-Config = launch.LaunchConfig
+Config = LaunchConfig
 
 SETUPS = {
     "block 64, head_dim 128": Setup(block_size=64, head_dim=128),

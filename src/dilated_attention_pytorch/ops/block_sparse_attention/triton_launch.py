@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: layouts, launch configurations, the workspace of the gradients."""
+"""Launches the Triton kernels: layouts and the workspace of the gradients."""
 
 from __future__ import annotations
 
@@ -11,33 +11,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_kernels as kernels
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is launched.
-
-    Attributes:
-        rows: Query tokens of each packed head in a tile.
-        columns: Key tokens in a tile.
-        num_warps: Warps of a program.
-        num_stages: Tiles in flight from memory.
-        maxnreg: Registers of a thread, so that more programs share a multiprocessor. None: free.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Triton's launch options."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # Triton's interpreter does not know this option.
-        if self.maxnreg is not None and not kernels.INTERPRETED:
-            found["maxnreg"] = self.maxnreg
-        return found
+from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import (
+    LaunchConfig,
+    TileShape,
+    forward_config,
+    key_config,
+    mass_config,
+    query_config,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +58,12 @@ class Call:
     causal: bool
     offset: int
     scale: float
+
+    def tile(self) -> TileShape:
+        """What the launch configurations depend on."""
+        return TileShape(
+            self.block_q, self.block_k, self.padded_head_dim, self.query.dtype == torch.float32
+        )
 
     @property
     def group(self) -> int:
@@ -134,51 +121,13 @@ class Call:
         )
 
 
-def forward_config(call: Call) -> LaunchConfig:
-    """The launch (`benchmarks/results/tune_triton.json`) of the forward kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 64), min(call.block_k, 32), 4, 1)
-    rows, columns = min(call.block_q, 64), min(call.block_k, 64)
-    return LaunchConfig(rows, columns, 4, 3 if 64 < d <= 128 else 2)
-
-
-def query_config(call: Call) -> LaunchConfig:
-    """The launch (`benchmarks/results/tune_triton.json`) of the dQ kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows, columns = min(call.block_q, 64), min(call.block_k, 64 if d <= 128 else 32)
-    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2, 128 if d <= 64 else None)
-
-
-def key_config(call: Call) -> LaunchConfig:
-    """The launch (`benchmarks/results/tune_triton.json`) of the dK, dV kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 64 if d <= 128 else 32)
-    columns = min(call.block_k, 64)
-    if d <= 64:
-        return LaunchConfig(rows, columns, 4, 3, 168)
-    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2 if d <= 128 else 1)
-
-
-def mass_config(call: Call) -> LaunchConfig:
-    """The launch of the mass alone."""
-    if call.query.dtype == torch.float32:
-        return query_config(call)
-    rows, columns = min(call.block_q, 64), min(call.block_k, 64)
-    return LaunchConfig(rows, columns, 4, 3)
-
-
 def launch_forward(
     call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | None = None
 ) -> None:
     """Writes the output ``(b, n, h, d)`` and the lse ``(b, h, n)``, both preallocated."""
     if out.numel() == 0:
         return
-    config = config or forward_config(call)
+    config = config or forward_config(call.tile())
     batch, q_len, num_heads, _ = call.query.shape
     pack = call.pack(config.rows, 64)
     tiles = triton.cdiv(q_len, config.rows)
@@ -259,7 +208,7 @@ def launch_backward(
             if tensor is not None:
                 tensor.zero_()
         return
-    config = config or key_config(call)
+    config = config or key_config(call.tile())
     query_blocks, width = call.indices.shape[2:]
     padded_len = query_blocks * call.block_q
     pack = call.pack(config.rows, 64)
@@ -272,7 +221,7 @@ def launch_backward(
     rows = _row_pass(call, out, lse, grad_out, grad_lse)
     lse2, delta, _ = rows
     constants = call.constants()
-    config_query = config_query or query_config(call)
+    config_query = config_query or query_config(call.tile())
     planes = _Planes.make(call, config_query, grads.block_bias is not None, grads.mass is not None)
     overlap = overlap and not kernels.INTERPRETED and _capability(device) >= (9, 0)
     with _on(device):
@@ -301,7 +250,7 @@ def launch_mass(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, mass: Te
     if out.numel() == 0 or mass.numel() == 0:
         mass.zero_()
         return
-    config = mass_config(call)
+    config = mass_config(call.tile())
     rows = _row_pass(call, out, lse, grad_out, None)
     planes = _Planes.make(call, config, False, True)
     with _on(call.query.device):
