@@ -5,7 +5,8 @@
 
 Patterns are random with the same share of tiles for everybody, at each one's best block size.
 A step is forward + backward; ours counts the transpose of a fresh pattern and, in "ours", the
-selector's by-product (tile mass). Contenders of a setup take turns in one run; medians. Writes
+selector's by-product (tile mass). Contenders of a setup take turns, in a new order each round;
+medians. Writes
 ``results/gpu_attention.json``.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -226,9 +228,12 @@ def measure(setup: Setup, rounds: int, quick: bool = False) -> dict[str, Any]:
             runners[name][part] = call
     for part in ("forward", "step"):
         times: dict[str, list[float]] = {n: [] for n in runners if part in runners[n]}
+        order, shuffle = list(times), random.Random(0).shuffle
         for _ in range(rounds):
-            for name, values in times.items():
-                values.append(event_ms(runners[name][part]))
+            # The card's clock depends on who ran before: nobody always follows the same.
+            shuffle(order)
+            for name in order:
+                times[name].append(event_ms(runners[name][part]))
         for name, values in times.items():
             results[name][part] |= summary(values)
             results[name][part]["tflops"] = _tflops(setup, name, part, values)

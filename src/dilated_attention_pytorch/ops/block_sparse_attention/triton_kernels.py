@@ -348,7 +348,11 @@ def row_kernel(
 def _store_parts(target, place, per_row, WARPS: tl.constexpr):
     """Stores the sum over a tile's rows as one part per warp: warps that add together wait."""
     parts = tl.sum(tl.reshape(per_row, [WARPS, per_row.shape[0] // WARPS]), 1)
-    tl.store(target + place * WARPS + tl.arange(0, WARPS), parts)
+    # The addresses run along the lanes, of which the first stores. So the layout gives every warp
+    # its own part, and handing the parts over takes neither shared memory nor a barrier.
+    lane = tl.arange(0, 32)[None, :]
+    spread = tl.broadcast_to(parts[:, None], [WARPS, 32])
+    tl.store(target + place * WARPS + tl.arange(0, WARPS)[:, None] + lane, spread, lane == 0)
 
 
 @triton.jit
