@@ -12,7 +12,9 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     Arguments,
     check_arguments,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.gather import gather_attention
+from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
+    gather_attention,
+)
 from dilated_attention_pytorch.ops.block_sparse_attention.reference import reference_attention
 from dilated_attention_pytorch.pattern import BlockPattern
 
