@@ -196,6 +196,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self._densest = share
         # torch.compile specialises on numbers that it reads; this one moves seldom.
         self._coarse_densest = coarse_share(share)
+        self._keeps_all = share == 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
         settings = {name: getattr(self, name) for name in ("temperature", "base_sparsity", "top_p")}
@@ -407,7 +408,9 @@ class BlockSparseAdaptive(BlockSparseLayer):
         else:
             most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
             width = min(candidates.width, bound + config.num_explore_blocks + most_forced)
-        pattern, slots = self.build_pattern(inputs, everything, width)
+        complete = config.budget == "fixed" and config.num_selected_blocks is None
+        complete = complete and self._keeps_all
+        pattern, slots = self.build_pattern(inputs, everything, width, complete=complete)
         learning = self.training and torch.is_grad_enabled()
         used = pattern.slot_used()
         scored = candidates.scored.expand(scores.shape).gather(-1, slots) & used

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import CustomOpDef
 
 NAMESPACE = "dilated_attention_pytorch"
 
@@ -16,15 +15,15 @@ Apply = Callable[..., Any]
 
 
 def differentiable(
-    forward_op: CustomOpDef,
-    backward_op: CustomOpDef,
+    forward_op: Any,
+    backward_op: Any,
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Any, ...]],
 ) -> Apply:
     """Ties two operators together; the gradient has none of its own.
 
     Args:
-        forward_op: Takes tensors with the batch first, or None, and plain numbers.
+        forward_op: A ``torch.library.custom_op``. Takes tensors with the batch first, or None, and plain numbers.
         backward_op: Likewise; called by ``backward``.
         setup_context: As ``register_autograd`` takes it.
         backward: ``backward(run, ctx, *grads)``, where ``run`` stands for ``backward_op``.
