@@ -20,7 +20,7 @@ from dilated_attention_pytorch.candidates import (
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.replay import ReplayGuard
-from dilated_attention_pytorch.nn.unused_parameters import is_distributed, reach_all_parameters
+from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, make_mask
 from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending

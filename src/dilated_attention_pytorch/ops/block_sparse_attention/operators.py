@@ -23,7 +23,8 @@ def differentiable(
     """Ties two operators together; the gradient has none of its own.
 
     Args:
-        forward_op: A ``torch.library.custom_op``. Takes tensors with the batch first, or None, and plain numbers.
+        forward_op: A ``torch.library.custom_op``. Takes tensors with the batch first, or None, and
+            plain numbers.
         backward_op: Likewise; called by ``backward``.
         setup_context: As ``register_autograd`` takes it.
         backward: ``backward(run, ctx, *grads)``, where ``run`` stands for ``backward_op``.
