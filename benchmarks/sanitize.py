@@ -29,8 +29,9 @@ from dilated_attention_pytorch import BlockPattern, block_sparse_attention
 from provenance import environment
 
 TOOLS = ("memcheck", "racecheck")
-# Largest difference from float64, absolute and relative, by dtype: what the tests allow.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# Largest difference from float64, absolute and relative, by dtype. In bfloat16 the rounding of the
+# output, which the backward pass reads, takes up 0.02 in dK already where P is not rounded.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,9 @@ def run_case(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     query = (2, case.q_len, case.heads, case.head_dim)
     key = (2, case.kv_len, case.kv_heads, case.head_dim)
     inputs = [randn(*shape).to(dtype) for shape in (query, key, key)]
-    weight, bias = randn(*query), randn(*pattern.kv_indices.shape)
+    # Rounded: the op's output gradient has the dtype of its output.
+    weight = randn(*query).to(dtype)
+    bias = randn(*pattern.kv_indices.shape)
 
     def step(backend: str, where: str, dtype: torch.dtype) -> dict[str, Tensor]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -221,9 +224,7 @@ def main() -> int:
     options = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and (options.record or not interpreted):
-        print(
-            "sanitize.py needs a CUDA device (or TRITON_INTERPRET=1 to run without compute-sanitizer)."
-        )
+        print("sanitize.py needs a CUDA device; with TRITON_INTERPRET=1 it runs alone without one.")
         return 2
     if options.record:
         return record(options.record, options.sanitizer, options.limit)
