@@ -92,6 +92,16 @@ def test_steps_of_training_with_schedules_do_not_recompile(backend, device, comp
     assert graphs() == 1
 
 
+def test_a_warm_up_from_dense_takes_few_graphs():
+    layer = small("gather").train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = tokens(64, "cpu")
+    for step in range(19):
+        layer.set_base_sparsity(0.05 * step)
+        compiled(*inputs, is_causal=True)
+    assert graphs() <= 4
+
+
 @pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_another_length_recompiles_once_for_all_lengths(backend, device, compiler, causal):

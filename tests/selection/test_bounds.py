@@ -8,7 +8,7 @@ import torch
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.selection.bounds import (
-    coarse_share,
+    halvings,
     most_scored_blocks,
     most_visible_blocks,
 )
@@ -49,8 +49,8 @@ def test_it_is_at_most_one_block_above_the_level_of_a_whole_sequence(keep, causa
     assert level <= most_visible_blocks(length, length, causal, 0, 16, keep) <= level + 1
 
 
-def test_the_coarse_share_covers_and_seldom_moves():
+def test_halvings_cover_the_share_and_seldom_move():
     shares = [1 - 0.9 * step / 1000 for step in range(1001)]
     for share in shares:
-        assert share <= coarse_share(share) < 2 * share
-    assert len(list(itertools.groupby(shares, coarse_share))) == 4
+        assert share <= 0.5 ** halvings(share) < 2 * share
+    assert len(list(itertools.groupby(shares, halvings))) == 4

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
 from dilated_attention_pytorch.selection.bounds import (
-    coarse_share,
+    halvings,
     most_scored_blocks,
     most_visible_blocks,
 )
@@ -194,8 +194,9 @@ class BlockSparseAdaptive(BlockSparseLayer):
     def _note_densest(self, share: float) -> None:
         """Keeps what sizes are derived from beside the buffer, whose value may be on a device."""
         self._densest = share
-        # torch.compile specialises on numbers that it reads; this one moves seldom.
-        self._coarse_densest = coarse_share(share)
+        # torch.compile specialises on integers that it reads of a module, so that one is needed
+        # that seldom moves; a float that moves would become a symbol, and sizes with it.
+        self._halvings = halvings(share)
         self._keeps_all = share == 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
@@ -345,7 +346,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return width
         mask, compiling = inputs.mask, torch.compiler.is_compiling()
         factor = _MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
-        share = self._coarse_densest if compiling else self._densest
+        share = 0.5**self._halvings if compiling else self._densest
         keep = min(share * factor, 1.0)
         if self.segment_lengths is None:
             offset = mask.query_offset

@@ -45,9 +45,12 @@ def most_visible_blocks(
     return math.ceil(keep * _UNIT) * blocks // _UNIT + 2
 
 
-def coarse_share(share: float) -> float:
-    """The next power of two: a schedule that moves ``share`` at every step seldom moves this."""
-    return 2.0 ** math.ceil(math.log2(share))
+def halvings(share: float) -> int:
+    """How often 1 can be halved and still cover ``share``.
+
+    A schedule that moves ``share`` at every step seldom moves this.
+    """
+    return math.floor(-math.log2(share))
 
 
 @lru_cache(maxsize=256)
