@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
+from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+    NAMESPACE,
+    Apply,
+    differentiable,
+)
 
-NAMESPACE = "dilated_attention_pytorch"
 BLOCK = 128
 
 
@@ -73,7 +77,7 @@ def flash_attention(args: Arguments, *, atomic: bool = False) -> tuple[Tensor, T
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
         transpose = pattern.transpose()
         starts, slots = transpose.offsets, transpose.slots
-    out, lse = flash_forward_op(
+    out, lse = _attend(
         args.query, args.key, args.value, pattern.kv_num_blocks, pattern.kv_indices,
         args.mass_probe, starts, slots, args.mask.causal, args.scale, atomic,
     )  # fmt: skip
@@ -182,19 +186,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    run: Apply, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
     out, lse, *saved = ctx.saved_tensors
     want_mass = ctx.needs_input_grad[5]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype).contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    dq, dk, dv, mass = flash_backward_op(
-        grad_out, grad_lse, out, lse, *saved, *ctx.constants, want_mass
-    )
+    dq, dk, dv, mass = run(grad_out, grad_lse, out, lse, *saved, *ctx.constants, want_mass)
     return dq, dk, dv, None, None, mass.to(ctx.probe_dtype) if want_mass else None, *[None] * 5
 
 
-flash_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(flash_forward_op, flash_backward_op, _setup_context, _backward)
 
 
 def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
