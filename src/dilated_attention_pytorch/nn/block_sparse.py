@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.candidates import (
+    CandidateRule,
     Candidates,
     RowRange,
-    build_candidates,
     row_ranges,
 )
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
@@ -36,7 +36,7 @@ class SelectionInputs:
         key: ``(batch, kv_len, num_kv_heads, head_dim)``, likewise.
         mask: The token rule, for this layout.
         rows: Visible key blocks of each query block.
-        candidates: Blocks to choose from.
+        rule: Which blocks there are to choose from.
         query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding.
         key_valid: The same for keys.
         generator: Source of randomness, None for torch's default.
@@ -46,10 +46,18 @@ class SelectionInputs:
     key: Tensor
     mask: AttentionMask
     rows: RowRange
-    candidates: Candidates
+    rule: CandidateRule
     query_valid: Tensor | None
     key_valid: Tensor | None
     generator: torch.Generator | None
+    _enumerated: list[Candidates] = field(default_factory=list, repr=False)
+
+    @property
+    def candidates(self) -> Candidates:
+        """The blocks to choose from, enumerated on first use."""
+        if not self._enumerated:
+            self._enumerated.append(self.rule.build(self.rows))
+        return self._enumerated[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +255,7 @@ class BlockSparseLayer(nn.Module, ABC):
     ) -> SelectionInputs:
         size = (self.block_size, self.block_size)
         rows = row_ranges(mask, size, has_diagonal=has_diagonal, device=query.device)
-        candidates = build_candidates(
-            rows,
+        rule = CandidateRule(
             num_heads=self.pattern_heads,
             num_key_blocks=-(-mask.kv_len // self.block_size),
             block_size=self.block_size,
@@ -265,9 +272,7 @@ class BlockSparseLayer(nn.Module, ABC):
             positions = torch.arange(mask.kv_len, device=query.device)
             key_valid = positions < mask.key_lengths[:, None]
             query_valid = key_valid if has_diagonal and mask.q_len == mask.kv_len else None
-        return SelectionInputs(
-            query, key, mask, rows, candidates, query_valid, key_valid, generator
-        )
+        return SelectionInputs(query, key, mask, rows, rule, query_valid, key_valid, generator)
 
     def build_pattern(
         self, inputs: SelectionInputs, chosen: Tensor, width: int
