@@ -143,6 +143,7 @@ class BlockSparseLayer(nn.Module, ABC):
         cross_attention: bool = False,
         selector_query: Tensor | None = None,
         selector_key: Tensor | None = None,
+        pattern: BlockPattern | None = None,
         return_pattern: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
@@ -165,6 +166,9 @@ class BlockSparseLayer(nn.Module, ABC):
                 queries before rotary positions, whose summaries match by content at any distance.
                 None: ``query``.
             selector_key: The same for ``key``.
+            pattern: Attend to these blocks instead of choosing, such as those that a layer before
+                chose for the same lengths (``info["pattern"]``): nothing is scored, and this
+                layer's selector gets no gradient. None: choose.
             return_pattern: Also return what was chosen.
             generator: Source of the training-time randomness; None: torch's default.
 
@@ -175,8 +179,8 @@ class BlockSparseLayer(nn.Module, ABC):
 
         Raises:
             TypeError: If inputs are not floating point or mix dtypes.
-            ValueError: If shapes do not fit the layer or each other, or ``cross_attention`` comes
-                with an argument that places queries on the key axis.
+            ValueError: If shapes or ``pattern`` do not fit the layer or each other, or
+                ``cross_attention`` comes with an argument that places queries on the key axis.
         """
         self._check(query, key, value)
         score_query = _stand_in("selector_query", selector_query, query)
@@ -206,9 +210,12 @@ class BlockSparseLayer(nn.Module, ABC):
             )
         one_sequence = q_len == kv_len and not cross_attention
         has_diagonal = is_causal or query_offset is not None or one_sequence
-        selection = self.select(
-            self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
-        )
+        if pattern is None:
+            selection = self.select(
+                self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
+            )
+        else:
+            selection = Selection(pattern)
         out = block_sparse_attention(
             query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
             block_bias=selection.block_bias, mass_probe=selection.mass_probe,

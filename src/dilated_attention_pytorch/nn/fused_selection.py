@@ -35,14 +35,14 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
     config, rule, rows = layer.config, inputs.rule, inputs.rows
     learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
     with torch.set_grad_enabled(learning):
-        queries, keys = _summaries(layer, inputs)
+        queries, keys = summarise_blocks(layer, inputs)
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
     candidates, forced, limit = find_candidates(rule, rows, intervals)
     with torch.set_grad_enabled(learning):
-        towers, scores = _scores(layer, queries, keys, candidates)
-    budget = _budget(layer, inputs, intervals, forced, limit, keys)
+        towers, scores = score_candidates(layer, queries, keys, candidates)
+    budget = allot_budget(layer, inputs, intervals, forced, limit, keys)
     explore = layer.training and not config.hard_sparsity
-    counts, indices, kept, scored = _choose(
+    counts, indices, kept, scored = choose_blocks(
         layer, inputs, intervals, candidates, scores, budget, explore, learning
     )
     pattern = BlockPattern(
@@ -65,7 +65,8 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
     return Selection(pattern, mass_probe=probe)
 
 
-def _summaries(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+    """Summaries of the query and of the key blocks, ``(b, i or j, heads, s)``."""
     config, size = layer.config, layer.block_size
     query, valid = inputs.query, inputs.query_valid
     if config.query_scope == "past" and inputs.mask.causal:
@@ -78,7 +79,7 @@ def _summaries(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Ten
     return queries, keys
 
 
-def _scores(
+def score_candidates(
     layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """The towers of the bilinear form (None for the MLP) and all candidates' scores."""
@@ -101,7 +102,7 @@ def _scores(
         return (q, k), bilinear_op(q.detach(), k.detach(), candidates)
 
 
-def _budget(
+def allot_budget(
     layer: BlockSparseAdaptive,
     inputs: SelectionInputs,
     intervals: Tensor,
@@ -134,7 +135,7 @@ def _budget(
     return rounded
 
 
-def _choose(
+def choose_blocks(
     layer: BlockSparseAdaptive,
     inputs: SelectionInputs,
     intervals: Tensor,
@@ -144,6 +145,7 @@ def _choose(
     explore: bool,
     learning: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and lists; if learning also the kept tiles' scores and which were not forced."""
     from dilated_attention_pytorch.ops.block_selection.autograd import choose_op
 
     config, width = layer.config, inputs.rule.width(inputs.rows)
