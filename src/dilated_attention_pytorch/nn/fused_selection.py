@@ -91,11 +91,11 @@ def score_candidates(
             q, k = scorer.first_maps(queries, keys)
             hidden = torch.stack(list(scorer.hidden)) if len(scorer.hidden) else scorer.out
             scores = mlp_op(
-                q.contiguous(), k.contiguous(), candidates, scorer.bias, hidden, scorer.out,
+                q, k, candidates, scorer.bias, hidden, scorer.out,
                 scorer.gain, layer.pattern_heads,
             )  # fmt: skip
         return None, scores
-    q, k = (x.float().contiguous() for x in scorer.towers(queries, keys))
+    q, k = (x.float() for x in scorer.towers(queries, keys))
     with torch.no_grad():
         if candidates is None:
             return (q, k), q.detach() @ k.detach().transpose(-1, -2)

@@ -267,7 +267,7 @@ def _(
 def bilinear_op(query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:
     """``(b, p, i, c)`` float32: rows of ``query`` times the candidates' rows of ``key``."""
     scores = query.new_empty(*query.shape[:3], candidates.shape[3], dtype=torch.float32)
-    launch.launch_bilinear(query, key, candidates, scores)
+    launch.launch_bilinear(query.contiguous(), key.contiguous(), candidates, scores)
     return scores
 
 
@@ -289,7 +289,8 @@ def mlp_op(
 ) -> Tensor:
     """``(b, p, i, c)`` float32: the MLP's scores; no gradient."""
     scores = _empty_mlp(query, key, candidates, pattern_heads)
-    launch.launch_mlp(query, key, candidates, launch.Network(bias, hidden, out, gain), scores)
+    network = launch.Network(bias, hidden, out, gain)
+    launch.launch_mlp(query.contiguous(), key.contiguous(), candidates, network, scores)
     return scores
 
 
@@ -343,14 +344,17 @@ def kept_backward_op(
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both towers, over the kept tiles alone; deterministic."""
+    query, key = query.contiguous(), key.contiguous()
     grads = torch.empty_like(query), torch.empty_like(key)
-    launch.launch_kept_grad(grad, query, key, counts, indices, offsets, slots, *grads)
+    launch.launch_kept_grad(
+        grad, query, key, counts.contiguous(), indices.contiguous(), offsets, slots, *grads
+    )
     return grads
 
 
 @kept_backward_op.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key)
+    return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
 def _keep_kept(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
