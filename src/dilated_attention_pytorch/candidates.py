@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,7 @@ class RowRange:
         has_diagonal: Whether queries have positions on the key axis at all.
         document: Number of the row's document (0 without documents).
         num_documents: How many numbers there are.
+        derived: What :meth:`remember` keeps.
     """
 
     low: Tensor
@@ -34,6 +39,18 @@ class RowRange:
     has_diagonal: bool
     document: Tensor
     num_documents: int = 1
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def remember(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What follows from these ranges alone: made once per ``key``, kept with them."""
+        if not may_keep_tensors():
+            return make()
+        if key not in self.derived:
+            # A tensor made in inference mode could not be saved for a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self.derived[key] = make()
+        found: _T = self.derived[key]
+        return found
 
     @property
     def num_allowed(self) -> Tensor:
@@ -63,6 +80,89 @@ class Candidates:
         return self.scored.shape[-1]
 
 
+@dataclass(frozen=True)
+class CandidateRule:
+    """What :func:`build_candidates` takes besides the rows: see there."""
+
+    num_heads: int
+    num_key_blocks: int
+    block_size: int
+    causal: bool
+    segment_lengths: tuple[int, ...] | None = None
+    dilation_rates: tuple[int, ...] | None = None
+    num_local_blocks: int = 0
+    num_sink_blocks: int = 0
+
+    def build(self, rows: RowRange) -> Candidates:
+        """Enumerates the candidates."""
+        return build_candidates(
+            rows, num_heads=self.num_heads, num_key_blocks=self.num_key_blocks,
+            block_size=self.block_size, causal=self.causal, segment_lengths=self.segment_lengths,
+            dilation_rates=self.dilation_rates, num_local_blocks=self.num_local_blocks,
+            num_sink_blocks=self.num_sink_blocks,
+        )  # fmt: skip
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Blocks of a segment and rate of each group; empty without segments."""
+        if self.segment_lengths is None or self.dilation_rates is None:
+            return []
+        blocks = (ceil_div(length, self.block_size) for length in self.segment_lengths)
+        return list(zip(blocks, self.dilation_rates, strict=True))
+
+    def near_width(self, rows: RowRange) -> int:
+        """The most blocks at and around the diagonal that a row is forced to read."""
+        if not rows.has_diagonal:
+            return 0
+        # Two diagonal blocks at most when query and key blocks have one size.
+        return self.num_local_blocks * (1 if self.causal else 2) + 2
+
+    def width(self, rows: RowRange) -> int:
+        """Columns of the enumeration, c."""
+        if self.segment_lengths is None:
+            return self.num_key_blocks
+        lattice = sum(ceil_div(segment, rate) for segment, rate in self.groups())
+        return self.num_sink_blocks + self.near_width(rows) + lattice
+
+    def intervals(self, rows: RowRange) -> Tensor:
+        """Per row ``low, end, sink_end, near_first, near_end``: int32 ``(1 or b, 5, i)``.
+
+        Visible key blocks are ``[low, end)``; of these ``[low, sink_end)`` and
+        ``[near_first, near_end)`` are forced.
+        """
+        after = 0 if self.causal else self.num_local_blocks
+        if rows.has_diagonal:
+            near = (rows.diagonal_first - self.num_local_blocks, rows.diagonal_last + after + 1)
+        else:
+            near = (torch.zeros_like(rows.low), torch.zeros_like(rows.low))
+        parts = (rows.low, rows.end, rows.low + self.num_sink_blocks, *near)
+        batch = max(part.shape[0] for part in parts)
+        return torch.cat([part.expand(batch, -1, -1) for part in parts], 1).int().contiguous()
+
+
+def count_forced(intervals: Tensor) -> tuple[Tensor, Tensor]:
+    """Forced and visible blocks per row, from :meth:`CandidateRule.intervals`.
+
+    Returns:
+        Two int32 tensors ``(1 or b, 1, i)``.
+    """
+    low, end, sink_end, near_first, near_end = intervals[:, None].unbind(2)
+    end = torch.maximum(end, low)
+    sink = torch.minimum(torch.maximum(sink_end, low), end)
+    near = torch.minimum(near_end, end) - torch.maximum(near_first, sink)
+    return sink - low + near.clamp(min=0), end - low
+
+
+def may_keep_tensors() -> bool:
+    """Whether a tensor made now is good for later calls.
+
+    Not while compiling (it would be a symbol) nor while a CUDA graph is captured (its memory
+    belongs to the graph).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def row_ranges(
     mask: AttentionMask,
     block_size: tuple[int, int],
@@ -72,6 +172,8 @@ def row_ranges(
 ) -> RowRange:
     """Computes the visible range of every query block. Linear in the number of blocks.
 
+    Where the rule is the same for all samples the result is kept for the next call.
+
     Args:
         mask: The token rule. Documents must start at block boundaries (``documents.py`` brings
             them there). With ``key_lengths``, a diagonal and as many queries as keys, query
@@ -80,6 +182,34 @@ def row_ranges(
         has_diagonal: Whether queries and keys are positions of one sequence.
         device: Where to build the tensors.
     """
+    if mask.per_sample or not may_keep_tensors():
+        return _row_ranges(mask, block_size, has_diagonal, device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _shared_row_ranges(
+        mask.q_len, mask.kv_len, mask.causal, int(mask.query_offset), block_size, has_diagonal,
+        device,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _shared_row_ranges(
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    query_offset: int,
+    block_size: tuple[int, int],
+    has_diagonal: bool,
+    device: torch.device,
+) -> RowRange:
+    mask = AttentionMask(q_len, kv_len, causal, query_offset)
+    with torch.inference_mode(False), torch.no_grad():
+        return _row_ranges(mask, block_size, has_diagonal, device)
+
+
+def _row_ranges(
+    mask: AttentionMask, block_size: tuple[int, int], has_diagonal: bool, device: torch.device
+) -> RowRange:
     size_q, size_k = block_size
     blocks_k = ceil_div(mask.kv_len, size_k)
     rows = torch.arange(ceil_div(mask.q_len, size_q), device=device).view(1, 1, -1)

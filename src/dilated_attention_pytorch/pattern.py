@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -303,6 +304,9 @@ class BlockPattern:
         return self._transposed[0]
 
     def _build_transpose(self) -> PatternTranspose:
+        fast = TRANSPOSERS.get(self.device.type)
+        if fast is not None:
+            return fast(self)
         b, h, i, k = self.kv_indices.shape
         columns = self.num_key_blocks
         key = torch.where(self.slot_used(), self.kv_indices, columns).view(b, h, i * k)
@@ -397,6 +401,10 @@ class BlockPattern:
                 f"BlockPattern.save writes, but one is missing or unreadable: {error!r}."
             ) from error
         return cls(*fields, tensors.get("kv_num_allowed"))
+
+
+# By device type: a faster way to build the transpose, which ``ops`` enters where it has one.
+TRANSPOSERS: dict[str, Callable[[BlockPattern], PatternTranspose]] = {}
 
 
 def pack_ascending(chosen: Tensor, width: int, numbers: Tensor | None = None) -> Tensor:

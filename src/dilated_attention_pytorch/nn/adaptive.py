@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from dilated_attention_pytorch.nn.block_sparse import (
     Selection,
     SelectionInputs,
 )
+from dilated_attention_pytorch.nn.fused_selection import MAX_BUDGET_FACTOR, select_with_kernels
+from dilated_attention_pytorch.ops.block_selection import kernel_refusal
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
@@ -33,16 +35,26 @@ from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
-# A row's share of the base budget never leaves this range, whatever gain and offset learn.
-_MAX_BUDGET_FACTOR = 2.0
-
 
 @dataclasses.dataclass(eq=False)
 class _Record:
     """What the last forward pass left for :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
 
-    density: Tensor | None = None
+    exact: Tensor | None = None
+    allowed: Tensor | None = None
+    rounded: Tensor | None = None
     target: Tensor | None = None
+
+    def excess(self) -> Tensor:
+        """Share of the visible tiles that the budgets take, over the target, less 1: 0-dim."""
+        if self.exact is None or self.allowed is None or self.target is None:
+            raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
+        total = self.allowed.expand(self.exact.shape).sum().clamp(min=1)
+        density = self.exact.sum() / total
+        if self.rounded is not None:
+            # The value is what was kept; the gradient is the stand-in's.
+            density = density - density.detach() + self.rounded.sum() / total
+        return density / self.target - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
         # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.
@@ -223,6 +235,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
 
     def select(self, inputs: SelectionInputs) -> Selection:
         """Scores, budgets and chooses; see the class."""
+        if self.selection_refusal(inputs) is None:
+            return select_with_kernels(self, inputs)
         config, candidates = self.config, inputs.candidates
         scores, key_means = self.score(inputs)
         budget = self._budget(inputs, scores, key_means)
@@ -240,6 +254,20 @@ class BlockSparseAdaptive(BlockSparseLayer):
         if explore and config.num_explore_blocks:
             chosen = chosen | self._explore(inputs, chosen)
         return self._hard(inputs, scores, chosen, bound)
+
+    def selection_refusal(self, inputs: SelectionInputs) -> str | None:
+        """Why this selection takes the PyTorch path, or None if the fused kernels run it."""
+        config, query = self.config, inputs.query
+        if self.backend not in ("auto", "triton"):
+            return f"backend={self.backend!r} asks for the PyTorch path"
+        if self.backend == "auto" and query.device.type != "cuda":
+            return f"the PyTorch path runs on {query.device.type}"
+        if config.estimator != "mass":
+            return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
+        if config.budget == "top_p":
+            return "budget 'top_p' sorts the scores"
+        width = inputs.rule.width(inputs.rows)
+        return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
 
     def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
@@ -273,9 +301,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         limit = forced + candidates.scored.sum(-1)
         if config.budget == "top_p":
             rounded = forced.int() + top_p_budget(scores, candidates.scored, self.top_p)
-            self._record_density(
-                self._soft_count(scores, candidates.scored) + forced, rows, rounded
-            )
+            self.record_density(self._soft_count(scores, candidates.scored) + forced, rows, rounded)
             return rounded
         if config.num_selected_blocks is not None:
             exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
@@ -286,7 +312,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 keep = (keep * self._budget_factor(inputs, key_means)).clamp(max=1)
             exact = water_level_budget(keep, forced, limit, rows, candidates.width)
         rounded = round_budget(exact, rows)
-        self._record_density(exact, rows, None)
+        self.record_density(exact, rows, None)
         return rounded
 
     def _budget_factor(self, inputs: SelectionInputs, key_means: Tensor) -> Tensor:
@@ -299,7 +325,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         elif heads != self.num_kv_heads:
             complexity = complexity.repeat_interleave(heads // self.num_kv_heads, 1)
         factor = self.budget_offset[:, None] + self.budget_gain[:, None] * complexity
-        return factor.clamp(0, _MAX_BUDGET_FACTOR)
+        return factor.clamp(0, MAX_BUDGET_FACTOR)
 
     def _soft_count(self, scores: Tensor, scored: Tensor) -> Tensor:
         """A differentiable stand-in for the number of blocks that reach the share top_p."""
@@ -308,13 +334,9 @@ class BlockSparseAdaptive(BlockSparseLayer):
         # exp(entropy): how many equally scored blocks would be as spread out.
         return (-(p * p.clamp(min=1e-20).log()).sum(-1)).exp()
 
-    def _record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
-        total = rows.num_allowed.expand(exact.shape).sum().clamp(min=1)
-        density = exact.sum() / total
-        if rounded is not None:
-            # The value is what was kept; the gradient is the stand-in's.
-            density = density - density.detach() + rounded.sum() / total
-        self._record = _Record(density, 1 - self.base_sparsity)
+    def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
+        """Notes the budgets; their sums are left to get_sparsity_loss, not of every step."""
+        self._record = _Record(exact, rows.num_allowed, rounded, 1 - self.base_sparsity)
 
     def get_sparsity_loss(self) -> Tensor:
         r"""How far the last forward pass was from ``base_sparsity``.
@@ -329,30 +351,30 @@ class BlockSparseAdaptive(BlockSparseLayer):
         Raises:
             RuntimeError: If no forward pass has run.
         """
-        density, target = self._record.density, self._record.target
-        if density is None or target is None:
-            raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
-        return (density / target - 1).square()
+        return self._record.excess().square()
 
     def _bound(self, inputs: SelectionInputs, count: Tensor) -> int:
         """An upper bound of ``count``; on a GPU from the lengths alone, to wait for nothing."""
-        width = inputs.candidates.width
         if count.device.type == "cpu" and not torch.compiler.is_compiling():
             return int(count.max()) if count.numel() else 0
-        config = self.config
+        return self.most_scored(inputs)
+
+    def most_scored(self, inputs: SelectionInputs) -> int:
+        """The most scored blocks that any row can get, from the lengths alone."""
+        config, width = self.config, inputs.rule.width(inputs.rows)
         if config.num_selected_blocks is not None:
             return min(config.num_selected_blocks, width)
         if inputs.mask.per_sample or config.budget == "top_p":
             return width
         mask, compiling = inputs.mask, torch.compiler.is_compiling()
-        factor = _MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
+        factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
         share = 0.5**self._halvings if compiling else self._densest
         keep = min(share * factor, 1.0)
         if self.segment_lengths is None:
             offset = mask.query_offset
-            assert not isinstance(offset, Tensor), "per_sample says so"
+            # An int: with one offset per sample the width was returned above.
             most = most_visible_blocks(
-                mask.q_len, mask.kv_len, mask.causal, offset, self.block_size, keep
+                mask.q_len, mask.kv_len, mask.causal, cast(int, offset), self.block_size, keep
             )
             return min(width, most)
         if compiling:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.candidates import (
+    CandidateRule,
     Candidates,
     RowRange,
-    build_candidates,
     row_ranges,
 )
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
@@ -38,7 +38,7 @@ class SelectionInputs:
         key: ``(batch, kv_len, num_kv_heads, head_dim)``, likewise.
         mask: The token rule, for this layout.
         rows: Visible key blocks of each query block.
-        candidates: Blocks to choose from.
+        rule: Which blocks there are to choose from.
         query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding.
         key_valid: The same for keys.
         generator: Source of randomness, None for torch's default.
@@ -48,10 +48,18 @@ class SelectionInputs:
     key: Tensor
     mask: AttentionMask
     rows: RowRange
-    candidates: Candidates
+    rule: CandidateRule
     query_valid: Tensor | None
     key_valid: Tensor | None
     generator: torch.Generator | None
+    _enumerated: list[Candidates] = field(default_factory=list, repr=False)
+
+    @property
+    def candidates(self) -> Candidates:
+        """The blocks to choose from, enumerated on first use."""
+        if not self._enumerated:
+            self._enumerated.append(self.rule.build(self.rows))
+        return self._enumerated[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +145,7 @@ class BlockSparseLayer(nn.Module, ABC):
         cross_attention: bool = False,
         selector_query: Tensor | None = None,
         selector_key: Tensor | None = None,
+        pattern: BlockPattern | None = None,
         return_pattern: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
@@ -159,6 +168,9 @@ class BlockSparseLayer(nn.Module, ABC):
                 queries before rotary positions, whose summaries match by content at any distance.
                 None: ``query``.
             selector_key: The same for ``key``.
+            pattern: Attend to these blocks instead of choosing, such as those that a layer before
+                chose for the same lengths (``info["pattern"]``): nothing is scored, and this
+                layer's selector gets no gradient. None: choose.
             return_pattern: Also return what was chosen.
             generator: Source of the training-time randomness; None: torch's default, which
                 ``torch.compile`` needs for one graph and activation checkpointing to replay.
@@ -170,8 +182,8 @@ class BlockSparseLayer(nn.Module, ABC):
 
         Raises:
             TypeError: If inputs are not floating point or mix dtypes.
-            ValueError: If shapes do not fit the layer or each other, or ``cross_attention`` comes
-                with an argument that places queries on the key axis.
+            ValueError: If shapes or ``pattern`` do not fit the layer or each other, or
+                ``cross_attention`` comes with an argument that places queries on the key axis.
             RuntimeError: In the backward pass, if activation checkpointing ran this again and
                 ``generator`` had moved on.
         """
@@ -204,9 +216,12 @@ class BlockSparseLayer(nn.Module, ABC):
         one_sequence = q_len == kv_len and not cross_attention
         has_diagonal = is_causal or query_offset is not None or one_sequence
         guard = None if generator is None else ReplayGuard(generator)
-        selection = self.select(
-            self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
-        )
+        if pattern is None:
+            selection = self.select(
+                self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
+            )
+        else:
+            selection = Selection(pattern)
         out = block_sparse_attention(
             query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
             block_bias=selection.block_bias, mass_probe=selection.mass_probe,
@@ -261,8 +276,7 @@ class BlockSparseLayer(nn.Module, ABC):
     ) -> SelectionInputs:
         size = (self.block_size, self.block_size)
         rows = row_ranges(mask, size, has_diagonal=has_diagonal, device=query.device)
-        candidates = build_candidates(
-            rows,
+        rule = CandidateRule(
             num_heads=self.pattern_heads,
             num_key_blocks=-(-mask.kv_len // self.block_size),
             block_size=self.block_size,
@@ -279,9 +293,7 @@ class BlockSparseLayer(nn.Module, ABC):
             positions = torch.arange(mask.kv_len, device=query.device)
             key_valid = positions < mask.key_lengths[:, None]
             query_valid = key_valid if has_diagonal and mask.q_len == mask.kv_len else None
-        return SelectionInputs(
-            query, key, mask, rows, candidates, query_valid, key_valid, generator
-        )
+        return SelectionInputs(query, key, mask, rows, rule, query_valid, key_valid, generator)
 
     def _all_are_candidates(self, inputs: SelectionInputs) -> bool:
         """Whether every allowed tile is a candidate, and of the same ones in every sample."""

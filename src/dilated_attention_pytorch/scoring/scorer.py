@@ -126,12 +126,35 @@ class ImportanceScorer(nn.Module):
                 raise ValueError(
                     f"{name} must end in summary_dim={self.summary_dim}, got {tuple(x.shape)}."
                 )
+        if self.kind == "bilinear":
+            return self._bilinear(*self.towers(query_summaries, key_summaries), candidates)
+        return self._mlp(*self.first_maps(query_summaries, key_summaries), candidates)
+
+    def first_maps(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
+        """The first linear map of both sides: ``(batch, num_heads, i or j, hidden_dim)``."""
         group = self.num_heads // key_summaries.shape[2]
         q = self._enter(query_summaries, self.query_in, 1)
-        k = self._enter(key_summaries, self.key_in, group)
-        if self.kind == "bilinear":
-            return self._bilinear(q, k, candidates)
-        return self._mlp(q, k, candidates)
+        return q, self._enter(key_summaries, self.key_in, group)
+
+    def towers(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
+        """Both towers of the bilinear form; the scores are their products.
+
+        Returns:
+            ``(batch, pattern heads, i, rank)`` and ``(batch, pattern heads, j, rank)``. Heads that
+            share a pattern lie side by side in the rank; the gain is in the first.
+        """
+        q, k = self.first_maps(query_summaries, key_summaries)
+        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
+            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
+        share = self.heads_per_pattern
+        factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * share)
+        if share > 1:
+            # The mean of the heads' products is one product of the heads side by side.
+            b, h, i, r = q.shape
+            j, groups = k.shape[2], h // share
+            q = q.view(b, groups, share, i, r).transpose(2, 3).reshape(b, groups, i, share * r)
+            k = k.view(b, groups, share, j, r).transpose(2, 3).reshape(b, groups, j, share * r)
+        return q * factor.to(q.dtype), k
 
     def _enter(self, summaries: Tensor, weight: Tensor, group: int) -> Tensor:
         """First map: ``(b, i, g, s)`` to ``(b, num_heads, i, r)``."""
@@ -144,23 +167,16 @@ class ImportanceScorer(nn.Module):
         return x @ weight
 
     def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
-        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
-            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
-        share = self.heads_per_pattern
-        if share > 1:
-            # The mean of the heads' products is one product of the heads side by side.
-            b, h, i, r = q.shape
-            j, groups = k.shape[2], h // share
-            q = q.view(b, groups, share, i, r).transpose(2, 3).reshape(b, groups, i, share * r)
-            k = k.view(b, groups, share, j, r).transpose(2, 3).reshape(b, groups, j, share * r)
-        factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * share)
         # Scoring everything is one matmul; it beats gathering unless the candidates are few.
         if candidates is None or 2 * candidates.shape[-1] >= k.shape[2]:
-            scores = (q @ k.transpose(-1, -2)).float() * factor
+            scores = (q @ k.transpose(-1, -2)).float()
             return scores if candidates is None else _take(scores, candidates)
-        return torch.einsum("bhir,bhicr->bhic", q, _take_rows(k, candidates)).float() * factor
+        return torch.einsum("bhir,bhicr->bhic", q, _take_rows(k, candidates)).float()
 
     def _mlp(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
+        if candidates is not None and candidates.shape[1] not in (1, q.shape[1]):
+            # Heads that share a pattern have one list of candidates.
+            candidates = candidates.repeat_interleave(q.shape[1] // candidates.shape[1], 1)
         rows = q.shape[2]
         columns = k.shape[2] if candidates is None else candidates.shape[-1]
         per_row = max(q.shape[0] * q.shape[1] * columns * q.shape[3], 1)

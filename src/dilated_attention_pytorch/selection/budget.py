@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import RowRange
 
 # Shares of a block are counted in units of 2**-16, as integers, so that every device rounds alike.
-_FRACTION_BITS = 16
+FRACTION_BITS = 16
 
 
 def get_adaptive_sparsity(seq_len: int) -> float:
@@ -76,6 +78,50 @@ def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = F
     return torch.where(count > 1, (1 - likeness).clamp(0, 1), 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class LevelTables:
+    """How many tiles the rows of a document take together, by water level.
+
+    Attributes:
+        filled: ``(1 or b, 1 or heads, documents, m + 2)`` float32: tiles at level 0, 1, ...
+        rising: ``(..., m + 1)`` float32: rows that take one more tile from level m to m + 1.
+        visible: ``(1 or b, 1 or heads, documents)`` float32: visible tiles.
+    """
+
+    filled: Tensor
+    rising: Tensor
+    visible: Tensor
+
+
+def level_tables(forced: Tensor, limit: Tensor, rows: RowRange, max_limit: int) -> LevelTables:
+    """Builds the tables of :func:`water_level_budget`, which depend on lengths alone.
+
+    Args:
+        forced: Forced tiles per row, integers that broadcast to ``(batch, heads, i)``.
+        limit: Forced and candidate tiles per row.
+        rows: Visible ranges; its documents are budgeted separately.
+        max_limit: An upper bound of ``limit``, m.
+    """
+    shape = torch.broadcast_shapes(forced.shape, limit.shape, rows.low.shape)
+    forced, limit = forced.expand(shape).long(), limit.expand(shape).long()
+    allowed = rows.num_allowed.expand(shape)
+    document = rows.document.expand(shape)
+    tables = (*shape[:2], rows.num_documents)
+    device = rows.low.device
+    # rising[m]: rows that take one block more when the level rises from m to m + 1.
+    rising = torch.zeros(*tables, max_limit + 1, device=device)
+    flat = rising.view(*shape[:2], -1)
+    one = torch.ones(shape, device=device)
+    width = max_limit + 1
+    flat.scatter_add_(2, document * width + forced, one)
+    flat.scatter_add_(2, document * width + limit, -one)
+    rising = rising.cumsum(-1)
+    base = torch.zeros(tables, device=device).scatter_add_(2, document, forced.float())
+    total = torch.zeros(tables, device=device).scatter_add_(2, document, allowed.float())
+    filled = torch.cat([base[..., None], base[..., None] + rising.cumsum(-1)], -1)
+    return LevelTables(filled, rising, total)
+
+
 def water_level_budget(
     keep: Tensor, forced: Tensor, limit: Tensor, rows: RowRange, max_limit: int
 ) -> Tensor:
@@ -98,24 +144,11 @@ def water_level_budget(
         Real-valued blocks per row ``(batch, heads, i)`` in [forced, limit], differentiable in
         ``keep``.
     """
+    tables = level_tables(forced, limit, rows, max_limit)
+    filled, rising = tables.filled, tables.rising
     shape = torch.broadcast_shapes(forced.shape, limit.shape, rows.low.shape)
-    forced, limit = forced.expand(shape), limit.expand(shape)
-    allowed = rows.num_allowed.expand(shape)
-    document = rows.document.expand(shape)
-    tables = (*shape[:2], rows.num_documents)
-    # rising[m]: rows that take one block more when the level rises from m to m + 1.
-    rising = torch.zeros(*tables, max_limit + 1, device=keep.device)
-    flat = rising.view(*shape[:2], -1)
-    one = torch.ones(shape, device=keep.device)
-    width = max_limit + 1
-    flat.scatter_add_(2, document * width + forced, one)
-    flat.scatter_add_(2, document * width + limit, -one)
-    rising = rising.cumsum(-1)
-    base = torch.zeros(tables, device=keep.device).scatter_add_(2, document, forced.float())
-    total = torch.zeros(tables, device=keep.device).scatter_add_(2, document, allowed.float())
-    filled = torch.cat([base[..., None], base[..., None] + rising.cumsum(-1)], -1)
-
-    goal = keep * total.gather(2, document)
+    document, width = rows.document.expand(shape), max_limit + 1
+    goal = keep * tables.visible.gather(2, document)
     if rows.num_documents == 1:
         steps = filled[:, :, 0].expand(*goal.shape[:2], -1).contiguous()
         low = torch.searchsorted(steps, goal.detach().contiguous(), right=True) - 1
@@ -148,8 +181,8 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
     Returns:
         int32 of the same shape.
     """
-    half = 1 << (_FRACTION_BITS - 1)
-    units = (budget.detach().double() * (1 << _FRACTION_BITS)).round().long()
+    half = 1 << (FRACTION_BITS - 1)
+    units = (budget.detach().double() * (1 << FRACTION_BITS)).round().long()
     running = F.pad(units.cumsum(-1), (1, 0))
     if rows.num_documents > 1:
         document = rows.document.expand(budget.shape)
@@ -160,8 +193,8 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
         before = running.gather(-1, first)
     else:
         before = torch.zeros_like(units)
-    upper = (running[..., 1:] - before + half) >> _FRACTION_BITS
-    lower = (running[..., :-1] - before + half) >> _FRACTION_BITS
+    upper = (running[..., 1:] - before + half) >> FRACTION_BITS
+    lower = (running[..., :-1] - before + half) >> FRACTION_BITS
     return (upper - lower).int()
 
 

@@ -1,0 +1,165 @@
+"""The adaptive layer's selection with the fused kernels of ``ops/block_selection``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.ops.block_selection.interface import (
+    find_candidates,
+    row_budget,
+    summarise,
+)
+from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.scoring.summaries import past_windows
+from dilated_attention_pytorch.selection.mass_target import mass_target_probe
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+# A row's share of the base budget never leaves this range, whatever gain and offset learn.
+MAX_BUDGET_FACTOR = 2.0
+
+
+def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
+    """Chooses the same blocks as the layer's PyTorch path would from the same scores.
+
+    Scores of all candidates carry no gradient; those of the kept tiles do, which is all that the
+    tile mass teaches. Nothing waits for the device. The noise comes from a seed that
+    ``inputs.generator`` draws on the device, a stream of its own: the same generator gives other
+    noise than on the CPU.
+    """
+    config, rule, rows = layer.config, inputs.rule, inputs.rows
+    learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
+    with torch.set_grad_enabled(learning):
+        queries, keys = summarise_blocks(layer, inputs)
+    intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
+    candidates, forced, limit = find_candidates(rule, rows, intervals)
+    with torch.set_grad_enabled(learning):
+        towers, scores = score_candidates(layer, queries, keys, candidates)
+    budget = allot_budget(layer, inputs, intervals, forced, limit, keys)
+    explore = layer.training and not config.hard_sparsity
+    counts, indices, kept, scored = choose_blocks(
+        layer, inputs, intervals, candidates, scores, budget, explore, learning
+    )
+    pattern = BlockPattern(
+        counts, indices, inputs.mask.q_len, inputs.mask.kv_len,
+        (layer.block_size, layer.block_size), rows.num_allowed, check_values=False,
+    )  # fmt: skip
+    if not learning:
+        return Selection(pattern)
+    if towers is None:
+        kept = layer.scorer(queries, keys, indices)
+    else:
+        from dilated_attention_pytorch.ops.block_selection.autograd import kept_op
+
+        turned = pattern.transpose()
+        kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
+    kept = kept / layer.temperature_factor()
+    probe = mass_target_probe(
+        kept, scored.view(torch.bool), config.selector_weight, kept.shape[0] * kept.shape[2]
+    )
+    return Selection(pattern, mass_probe=probe)
+
+
+def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+    """Summaries of the query and of the key blocks, ``(b, i or j, heads, s)``."""
+    config, size = layer.config, layer.block_size
+    query, valid = inputs.query, inputs.query_valid
+    if config.query_scope == "past" and inputs.mask.causal:
+        query, valid = past_windows(query, size, valid, inputs.mask.document_ids)
+    learned = "attention" in config.pooling
+    queries = summarise(query, size, config.pooling, valid, layer.query_pool if learned else None)
+    keys = summarise(
+        inputs.key, size, config.pooling, inputs.key_valid, layer.key_pool if learned else None
+    )
+    return queries, keys
+
+
+def score_candidates(
+    layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
+    """The towers of the bilinear form (None for the MLP) and all candidates' scores."""
+    from dilated_attention_pytorch.ops.block_selection.autograd import bilinear_op, mlp_op
+
+    scorer = layer.scorer
+    if scorer.kind == "mlp":
+        with torch.no_grad():
+            q, k = scorer.first_maps(queries, keys)
+            hidden = torch.stack(list(scorer.hidden)) if len(scorer.hidden) else scorer.out
+            scores = mlp_op(
+                q, k, candidates, scorer.bias, hidden, scorer.out,
+                scorer.gain, layer.pattern_heads,
+            )  # fmt: skip
+        return None, scores
+    q, k = (x.float() for x in scorer.towers(queries, keys))
+    with torch.no_grad():
+        if candidates is None:
+            return (q, k), q.detach() @ k.detach().transpose(-1, -2)
+        return (q, k), bilinear_op(q.detach(), k.detach(), candidates)
+
+
+def allot_budget(
+    layer: BlockSparseAdaptive,
+    inputs: SelectionInputs,
+    intervals: Tensor,
+    forced: Tensor,
+    limit: Tensor,
+    keys: Tensor,
+) -> Tensor | None:
+    """Blocks per row, forced ones included; None: ``num_selected_blocks`` besides those."""
+    config, rows = layer.config, inputs.rows
+    batch = inputs.query.shape[0]
+    if config.num_selected_blocks is not None:
+        exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
+        layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows, None)
+        return None
+    means = gain = offset = None
+    if config.budget == "adaptive":
+        gain, offset = layer.budget_gain, layer.budget_offset
+        if "mean" in config.pooling:
+            start = config.pooling.index("mean") * layer.head_dim
+            means = keys.detach()[..., start : start + layer.head_dim]
+        else:
+            means = summarise(inputs.key.detach(), layer.block_size, ("mean",), inputs.key_valid)
+        means = means.transpose(1, 2)
+    rounded, exact = row_budget(
+        inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
+        means=means, gain=gain, offset=offset,
+        past=config.query_scope == "past" and inputs.mask.causal, max_factor=MAX_BUDGET_FACTOR,
+    )  # fmt: skip
+    layer.record_density(exact, rows, None)
+    return rounded
+
+
+def choose_blocks(
+    layer: BlockSparseAdaptive,
+    inputs: SelectionInputs,
+    intervals: Tensor,
+    candidates: Tensor | None,
+    scores: Tensor,
+    budget: Tensor | None,
+    explore: bool,
+    learning: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and lists; if learning also the kept tiles' scores and which were not forced."""
+    from dilated_attention_pytorch.ops.block_selection.autograd import choose_op
+
+    config, width = layer.config, inputs.rule.width(inputs.rows)
+    seed = temperature = None
+    extra = config.num_explore_blocks if explore else 0
+    if explore:
+        seed = torch.randint(
+            2**62, (), device=scores.device, generator=inputs.generator, dtype=torch.int64
+        )
+        temperature = layer.effective_temperature().detach()
+    most_forced = config.num_sink_blocks + inputs.rule.near_width(inputs.rows)
+    most = min(width, layer.most_scored(inputs) + extra + most_forced)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = choose_op(
+        scores, candidates, intervals, budget, seed, temperature,
+        config.num_selected_blocks or 0, extra, most, learning,
+    )  # fmt: skip
+    return found

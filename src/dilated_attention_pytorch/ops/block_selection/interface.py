@@ -1,0 +1,177 @@
+"""Fused selection: where it runs, and its steps on plain tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.candidates import CandidateRule, RowRange, count_forced
+from dilated_attention_pytorch.pattern import TRANSPOSERS, BlockPattern, PatternTranspose
+from dilated_attention_pytorch.selection.budget import FRACTION_BITS, level_tables, round_budget
+
+# Looked up once: torch.compile cannot trace it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# One program holds a row of candidates in registers.
+_MAX_CANDIDATES = 32768
+_MAX_BLOCK = 256
+
+
+def kernel_refusal(
+    device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, candidates: int
+) -> str | None:
+    """Why the selection kernels cannot run something, or None if they can.
+
+    Args:
+        device: Of the tokens.
+        dtype: Of the tokens.
+        block_size: Tokens per block.
+        head_dim: Size of a head.
+        candidates: Candidates per row.
+    """
+    if dtype not in _DTYPES:
+        return f"they take bfloat16, float16 and float32, not {dtype}"
+    if block_size > _MAX_BLOCK or head_dim > _MAX_BLOCK:
+        return f"block size and head_dim must be at most {_MAX_BLOCK}"
+    if candidates > _MAX_CANDIDATES:
+        return f"a row may have {_MAX_CANDIDATES} candidates, got {candidates}"
+    if not _HAS_TRITON:
+        return "the triton package is not installed"
+    if device.type != "cuda" and not _interpreting():
+        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {device.type}"
+    return None
+
+
+def _interpreting() -> bool:
+    from dilated_attention_pytorch.ops.block_selection.triton_kernels import INTERPRETED
+
+    return INTERPRETED
+
+
+def summarise(
+    x: Tensor,
+    block_size: int,
+    pooling: tuple[str, ...],
+    valid: Tensor | None = None,
+    pool_query: Tensor | None = None,
+) -> Tensor:
+    """:func:`block_summaries` in one read of ``x``, and one write of its gradient.
+
+    Args:
+        x: ``(batch, seq_len, num_heads, head_dim)``.
+        block_size: Tokens per block.
+        pooling: Poolings to concatenate.
+        valid: ``(1 or batch, seq_len)`` booleans or None.
+        pool_query: ``(num_heads, head_dim)``, with ``"attention"``.
+
+    Returns:
+        ``(batch, blocks, num_heads, head_dim * len(pooling))`` in the dtype of ``x``. Of tokens
+        that share an extreme the first takes the gradient.
+    """
+    from dilated_attention_pytorch.ops.block_selection.autograd import rows_of, summaries_op
+
+    extremes = "max" in pooling or "min" in pooling
+    learned = "attention" in pooling
+    out, _ = summaries_op(
+        rows_of(x),
+        None if valid is None else valid.contiguous().view(torch.uint8),
+        pool_query.contiguous() if learned and pool_query is not None else None,
+        ",".join(pooling),
+        block_size,
+        extremes and torch.is_grad_enabled() and x.requires_grad,
+    )
+    return out.transpose(1, 2)
+
+
+def find_candidates(
+    rule: CandidateRule, rows: RowRange, intervals: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The candidates' numbers, and forced and all of them per row.
+
+    Args:
+        rule: Which blocks there are to choose from.
+        rows: Visible ranges.
+        intervals: ``rule.intervals(rows)``.
+
+    Returns:
+        * Ascending key block numbers ``(1 or b, p, i, c)`` int32, -1 past the last; None: all.
+        * Forced blocks per row, int32 ``(1 or b, 1 or p, i)``.
+        * Forced and other candidates per row.
+    """
+    groups = rule.groups()
+    if not groups:
+        return None, *rows.remember((rule, "counts"), lambda: count_forced(intervals))
+    from dilated_attention_pytorch.ops.block_selection.autograd import lattice_op
+
+    segments, rates = zip(*groups, strict=True)
+    found: tuple[Tensor, Tensor, Tensor] = lattice_op(
+        intervals, rows.diagonal_first[:, 0].contiguous(), list(segments), list(rates),
+        rule.num_heads, rule.num_sink_blocks, rule.near_width(rows),
+    )  # fmt: skip
+    return found
+
+
+def row_budget(
+    rule: CandidateRule,
+    rows: RowRange,
+    intervals: Tensor,
+    forced: Tensor,
+    limit: Tensor,
+    base_sparsity: Tensor,
+    *,
+    batch: int,
+    means: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    past: bool = False,
+    max_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`water_level_budget` and :func:`round_budget`, scaled by ``content_complexity``.
+
+    Args:
+        rule: Which blocks there are to choose from.
+        rows: Visible ranges.
+        intervals: ``rule.intervals(rows)``.
+        forced: From :func:`find_candidates`.
+        limit: Likewise.
+        base_sparsity: 0-dim float32.
+        batch: Samples.
+        means: ``(batch, kv heads, j, head_dim)`` means of the key blocks; None: the budget
+            ignores content.
+        gain: ``(p,)``, with ``means``.
+        offset: ``(p,)``, with ``means``.
+        past: As in :func:`content_complexity`.
+        max_factor: Bound of ``offset + gain * complexity``.
+
+    Returns:
+        Integer budgets ``(batch, p, i)``, forced blocks included, and the exact ones in float32,
+        differentiable in gain and offset.
+    """
+    from dilated_attention_pytorch.ops.block_selection.autograd import budget_op, round_op
+
+    width = rule.width(rows)
+    tables = rows.remember((rule, "levels"), lambda: level_tables(forced, limit, rows, width))
+    exact, _, _ = budget_op(
+        None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
+        rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
+        tables.filled, tables.rising, tables.visible[:, 0].contiguous(),
+        batch, rule.num_heads, rows.has_diagonal, past, max_factor,
+    )  # fmt: skip
+    if rows.num_documents > 1:
+        return round_budget(exact, rows), exact
+    return round_op(exact.detach(), FRACTION_BITS), exact
+
+
+def transpose_lists(pattern: BlockPattern) -> PatternTranspose:
+    """``BlockPattern.transpose`` by counting; entries past the last offset are undefined."""
+    from dilated_attention_pytorch.ops.block_selection.autograd import transpose_op
+
+    return PatternTranspose(
+        *transpose_op(pattern.kv_num_blocks, pattern.kv_indices, pattern.num_key_blocks)
+    )
+
+
+if _HAS_TRITON:
+    TRANSPOSERS["cuda"] = transpose_lists

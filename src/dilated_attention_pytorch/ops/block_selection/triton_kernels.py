@@ -1,0 +1,713 @@
+"""Triton kernels of block selection; ``triton_launch.py`` launches them.
+
+Names inside the kernels: a *plane* is one (sample, head) pair, heads being those of the pattern
+unless said otherwise; a *row* is a query block, a *column* a key block. What a row may and must
+read comes as five int32 numbers per row (``BlockRule``): visible columns ``[low, end)``, of which
+``[low, sink_end)`` and ``[near_first, near_end)`` are forced.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Order-preserving integer keys of float32: -inf, and one below for what may not be chosen.
+KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
+
+
+@triton.jit
+def summary_kernel(
+    x, x_stride_b, x_stride_h, x_stride_n,
+    valid, v_stride_b, pool_query, out, place,
+    length, blocks, heads,
+    BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
+    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr,
+):  # fmt: skip
+    """All poolings of one block and head; the four names are places in the output or -1."""
+    # Heads run fastest: neighbouring programs read neighbouring memory.
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads
+    batch = tl.cast(tl.program_id(1), tl.int64)
+    step = tl.arange(0, T)
+    token = block * BLOCK + step
+    column = tl.arange(0, D)
+    inside = (step < BLOCK) & (token < length)
+    if VALID:
+        inside = inside & (tl.load(valid + batch * v_stride_b + token, mask=inside, other=0) != 0)
+    source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
+    tile = tl.load(
+        source + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
+        mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    count = tl.sum(inside.to(tl.int32), 0)
+    plane_block = (batch * heads + head) * blocks + block
+    target = out + plane_block * (POOLINGS * HEAD_DIM) + column
+    kind = out.dtype.element_ty
+    real = column < HEAD_DIM
+    if MEAN >= 0:
+        mean = tl.sum(tile, 0) / tl.maximum(count, 1)
+        tl.store(target + MEAN * HEAD_DIM, mean.to(kind), mask=real)
+    places = place + plane_block * (2 * HEAD_DIM) + column
+    if MAX >= 0:
+        filled = tl.where(inside[:, None], tile, float("-inf"))
+        best = tl.max(filled, 0)
+        if PLACE:
+            here = (filled == best[None, :]) & inside[:, None]
+            first = tl.min(tl.where(here, step[:, None], T), 0)
+            tl.store(places, first.to(tl.int16), mask=real)
+        best = tl.where(count > 0, best, 0.0)
+        tl.store(target + MAX * HEAD_DIM, best.to(kind), mask=real)
+    if MIN >= 0:
+        filled = tl.where(inside[:, None], tile, float("inf"))
+        best = tl.min(filled, 0)
+        if PLACE:
+            here = (filled == best[None, :]) & inside[:, None]
+            first = tl.min(tl.where(here, step[:, None], T), 0)
+            tl.store(places + HEAD_DIM, first.to(tl.int16), mask=real)
+        best = tl.where(count > 0, best, 0.0)
+        tl.store(target + MIN * HEAD_DIM, best.to(kind), mask=real)
+    if ATTENTION >= 0:
+        u = tl.load(pool_query + head * HEAD_DIM + column, mask=real, other=0.0).to(tl.float32)
+        weight = _attention_weights(tile, u, inside)
+        pooled = tl.sum(weight[:, None] * tile, 0)
+        tl.store(target + ATTENTION * HEAD_DIM, pooled.to(kind), mask=real)
+
+
+@triton.jit
+def _attention_weights(tile, u, inside):
+    logits = tl.where(inside, tl.sum(tile * u[None, :], 1), -3.0e38)
+    weight = tl.exp(logits - tl.max(logits, 0))
+    weight = tl.where(inside, weight, 0.0)
+    total = tl.sum(weight, 0)
+    return weight / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def summary_grad_kernel(
+    grad, place, x, x_stride_b, x_stride_h, x_stride_n,
+    valid, v_stride_b, pool_query, grad_x, grad_pool,
+    length, blocks, heads,
+    BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
+    POOLINGS: tl.constexpr, VALID: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one block and head; ``grad_x`` is ``(b, n, h, d)``, every token is written."""
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads
+    batch = tl.cast(tl.program_id(1), tl.int64)
+    step = tl.arange(0, T)
+    token = block * BLOCK + step
+    column = tl.arange(0, D)
+    real = column < HEAD_DIM
+    exists = (step < BLOCK) & (token < length)
+    inside = exists
+    if VALID:
+        inside = inside & (tl.load(valid + batch * v_stride_b + token, mask=inside, other=0) != 0)
+    plane_block = (batch * heads + head) * blocks + block
+    source = grad + plane_block * (POOLINGS * HEAD_DIM) + column
+    places = place + plane_block * (2 * HEAD_DIM) + column
+    total = tl.zeros([T, D], tl.float32)
+    if MEAN >= 0:
+        g = tl.load(source + MEAN * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        count = tl.sum(inside.to(tl.int32), 0)
+        total += tl.where(inside[:, None], (g / tl.maximum(count, 1))[None, :], 0.0)
+    if MAX >= 0:
+        g = tl.load(source + MAX * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        first = tl.load(places, mask=real, other=T).to(tl.int32)
+        total += tl.where(step[:, None] == first[None, :], g[None, :], 0.0)
+    if MIN >= 0:
+        g = tl.load(source + MIN * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        first = tl.load(places + HEAD_DIM, mask=real, other=T).to(tl.int32)
+        total += tl.where(step[:, None] == first[None, :], g[None, :], 0.0)
+    shape = exists[:, None] & real[None, :]
+    if ATTENTION >= 0:
+        g = tl.load(source + ATTENTION * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        u = tl.load(pool_query + head * HEAD_DIM + column, mask=real, other=0.0).to(tl.float32)
+        tokens = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
+        tile = tl.load(
+            tokens + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
+            mask=inside[:, None] & real[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        weight = _attention_weights(tile, u, inside)
+        pull = tl.sum(tile * g[None, :], 1)
+        pull = weight * (pull - tl.sum(weight * pull, 0))
+        total += weight[:, None] * g[None, :] + pull[:, None] * u[None, :]
+        tl.store(
+            grad_pool + plane_block * HEAD_DIM + column, tl.sum(pull[:, None] * tile, 0), mask=real
+        )
+    target = grad_x + (batch * length + token.to(tl.int64)[:, None]) * (heads * HEAD_DIM)
+    tl.store(
+        target + head * HEAD_DIM + column[None, :], total.to(grad_x.dtype.element_ty), mask=shape
+    )
+
+
+@triton.jit
+def _unit(source, offset, ok, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows at ``offset`` at length 1; zeros where not ``ok`` or not finite."""
+    column = tl.arange(0, D)
+    keep = ok[:, None] & (column < HEAD_DIM)[None, :]
+    row = tl.load(source + offset[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)
+    norm = tl.sqrt(tl.sum(row * row, 1))
+    row = row / tl.maximum(norm, 1e-12)[:, None]
+    return tl.where((row == row) & (tl.abs(row) != float("inf")), row, 0.0)
+
+
+@triton.jit
+def prefix_kernel(
+    means, m_stride_b, m_stride_h, m_stride_j,
+    prefix, totals, columns, chunks, heads,
+    CHUNK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Running sums of the unit means inside chunks of columns, and each chunk's total."""
+    chunk = tl.program_id(0)
+    plane = tl.cast(tl.program_id(1), tl.int64)
+    step = tl.arange(0, CHUNK)
+    place = chunk * CHUNK + step
+    ok = place < columns
+    source = means + plane // heads * m_stride_b + plane % heads * m_stride_h
+    unit = _unit(source, place.to(tl.int64) * m_stride_j, ok, D, HEAD_DIM)
+    column = tl.arange(0, D)
+    real = (column < HEAD_DIM)[None, :]
+    target = prefix + (plane * columns + place)[:, None] * HEAD_DIM + column[None, :]
+    tl.store(target, tl.cumsum(unit, 0), mask=ok[:, None] & real)
+    tl.store(
+        totals + (plane * chunks + chunk) * HEAD_DIM + column, tl.sum(unit, 0),
+        mask=column < HEAD_DIM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _running(prefix, totals, plane, index, columns, chunks, CHUNK: tl.constexpr,
+             D: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+    """Sum of the unit means of columns ``[0, index)``; ``totals`` are summed over chunks."""
+    column = tl.arange(0, D)
+    real = (column < HEAD_DIM)[None, :]
+    last = index - 1
+    inner = tl.load(
+        prefix + (plane * columns + last)[:, None] * HEAD_DIM + column[None, :],
+        mask=(index > 0)[:, None] & real, other=0.0,
+    )  # fmt: skip
+    chunk = tl.maximum(last, 0) // CHUNK
+    before = tl.load(
+        totals + (plane * chunks + chunk - 1)[:, None] * HEAD_DIM + column[None, :],
+        mask=((index > 0) & (chunk > 0))[:, None] & real, other=0.0,
+    )  # fmt: skip
+    return inner + before
+
+
+@triton.jit
+def _likeness(
+    means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
+    batch, head, kv_heads, low, end, near, columns, chunks,
+    CHUNK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIAGONAL: tl.constexpr, PAST: tl.constexpr,
+):  # fmt: skip
+    """Complexity of some rows under the keys of one head; see ``content_complexity``."""
+    own = near - 1 if PAST else near
+    stop = tl.minimum(end, near) if PAST else end
+    stop = tl.maximum(stop, low)
+    plane = batch * kv_heads + head
+    total = _running(prefix, totals, plane, tl.minimum(stop, columns), columns, chunks, CHUNK, D,
+                     HEAD_DIM)  # fmt: skip
+    total -= _running(prefix, totals, plane, tl.minimum(low, columns), columns, chunks, CHUNK, D,
+                      HEAD_DIM)  # fmt: skip
+    count = stop - low
+    if DIAGONAL:
+        inside = (own >= low) & (own < stop)
+        source = means + batch * m_stride_b + tl.cast(head, tl.int64) * m_stride_h
+        mine = _unit(source, own.to(tl.int64) * m_stride_j, inside, D, HEAD_DIM)
+        others = count - inside.to(tl.int32)
+        likeness = tl.sum(mine * (total - mine), 1) / tl.maximum(others, 1)
+        known = others > 0
+    else:
+        pairs = count.to(tl.float32) * (count - 1).to(tl.float32)
+        likeness = (tl.sum(total * total, 1) - count) / tl.maximum(pairs, 1.0)
+        known = count > 1
+    clipped = tl.minimum(tl.maximum(1.0 - likeness, 0.0), 1.0)
+    return tl.where(known, clipped, 1.0)
+
+
+@triton.jit
+def budget_kernel(
+    means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
+    rows, r_stride_b, diagonal, d_stride_b, document, o_stride_b,
+    forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h,
+    filled, e_stride_b, e_stride_h, rising, s_stride_b, s_stride_h, share, s2_stride_b,
+    gain, offset, base_sparsity,
+    exact, slope, complexity,
+    num_rows, columns, chunks, heads, kv_heads, width,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STEPS: tl.constexpr, ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr, PAST: tl.constexpr,
+    MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Real-valued budgets of ``ROWS`` rows of a plane; see ``water_level_budget``."""
+    plane = tl.program_id(1)
+    batch = tl.cast(plane // heads, tl.int64)
+    head = plane % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ok = row < num_rows
+    place = tl.cast(plane, tl.int64) * num_rows + row
+    keep = tl.full([ROWS], 1.0, tl.float32) - tl.load(base_sparsity)
+    step = keep
+    if ADAPTIVE:
+        low = tl.load(rows + batch * r_stride_b + row, mask=ok, other=0)
+        end = tl.load(rows + batch * r_stride_b + num_rows + row, mask=ok, other=0)
+        near = tl.load(diagonal + batch * d_stride_b + row, mask=ok, other=0).to(tl.int32)
+        # One pattern for all heads takes their mean; otherwise heads of a group share one.
+        first = head * kv_heads // heads
+        found = tl.zeros([ROWS], tl.float32)
+        for extra in range(PER_HEAD):
+            found += _likeness(
+                means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
+                batch, first + extra, kv_heads, low, end, near, columns, chunks,
+                CHUNK, D, HEAD_DIM, DIAGONAL, PAST,
+            )  # fmt: skip
+        found = found / PER_HEAD
+        tl.store(complexity + place, found, mask=ok)
+        factor = tl.load(offset + head).to(tl.float32)
+        factor = factor + tl.load(gain + head).to(tl.float32) * found
+        free = (factor >= 0.0) & (factor <= MAX_FACTOR)
+        factor = tl.minimum(tl.maximum(factor, 0.0), MAX_FACTOR)
+        step = tl.where(free & (keep * factor <= 1.0), keep, 0.0)
+        keep = tl.minimum(keep * factor, 1.0)
+    of = tl.load(document + batch * o_stride_b + row, mask=ok, other=0).to(tl.int64)
+    steps = filled + batch * e_stride_b + head * e_stride_h + of * (width + 2)
+    goal = keep * tl.load(share + batch * s2_stride_b + of, mask=ok, other=0.0)
+    # Binary search for the number of entries that do not exceed the goal.
+    below = tl.zeros([ROWS], tl.int32)
+    above = below + (width + 2)
+    for _ in tl.static_range(STEPS):
+        middle = (below + above) // 2
+        inside = middle < width + 2
+        reached = inside & (tl.load(steps + middle, mask=ok & inside, other=0.0) <= goal)
+        open_ = below < above
+        below = tl.where(open_ & reached, middle + 1, below)
+        above = tl.where(open_ & (reached == 0), middle, above)
+    level = tl.minimum(tl.maximum(below - 1, 0), width)
+    floor = tl.load(steps + level, mask=ok, other=0.0)
+    climbing = rising + batch * s_stride_b + head * s_stride_h + of * (width + 1)
+    rate = tl.load(climbing + level, mask=ok, other=0.0)
+    part = tl.where(rate > 0, (goal - floor) / tl.maximum(rate, 1.0), 0.0)
+    value = level.to(tl.float32) + part
+    least = tl.load(forced + batch * f_stride_b + head * f_stride_h + row, mask=ok, other=0)
+    most = tl.load(limit + batch * l_stride_b + head * l_stride_h + row, mask=ok, other=0)
+    least, most = least.to(tl.float32), most.to(tl.float32)
+    open_ = (value > least) & (value < most) & (rate > 0)
+    total = tl.load(share + batch * s2_stride_b + of, mask=ok, other=0.0)
+    tl.store(slope + place, tl.where(open_, step * total / tl.maximum(rate, 1.0), 0.0), mask=ok)
+    tl.store(exact + place, tl.minimum(tl.maximum(value, least), most), mask=ok)
+
+
+@triton.jit
+def round_kernel(exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """Integers whose running sums stay within half a block; one plane, one document."""
+    plane = tl.cast(tl.program_id(0), tl.int64)
+    lane = tl.arange(0, CHUNK)
+    carried = tl.zeros([1], tl.int64)
+    UNIT: tl.constexpr = 1 << BITS
+    for start in range(0, num_rows, CHUNK):
+        row = start + lane
+        ok = row < num_rows
+        # Scaling by a power of two is exact, so this is round-half-to-even of the exact number.
+        scaled = tl.load(exact + plane * num_rows + row, mask=ok, other=0.0) * UNIT
+        whole = tl.floor(scaled)
+        rest = scaled - whole
+        units = whole.to(tl.int64)
+        units += ((rest > 0.5) | ((rest == 0.5) & (units % 2 != 0))).to(tl.int64)
+        running = carried + tl.cumsum(units, 0)
+        upper = (running + UNIT // 2) >> BITS
+        lower = (running - units + UNIT // 2) >> BITS
+        tl.store(rounded + plane * num_rows + row, (upper - lower).to(tl.int32), mask=ok)
+        carried += tl.sum(units, 0)
+
+
+@triton.jit
+def _order(score):
+    """Integers that order like the floats; -0 equals 0, NaN equals -inf."""
+    score = tl.where(score == 0.0, 0.0, score)
+    bits = score.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score != score, KEY_OF_MINUS_INFINITY, key)
+
+
+@triton.jit
+def _highest(key, count, lowest):
+    """The ``count`` highest keys, ties to the lower place: booleans. ``lowest`` is never taken.
+
+    Bisection on the value of the last one taken; it ends early when a cut fits exactly.
+    """
+    low = tl.minimum(tl.min(key, 0), lowest)
+    high = tl.max(key, 0) + 1
+    while low + 1 < high:
+        # The mean without overflow.
+        middle = (low & high) + ((low ^ high) >> 1)
+        reached = tl.sum((key >= middle).to(tl.int32), 0)
+        high = tl.where(reached < count, middle, high)
+        low = tl.where(reached >= count, middle, low)
+        high = tl.where(reached == count, low + 1, high)
+    above = key > low
+    tied = (key == low).to(tl.int32)
+    missing = count - tl.sum(above.to(tl.int32), 0)
+    return above | ((tied > 0) & (tl.cumsum(tied, 0) <= missing))
+
+
+@triton.jit
+def _bits_to_uniform(bits):
+    """Uniform numbers strictly between 0 and 1 from 32 random bits (23 are used)."""
+    return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def choose_kernel(
+    scores, s_stride_b, s_stride_h, s_stride_i,
+    candidates, c_stride_b, c_stride_h, c_stride_i,
+    rows, r_stride_b, budget, seed, temperature,
+    counts, indices, kept, scored,
+    num_rows, columns, heads, fixed_count, explore, width,
+    C: tl.constexpr, W: tl.constexpr, LISTS: tl.constexpr, BUDGET: tl.constexpr,
+    NOISE: tl.constexpr, EXPLORE: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Top-k of one row, forced and random blocks; writes the packed ascending list."""
+    row = tl.program_id(0) % num_rows
+    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
+    batch = plane // heads
+    head = plane % heads
+    lane = tl.arange(0, C)
+    exists = lane < columns
+    column = lane
+    if LISTS:
+        entries = candidates + batch * c_stride_b + head * c_stride_h
+        entries += tl.cast(row, tl.int64) * c_stride_i
+        column = tl.load(entries + lane, mask=exists, other=-1).to(tl.int32)
+    rule = rows + batch * r_stride_b + row
+    low = tl.load(rule)
+    end = tl.load(rule + num_rows)
+    sink_end = tl.load(rule + 2 * num_rows)
+    near_first = tl.load(rule + 3 * num_rows)
+    near_end = tl.load(rule + 4 * num_rows)
+    visible = exists & (column >= low) & (column < end)
+    forced = visible & ((column < sink_end) | ((column >= near_first) & (column < near_end)))
+    free = visible & (forced == 0)
+    source = scores + batch * s_stride_b + head * s_stride_h + tl.cast(row, tl.int64) * s_stride_i
+    score = tl.load(source + lane, mask=exists, other=0.0).to(tl.float32)
+    ranked = score
+    if NOISE:
+        plane_word = lane * 0 + (plane & 0x7FFFFFFF).to(tl.int32)
+        stream = tl.load(seed)
+        gumbel_bits, lottery_bits, _a, _b = tl.philox(
+            stream, lane, lane * 0 + row, plane_word, lane * 0
+        )
+        uniform = _bits_to_uniform(gumbel_bits)
+        ranked = score - tl.log(-tl.log(uniform)) * tl.load(temperature)
+    available = tl.sum(free.to(tl.int32), 0)
+    if BUDGET:
+        wanted = tl.load(budget + plane * num_rows + row) - tl.sum(forced.to(tl.int32), 0)
+        wanted = tl.maximum(wanted, 0)
+    else:
+        wanted = available * 0 + fixed_count
+    key = tl.where(free, _order(ranked), KEY_OF_FORBIDDEN)
+    chosen = _highest(key, tl.minimum(wanted, available), KEY_OF_FORBIDDEN)
+    if EXPLORE:
+        left = free & (chosen == 0)
+        ticket = tl.where(left, (lottery_bits >> 1).to(tl.int32), -1)
+        extra = tl.minimum(tl.sum(left.to(tl.int32), 0), explore)
+        chosen = chosen | _highest(ticket, extra, -1)
+    every = (chosen | forced).to(tl.int32)
+    slot = tl.cumsum(every, 0) - 1
+    take = (every > 0) & (slot < width)
+    count = tl.minimum(tl.sum(every, 0), width)
+    tl.store(counts + plane * num_rows + row, count)
+    first = (plane * num_rows + row) * width
+    tl.store(indices + first + slot, column, mask=take)
+    rest = tl.arange(0, W)
+    unused = (rest >= count) & (rest < width)
+    tl.store(indices + first + rest, rest * 0, mask=unused)
+    if KEPT:
+        tl.store(kept + first + slot, score, mask=take)
+        tl.store(scored + first + slot, (forced == 0).to(tl.uint8), mask=take)
+        tl.store(kept + first + rest, rest.to(tl.float32) * 0.0, mask=unused)
+        tl.store(scored + first + rest, (rest * 0).to(tl.uint8), mask=unused)
+
+
+@triton.jit
+def bilinear_kernel(
+    query, key, candidates, c_stride_b, c_stride_h, c_stride_i, scores,
+    num_rows, columns, num_keys, tiles, heads,
+    R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Products of one row of ``query`` with the rows of ``key`` that its candidates name."""
+    row = tl.program_id(0) // tiles % num_rows
+    tile = tl.program_id(0) % tiles
+    plane = tl.cast(tl.program_id(0) // tiles // num_rows, tl.int64)
+    lane = tile * C + tl.arange(0, C)
+    ok = lane < columns
+    entries = candidates + plane // heads * c_stride_b + plane % heads * c_stride_h
+    j = tl.load(entries + tl.cast(row, tl.int64) * c_stride_i + lane, mask=ok, other=-1)
+    j = j.to(tl.int64)
+    named = (j >= 0) & (j < num_keys)
+    total = tl.zeros([C], tl.float32)
+    for start in tl.static_range(0, R, PART):
+        r = start + tl.arange(0, PART)
+        q = tl.load(query + (plane * num_rows + row) * RANK + r, mask=r < RANK, other=0.0)
+        k = tl.load(
+            key + (plane * num_keys + j)[:, None] * RANK + r[None, :],
+            mask=named[:, None] & (r < RANK)[None, :], other=0.0,
+        )  # fmt: skip
+        total += tl.sum(q.to(tl.float32)[None, :] * k.to(tl.float32), 1)
+    tl.store(scores + (plane * num_rows + row) * columns + lane, total, mask=ok)
+
+
+@triton.jit
+def kept_query_grad_kernel(
+    grad, key, indices, counts, grad_query, num_rows, num_keys, width,
+    R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one query row: the kept tiles' gradients times their key rows."""
+    row = tl.program_id(0) % num_rows
+    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
+    place = plane * num_rows + row
+    r = tl.program_id(1) * R + tl.arange(0, R)
+    lane = tl.arange(0, C)
+    count = tl.load(counts + place)
+    total = tl.zeros([R], tl.float32)
+    for start in range(0, count, C):
+        slot = start + lane
+        ok = slot < count
+        j = tl.load(indices + place * width + slot, mask=ok, other=0).to(tl.int64)
+        g = tl.load(grad + place * width + slot, mask=ok, other=0.0)
+        k = tl.load(
+            key + (plane * num_keys + j)[:, None] * RANK + r[None, :],
+            mask=ok[:, None] & (r < RANK)[None, :], other=0.0,
+        )  # fmt: skip
+        total += tl.sum(g.to(tl.float32)[:, None] * k.to(tl.float32), 0)
+    target = grad_query + place * RANK + r
+    tl.store(target, total.to(grad_query.dtype.element_ty), mask=r < RANK)
+
+
+@triton.jit
+def kept_key_grad_kernel(
+    grad, query, offsets, slots, grad_key, num_rows, num_keys, width,
+    R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one key row, over the tiles that the transpose lists for it."""
+    j = tl.program_id(0) % num_keys
+    plane = tl.cast(tl.program_id(0) // num_keys, tl.int64)
+    r = tl.program_id(1) * R + tl.arange(0, R)
+    lane = tl.arange(0, C)
+    first = tl.load(offsets + plane * (num_keys + 1) + j)
+    last = tl.load(offsets + plane * (num_keys + 1) + j + 1)
+    total = tl.zeros([R], tl.float32)
+    for start in range(first, last, C):
+        entry = start + lane
+        ok = entry < last
+        slot = tl.load(slots + plane * num_rows * width + entry, mask=ok, other=0)
+        g = tl.load(grad + plane * num_rows * width + slot, mask=ok, other=0.0)
+        i = (slot // width).to(tl.int64)
+        q = tl.load(
+            query + (plane * num_rows + i)[:, None] * RANK + r[None, :],
+            mask=ok[:, None] & (r < RANK)[None, :], other=0.0,
+        )  # fmt: skip
+        total += tl.sum(g.to(tl.float32)[:, None] * q.to(tl.float32), 0)
+    target = grad_key + (plane * num_keys + j) * RANK + r
+    tl.store(target, total.to(grad_key.dtype.element_ty), mask=r < RANK)
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def mlp_kernel(
+    query, key, candidates, c_stride_b, c_stride_h, c_stride_i,
+    bias, hidden, out_weight, gain, scores,
+    num_rows, columns, num_keys, tiles, pattern_heads, num_heads,
+    R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr, LAYERS: tl.constexpr,
+    SHARE: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """The MLP on some pairs of one row, averaged over the heads that share a pattern."""
+    row = tl.program_id(0) // tiles % num_rows
+    tile = tl.program_id(0) % tiles
+    plane = tl.cast(tl.program_id(0) // tiles // num_rows, tl.int64)
+    batch = plane // pattern_heads
+    shared = plane % pattern_heads
+    lane = tile * C + tl.arange(0, C)
+    ok = lane < columns
+    j = lane.to(tl.int64)
+    if LISTS:
+        entries = candidates + batch * c_stride_b + shared * c_stride_h
+        j = tl.load(entries + tl.cast(row, tl.int64) * c_stride_i + lane, mask=ok, other=-1)
+        j = j.to(tl.int64)
+    named = ok & (j >= 0) & (j < num_keys)
+    r = tl.arange(0, R)
+    real = r < RANK
+    total = tl.zeros([C], tl.float32)
+    for extra in range(SHARE):
+        head = shared * SHARE + extra
+        own = batch * num_heads + head
+        q = tl.load(query + (own * num_rows + row) * RANK + r, mask=real, other=0.0)
+        k = tl.load(
+            key + (own * num_keys + j)[:, None] * RANK + r[None, :],
+            mask=named[:, None] & real[None, :], other=0.0,
+        )  # fmt: skip
+        b = tl.load(bias + head * RANK + r, mask=real, other=0.0)
+        x = _gelu(k.to(tl.float32) + (q.to(tl.float32) + b.to(tl.float32))[None, :])
+        for depth in tl.static_range(1, LAYERS):
+            square = (r * RANK)[:, None] + r[None, :]
+            w = tl.load(
+                hidden + ((depth - 1) * num_heads + head) * RANK * RANK + square,
+                mask=real[:, None] & real[None, :], other=0.0,
+            )  # fmt: skip
+            b = tl.load(bias + (depth * num_heads + head) * RANK + r, mask=real, other=0.0)
+            x = tl.dot(x, w.to(tl.float32), input_precision="ieee") + b.to(tl.float32)[None, :]
+            x = _gelu(x)
+        o = tl.load(out_weight + head * RANK + r, mask=real, other=0.0).to(tl.float32)
+        total += tl.sum(x * o[None, :], 1)
+    total = total * (tl.load(gain).to(tl.float32) / SHARE)
+    tl.store(scores + (plane * num_rows + row) * columns + lane, total, mask=ok)
+
+
+@triton.jit
+def mark_kernel(indices, counts, marks, num_rows, columns, words, width, W: tl.constexpr):
+    """Sets the bit of every tile of one row; 32 rows share a word, one word per column."""
+    row = tl.program_id(0) % num_rows
+    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
+    slot = tl.arange(0, W)
+    place = plane * num_rows + row
+    used = slot < tl.load(counts + place)
+    j = tl.load(indices + place * width + slot, mask=used, other=0)
+    bit = ((j * 0 + 1).to(tl.uint32) << (row % 32).to(tl.uint32)).to(tl.int32, bitcast=True)
+    target = marks + (plane * words + row // 32) * columns + j
+    tl.atomic_or(target, bit, mask=used, sem="relaxed")
+
+
+@triton.jit
+def _ones(word):
+    """How many bits of unsigned words are set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+@triton.jit
+def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: tl.constexpr):
+    """For every word of some columns the bits set in the words above it, and the columns' sums."""
+    plane = tl.cast(tl.program_id(1), tl.int64)
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    ok = column < columns
+    carried = tl.zeros([C], tl.int32)
+    step = tl.arange(0, WORDS)
+    for start in range(0, words, WORDS):
+        word = start + step
+        place = (plane * words + word)[:, None] * columns + column[None, :]
+        here = (word < words)[:, None] & ok[None, :]
+        bits = tl.load(marks + place, mask=here, other=0).to(tl.uint32, bitcast=True)
+        number = _ones(bits).to(tl.int32)
+        running = tl.cumsum(number, 0) - number + carried[None, :]
+        tl.store(before + place, running, mask=here)
+        carried += tl.sum(number, 0)
+    tl.store(totals + plane * columns + column, carried, mask=ok)
+
+
+@triton.jit
+def offset_kernel(totals, offsets, columns, C: tl.constexpr):
+    """Where the list of each column of a plane starts."""
+    plane = tl.cast(tl.program_id(0), tl.int64)
+    lane = tl.arange(0, C)
+    carried = tl.zeros([1], tl.int32)
+    tl.store(offsets + plane * (columns + 1) + tl.arange(0, 1), carried)
+    for start in range(0, columns, C):
+        column = start + lane
+        ok = column < columns
+        number = tl.load(totals + plane * columns + column, mask=ok, other=0)
+        running = carried + tl.cumsum(number, 0)
+        tl.store(offsets + plane * (columns + 1) + 1 + column, running, mask=ok)
+        carried += tl.sum(number, 0)
+
+
+@triton.jit
+def place_kernel(
+    indices, counts, marks, before, offsets, slots, num_rows, columns, words, width,
+    W: tl.constexpr,
+):  # fmt: skip
+    """Writes each tile of one row to its place in the list of its column."""
+    row = tl.program_id(0) % num_rows
+    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
+    slot = tl.arange(0, W)
+    place = plane * num_rows + row
+    used = slot < tl.load(counts + place)
+    j = tl.load(indices + place * width + slot, mask=used, other=0)
+    word = (plane * words + row // 32) * columns + j
+    bits = tl.load(marks + word, mask=used, other=0).to(tl.uint32, bitcast=True)
+    earlier = ((j * 0 + 1).to(tl.uint32) << (row % 32).to(tl.uint32)) - 1
+    rank = tl.load(before + word, mask=used, other=0) + _ones(bits & earlier).to(tl.int32)
+    start = tl.load(offsets + plane * (columns + 1) + j, mask=used, other=0)
+    target = slots + plane * num_rows * width + start + rank
+    tl.store(target, row * width + slot, mask=used)
+
+
+@triton.jit
+def lattice_kernel(
+    rows, r_stride_b, diagonal, d_stride_b, candidates, forced_count, limit,
+    num_rows, heads, width, sinks, near, GROUPS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Lists the candidates of one row: sinks, neighbours of the diagonal, lattice; ascending.
+
+    ``GROUPS`` holds (blocks of a segment, rate) for each group, flattened. A block that an earlier
+    part lists is left out of the later ones, by arithmetic.
+    """
+    row = tl.program_id(0) % num_rows
+    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
+    batch = plane // heads
+    head = (plane % heads).to(tl.int32)
+    rule = rows + batch * r_stride_b + row
+    low = tl.load(rule)
+    end = tl.load(rule + num_rows)
+    sink_end = tl.load(rule + 2 * num_rows)
+    near_first = tl.load(rule + 3 * num_rows)
+    near_end = tl.load(rule + 4 * num_rows)
+    own = tl.load(diagonal + batch * d_stride_b + row).to(tl.int32)
+    lane = tl.arange(0, C)
+    NONE: tl.constexpr = 0x7FFFFFFF
+    found = tl.where((lane < sinks) & (low + lane < sink_end), low + lane, NONE)
+    local = near_first + lane - sinks
+    is_near = (lane >= sinks) & (lane < sinks + near) & (local < near_end) & (local >= sink_end)
+    found = tl.where(is_near & (local >= low), local, found)
+    first = sinks + near
+    for group in tl.static_range(0, len(GROUPS), 2):
+        segment = GROUPS[group]
+        rate = GROUPS[group + 1]
+        number = (segment + rate - 1) // rate
+        inside = (lane - first) * rate + head % rate
+        # Rows that see nothing may lie before their range: the clamp keeps the division simple.
+        start = tl.maximum(own - low, 0) // segment * segment
+        j = low + start + inside
+        listed = (lane >= first) & (lane < first + number) & (inside < segment)
+        listed = listed & (j >= sink_end) & ((j < near_first) | (j >= near_end))
+        for earlier in tl.static_range(0, group, 2):
+            other = GROUPS[earlier]
+            other_rate = GROUPS[earlier + 1]
+            same = (j - low) // other == tl.maximum(own - low, 0) // other
+            same = same & ((j - low) % other % other_rate == head % other_rate)
+            listed = listed & (same == 0)
+        found = tl.where(listed, j, found)
+        first += number
+    found = tl.where((found >= low) & (found < end), found, NONE)
+    must = (found < sink_end) | ((found >= near_first) & (found < near_end))
+    ordered = tl.sort(found)
+    place = plane * num_rows + row
+    tl.store(
+        candidates + place * width + lane, tl.where(ordered == NONE, -1, ordered),
+        mask=lane < width,
+    )  # fmt: skip
+    there = found != NONE
+    tl.store(limit + place, tl.sum(there.to(tl.int32), 0))
+    tl.store(forced_count + place, tl.sum((there & must).to(tl.int32), 0))
+
+
+# Triton reads TRITON_INTERPRET when a kernel is defined.
+INTERPRETED = not isinstance(summary_kernel, triton.JITFunction)

@@ -1,0 +1,126 @@
+"""The fused selection against the layer's PyTorch path: the same blocks, the same gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+from dilated_attention_pytorch.mask import AttentionMask
+
+pytest.importorskip("triton", reason="the triton package is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS, EDGES = [70, 37], [[0, 30, 41, 70], [0, 50, 60, 64]]
+LATTICE = ([32, 64], [1, 2])
+
+CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "default": ({}, (None, None), {}),
+    "causal": ({}, (None, None), {"is_causal": True}),
+    "padded": ({"pooling": ("mean", "max", "min", "attention")}, (None, None),
+               {"is_causal": True, "key_lengths": LENGTHS}),
+    "deep, all heads alike": ({"num_layers": 2, "share_across_heads": True}, (None, None), {}),
+    "documents": ({"share_within_kv_group": True, "pooling": ("max",)}, (None, None),
+                  {"cu_seqlens": EDGES, "is_causal": True}),
+    "mlp": ({"scorer": "mlp", "num_layers": 2, "hidden_dim": 16}, (None, None),
+            {"is_causal": True}),
+    "mlp, lattice": ({"scorer": "mlp", "hidden_dim": 8, "share_within_kv_group": True,
+                      "budget": "fixed"}, LATTICE, {"is_causal": True}),
+    "lattice": ({"num_local_blocks": 1, "num_sink_blocks": 1}, LATTICE, {}),
+    "count": ({"budget": "fixed", "num_selected_blocks": 2}, LATTICE,
+              {"is_causal": True, "cu_seqlens": EDGES}),
+    "past": ({"query_scope": "past"}, (None, None), {"is_causal": True}),
+    "cross": ({}, (None, None), {"cross_attention": True}),
+}  # fmt: skip
+
+
+def make(settings: dict[str, Any], lattice: Any) -> BlockSparseAdaptive:
+    torch.manual_seed(0)
+    values = {"block_size": 16, "base_sparsity": 0.5, "hard_sparsity": True, **settings}
+    layer = BlockSparseAdaptive(*lattice, 4, 16, AdaptiveConfig(**values), num_kv_heads=2)
+    return layer.to(DEVICE)
+
+
+def inputs(kv_len: int = 70) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 70, 4, 16), *[(2, kv_len, 2, 16)] * 2]
+    drawn = [torch.randn(s, generator=generator).to(DEVICE) for s in shapes]
+    return [x.requires_grad_() for x in drawn]
+
+
+def run(layer: BlockSparseAdaptive, backend: str, options: dict[str, Any]) -> list[Any]:
+    """What was chosen, the sparsity loss and every gradient."""
+    layer.backend = backend
+    layer.zero_grad()
+    tensors = inputs(50 if options.get("cross_attention") else 70)
+    given = {
+        k: torch.tensor(v, device=DEVICE) if isinstance(v, list) else v for k, v in options.items()
+    }
+    out, info = layer(*tensors, return_pattern=True, **given)
+    loss = layer.get_sparsity_loss()
+    total = (out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum()
+    (total + loss).backward()
+    found = [info["pattern"].to_dense().expand(2, -1, -1, -1), loss.detach()]
+    return found + [x.grad for x in (*tensors, *layer.parameters())]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fused_equals_the_pytorch_path(case: str) -> None:
+    settings, lattice, options = CASES[case]
+    layer = make(settings, lattice)
+    want, got = run(layer, "gather", options), run(layer, "triton", options)
+    assert torch.equal(want[0], got[0])
+    for x, y in zip(want[1:], got[1:], strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5)
+
+
+def refusal(backend: str, **settings: Any) -> str:
+    layer = make(settings, (None, None))
+    layer.backend = backend
+    x = torch.randn(1, 32, 4, 16, device=DEVICE)
+    mask = AttentionMask(32, 32)
+    return str(layer.selection_refusal(layer._inputs(x, x[:, :, :2], mask, None, True, None)))
+
+
+def test_which_path_runs_and_why() -> None:
+    assert refusal("triton") == "None"
+    assert "estimator 'gumbel'" in refusal("triton", estimator="gumbel")
+    assert "top_p" in refusal("triton", budget="top_p")
+    assert "backend='gather'" in refusal("gather")
+    assert refusal("auto") == ("None" if DEVICE.type == "cuda" else "the PyTorch path runs on cpu")
+
+
+def test_training_keeps_random_blocks_within_the_rules() -> None:
+    layer = make({"hard_sparsity": False, "num_explore_blocks": 2, "budget": "fixed",
+                  "num_selected_blocks": 1}, (None, None))  # fmt: skip
+    layer.backend = "triton"
+    q, k, v = inputs()
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    drawn = []
+    for _ in range(2):
+        _, info = layer(q, k, v, is_causal=True, return_pattern=True, generator=generator)
+        info["pattern"].validate()
+        count = info["pattern"].kv_num_blocks
+        # The diagonal, one scored and two random blocks, as far as there are any.
+        most = torch.arange(1, 6, device=DEVICE).clamp(max=4).int()
+        assert torch.equal(count, most.expand_as(count))
+        drawn.append(info["pattern"].to_dense())
+    assert not torch.equal(*drawn)
+
+
+def test_a_pattern_from_another_layer_is_attended_to_as_it_is() -> None:
+    first, second = make({}, (None, None)), make({"base_sparsity": 0.1}, (None, None))
+    q, k, v = inputs()
+    out, info = first(q, k, v, is_causal=True, return_pattern=True)
+    again, same = second(q, k, v, is_causal=True, pattern=info["pattern"], return_pattern=True)
+    assert same["pattern"] is info["pattern"]
+    torch.testing.assert_close(out, again)
+    again.sum().backward()
+    assert all(p.grad is None for p in second.parameters())
+    with pytest.raises(ValueError, match="pattern was made for"):
+        second(q[:, :32], k[:, :32], v[:, :32], pattern=info["pattern"])

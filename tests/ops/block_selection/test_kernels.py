@@ -1,0 +1,361 @@
+"""Each selection kernel against PyTorch: compiled where there is a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import BlockPattern, ImportanceScorer, block_summaries
+from dilated_attention_pytorch.candidates import CandidateRule, count_forced, row_ranges
+from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.selection.budget import (
+    FRACTION_BITS,
+    content_complexity,
+    round_budget,
+    water_level_budget,
+)
+from dilated_attention_pytorch.selection.top_k import choose_top_k
+
+pytest.importorskip("triton", reason="the triton package is not installed")
+
+from dilated_attention_pytorch.ops.block_selection import summarise, transpose_lists
+from dilated_attention_pytorch.ops.block_selection.autograd import (
+    bilinear_op,
+    choose_op,
+    kept_op,
+    lattice_op,
+    mlp_op,
+    round_op,
+)
+from dilated_attention_pytorch.ops.block_selection.interface import row_budget
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("names", [("mean", "max"), ("min", "attention", "mean", "max"), ("max",)])
+@pytest.mark.parametrize("length", [1, 50, 64])
+@pytest.mark.parametrize("padded", [False, True])
+def test_summaries_and_their_gradients(names: tuple[str, ...], length: int, padded: bool) -> None:
+    x, u = randn(2, length, 3, 20).requires_grad_(), randn(3, 20, seed=1).requires_grad_()
+    valid = randn(2, length, seed=2) < 0.3 if padded else None
+    got = summarise(x, 16, names, valid, u)
+    wide = [t.detach().double().requires_grad_() for t in (x, u)]
+    want = block_summaries(wide[0], 16, pooling=names, valid=valid, pool_query=wide[1])
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    weight = randn(*want.shape, seed=3)
+    inputs = [x, u] if "attention" in names else [x]
+    found = torch.autograd.grad((got * weight).sum(), inputs)
+    wanted = torch.autograd.grad((want * weight).sum(), wide[: len(inputs)])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_summaries_take_strides_and_leave_padding_alone() -> None:
+    x = randn(2, 3, 40, 8).transpose(1, 2)
+    valid = torch.arange(40, device=DEVICE)[None] < 20
+    dirty = torch.where(valid[..., None, None], x, float("nan")).transpose(1, 2).contiguous()
+    names = ("mean", "max", "min")
+    want = block_summaries(x, 16, pooling=names, valid=valid)
+    got = summarise(dirty.transpose(1, 2), 16, names, valid)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_summaries_in_half_precision_are_rounded_once(dtype: torch.dtype) -> None:
+    x = randn(1, 64, 2, 16).to(dtype)
+    want = block_summaries(x.float(), 32).to(dtype)
+    torch.testing.assert_close(summarise(x, 32, ("mean", "max")), want, rtol=0.01, atol=0.01)
+
+
+def test_the_first_of_equal_extremes_takes_the_gradient() -> None:
+    x = torch.zeros(1, 16, 1, 4, device=DEVICE, requires_grad=True)
+    summarise(x, 16, ("max", "min")).sum().backward()
+    assert x.grad is not None
+    assert x.grad[0, 0].eq(2).all()
+    assert x.grad[0, 1:].eq(0).all()
+
+
+def intervals(rows: int, columns: int, *, forced: bool) -> Tensor:
+    """Causal rows of ``columns`` key blocks, with a sink and the diagonal forced or nothing."""
+    i = torch.arange(rows)
+    end = (i + 1 + columns - rows).clamp(0, columns)
+    nothing = torch.zeros_like(i)
+    near = (end - 1, end) if forced else (nothing, nothing)
+    parts = (nothing, end, nothing + int(forced), *near)
+    return torch.stack(parts)[None].int().to(DEVICE)
+
+
+def allowed_of(rule: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    low, end, sink, first, last = (x[..., None] for x in rule[:, None].unbind(2))
+    j = torch.arange(columns, device=DEVICE)
+    visible = (j >= low) & (j < end)
+    must = visible & ((j < sink) | ((j >= first) & (j < last)))
+    return visible & ~must, must
+
+
+def lists_of(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """Dense booleans, after checking that the lists ascend."""
+    used = torch.arange(indices.shape[-1], device=DEVICE) < counts[..., None]
+    dense = torch.zeros(*indices.shape[:3], columns + 1, dtype=torch.bool, device=DEVICE)
+    dense.scatter_(3, torch.where(used, indices, columns).long(), True)
+    steps = indices[..., 1:] > indices[..., :-1]
+    assert (steps | ~used[..., 1:]).all()
+    assert indices[~used].eq(0).all()
+    return dense[..., :columns]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("columns", [3, 33, 70])
+def test_choice_equals_top_k_with_ties_and_odd_values(forced: bool, columns: int) -> None:
+    rows, plane = 6, (2, 2)
+    # Few distinct values: many ties.
+    scores = randn(*plane, rows, columns).mul(2).round()
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0], device=DEVICE)
+    place = torch.arange(scores.numel(), device=DEVICE).view(scores.shape)
+    scores = torch.where(place % 7 == 0, odd[place % 5], scores)
+    rule = intervals(rows, columns, forced=forced)
+    scored, must = allowed_of(rule, columns)
+    budget = torch.arange(rows, device=DEVICE).int() * 2 + 1
+    budget = budget.expand(*plane, rows).contiguous()
+    counts, indices, kept, flags = choose_op(
+        scores, None, rule, budget, None, None, 0, 0, columns, True
+    )
+    want = choose_top_k(scores, scored, (budget - must.sum(-1)).clamp(min=0), columns) | must
+    assert torch.equal(lists_of(counts, indices, columns), want)
+    used = torch.arange(columns, device=DEVICE) < counts[..., None]
+    picked = scores.gather(-1, indices.long())
+    assert torch.equal(kept[used].nan_to_num(7), picked[used].nan_to_num(7))
+    assert torch.equal(flags.bool(), scored.expand_as(scores).gather(-1, indices.long()) & used)
+
+
+def test_a_fixed_count_and_listed_candidates() -> None:
+    columns = 40
+    rule = intervals(4, columns, forced=True)
+    listed = torch.tensor([0, 3, 4, 9, 30, 36, 37, 38, 39, -1, -1], device=DEVICE).int()
+    listed = listed.expand(1, 1, 4, -1).contiguous()
+    scores = randn(1, 2, 4, listed.shape[-1])
+    counts, indices, *_ = choose_op(scores, listed, rule, None, None, None, 2, 0, 9, False)
+    scored, must = allowed_of(rule, columns)
+    at = listed.clamp(min=0).long()
+    real = (listed >= 0).expand(scores.shape)
+    free = scored.expand(1, 2, 4, -1).gather(-1, at.expand(scores.shape)) & real
+    chosen = choose_top_k(scores, free, torch.full((1, 2, 4), 2, device=DEVICE), 2)
+    want = torch.zeros(1, 2, 4, columns, dtype=torch.bool, device=DEVICE)
+    want.scatter_(3, at.expand(scores.shape), chosen)
+    forced = must.expand(1, 2, 4, -1).gather(-1, at.expand(scores.shape)) & real
+    every = torch.zeros_like(want).scatter_(3, at.expand(scores.shape).where(forced, 0), True)
+    assert torch.equal(lists_of(counts, indices, columns), want | (every & must))
+
+
+def test_noise_samples_like_the_softmax_and_random_blocks_are_uniform() -> None:
+    # Interpreted programs take 0.1 s each.
+    rows, far = (2000, 0.04) if DEVICE.type == "cuda" else (40, 0.25)
+    share = torch.tensor([0.5, 0.25, 0.125, 0.125], device=DEVICE)
+    scores = share.log().expand(1, 1, rows, 4).contiguous()
+    rule = torch.tensor([0, 4, 0, 0, 0]).view(1, 5, 1).expand(1, 5, rows)
+    rule = rule.int().contiguous().to(DEVICE)
+    seed, one = torch.tensor(5, device=DEVICE), torch.ones((), device=DEVICE)
+    counts, indices, *_ = choose_op(scores, None, rule, None, seed, one, 1, 0, 1, False)
+    assert counts.eq(1).all()
+    found = torch.bincount(indices.flatten(), minlength=4) / rows
+    torch.testing.assert_close(found, share, atol=far, rtol=0)
+    # No scored block, one random one: each block is as likely.
+    _, indices, *_ = choose_op(scores, None, rule, None, seed, one, 0, 1, 1, False)
+    uniform = torch.bincount(indices.flatten(), minlength=4) / rows
+    torch.testing.assert_close(uniform, torch.full_like(share, 0.25), atol=far, rtol=0)
+    again = choose_op(scores, None, rule, None, seed, one, 0, 1, 1, False)[1]
+    other = choose_op(scores, None, rule, None, seed + 1, one, 0, 1, 1, False)[1]
+    assert torch.equal(indices, again)
+    assert not torch.equal(indices, other)
+
+
+@pytest.mark.parametrize("rank", [5, 48, 200])
+def test_products_of_listed_candidates_and_of_kept_tiles(rank: int) -> None:
+    q, k = randn(2, 2, 5, rank).requires_grad_(), randn(2, 2, 7, rank, seed=1).requires_grad_()
+    dense = randn(2, 2, 5, 7, seed=2) < 0.2
+    pattern = BlockPattern.from_dense(dense, q_len=5, kv_len=7, block_size=1)
+    listed = torch.where(pattern.slot_used(), pattern.kv_indices, -1)
+    products = bilinear_op(q.detach(), k.detach(), listed)
+    wide = [x.detach().double().requires_grad_() for x in (q, k)]
+    want = (wide[0] @ wide[1].transpose(-1, -2)).gather(-1, pattern.kv_indices.long())
+    want = want.where(pattern.slot_used(), 0)
+    torch.testing.assert_close(products.double(), want, rtol=1e-5, atol=1e-4)
+    turned = pattern.transpose()
+    kept = kept_op(
+        q, k, products, pattern.kv_num_blocks, pattern.kv_indices, turned.offsets, turned.slots
+    )
+    weight = randn(*kept.shape, seed=3)
+    for a, b in zip(
+        torch.autograd.grad((kept * weight).sum(), (q, k)),
+        torch.autograd.grad((want * weight).sum(), wide),
+        strict=True,
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("listed", [False, True])
+def test_mlp_scores(layers: int, share: int, listed: bool) -> None:
+    torch.manual_seed(0)
+    scorer = ImportanceScorer(
+        8, 4, kind="mlp", hidden_dim=12, num_layers=layers, heads_per_pattern=share
+    )
+    with torch.no_grad():
+        for weight in scorer.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    scorer = scorer.to(DEVICE)
+    q, k = randn(2, 5, 4, 8), randn(2, 6, 2, 8, seed=1)
+    candidates = None
+    if listed:
+        candidates = torch.tensor([0, 2, 5], device=DEVICE).int().expand(1, 4 // share, 5, -1)
+        candidates = candidates.contiguous()
+    with torch.no_grad():
+        want = scorer.double()(q.double(), k.double(), candidates)
+        scorer.float()
+        left, right = scorer.first_maps(q, k)
+        hidden = torch.stack(list(scorer.hidden)) if layers > 1 else scorer.out
+        got = mlp_op(
+            left, right, candidates, scorer.bias, hidden, scorer.out,
+            scorer.gain, 4 // share,
+        )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns", "density"), [
+    (1, 1, 1.0), (40, 70, 0.3), (33, 5, 0.9), (64, 64, 0.0), (65, 130, 0.1),
+])  # fmt: skip
+def test_transpose_equals_sorting(rows: int, columns: int, density: float) -> None:
+    dense = torch.rand(2, 2, rows, columns, generator=torch.Generator().manual_seed(0)) < density
+    pattern = BlockPattern.from_dense(dense, q_len=rows, kv_len=columns, block_size=1)
+    want = pattern.transpose()
+    got = transpose_lists(pattern.to(DEVICE))
+    assert torch.equal(got.offsets.cpu(), want.offsets)
+    for b in range(2):
+        for h in range(2):
+            end = int(want.offsets[b, h, -1])
+            assert torch.equal(got.slots[b, h, :end].cpu(), want.slots[b, h, :end])
+
+
+RULES = [
+    {"causal": False},
+    {"causal": True},
+    {"causal": True, "num_local_blocks": 2, "num_sink_blocks": 1},
+    {"causal": False, "num_local_blocks": 1, "num_sink_blocks": 2},
+]
+
+
+@pytest.mark.parametrize("settings", RULES, ids=str)
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_lattice_lists_what_the_enumeration_allows(
+    settings: dict, diagonal: bool, padded: bool
+) -> None:
+    if settings["causal"] and not diagonal:
+        pytest.skip("causal masks have a diagonal")
+    lengths = torch.tensor([36, 17], device=DEVICE) if padded else None
+    mask = AttentionMask(36, 36, settings["causal"], 0, lengths)
+    rows = row_ranges(mask, (2, 2), has_diagonal=diagonal, device=DEVICE)
+    rule = CandidateRule(
+        num_heads=3, num_key_blocks=18, block_size=2, segment_lengths=(8, 24, 36),
+        dilation_rates=(1, 2, 3), **settings,
+    )  # fmt: skip
+    segments, rates = zip(*rule.groups(), strict=True)
+    candidates, forced, limit = lattice_op(
+        rule.intervals(rows), rows.diagonal_first[:, 0].contiguous(), list(segments), list(rates),
+        3, rule.num_sink_blocks, rule.near_width(rows),
+    )  # fmt: skip
+    assert candidates.shape[-1] == rule.width(rows)
+    built = rule.build(rows)
+    assert built.indices is not None
+    want = torch.zeros(*limit.shape, 19, dtype=torch.bool, device=DEVICE)
+    visible = built.scored | built.forced
+    index = torch.where(visible, built.indices, 18).expand(*limit.shape, -1)
+    want.scatter_(3, index, True)
+    assert torch.equal(lists_of(limit, candidates.where(candidates >= 0, 0), 18), want[..., :18])
+    assert torch.equal(forced, built.forced.sum(-1).int().expand_as(forced))
+
+
+@pytest.mark.parametrize("settings", RULES, ids=str)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_counting_forced_blocks(settings: dict, diagonal: bool) -> None:
+    mask = AttentionMask(36, 30, settings["causal"], -6 if settings["causal"] else 0)
+    rows = row_ranges(mask, (2, 2), has_diagonal=diagonal, device=DEVICE)
+    rule = CandidateRule(num_heads=1, num_key_blocks=15, block_size=2, **settings)
+    forced, limit = count_forced(rule.intervals(rows))
+    built = rule.build(rows)
+    assert torch.equal(forced, built.forced.sum(-1).int())
+    assert torch.equal(limit, (built.forced | built.scored).sum(-1).int())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
+@pytest.mark.parametrize("kind", ["plain", "lengths", "documents", "past"])
+def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kind: str) -> None:
+    if kind == "past" and not causal:
+        pytest.skip("only causal rows look at the past alone")
+    blocks, lengths, ids = 40, None, None
+    if kind == "lengths":
+        lengths = torch.tensor([40, 23], device=DEVICE)
+    if kind == "documents":
+        ids = torch.tensor([[0] * 25 + [1] * 15, [0] * 3 + [1] * 30 + [-1] * 7], device=DEVICE)
+    mask = AttentionMask(blocks, blocks, causal, 0, lengths, None if ids is None else ids.int())
+    rows = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
+    rule = CandidateRule(
+        num_heads=heads, num_key_blocks=blocks, block_size=1, causal=causal, num_sink_blocks=1
+    )
+    spans = rule.intervals(rows)
+    forced, limit = count_forced(spans)
+    # Alike in parts, so that the complexity varies.
+    means = randn(2, kv_heads, blocks, 12) + 2 * randn(2, kv_heads, 1, 12, seed=1)
+    gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
+    offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
+    base = torch.tensor(0.7, device=DEVICE)
+    past = kind == "past"
+    rounded, exact = row_budget(
+        rule, rows, spans, forced, limit, base, batch=2, means=means, gain=gain, offset=offset,
+        past=past, max_factor=2.0,
+    )  # fmt: skip
+    complexity = content_complexity(means.transpose(1, 2), rows, past_only=past)
+    if heads == 1:
+        complexity = complexity.mean(1, keepdim=True)
+    elif heads > kv_heads:
+        complexity = complexity.repeat_interleave(heads // kv_heads, 1)
+    factor = (offset[:, None] + gain[:, None] * complexity).clamp(0, 2)
+    keep = ((1 - base) * factor).clamp(max=1)
+    want = water_level_budget(keep, forced, limit, rows, blocks)
+    torch.testing.assert_close(exact, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(rounded, round_budget(exact, rows))
+    weight = randn(*want.shape, seed=2)
+    found = torch.autograd.grad((exact * weight).sum(), (gain, offset))
+    wanted = torch.autograd.grad((want * weight).sum(), (gain, offset))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_a_budget_without_content() -> None:
+    mask = AttentionMask(30, 30, True)
+    rows = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
+    rule = CandidateRule(num_heads=2, num_key_blocks=30, block_size=1, causal=True)
+    spans = rule.intervals(rows)
+    forced, limit = count_forced(spans)
+    base = torch.tensor(0.8, device=DEVICE)
+    rounded, exact = row_budget(rule, rows, spans, forced, limit, base, batch=3)
+    keep = torch.full((3, 2, 30), 0.2, device=DEVICE)
+    want = water_level_budget(keep, forced, limit, rows, 30)
+    torch.testing.assert_close(exact, want)
+    assert torch.equal(rounded, round_budget(exact, rows))
+
+
+@pytest.mark.parametrize("rows", [1, 70, 2049])
+def test_rounding(rows: int) -> None:
+    exact = torch.rand(2, 1, rows, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 9
+    exact[0, 0, ::3] = exact[0, 0, ::3].round() + 0.5
+    mask = AttentionMask(rows, rows)
+    ranges = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
+    assert torch.equal(round_op(exact, FRACTION_BITS), round_budget(exact, ranges))
