@@ -296,6 +296,15 @@ def build_candidates(
     return Candidates(columns, visible & ~forced, forced)
 
 
+def list_candidates(columns: Tensor, rule: CandidateRule, rows: RowRange) -> Candidates:
+    """Candidates with given numbers: int64 ``(b, heads, i, c)``, ascending, negative: none."""
+    visible = (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
+    forced = visible & _forced(
+        rows, columns, rule.causal, rule.num_local_blocks, rule.num_sink_blocks
+    )
+    return Candidates(columns, visible & ~forced, forced)
+
+
 def _enumerate(
     rows: RowRange,
     num_heads: int,

@@ -66,6 +66,12 @@ class AdaptiveConfig:
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
             token, which is strictly causal.
         share_within_kv_group: One pattern for the query heads of a KV group.
+        hierarchy: Choose in levels: children per super-block, from the finest level up; ``(8, 4)``
+            are super-blocks of 8 blocks and of 4 such super-blocks. Only what lies inside the
+            kept super-blocks is scored further. Needs ``estimator="mass"`` (which trains the
+            coarse scorers too) and a budget other than ``"top_p"``. Empty: score all blocks.
+        hierarchy_keep: Super-blocks that a row keeps by score on every level, besides those that
+            hold forced blocks.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -97,14 +103,20 @@ class AdaptiveConfig:
     num_explore_blocks: int = 2
     query_scope: str = "block"
     share_within_kv_group: bool = False
+    hierarchy: tuple[int, ...] = ()
+    hierarchy_keep: int = 8
 
     def __post_init__(self) -> None:
         """Checks every field."""
         if isinstance(self.pooling, str):
             raise TypeError(f"pooling must be a sequence of names, got {self.pooling!r}.")
         object.__setattr__(self, "pooling", tuple(self.pooling))
+        if not isinstance(self.hierarchy, list | tuple):
+            raise TypeError(f"hierarchy must be a sequence of ints, got {self.hierarchy!r}.")
+        object.__setattr__(self, "hierarchy", tuple(self.hierarchy))
         _check_types(self)
         _check_ranges(self)
+        _check_hierarchy(self)
         for name, valid in (
             ("estimator", ESTIMATORS),
             ("scorer", SCORERS),
@@ -136,7 +148,7 @@ class AdaptiveConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""
         out = dataclasses.asdict(self)
-        out["pooling"] = list(self.pooling)
+        out["pooling"], out["hierarchy"] = list(self.pooling), list(self.hierarchy)
         return out
 
     @classmethod
@@ -176,7 +188,14 @@ def _check_types(config: AdaptiveConfig) -> None:
 
 def _check_ranges(config: AdaptiveConfig) -> None:
     check_sparsity("base_sparsity", config.base_sparsity)
-    for name in ("temperature", "min_temperature", "hidden_dim", "num_layers", "block_size"):
+    for name in (
+        "temperature",
+        "min_temperature",
+        "hidden_dim",
+        "num_layers",
+        "block_size",
+        "hierarchy_keep",
+    ):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
     for name in (
@@ -191,6 +210,23 @@ def _check_ranges(config: AdaptiveConfig) -> None:
             raise ValueError(f"{name} must not be negative, got {value}.")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
+
+
+def _check_hierarchy(config: AdaptiveConfig) -> None:
+    for size in config.hierarchy:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"hierarchy must hold ints, got {config.hierarchy!r}.")
+        if size < 2:
+            raise ValueError(f"hierarchy must hold sizes of at least 2, got {config.hierarchy}.")
+    if config.hierarchy and config.estimator != "mass":
+        raise ValueError(
+            f"hierarchy needs estimator='mass', which trains its scorers; got {config.estimator!r}."
+        )
+    if config.hierarchy and config.budget == "top_p":
+        raise ValueError(
+            "hierarchy needs budget='adaptive' or 'fixed': a share of all scores is not known "
+            "where not all blocks are scored; got 'top_p'."
+        )
 
 
 def check_sparsity(name: str, value: float) -> None:

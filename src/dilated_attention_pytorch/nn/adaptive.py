@@ -16,8 +16,10 @@ from dilated_attention_pytorch.nn.block_sparse import (
     SelectionInputs,
 )
 from dilated_attention_pytorch.nn.fused_selection import MAX_BUDGET_FACTOR, select_with_kernels
+from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes, narrow
 from dilated_attention_pytorch.ops.block_selection import kernel_refusal
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
+from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
 from dilated_attention_pytorch.selection.bounds import (
@@ -150,6 +152,19 @@ class BlockSparseAdaptive(BlockSparseLayer):
             share_across_heads=config.share_across_heads,
             heads_per_pattern=num_heads // pattern_heads,
         )
+        if config.hierarchy and self.segment_lengths is not None:
+            raise ValueError(
+                "hierarchy chooses among all blocks and segment_lengths limits them; give one."
+            )
+        self.coarse_scorers = nn.ModuleList(
+            ImportanceScorer(
+                head_dim * len(config.pooling), num_heads, kind=config.scorer,
+                hidden_dim=config.hidden_dim, num_layers=config.num_layers,
+                share_across_heads=config.share_across_heads,
+                heads_per_pattern=num_heads // pattern_heads,
+            )
+            for _ in config.hierarchy
+        )  # fmt: skip
         if "attention" in config.pooling:
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
@@ -237,13 +252,22 @@ class BlockSparseAdaptive(BlockSparseLayer):
         """Scores, budgets and chooses; see the class."""
         if self.selection_refusal(inputs) is None:
             return select_with_kernels(self, inputs)
-        config, candidates = self.config, inputs.candidates
-        scores, key_means = self.score(inputs)
+        config = self.config
+        explore = self.training and not config.hard_sparsity
+        queries, keys, key_means = self.summaries(inputs)
+        levels: list[ChosenLevel] = []
+        if config.hierarchy:
+            intervals = inputs.rule.intervals(inputs.rows)
+            found, levels = narrow(
+                self, inputs, intervals, queries, keys, explore=explore, kernels=False
+            )
+            inputs = inputs.limited_to(found)
+        candidates = inputs.candidates
+        scores = self.scorer(queries, keys, candidates.indices)
         budget = self._budget(inputs, scores, key_means)
         forced = candidates.forced.sum(-1, dtype=torch.int32)
         count = (budget - forced).clamp(min=0)
         bound = self._bound(inputs, count)
-        explore = self.training and not config.hard_sparsity
         ranked = scores.detach()
         if explore:
             noise = gumbel_noise(scores, inputs.generator)
@@ -253,7 +277,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return self._soft(inputs, scores, noise, count, bound)
         if explore and config.num_explore_blocks:
             chosen = chosen | self._explore(inputs, chosen)
-        return self._hard(inputs, scores, chosen, bound)
+        return self._hard(inputs, scores, chosen, bound, levels)
 
     def selection_refusal(self, inputs: SelectionInputs) -> str | None:
         """Why this selection takes the PyTorch path, or None if the fused kernels run it."""
@@ -269,8 +293,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
         width = inputs.rule.width(inputs.rows)
         return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
 
-    def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
-        """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
+    def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Summaries of query and key blocks, and the key blocks' means."""
         config = self.config
         query, valid = inputs.query, inputs.query_valid
         if config.query_scope == "past" and inputs.mask.causal:
@@ -291,14 +315,17 @@ class BlockSparseAdaptive(BlockSparseLayer):
             means = block_summaries(
                 inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
             )
-        return self.scorer(queries, keys, inputs.candidates.indices), means
+        return queries, keys, means
 
     def _budget(self, inputs: SelectionInputs, scores: Tensor, key_means: Tensor) -> Tensor:
         """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
         config, rows, candidates = self.config, inputs.rows, inputs.candidates
-        shape = scores.shape[:3]
+        shape, width = scores.shape[:3], inputs.rule.width(rows)
         forced = candidates.forced.sum(-1)
         limit = forced + candidates.scored.sum(-1)
+        if config.hierarchy:
+            # The budget depends on lengths alone, not on which super-blocks were kept.
+            limit = rows.num_allowed.long()
         if config.budget == "top_p":
             rounded = forced.int() + top_p_budget(scores, candidates.scored, self.top_p)
             self.record_density(self._soft_count(scores, candidates.scored) + forced, rows, rounded)
@@ -310,7 +337,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
             keep = (1 - self.base_sparsity).expand(shape)
             if config.budget == "adaptive":
                 keep = (keep * self._budget_factor(inputs, key_means)).clamp(max=1)
-            exact = water_level_budget(keep, forced, limit, rows, candidates.width)
+            exact = water_level_budget(keep, forced, limit, rows, width)
         rounded = round_budget(exact, rows)
         self.record_density(exact, rows, None)
         return rounded
@@ -421,7 +448,12 @@ class BlockSparseAdaptive(BlockSparseLayer):
         return Selection(pattern, block_bias=gate.gather(-1, slots))
 
     def _hard(
-        self, inputs: SelectionInputs, scores: Tensor, chosen: Tensor, bound: int
+        self,
+        inputs: SelectionInputs,
+        scores: Tensor,
+        chosen: Tensor,
+        bound: int,
+        levels: list[ChosenLevel],
     ) -> Selection:
         """Only the chosen blocks; the estimator decides how the scores hear of it."""
         config, candidates = self.config, inputs.candidates
@@ -441,9 +473,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
             if not learning or config.selector_weight == 0:
                 return Selection(pattern)
             kept = scores.gather(-1, slots) / self.temperature_factor()
-            batch, _, rows, _ = kept.shape
-            probe = mass_target_probe(kept, scored, config.selector_weight, batch * rows)
-            return Selection(pattern, mass_probe=probe)
+            return Selection(pattern, mass_probe=self.mass_probe(kept, scored, pattern, levels))
         passes_through = config.estimator == "straight_through" or config.hard_sparsity
         if config.estimator == "soft" and not (self.training and config.hard_sparsity):
             return Selection(pattern)
@@ -456,6 +486,26 @@ class BlockSparseAdaptive(BlockSparseLayer):
         if passes_through:
             bias = bias - bias.detach()
         return Selection(pattern, block_bias=bias)
+
+    def mass_probe(
+        self, kept: Tensor, scored: Tensor, pattern: BlockPattern, levels: list[ChosenLevel]
+    ) -> Tensor:
+        """What takes the tile mass to the scores of the kept tiles and of the coarse levels.
+
+        Args:
+            kept: ``(b, p, i, k)`` scores of the kept tiles over the learned temperature factor.
+            scored: Booleans: tiles that are not forced.
+            pattern: The kept tiles.
+            levels: Of the hierarchy; empty without.
+        """
+        weight, rows = self.config.selector_weight, kept.shape[0] * kept.shape[2]
+        probe = mass_target_probe(kept, scored, weight, rows)
+        if not levels:
+            return probe
+        factor = self.temperature_factor()
+        return probe + coarse_probes(
+            levels, pattern.kv_indices, scored, weight / max(rows, 1), factor
+        )
 
     @torch.no_grad()
     def calibrate_top_p(
@@ -491,7 +541,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
         )  # fmt: skip
         diagonal = is_causal or query.shape[1] == key.shape[1]
         inputs = self._inputs(query, key, mask, None, diagonal, None)
-        scores, _ = self.score(inputs)
+        queries, keys, _ = self.summaries(inputs)
+        scores = self.scorer(queries, keys, inputs.candidates.indices)
         scored = inputs.candidates.scored
         forced = inputs.candidates.forced.sum(-1).expand(scores.shape[:3]).sum()
         allowed = inputs.rows.num_allowed.expand(scores.shape[:3]).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dilated_attention_pytorch.candidates import (
     CandidateRule,
     Candidates,
     RowRange,
+    list_candidates,
     row_ranges,
 )
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
@@ -60,6 +61,10 @@ class SelectionInputs:
         if not self._enumerated:
             self._enumerated.append(self.rule.build(self.rows))
         return self._enumerated[0]
+
+    def limited_to(self, indices: Tensor) -> SelectionInputs:
+        """The same with other candidates: ``(b, p, i, c)`` ascending, negative where none."""
+        return replace(self, _enumerated=[list_candidates(indices.long(), self.rule, self.rows)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
@@ -15,7 +16,6 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.summaries import past_windows
-from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -37,11 +37,17 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
     with torch.set_grad_enabled(learning):
         queries, keys = summarise_blocks(layer, inputs)
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
+    explore = layer.training and not config.hard_sparsity
     candidates, forced, limit = find_candidates(rule, rows, intervals)
+    levels: list[ChosenLevel] = []
+    if config.hierarchy:
+        with torch.set_grad_enabled(learning):
+            candidates, levels = narrow(
+                layer, inputs, intervals, queries, keys, explore=explore, kernels=True
+            )
     with torch.set_grad_enabled(learning):
         towers, scores = score_candidates(layer, queries, keys, candidates)
     budget = allot_budget(layer, inputs, intervals, forced, limit, keys)
-    explore = layer.training and not config.hard_sparsity
     counts, indices, kept, scored = choose_blocks(
         layer, inputs, intervals, candidates, scores, budget, explore, learning
     )
@@ -59,10 +65,9 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    probe = mass_target_probe(
-        kept, scored.view(torch.bool), config.selector_weight, kept.shape[0] * kept.shape[2]
+    return Selection(
+        pattern, mass_probe=layer.mass_probe(kept, scored.view(torch.bool), pattern, levels)
     )
-    return Selection(pattern, mass_probe=probe)
 
 
 def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:

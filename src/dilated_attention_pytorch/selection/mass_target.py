@@ -48,10 +48,15 @@ class _MassTarget(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, mass: Tensor) -> tuple[Tensor, None, None]:
         scores, scored = ctx.saved_tensors
-        mass = mass.float().masked_fill(~scored, 0)
-        target = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        # Not -inf: a row without scored tiles must not become NaN.
-        logits = scores.float().masked_fill(~scored, torch.finfo(torch.float32).min)
-        predicted = logits.softmax(-1).masked_fill(~scored, 0)
-        strength = mass.amax(-1, keepdim=True) * ctx.weight
-        return ((predicted - target) * strength).to(scores.dtype), None, None
+        return mass_target_gradient(scores, scored, mass, ctx.weight), None, None
+
+
+def mass_target_gradient(scores: Tensor, scored: Tensor, mass: Tensor, weight: float) -> Tensor:
+    """The gradient of :func:`mass_target_probe`'s formula; ``weight`` is λ / R."""
+    mass = mass.float().masked_fill(~scored, 0)
+    target = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    # Not -inf: a row without scored tiles must not become NaN.
+    logits = scores.float().masked_fill(~scored, torch.finfo(torch.float32).min)
+    predicted = logits.softmax(-1).masked_fill(~scored, 0)
+    strength = mass.amax(-1, keepdim=True) * weight
+    return ((predicted - target) * strength).to(scores.dtype)
