@@ -17,61 +17,94 @@ KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
 
 
 @triton.jit
+def _first_best(best, first, tile, inside, step, T: tl.constexpr, PLACE: tl.constexpr):
+    """Running maximum over tokens, and the token that first reached it."""
+    filled = tl.where(inside[:, None], tile, float("-inf"))
+    here = tl.max(filled, 0)
+    if PLACE:
+        reached = (filled == here[None, :]) & inside[:, None]
+        token = tl.min(tl.where(reached, step[:, None], T), 0)
+        first = tl.where(here > best, token, first)
+    return tl.maximum(best, here), first
+
+
+@triton.jit
 def summary_kernel(
     x, x_stride_b, x_stride_h, x_stride_n,
     valid, v_stride_b, pool_query, out, place,
     length, blocks, heads,
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
-    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr,
+    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """All poolings of one block and head; the four names are places in the output or -1."""
+    """All poolings of one block and head; the four names are places in the output or -1.
+
+    Tokens are read ``CHUNK`` at a time, so that few registers and no barriers hold up the reading,
+    which is all that this kernel waits for.
+    """
     # Heads run fastest: neighbouring programs read neighbouring memory.
     head = tl.program_id(0) % heads
     block = tl.program_id(0) // heads
     batch = tl.cast(tl.program_id(1), tl.int64)
-    step = tl.arange(0, T)
-    token = block * BLOCK + step
     column = tl.arange(0, D)
-    inside = (step < BLOCK) & (token < length)
-    if VALID:
-        inside = inside & (tl.load(valid + batch * v_stride_b + token, mask=inside, other=0) != 0)
-    source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
-    tile = tl.load(
-        source + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
-        mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    count = tl.sum(inside.to(tl.int32), 0)
-    plane_block = (batch * heads + head) * blocks + block
-    target = out + plane_block * (POOLINGS * HEAD_DIM) + column
-    kind = out.dtype.element_ty
     real = column < HEAD_DIM
-    if MEAN >= 0:
-        mean = tl.sum(tile, 0) / tl.maximum(count, 1)
-        tl.store(target + MEAN * HEAD_DIM, mean.to(kind), mask=real)
-    places = place + plane_block * (2 * HEAD_DIM) + column
-    if MAX >= 0:
-        filled = tl.where(inside[:, None], tile, float("-inf"))
-        best = tl.max(filled, 0)
-        if PLACE:
-            here = (filled == best[None, :]) & inside[:, None]
-            first = tl.min(tl.where(here, step[:, None], T), 0)
-            tl.store(places, first.to(tl.int16), mask=real)
-        best = tl.where(count > 0, best, 0.0)
-        tl.store(target + MAX * HEAD_DIM, best.to(kind), mask=real)
-    if MIN >= 0:
-        filled = tl.where(inside[:, None], tile, float("inf"))
-        best = tl.min(filled, 0)
-        if PLACE:
-            here = (filled == best[None, :]) & inside[:, None]
-            first = tl.min(tl.where(here, step[:, None], T), 0)
-            tl.store(places + HEAD_DIM, first.to(tl.int16), mask=real)
-        best = tl.where(count > 0, best, 0.0)
-        tl.store(target + MIN * HEAD_DIM, best.to(kind), mask=real)
+    source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
     if ATTENTION >= 0:
         u = tl.load(pool_query + head * HEAD_DIM + column, mask=real, other=0.0).to(tl.float32)
-        weight = _attention_weights(tile, u, inside)
-        pooled = tl.sum(weight[:, None] * tile, 0)
+    count = 0
+    total = tl.zeros([D], tl.float32)
+    highest = tl.full([D], float("-inf"), tl.float32)
+    lowest = tl.full([D], float("-inf"), tl.float32)
+    highest_at = tl.full([D], T, tl.int32)
+    lowest_at = tl.full([D], T, tl.int32)
+    pooled = tl.zeros([D], tl.float32)
+    peak = -3.0e38
+    weights = 0.0
+    for chunk in tl.static_range(0, T, CHUNK):
+        step = chunk + tl.arange(0, CHUNK)
+        token = block * BLOCK + step
+        inside = (step < BLOCK) & (token < length)
+        if VALID:
+            kept = tl.load(valid + batch * v_stride_b + token, mask=inside, other=0)
+            inside = inside & (kept != 0)
+        tile = tl.load(
+            source + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
+            mask=inside[:, None] & real[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        count += tl.sum(inside.to(tl.int32), 0)
+        if MEAN >= 0:
+            total += tl.sum(tile, 0)
+        if MAX >= 0:
+            highest, highest_at = _first_best(highest, highest_at, tile, inside, step, T, PLACE)
+        if MIN >= 0:
+            lowest, lowest_at = _first_best(lowest, lowest_at, -tile, inside, step, T, PLACE)
+        if ATTENTION >= 0:
+            logits = tl.where(inside, tl.sum(tile * u[None, :], 1), -3.0e38)
+            new_peak = tl.maximum(peak, tl.max(logits, 0))
+            weight = tl.where(inside, tl.exp(logits - new_peak), 0.0)
+            shrink = tl.exp(peak - new_peak)
+            pooled = pooled * shrink + tl.sum(weight[:, None] * tile, 0)
+            weights = weights * shrink + tl.sum(weight, 0)
+            peak = new_peak
+    plane_block = (batch * heads + head) * blocks + block
+    target = out + plane_block * (POOLINGS * HEAD_DIM) + column
+    places = place + plane_block * (2 * HEAD_DIM) + column
+    kind = out.dtype.element_ty
+    if MEAN >= 0:
+        mean = total / tl.maximum(count, 1)
+        tl.store(target + MEAN * HEAD_DIM, mean.to(kind), mask=real)
+    if MAX >= 0:
+        best = tl.where(count > 0, highest, 0.0)
+        tl.store(target + MAX * HEAD_DIM, best.to(kind), mask=real)
+        if PLACE:
+            tl.store(places, highest_at.to(tl.int16), mask=real)
+    if MIN >= 0:
+        best = tl.where(count > 0, -lowest, 0.0)
+        tl.store(target + MIN * HEAD_DIM, best.to(kind), mask=real)
+        if PLACE:
+            tl.store(places + HEAD_DIM, lowest_at.to(tl.int16), mask=real)
+    if ATTENTION >= 0:
+        pooled = pooled / tl.where(weights > 0, weights, 1.0)
         tl.store(target + ATTENTION * HEAD_DIM, pooled.to(kind), mask=real)
 
 

@@ -13,6 +13,8 @@ from dilated_attention_pytorch.ops.block_selection import triton_kernels as kern
 
 # Columns whose unit means one program of the prefix sums adds up.
 _CHUNK = 32
+# Tokens that one warp summarises at a time.
+_TOKENS = 16
 # Slots or tiles of one row that a program reads at a time.
 _TILE = 64
 
@@ -80,7 +82,7 @@ def launch_summaries(
             x, *_strides(x), *_per_sample(valid, x), x if pool_query is None else pool_query,
             out, out if place is None else place, length, blocks, heads,
             **pooling.constants(head_dim), VALID=valid is not None, PLACE=place is not None,
-            num_warps=pooling.num_warps(head_dim),
+            CHUNK=min(triton.next_power_of_2(pooling.block_size), _TOKENS), num_warps=1,
         )  # fmt: skip
 
 
