@@ -286,6 +286,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return f"backend={self.backend!r} asks for the PyTorch path"
         if self.backend == "auto" and query.device.type != "cuda":
             return f"the PyTorch path runs on {query.device.type}"
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return "torch.func takes the PyTorch path"
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
         if config.budget == "top_p":

@@ -263,6 +263,30 @@ def _(
     return _empty_choice(scores, width, want_kept)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::scorer_tower", mutates_args=())
+def tower_op(
+    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int
+) -> Tensor:
+    """``(b, h / share, i, share * r)`` float32: first maps of summaries (b, g, i, s); no gradient.
+
+    With ``gain`` they are multiplied by it and by ``factor``.
+    """
+    out = _empty_tower(summaries, weight, share)
+    launch.launch_tower(rows_of(summaries), weight.contiguous(), gain, factor, share, out)
+    return out
+
+
+def _empty_tower(summaries: Tensor, weight: Tensor, share: int) -> Tensor:
+    heads, _, rank = weight.shape
+    shape = (summaries.shape[0], heads // share, summaries.shape[2], share * rank)
+    return summaries.new_empty(shape, dtype=torch.float32)
+
+
+@tower_op.register_fake
+def _(summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int) -> Tensor:
+    return _empty_tower(summaries, weight, share)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::candidate_products", mutates_args=())
 def bilinear_op(query: Tensor, key: Tensor, candidates: Tensor) -> Tensor:
     """``(b, p, i, c)`` float32: rows of ``query`` times the candidates' rows of ``key``."""

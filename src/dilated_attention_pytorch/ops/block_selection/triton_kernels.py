@@ -465,6 +465,40 @@ def choose_kernel(
 
 
 @triton.jit
+def tower_kernel(
+    summaries, s_stride_b, s_stride_h, s_stride_i, weight, gain, out,
+    rows, heads, group, share, factor,
+    ROWS: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """First map of one head's summaries; heads that share a pattern lie side by side in ``out``."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1) % heads
+    batch = tl.cast(tl.program_id(1) // heads, tl.int64)
+    rank = tl.arange(0, R)
+    source = summaries + batch * s_stride_b + tl.cast(head // group, tl.int64) * s_stride_h
+    acc = tl.zeros([ROWS, R], tl.float32)
+    for start in tl.static_range(0, S, PART):
+        place = start + tl.arange(0, PART)
+        x = tl.load(
+            source + row.to(tl.int64)[:, None] * s_stride_i + place[None, :],
+            mask=(row < rows)[:, None] & (place < SIZE)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        w = tl.load(
+            weight + (head * SIZE + place)[:, None] * RANK + rank[None, :],
+            mask=(place < SIZE)[:, None] & (rank < RANK)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if GAIN:
+        acc = acc * (tl.load(gain).to(tl.float32) * factor)
+    plane = batch * (heads // share) + head // share
+    target = out + (plane * rows + row.to(tl.int64)) * (share * RANK) + head % share * RANK
+    tl.store(
+        target[:, None] + rank[None, :], acc, mask=(row < rows)[:, None] & (rank < RANK)[None, :]
+    )
+
+
+@triton.jit
 def bilinear_kernel(
     query, key, candidates, c_stride_b, c_stride_h, c_stride_i, scores,
     num_rows, columns, num_keys, tiles, heads,

@@ -272,6 +272,33 @@ def launch_choose(
         )  # fmt: skip
 
 
+def launch_tower(
+    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int, out: Tensor
+) -> None:
+    """Writes ``(b, h / share, i, share * r)``: first maps of ``summaries`` (b, g, i, s).
+
+    Args:
+        summaries: Last dimension contiguous.
+        weight: ``(h, s, r)`` contiguous.
+        gain: 0-dim factor besides ``factor``, or None: neither applies.
+        factor: See ``gain``.
+        share: Heads that share a pattern.
+        out: Contiguous float32.
+    """
+    if out.numel() == 0:
+        return
+    heads, size, rank = weight.shape
+    batch, kv_heads, rows, _ = summaries.shape
+    with _on(out.device):
+        kernels.tower_kernel[(triton.cdiv(rows, 32), batch * heads)](
+            summaries, *summaries.stride()[:3], weight, out if gain is None else gain, out,
+            rows, heads, heads // kv_heads, share, factor,
+            ROWS=32, S=triton.next_power_of_2(size), SIZE=size,
+            PART=min(max(triton.next_power_of_2(size), 16), 64),
+            R=max(triton.next_power_of_2(rank), 16), RANK=rank, GAIN=gain is not None, num_warps=4,
+        )  # fmt: skip
+
+
 def launch_bilinear(query: Tensor, key: Tensor, candidates: Tensor, scores: Tensor) -> None:
     """Writes ``(b, p, i, c)``: products of ``query`` (b, p, i, r) and the candidates' rows of
     ``key`` (b, p, j, r), both contiguous."""
