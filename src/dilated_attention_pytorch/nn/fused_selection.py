@@ -67,7 +67,7 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
     return Selection(
-        pattern, mass_probe=layer.mass_probe(kept, scored.view(torch.bool), pattern, levels)
+        pattern, mass_probe=layer.mass_probe(kept, scored, pattern, levels)
     )
 
 

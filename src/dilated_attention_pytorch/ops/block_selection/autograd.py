@@ -29,7 +29,7 @@ def summaries_op(
 ) -> tuple[Tensor, Tensor]:
     """Summaries ``(b, h, i, s)`` and where extremes lie (empty unless wanted).
 
-    ``pooling`` joins the names by commas; ``valid`` is uint8.
+    ``pooling`` joins the names by commas; ``valid`` is boolean.
     """
     how = launch.Pooling(tuple(pooling.split(",")), block_size)
     out, place = _empty_summaries(x, pooling, block_size, want_place)
@@ -222,7 +222,7 @@ def choose_op(
     width: int,
     want_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts, lists, and (if wanted) the kept tiles' scores and which were not forced, as uint8."""
+    """Counts, lists, and (if wanted) the kept tiles' scores and which were not forced (booleans)."""
     call = launch.ChooseInputs(
         scores, candidates, rule, budget, seed, temperature, fixed_count, explore
     )
@@ -243,7 +243,7 @@ def _empty_choice(
         scores.new_empty((b, p, i), dtype=torch.int32),
         scores.new_empty(shape, dtype=torch.int32),
         scores.new_empty(side, dtype=torch.float32),
-        scores.new_empty(side, dtype=torch.uint8),
+        scores.new_empty(side, dtype=torch.bool),
     )
 
 

@@ -76,7 +76,7 @@ def summarise(
     learned = "attention" in pooling
     out, _ = summaries_op(
         rows_of(x),
-        None if valid is None else valid.contiguous().view(torch.uint8),
+        None if valid is None else valid.contiguous(),
         pool_query.contiguous() if learned and pool_query is not None else None,
         ",".join(pooling),
         block_size,

@@ -67,7 +67,7 @@ def launch_summaries(
 
     Args:
         x: ``(b, n, h, d)``, last dimension contiguous.
-        valid: ``(1 or b, n)`` uint8 or None.
+        valid: ``(1 or b, n)`` booleans, contiguous, or None.
         pool_query: ``(h, d)`` contiguous or None.
         pooling: What to write.
         out: ``(b, h, i, s)``.
@@ -264,7 +264,7 @@ def launch_choose(
             call.seed if noisy else call.rule,
             call.scores if call.temperature is None else call.temperature,
             counts, indices, indices if kept is None else kept,
-            indices if scored is None else scored,
+            indices if scored is None else scored.view(torch.uint8),
             rows, columns, heads, call.fixed_count, call.explore, width,
             C=c, W=triton.next_power_of_2(width), LISTS=listed, BUDGET=call.budget is not None,
             NOISE=noisy, EXPLORE=noisy and call.explore > 0, KEPT=kept is not None,
@@ -462,7 +462,7 @@ def _steps(x: Tensor | None) -> tuple[int, int]:
 
 
 def _per_sample(valid: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
-    return (stand_in, 0) if valid is None else (valid, _step(valid))
+    return (stand_in, 0) if valid is None else (valid.view(torch.uint8), _step(valid))
 
 
 def _on(device: torch.device) -> Any:
