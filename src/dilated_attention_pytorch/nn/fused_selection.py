@@ -66,9 +66,7 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    return Selection(
-        pattern, mass_probe=layer.mass_probe(kept, scored, pattern, levels)
-    )
+    return Selection(pattern, mass_probe=layer.mass_probe(kept, scored, pattern, levels))
 
 
 def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:

@@ -138,9 +138,12 @@ def budget_op(
     max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real-valued budgets ``(b, p, i)``, their slope in the content's factor, the complexity."""
+    # A compiler may lay its own tensors out in another way than eager PyTorch.
     call = launch.BudgetInputs(
-        means, gain, offset, base_sparsity, rule, diagonal, document, forced, limit, filled,
-        rising, visible, has_diagonal, past, max_factor,
+        None if means is None else rows_of(means), gain, offset, base_sparsity,
+        rule.contiguous(), diagonal.contiguous(), document.contiguous(), forced.contiguous(),
+        limit.contiguous(), filled.contiguous(), rising.contiguous(), visible.contiguous(),
+        has_diagonal, past, max_factor,
     )  # fmt: skip
     exact, slope, complexity = _empty_budget(rule, batch, heads)
     launch.launch_budget(call, exact, slope, complexity)
@@ -199,14 +202,14 @@ budget_op.register_autograd(_budget_backward, setup_context=_keep_budget)
 @torch.library.custom_op(f"{NAMESPACE}::round_budget", mutates_args=())
 def round_op(exact: Tensor, bits: int) -> Tensor:
     """int32 budgets whose running sums follow the exact ones; one document."""
-    rounded = torch.empty_like(exact, dtype=torch.int32)
-    launch.launch_round(exact, rounded, bits)
+    rounded = exact.new_empty(exact.shape, dtype=torch.int32)
+    launch.launch_round(exact.contiguous(), rounded, bits)
     return rounded
 
 
 @round_op.register_fake
 def _(exact: Tensor, bits: int) -> Tensor:
-    return torch.empty_like(exact, dtype=torch.int32)
+    return exact.new_empty(exact.shape, dtype=torch.int32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::choose_blocks", mutates_args=())
@@ -222,10 +225,11 @@ def choose_op(
     width: int,
     want_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts, lists, and (if wanted) the kept tiles' scores and which were not forced (booleans)."""
+    """Counts, lists, and (if wanted) the kept tiles' scores and whether each was not forced."""
     call = launch.ChooseInputs(
-        scores, candidates, rule, budget, seed, temperature, fixed_count, explore
-    )
+        rows_of(scores), candidates, rule.contiguous(),
+        None if budget is None else budget.contiguous(), seed, temperature, fixed_count, explore,
+    )  # fmt: skip
     counts, indices, kept, scored = _empty_choice(scores, width, want_kept)
     launch.launch_choose(
         call, counts, indices, kept if want_kept else None, scored if want_kept else None
@@ -425,7 +429,9 @@ def lattice_op(
     """Ascending candidates ``(1 or b, p, i, c)`` int32 (-1: none), forced and all per row."""
     candidates, forced, limit = _empty_lattice(rule, segments, rates, heads, sinks, near)
     groups = tuple(zip(segments, rates, strict=True))
-    launch.launch_lattice(rule, diagonal, groups, sinks, near, candidates, forced, limit)
+    launch.launch_lattice(
+        rule.contiguous(), diagonal.contiguous(), groups, sinks, near, candidates, forced, limit
+    )
     return candidates, forced, limit
 
 
