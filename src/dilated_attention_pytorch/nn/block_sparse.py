@@ -175,7 +175,9 @@ class BlockSparseLayer(nn.Module, ABC):
                 chose for the same lengths (``info["pattern"]``): nothing is scored, and this
                 layer's selector gets no gradient. None: choose.
             return_pattern: Also return what was chosen.
-            generator: Source of the training-time randomness; None: torch's default.
+            generator: Source of the training-time randomness; None: torch's default. The fused
+                selection (CUDA) draws a seed from it, so its noise is another stream than the
+                PyTorch path's.
 
         Returns:
             The output, shaped like ``query``. With ``return_pattern`` also a dict:
