@@ -139,11 +139,15 @@ def run_case(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     }
 
 
-def run_all(device: str) -> int:
-    """Runs every case in every dtype; prints one line for each. Returns the failures."""
+def run_all(device: str, only: str | None = None) -> int:
+    """Runs every case in every dtype (or ``only`` one); prints a line for each.
+
+    Returns the number of failures.
+    """
     failures = 0
+    kinds = [x for x in TOLERANCE if only is None or str(x) == f"torch.{only}"]
     for case in CASES:
-        for dtype in TOLERANCE:
+        for dtype in kinds:
             off = run_case(case, dtype, device)
             # Written so that NaN fails.
             bad = [name for name, size in off.items() if not size <= 1]
@@ -151,7 +155,7 @@ def run_all(device: str) -> int:
             verdict = f"DISAGREES in {', '.join(bad)}" if bad else "ok"
             kind = str(dtype).removeprefix("torch.")
             print(f"{case.name}, {kind}: {verdict} ({max(off.values()):.2f} of the tolerance)")
-    print(f"{len(CASES) * len(TOLERANCE)} runs, {failures} disagree")
+    print(f"{len(CASES) * len(kinds)} runs, {failures} disagree")
     return failures
 
 
@@ -221,6 +225,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="start compute-sanitizer and write this JSON")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer (default: search)")
     parser.add_argument("--limit", type=float, default=280, help="seconds for each tool")
+    parser.add_argument("--dtype", help="run alone in this one, e.g. float16, to share compiling")
     options = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and (options.record or not interpreted):
@@ -228,7 +233,7 @@ def main() -> int:
         return 2
     if options.record:
         return record(options.record, options.sanitizer, options.limit)
-    return 1 if run_all("cpu" if interpreted else "cuda") else 0
+    return 1 if run_all("cpu" if interpreted else "cuda", options.dtype) else 0
 
 
 if __name__ == "__main__":

@@ -209,8 +209,11 @@ def write_table(runs: list[dict[str, Any]], path: Path) -> None:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     about = runs[0]["environment"]
-    lines += ["", f"{runs[0]['blocks']} blocks, 2 scored blocks per row, seeds from 0 on; {about['device']}, torch "
-              f"{about['torch']}, commit {about['commit']}.", ""]  # fmt: skip
+    note = (
+        f"{runs[0]['blocks']} blocks, 2 scored blocks per row, seeds from 0 on; "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}."
+    )
+    lines += ["", note, ""]
     path.write_text("\n".join(lines))
 
 

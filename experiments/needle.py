@@ -96,6 +96,7 @@ VARIANTS = (
             config={"learnable_temperature": False}, seeds=ONE),
     Variant("shared_pattern", "one pattern for all heads", config={"share_across_heads": True},
             seeds=ONE),
+    Variant("shared_layers", "one choice for both layers", run={"layers_per_selection": 2}),
     Variant("hard", "hard_sparsity (no noise, no random blocks)", config={"hard_sparsity": True},
             seeds=ONE),
     Variant("one_block", "1 scored block", config={"scored_blocks": 1}, seeds=ONE),

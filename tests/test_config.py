@@ -21,14 +21,18 @@ def test_round_trip_through_json() -> None:
         hidden_dim=7, num_layers=3, share_across_heads=True, hard_sparsity=True, block_size=16,
         estimator="gumbel", selector_weight=0.5, pooling=("min", "attention"), scorer="mlp",
         budget="fixed", top_p=0.5, num_selected_blocks=4, num_local_blocks=1, num_sink_blocks=2,
-        num_explore_blocks=0, query_scope="past",
+        num_explore_blocks=0, query_scope="past", hierarchy_keep=3,
     )  # fmt: skip
     default = AdaptiveConfig()
     values = json.loads(json.dumps(config.to_dict()))
     assert set(values) == {field.name for field in dataclasses.fields(AdaptiveConfig)}
     same = [name for name in values if getattr(config, name) == getattr(default, name)]
-    assert same == ["share_within_kv_group"], "every other field should leave its default"
+    left = ["share_within_kv_group", "hierarchy"]
+    assert same == left, "every other field should leave its default"
     assert AdaptiveConfig.from_dict(values) == config
+    # These two exclude fields above.
+    config = AdaptiveConfig(share_within_kv_group=True, hierarchy=(8, 4))
+    assert AdaptiveConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_from_dict_names_unknown_keys() -> None:

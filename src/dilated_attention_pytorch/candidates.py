@@ -55,7 +55,7 @@ class RowRange:
     @property
     def num_allowed(self) -> Tensor:
         """Visible key blocks per query block, int32 ``(1 or batch, 1, i)``."""
-        return (self.end - self.low).clamp(min=0).int()
+        return self.remember("num_allowed", lambda: (self.end - self.low).clamp(min=0).int())
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,3 +124,16 @@ def test_a_pattern_from_another_layer_is_attended_to_as_it_is() -> None:
     assert all(p.grad is None for p in second.parameters())
     with pytest.raises(ValueError, match="pattern was made for"):
         second(q[:, :32], k[:, :32], v[:, :32], pattern=info["pattern"])
+
+
+@pytest.mark.parametrize("scorer", ["bilinear", "mlp"])
+def test_autocast_does_not_round_the_scores(scorer: str) -> None:
+    layer = make({"scorer": scorer}, (None, None)).eval()
+    layer.backend = "triton"
+    q, k, _ = (x.detach() for x in inputs())
+    mask = AttentionMask(70, 70, True)
+    given = layer._inputs(q, k, mask, None, True, None)
+    plain = layer.select(given).pattern
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        rounded = layer.select(given).pattern
+    assert torch.equal(plain.kv_indices, rounded.kv_indices)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed
+from dilated_attention_pytorch.pattern import BlockPattern
 
 ATTENTION_NAMES = ("adaptive", *FIXED_PATTERNS)
 
@@ -148,6 +150,11 @@ class Transformer(nn.Module):
         rope: Rotary positions.
         vocabulary: Input tokens to embed; None: the input is embedded already.
         outputs: Outputs per token.
+        layers_per_selection: Blocks that share the choice of the first of them, where the
+            attention layers choose: the others score nothing and their selectors learn nothing.
+
+    Raises:
+        ValueError: If sizes do not fit or ``layers_per_selection`` is not positive.
     """
 
     def __init__(
@@ -161,8 +168,12 @@ class Transformer(nn.Module):
         rope: bool = True,
         vocabulary: int | None = 256,
         outputs: int = 256,
+        layers_per_selection: int = 1,
     ) -> None:
         super().__init__()
+        if layers_per_selection < 1:
+            raise ValueError(f"layers_per_selection must be positive, got {layers_per_selection}.")
+        self.layers_per_selection = layers_per_selection
         if dim % num_heads or num_heads < 1:
             raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}.")
         self.embedding = None if vocabulary is None else nn.Embedding(vocabulary, dim)
@@ -204,10 +215,19 @@ class Transformer(nn.Module):
         self, x: Tensor, keep: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[dict[str, Any] | None]]:
         x = x if self.embedding is None else self.embedding(x)
-        infos = []
-        for block in self.blocks:
-            sparse = not isinstance(block.attention, DenseAttention)
-            x, info = block(x, **(options if sparse else {}))
+        infos: list[dict[str, Any] | None] = []
+        patterns: list[BlockPattern] = []
+        for number, block in enumerate(self.blocks):
+            layer = block.attention
+            if not isinstance(layer, BlockSparseLayer):
+                x, info = block(x)
+            elif number % self.layers_per_selection:
+                x, info = block(x, **options, pattern=patterns[-1])
+            elif self.layers_per_selection == 1:
+                x, info = block(x, **options)
+            else:
+                with observe_patterns([layer], lambda _, pattern: patterns.append(pattern)):
+                    x, info = block(x, **options)
             infos.append(info)
         x = self.norm(x if keep is None else x[keep])
         return self.head(x), infos

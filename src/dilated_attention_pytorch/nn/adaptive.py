@@ -295,6 +295,11 @@ class BlockSparseAdaptive(BlockSparseLayer):
         width = inputs.rule.width(inputs.rows)
         return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
 
+    def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
+        queries, keys, means = self.summaries(inputs)
+        return self.scorer(queries, keys, inputs.candidates.indices), means
+
     def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Summaries of query and key blocks, and the key blocks' means."""
         config = self.config
@@ -543,8 +548,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         )  # fmt: skip
         diagonal = is_causal or query.shape[1] == key.shape[1]
         inputs = self._inputs(query, key, mask, None, diagonal, None)
-        queries, keys, _ = self.summaries(inputs)
-        scores = self.scorer(queries, keys, inputs.candidates.indices)
+        scores, _ = self.score(inputs)
         scored = inputs.candidates.scored
         forced = inputs.candidates.forced.sum(-1).expand(scores.shape[:3]).sum()
         allowed = inputs.rows.num_allowed.expand(scores.shape[:3]).sum()

@@ -178,7 +178,9 @@ class BlockSparseLayer(nn.Module, ABC):
                 layer's selector gets no gradient. None: choose.
             return_pattern: Also return what was chosen.
             generator: Source of the training-time randomness; None: torch's default, which
-                ``torch.compile`` needs for one graph and activation checkpointing to replay.
+                ``torch.compile`` needs for one graph and activation checkpointing to replay. The
+                fused selection (CUDA) draws a seed from it, so its noise is another stream than
+                the PyTorch path's.
 
         Returns:
             The output, shaped like ``query``. With ``return_pattern`` also a dict:

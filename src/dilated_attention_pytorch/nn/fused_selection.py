@@ -28,11 +28,17 @@ MAX_BUDGET_FACTOR = 2.0
 def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     """Chooses the same blocks as the layer's PyTorch path would from the same scores.
 
-    Scores of all candidates carry no gradient; those of the kept tiles do, which is all that the
-    tile mass teaches. Nothing waits for the device. The noise comes from a seed that
+    Summaries and scores are float32 under autocast too: they are small, and half precision would
+    make ties. Scores of all candidates carry no gradient; those of the kept tiles do, which is all
+    that the tile mass teaches. Nothing waits for the device. The noise comes from a seed that
     ``inputs.generator`` draws on the device, a stream of its own: the same generator gives other
     noise than on the CPU.
     """
+    with torch.autocast(inputs.query.device.type, enabled=False):
+        return _select(layer, inputs)
+
+
+def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     config, rule, rows = layer.config, inputs.rule, inputs.rows
     learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
     with torch.set_grad_enabled(learning):

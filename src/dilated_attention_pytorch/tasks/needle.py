@@ -136,6 +136,7 @@ class NeedleModel(nn.Module):
         dim: int = 64,
         num_heads: int = 2,
         num_layers: int = 1,
+        layers_per_selection: int = 1,
     ) -> None:
         super().__init__()
         self.key = nn.Embedding(task.num_keys, dim)
@@ -146,6 +147,7 @@ class NeedleModel(nn.Module):
         self.transformer = Transformer(
             dim, num_heads, num_layers, make_attention, feed_forward=2 * dim if deep else 0,
             rope=deep, vocabulary=None, outputs=task.num_values,
+            layers_per_selection=layers_per_selection,
         )  # fmt: skip
 
     def embed(self, batch: NeedleBatch) -> Tensor:
@@ -183,6 +185,7 @@ class NeedleRun:
         device: Where to train.
         dtype: ``"float32"``, or ``"bfloat16"``: autocast.
         backend: Of :func:`block_sparse_attention`, in every layer that has a pattern.
+        layers_per_selection: As in :class:`Transformer`.
     """
 
     attention: str
@@ -198,6 +201,7 @@ class NeedleRun:
     device: str = "cpu"
     dtype: str = "float32"
     backend: str = "auto"
+    layers_per_selection: int = 1
 
     def __post_init__(self) -> None:
         """Checks what no layer checks."""
@@ -249,7 +253,9 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
     def make(num_heads: int, head_dim: int) -> nn.Module:
         return build_attention(run.attention, num_heads, head_dim, run.config, backend=run.backend)
 
-    model = NeedleModel(run.task, make, num_layers=run.num_layers)
+    model = NeedleModel(
+        run.task, make, num_layers=run.num_layers, layers_per_selection=run.layers_per_selection
+    )
     return model.to(run.device)
 
 

@@ -48,9 +48,10 @@ CASES = [
     {"budget": "fixed", "num_selected_blocks": 3},
     {"pooling": ("mean", "attention")},
 ]
+HIERARCHY = {"hierarchy": (2, 2), "hierarchy_keep": 2}
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.parametrize("settings", [*CASES, HIERARCHY], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_waits_for_the_host(settings, training):
     layer, q, k = make(**settings)
@@ -64,6 +65,7 @@ def test_nothing_waits_for_the_host(settings, training):
 def test_repeated_runs_are_bitwise_equal(settings):
     layer, q, k = make(**settings)
     if settings.get("scorer") == "mlp":
+        # Its gradient gathers in PyTorch, which adds up in any order.
         layer.eval()
 
     def step():
@@ -79,7 +81,7 @@ def test_repeated_runs_are_bitwise_equal(settings):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.parametrize("settings", [*CASES, HIERARCHY], ids=str)
 def test_a_cuda_graph_replays_the_selection(settings, training):
     layer, q, k = make(**settings)
     layer.train(training)

@@ -27,7 +27,7 @@ def summaries_op(
     block_size: int,
     want_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Summaries ``(b, h, i, s)`` and where extremes lie (empty unless wanted).
+    """Summaries ``(b, h, i, s)`` in float32 and where extremes lie (empty unless wanted).
 
     ``pooling`` joins the names by commas; ``valid`` is boolean.
     """
@@ -44,7 +44,7 @@ def _empty_summaries(
     blocks = ceil_div(n, block_size)
     shape = (b, h, blocks, 2, d) if want_place else (0,)
     return (
-        x.new_empty(b, h, blocks, d * (pooling.count(",") + 1)),
+        x.new_empty((b, h, blocks, d * (pooling.count(",") + 1)), dtype=torch.float32),
         x.new_empty(shape, dtype=torch.int16),
     )
 

@@ -67,8 +67,9 @@ def summarise(
         pool_query: ``(num_heads, head_dim)``, with ``"attention"``.
 
     Returns:
-        ``(batch, blocks, num_heads, head_dim * len(pooling))`` in the dtype of ``x``. Of tokens
-        that share an extreme the first takes the gradient.
+        ``(batch, blocks, num_heads, head_dim * len(pooling))`` in float32: unlike
+        :func:`block_summaries` it does not round to half precision. Of tokens that share an
+        extreme the first takes the gradient.
     """
     from dilated_attention_pytorch.ops.block_selection.autograd import rows_of, summaries_op
 
