@@ -60,6 +60,7 @@ class _GatherAttention(torch.autograd.Function):
         ctx.rows = rows
         # Without the tensors that are saved above, so that the graph does not keep them twice.
         ctx.pattern, ctx.scale = args.pattern, args.scale
+        ctx.device_type = query.device.type
         ctx.probe_dtype = None if mass_probe is None else mass_probe.dtype
         ctx.set_materialize_grads(False)
         return out, lse
@@ -67,8 +68,8 @@ class _GatherAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        query = ctx.saved_tensors[0]
-        with torch.autocast(query.device.type, enabled=False):
+        # The saved tensors can be asked for only once under checkpointing.
+        with torch.autocast(ctx.device_type, enabled=False):
             return (*_backward(ctx, grad_out, grad_lse), None)
 
 
