@@ -10,7 +10,7 @@ from typing import Any
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
 SCORERS = ("bilinear", "mlp")
-BUDGETS = ("adaptive", "fixed", "top_p")
+BUDGETS = ("adaptive", "fixed", "top_p", "threshold")
 POOLINGS = ("mean", "max", "min", "attention")
 QUERY_SCOPES = ("block", "past")
 
@@ -51,7 +51,9 @@ class AdaptiveConfig:
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
             see, from half of the base share (repetition) to one and a half (unrelated content);
             ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
-            ``top_p`` of the softmaxed score.
+            ``top_p`` of the softmaxed score; ``"threshold"``: the blocks whose softmaxed score
+            reaches a threshold that a calibration finds; heads and rows with spread-out attention
+            keep more (:meth:`BlockSparseAdaptive.set_thresholds`).
         top_p: Share to reach with ``budget="top_p"``, in (0, 1];
             :meth:`BlockSparseAdaptive.calibrate_top_p` finds the one that meets
             ``base_sparsity``.

@@ -27,6 +27,11 @@ from dilated_attention_pytorch.selection.budget import (
 )
 from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
+from dilated_attention_pytorch.selection.threshold import (
+    ThresholdSample,
+    ThresholdTable,
+    threshold_budget,
+)
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
@@ -86,6 +91,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
     temperature: Tensor
     base_sparsity: Tensor
     top_p: Tensor
+    thresholds: Tensor
 
     def __init__(
         self,
@@ -146,7 +152,11 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self.register_buffer("temperature", torch.tensor(float(config.temperature)))
         self.register_buffer("base_sparsity", torch.tensor(float(config.base_sparsity)))
         self.register_buffer("top_p", torch.tensor(float(config.top_p)))
+        if config.budget == "threshold":
+            # Rows of (tokens, threshold), ascending in the tokens.
+            self.register_buffer("thresholds", torch.zeros(0, 2, dtype=torch.float64))
         self._densest = 1 - config.base_sparsity
+        self._table: ThresholdTable | None = None
         self._record = _Record()
 
     def extra_repr(self) -> str:
@@ -188,15 +198,25 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self._densest = 1 - value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
-        settings = {name: getattr(self, name) for name in ("temperature", "base_sparsity", "top_p")}
+        names = ["temperature", "base_sparsity", "top_p"]
+        if self.config.budget == "threshold":
+            names.append("thresholds")
+        settings = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
         for name, value in settings.items():
             # Moves with the layer but keeps its precision: 0.9 in bfloat16 is 0.8984.
             setattr(self, name, value.to(getattr(self, name).device))
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "thresholds")
+        if saved is not None and self.config.budget == "threshold":
+            # There may be more or fewer lengths than here.
+            self.thresholds = self.thresholds.new_empty(saved.shape)
+            self._table = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._densest = 1 - float(self.base_sparsity)
 
     def pattern_info(self, pattern: Any) -> dict[str, Any]:
@@ -249,6 +269,38 @@ class BlockSparseAdaptive(BlockSparseLayer):
             )
         return self.scorer(queries, keys, inputs.candidates.indices), means
 
+    def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
+        """What a calibration of ``budget="threshold"`` needs of these inputs."""
+        candidates = inputs.candidates
+        return ThresholdSample.of(
+            self.score(inputs)[0], candidates.scored, candidates.forced, inputs.rows.num_allowed
+        )
+
+    def set_thresholds(self, table: ThresholdTable) -> None:
+        """Sets the thresholds of ``budget="threshold"``; they are saved with the weights.
+
+        Raises:
+            ValueError: If the budget is another one.
+        """
+        if self.config.budget != "threshold":
+            raise ValueError(f"thresholds need budget='threshold', got {self.config.budget!r}.")
+        rows = list(zip(table.lengths, table.thresholds, strict=True))
+        device = self.base_sparsity.device
+        self.thresholds = torch.tensor(rows, dtype=torch.float64, device=device)
+        self._table = table
+
+    def _threshold_table(self) -> ThresholdTable:
+        # Kept on the host: reading the buffer would wait for the device in every pass.
+        if self._table is None:
+            if len(self.thresholds) == 0:
+                raise RuntimeError(
+                    "budget='threshold' needs thresholds: calibrate or load them first "
+                    "(set_thresholds)."
+                )
+            lengths, values = self.thresholds.T.tolist()
+            self._table = ThresholdTable(tuple(map(int, lengths)), tuple(values))
+        return self._table
+
     def _budget(self, inputs: SelectionInputs, scores: Tensor, key_means: Tensor) -> Tensor:
         """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
         config, rows, candidates = self.config, inputs.rows, inputs.candidates
@@ -260,6 +312,12 @@ class BlockSparseAdaptive(BlockSparseLayer):
             self._record_density(
                 self._soft_count(scores, candidates.scored) + forced, rows, rounded
             )
+            return rounded
+        if config.budget == "threshold":
+            threshold = self._threshold_table().at(inputs.mask.kv_len)
+            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+            rounded = forced.int() + count
+            self._record_density(rounded.float(), rows, None)
             return rounded
         if config.num_selected_blocks is not None:
             exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
@@ -325,7 +383,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         config = self.config
         if config.num_selected_blocks is not None:
             return min(config.num_selected_blocks, width)
-        if inputs.mask.per_sample or config.budget == "top_p":
+        if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
             return width
         factor = _MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
         return min(

@@ -17,11 +17,15 @@ from dilated_attention_pytorch.scoring.training_free import (
     min_max_scores,
 )
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
+from dilated_attention_pytorch.selection.threshold import (
+    ThresholdSample,
+    ThresholdTable,
+    threshold_budget,
+)
 from dilated_attention_pytorch.selection.top_k import choose_top_k
-from dilated_attention_pytorch.selection.visible_share import ShareSample, visible_share_budget
 
 METHODS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
-BUDGETS = ("fixed", "share")
+BUDGETS = ("fixed", "threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,9 @@ class TrainingFreeConfig:
         base_sparsity: Mean sparsity to meet, in [0, 1).
         block_size: Tokens per block.
         budget: ``"fixed"``: the same number of blocks for every head, as even over the rows as
-            they can take it; ``"share"``: as many blocks as keep ``share`` of the softmaxed
-            scores, so that heads, layers and rows with spread-out attention keep more.
-        share: With ``budget="share"``: share to keep, in (0, 1]; a calibration finds the one that
-            meets ``base_sparsity``.
+            they can take it; ``"threshold"``: the blocks whose softmaxed score reaches a
+            threshold that a calibration finds (:meth:`BlockSparseTrainingFree.set_thresholds`), so
+            that heads and rows with spread-out attention keep more.
         num_sink_blocks: First blocks, always read.
         num_local_blocks: Blocks before the diagonal one, always read.
         stride: Side of the squares of ``"antidiagonal"``.
@@ -51,7 +54,6 @@ class TrainingFreeConfig:
     base_sparsity: float = 0.9
     block_size: int = 64
     budget: str = "fixed"
-    share: float = 0.9
     num_sink_blocks: int = 1
     num_local_blocks: int = 0
     stride: int = 8
@@ -64,17 +66,13 @@ class TrainingFreeConfig:
         if self.method == "sink_window" and self.budget != "fixed":
             raise ValueError("method 'sink_window' has no scores: budget must be 'fixed'.")
         check_sparsity("base_sparsity", self.base_sparsity)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must lie in (0, 1], got {self.share}.")
         for name, least in (
             ("block_size", 1), ("num_sink_blocks", 0), ("num_local_blocks", 0), ("stride", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.method == "antidiagonal" and self.block_size % self.stride:
-            raise ValueError(
-                f"stride must divide block_size={self.block_size}, got {self.stride}."
-            )
+            raise ValueError(f"stride must divide block_size={self.block_size}, got {self.stride}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -127,7 +125,8 @@ class BlockSparseTrainingFree(BlockSparseLayer):
             backend=backend,
         )
         self.config = config
-        self.base_sparsity, self.share = config.base_sparsity, config.share
+        self.base_sparsity = config.base_sparsity
+        self.thresholds: ThresholdTable | None = None
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
@@ -168,19 +167,15 @@ class BlockSparseTrainingFree(BlockSparseLayer):
     @torch.no_grad()
     def select(self, inputs: SelectionInputs) -> Selection:
         """Ranks by the rule and keeps the best within the budget."""
-        candidates, rows = inputs.candidates, inputs.rows
+        candidates = inputs.candidates
         scores = self.score(inputs)
-        if self.config.budget == "share":
-            count = visible_share_budget(
-                scores, candidates.scored, candidates.forced, self.share
-            )
+        if self.config.budget == "threshold":
+            if self.thresholds is None:
+                raise RuntimeError("budget='threshold' needs set_thresholds before the first call.")
+            threshold = self.thresholds.at(inputs.mask.kv_len)
+            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
         else:
-            forced = candidates.forced.sum(-1)
-            limit = forced + candidates.scored.sum(-1)
-            shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
-            keep = torch.full(shape, 1 - self.base_sparsity, device=scores.device)
-            exact = water_level_budget(keep, forced, limit, rows, candidates.width)
-            count = (round_budget(exact, rows) - forced).clamp(min=0)
+            count = even_budget(inputs, scores, self.base_sparsity)
         shape = torch.broadcast_shapes(scores.shape, candidates.scored.shape)
         chosen = choose_top_k(
             scores.expand(shape), candidates.scored.expand(shape), count, candidates.width
@@ -191,9 +186,36 @@ class BlockSparseTrainingFree(BlockSparseLayer):
             width = int(chosen.sum(-1).max()) if chosen.numel() else 0
         return Selection(self.build_pattern(inputs, chosen, width)[0])
 
-    def share_sample(self, inputs: SelectionInputs) -> ShareSample:
-        """What a calibration of ``share`` needs of these inputs."""
+    def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
+        """What a calibration needs of these inputs."""
         candidates = inputs.candidates
-        return ShareSample.of(
+        return ThresholdSample.of(
             self.score(inputs), candidates.scored, candidates.forced, inputs.rows.num_allowed
         )
+
+    def set_thresholds(self, table: ThresholdTable) -> None:
+        """Sets the thresholds of ``budget="threshold"``.
+
+        Raises:
+            ValueError: If the budget is another one.
+        """
+        if self.config.budget != "threshold":
+            raise ValueError(f"thresholds need budget='threshold', got {self.config.budget!r}.")
+        self.thresholds = table
+
+
+def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float) -> Tensor:
+    """Scored blocks per row, int32 ``(b, h, i)``: the same for every head at a mean sparsity.
+
+    Args:
+        inputs: What a layer chooses by.
+        scores: ``(b, h, i, c)``, for its shape.
+        sparsity: Mean sparsity to meet, forced blocks included.
+    """
+    candidates, rows = inputs.candidates, inputs.rows
+    forced = candidates.forced.sum(-1)
+    limit = forced + candidates.scored.sum(-1)
+    shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
+    keep = torch.full(shape, 1 - sparsity, device=scores.device)
+    exact = water_level_budget(keep, forced, limit, rows, candidates.width)
+    return (round_budget(exact, rows) - forced).clamp(min=0)

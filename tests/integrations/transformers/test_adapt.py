@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny_models import tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
@@ -156,7 +157,7 @@ def test_wrong_uses_are_refused() -> None:
     model = tiny_model()
     with adapt(model, SPARSE):
         model.model.layers[1].self_attn.scaling = 1.0
-        with pytest.raises(ValueError, match="scaling must be 0.25"):
+        with pytest.raises(ValueError, match=r"scaling must be 0\.25"):
             model(tokens())
 
 

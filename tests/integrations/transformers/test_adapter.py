@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny_models import tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model, tokens
 from torch import Tensor
+
+from tiny_models import tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
@@ -72,9 +73,9 @@ def test_padding_changes_nothing_about_the_choice() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents(family: str) -> None:
     ids = tokens()
-    places = torch.stack([
-        torch.cat([torch.arange(n) for n in sizes]) for sizes in ((40, 1, 49), (33, 30, 27))
-    ])
+    places = torch.stack(
+        [torch.cat([torch.arange(n) for n in sizes]) for sizes in ((40, 1, 49), (33, 30, 27))]
+    )
     run = lambda m: m(ids, position_ids=places, use_cache=False).logits  # noqa: E731
     assert_close(both(tiny_model(family), run))
     model = tiny_model(family)

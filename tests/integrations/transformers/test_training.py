@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tiny_models import tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
@@ -22,9 +23,7 @@ def selector_gradients(model: Any, adapted: Any, **options: Any) -> list[torch.T
     torch.manual_seed(0)
     model.zero_grad()
     model(tokens(), labels=tokens(), **options).loss.backward()
-    return [
-        p.grad.clone() for p in adapted.selector_parameters() if p.grad is not None
-    ]
+    return [p.grad.clone() for p in adapted.selector_parameters() if p.grad is not None]
 
 
 def test_the_language_model_loss_reaches_the_selectors_of_a_frozen_base() -> None:

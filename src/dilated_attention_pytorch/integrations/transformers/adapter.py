@@ -36,8 +36,8 @@ class AdapterError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class SelectorAdapter(
-    ModelHubMixin,
+class SelectorAdapter(  # type: ignore[call-arg, misc]
+    ModelHubMixin,  # type: ignore[misc]
     library_name="dilated_attention_pytorch",
     tags=["sparse-attention"],
 ):

@@ -78,7 +78,8 @@ def block_sparse_forward(
             f"scaling must be {selector.scale}, which the selector was made for, got {scaling}."
         )
     mask = check_compact(attention_mask, query.shape[0], key.shape[2])
-    return _sparse(selector, *(x.transpose(1, 2) for x in (query, key, value)), mask), None
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return _sparse(selector, query, key, value, mask), None
 
 
 def _sparse(
@@ -94,9 +95,7 @@ def _sparse(
     if kind == OFFSET:
         # What a static cache holds beyond the last query was not written yet.
         lengths = (offset + q_len).clamp(max=kv_len)
-        out = selector(
-            query, key, value, is_causal=True, query_offset=offset, key_lengths=lengths
-        )
+        out = selector(query, key, value, is_causal=True, query_offset=offset, key_lengths=lengths)
         return _output(out)
     assert kind == PADDED
     tokens = CompactTokens.of(mask[:, 0, 0].bool(), offset, q_len)

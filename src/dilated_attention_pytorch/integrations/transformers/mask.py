@@ -38,7 +38,7 @@ def compact_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
@@ -113,7 +113,7 @@ def _packed(
     batch: int,
     q_length: int,
     kv_length: int,
-    mask_function: Callable[..., Tensor],
+    mask_function: Callable[..., Any],
     device: torch.device | str,
 ) -> Tensor:
     """Finds the documents by asking the rule about neighbours: linear in the tokens."""

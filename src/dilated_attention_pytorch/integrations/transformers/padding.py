@@ -61,9 +61,7 @@ class CompactTokens:
             (valid & past).sum(1, dtype=torch.int32),
         )
 
-    def compact(
-        self, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def compact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Moves padding of ``(batch, tokens, heads, head_dim)`` tensors to the end."""
         return (
             _reorder(query, self.query_order),
