@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
-SCORERS = ("bilinear", "mlp")
+SCORERS = ("bilinear", "mlp", "prototypes")
 BUDGETS = ("adaptive", "fixed", "top_p", "threshold")
 POOLINGS = ("mean", "max", "min", "attention")
 QUERY_SCOPES = ("block", "past")
@@ -47,7 +47,11 @@ class AdaptiveConfig:
         pooling: Block summaries to concatenate: any of ``"mean"``, ``"max"``, ``"min"``,
             ``"attention"`` (learned; for frozen queries and keys).
         scorer: ``"bilinear"`` (a product of two towers) or ``"mlp"`` (a network on the
-            concatenated summaries of a pair).
+            concatenated summaries of a pair) on the summaries of ``pooling``; ``"prototypes"``:
+            several attention-pooled prototypes per block, scored like attention between them (for
+            frozen queries and keys; ``pooling`` must be ``("attention",)``, ``hidden_dim`` and
+            ``num_layers`` have no part).
+        num_prototypes: Prototypes per block of ``scorer="prototypes"``.
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
             see, from half of the base share (repetition) to one and a half (unrelated content);
             ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
@@ -91,6 +95,7 @@ class AdaptiveConfig:
     selector_weight: float = 0.1
     pooling: tuple[str, ...] = ("mean", "max")
     scorer: str = "bilinear"
+    num_prototypes: int = 8
     budget: str = "adaptive"
     top_p: float = 0.9
     num_selected_blocks: int | None = None
@@ -119,6 +124,11 @@ class AdaptiveConfig:
         if unknown or not self.pooling or len(set(self.pooling)) != len(self.pooling):
             raise ValueError(
                 f"pooling must name one or more of {POOLINGS}, each once, got {self.pooling}."
+            )
+        if self.scorer == "prototypes" and self.pooling != ("attention",):
+            raise ValueError(
+                "pooling must be ('attention',) with scorer='prototypes', which pools by itself, "
+                f"got {self.pooling}."
             )
         if self.num_selected_blocks is not None and self.budget != "fixed":
             raise ValueError(
@@ -178,7 +188,8 @@ def _check_types(config: AdaptiveConfig) -> None:
 
 def _check_ranges(config: AdaptiveConfig) -> None:
     check_sparsity("base_sparsity", config.base_sparsity)
-    for name in ("temperature", "min_temperature", "hidden_dim", "num_layers", "block_size"):
+    for name in ("temperature", "min_temperature", "hidden_dim", "num_layers", "block_size",
+                 "num_prototypes"):  # fmt: skip
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
     for name in (

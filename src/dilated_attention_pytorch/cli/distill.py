@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 # Shown as defaults without importing transformers, which takes seconds.
 _SELECTOR: dict[str, Any] = {
-    "pooling": ("mean", "attention"), "hidden_dim": 64, "budget": "threshold", "num_sink_blocks": 1,
+    "scorer": "prototypes", "pooling": ("attention",), "budget": "threshold", "num_sink_blocks": 1,
 }  # fmt: skip
 
 

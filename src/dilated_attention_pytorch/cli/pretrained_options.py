@@ -85,8 +85,9 @@ def add_selector_options(parser: argparse.ArgumentParser, config: AdaptiveConfig
         ("num_local_blocks", int, "always read: blocks before the own one", None, False),
         ("pooling", str, "block summaries", POOLINGS, True),
         ("scorer", str, "kind of scorer", SCORERS, False),
-        ("hidden_dim", int, "width of the scorer", None, False),
-        ("num_layers", int, "depth of the scorer", None, False),
+        ("num_prototypes", int, "prototypes per block of that scorer", None, False),
+        ("hidden_dim", int, "width of another scorer", None, False),
+        ("num_layers", int, "depth of another scorer", None, False),
         ("budget", str, "how blocks are shared out", BUDGETS, False),
     ):
         default = getattr(config, name)

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.nn.block_sparse import (
     SelectionInputs,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
+from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
 from dilated_attention_pytorch.selection.bounds import most_scored_blocks
@@ -131,16 +132,23 @@ class BlockSparseAdaptive(BlockSparseLayer):
             backend=backend,
         )
         self.config = config
-        self.scorer = ImportanceScorer(
-            head_dim * len(config.pooling),
-            num_heads,
-            kind=config.scorer,
-            hidden_dim=config.hidden_dim,
-            num_layers=config.num_layers,
-            share_across_heads=config.share_across_heads,
-            heads_per_pattern=num_heads // pattern_heads,
-        )
-        if "attention" in config.pooling:
+        self.scorer: ImportanceScorer | PrototypeScorer
+        if config.scorer == "prototypes":
+            self.scorer = PrototypeScorer(
+                num_heads, head_dim, kv_heads, num_prototypes=config.num_prototypes, scale=scale,
+                heads_per_pattern=num_heads // pattern_heads,
+            )  # fmt: skip
+        else:
+            self.scorer = ImportanceScorer(
+                head_dim * len(config.pooling),
+                num_heads,
+                kind=config.scorer,
+                hidden_dim=config.hidden_dim,
+                num_layers=config.num_layers,
+                share_across_heads=config.share_across_heads,
+                heads_per_pattern=num_heads // pattern_heads,
+            )
+        if "attention" in config.pooling and config.scorer != "prototypes":
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
         if config.budget == "adaptive":
@@ -251,6 +259,12 @@ class BlockSparseAdaptive(BlockSparseLayer):
         query, valid = inputs.query, inputs.query_valid
         if config.query_scope == "past" and inputs.mask.causal:
             query, valid = past_windows(query, self.block_size, valid, inputs.mask.document_ids)
+        if isinstance(self.scorer, PrototypeScorer):
+            scores = self.scorer(
+                query, inputs.key, self.block_size, inputs.candidates.indices,
+                query_valid=valid, key_valid=inputs.key_valid,
+            )  # fmt: skip
+            return scores, self._key_means(inputs)
         learned = "attention" in config.pooling
         queries = block_summaries(
             query, self.block_size, pooling=config.pooling, valid=valid,
@@ -264,10 +278,13 @@ class BlockSparseAdaptive(BlockSparseLayer):
             start = config.pooling.index("mean") * self.head_dim
             means = keys[..., start : start + self.head_dim]
         else:
-            means = block_summaries(
-                inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
-            )
+            means = self._key_means(inputs)
         return self.scorer(queries, keys, inputs.candidates.indices), means
+
+    def _key_means(self, inputs: SelectionInputs) -> Tensor:
+        return block_summaries(
+            inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
+        )
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""

@@ -17,6 +17,7 @@ from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_selection
 from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
 from dilated_attention_pytorch.training.language_model import TrainingError, check_device
 
@@ -24,17 +25,18 @@ DTYPES = ("float32", "bfloat16")
 
 
 def distilled_config(**changes: Any) -> AdaptiveConfig:
-    """The selector for frozen queries and keys: learned pooling, one sink block, thresholds.
+    """The selector for frozen queries and keys: prototypes, one sink block, thresholds.
 
     On frozen features the summary is the bottleneck, not the scorer behind it: mean and maximum
-    lose a single token that a learned pooling finds (``experiments/frozen_summaries.py``).
+    lose a single token that a learned pooling finds (``experiments/frozen_summaries.py``), and
+    eight pooled prototypes keep more mass than one (``docs/log.md``).
 
     Args:
         **changes: Other fields of :class:`AdaptiveConfig`.
     """
     settings: dict[str, Any] = {
-        "pooling": ("mean", "attention"),
-        "hidden_dim": 64,
+        "scorer": "prototypes",
+        "pooling": ("attention",),
         "budget": "threshold",
         "num_sink_blocks": 1,
         "learnable_temperature": False,
@@ -197,10 +199,16 @@ class PretrainedTraining(ABC):
             found = measure_selection(self.adapted, self.validation[:, :-1], (0.5, 0.8, 0.9))
         out = {}
         for quality in found:
+            if math.isnan(quality.recall):
+                # The forced blocks fill the budget: nothing was chosen.
+                continue
             out[f"recall_{quality.sparsity:g}"] = quality.recall
             out[f"kept_mass_{quality.sparsity:g}"] = quality.kept_mass
             out[f"best_mass_{quality.sparsity:g}"] = quality.best_mass
         return out
+
+    def _selectors(self) -> dict[int, BlockSparseLayer]:
+        return {} if self.adapted is None else self.adapted.selectors
 
     def trained(self) -> list[nn.Parameter]:
         """All that the optimiser changes, in order."""
@@ -213,6 +221,10 @@ class PretrainedTraining(ABC):
             "step_count": self.step_count,
             "seconds": self.seconds,
             "parameters": [p.detach().cpu() for p in self.trained()],
+            # Beside their parameters: thresholds, sparsity and temperature.
+            "selectors": {
+                str(number): selector.state_dict() for number, selector in self._selectors().items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "data_position": self.windows.position,
             "random": torch.get_rng_state(),
@@ -224,6 +236,8 @@ class PretrainedTraining(ABC):
         with torch.no_grad():
             for parameter, value in zip(self.trained(), state["parameters"], strict=True):
                 parameter.copy_(value)
+        for number, selector in self._selectors().items():
+            selector.load_state_dict(state["selectors"][str(number)])
         self.optimizer.load_state_dict(state["optimizer"])
         self.windows.position = state["data_position"]
         self.step_count, self.seconds = state["step_count"], state["seconds"]

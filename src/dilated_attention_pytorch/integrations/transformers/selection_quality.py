@@ -21,7 +21,7 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 @dataclass(frozen=True)
 class SelectionQuality:
-    """Means over layers, heads and rows that had a choice, at one sparsity.
+    """Means over layers, heads and rows that had a choice, at one sparsity; NaN if none had one.
 
     Attributes:
         sparsity: The same number of blocks for every head.
@@ -77,7 +77,7 @@ def measure_selection(
     with evaluating(adapted.model), observe_selection(adapted, look):
         for window in windows.split(1):
             adapted.model.base_model(window.to(adapted.model.device).long(), use_cache=False)
-    means = (totals[:, :3] / totals[:, 3:].clamp(min=1)).tolist()
+    means = (totals[:, :3] / totals[:, 3:]).tolist()
     return [
         SelectionQuality(sparsity, recall, kept, best)
         for sparsity, (recall, kept, best) in zip(sparsities, means, strict=True)
