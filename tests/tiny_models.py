@@ -61,3 +61,17 @@ def tokens(batch: int = 2, length: int = 90, seed: int = 0) -> torch.Tensor:
     """Random token numbers without the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+
+
+def save_tiny(folder: Any, family: str = "llama", **changes: Any) -> Any:
+    """Saves a tiny model with a tokenizer of single bytes; returns the folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tiny_model(family, vocab_size=256, **changes).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
