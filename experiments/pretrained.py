@@ -90,6 +90,19 @@ def text_paths(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(CACHE / "texts" / f"{name}.txt") for name in names)
 
 
+def training_texts() -> tuple[str, ...]:
+    """The texts to train on in pieces of 100,000 characters: held-out text is whole files."""
+    folder = RUNS / "train"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        for name, path in zip(TRAINED_ON, text_paths(TRAINED_ON), strict=True):
+            text = Path(path).read_bytes()[: TEXT_BYTES.get(name)].decode("utf-8", "replace")
+            for number, start in enumerate(range(0, len(text), 100_000)):
+                piece = folder / f"{name}-{number:03}.txt"
+                piece.write_text(text[start : start + 100_000], encoding="utf-8")
+    return (str(folder),)
+
+
 def train(job: Any, folder: Path, stop: Callable[[], bool], changes: str) -> None:
     """Runs a job, or goes on with it, and saves what it made when it is done."""
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
@@ -136,7 +149,7 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         learning_rate=options.lr, device=options.device, dtype=options.dtype,
     )  # fmt: skip
     job = PretrainedJob(
-        run=run, model=str(MODEL), text=text_paths(TRAINED_ON),
+        run=run, model=str(MODEL), text=training_texts(),
         intervals=LoopSettings(log_every=20, validate_every=200, checkpoint_every=200),
     )  # fmt: skip
     train(job, folder, stop, "choose another --name")
@@ -161,7 +174,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         device=options.device, dtype=options.dtype,
     )  # fmt: skip
     job = PretrainedJob(
-        run=run, model=str(MODEL), text=text_paths(TRAINED_ON),
+        run=run, model=str(MODEL), text=training_texts(),
         intervals=LoopSettings(log_every=10, validate_every=100, checkpoint_every=200),
     )  # fmt: skip
     train(job, folder, stop, "choose another --name")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tiny_models import save_tiny
 
 pytest.importorskip("rich", reason="needs the extra [cli]")

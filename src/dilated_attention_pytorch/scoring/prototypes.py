@@ -128,6 +128,25 @@ class PrototypeScorer(nn.Module):
         Returns:
             Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all).
         """
+        # Half precision would blur scores whose differences decide.
+        with torch.autocast(query.device.type, enabled=False):
+            scores = self._score(query, key, block_size, query_valid, key_valid)
+        if self.heads_per_pattern > 1:
+            scores = scores.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
+        if candidates is None:
+            return scores
+        index = candidates.clamp(0, scores.shape[-1] - 1).long()
+        return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+
+    def _score(
+        self,
+        query: Tensor,
+        key: Tensor,
+        block_size: int,
+        query_valid: Tensor | None,
+        key_valid: Tensor | None,
+    ) -> Tensor:
+        """Scores of every head and pair of blocks, some rows at a time."""
         q = block_prototypes(query, block_size, self.query_pool, query_valid)
         k = block_prototypes(key, block_size, self.key_pool, key_valid)
         q = q @ self.form[:, None] * (self.scale * self.gain.view(-1, 1, 1, 1))
@@ -140,13 +159,7 @@ class PrototypeScorer(nn.Module):
                 parts.append(checkpoint(self._rows, part, k, use_reentrant=False))
             else:
                 parts.append(self._rows(part, k))
-        scores = torch.cat(parts, 2) if parts else q.new_zeros(batch, heads, 0, k.shape[2])
-        if self.heads_per_pattern > 1:
-            scores = scores.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
-        if candidates is None:
-            return scores
-        index = candidates.clamp(0, scores.shape[-1] - 1).long()
-        return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+        return torch.cat(parts, 2) if parts else q.new_zeros(batch, heads, 0, k.shape[2])
 
     def _rows(self, q: Tensor, k: Tensor) -> Tensor:
         """Log-sum-exp over the pairs of prototypes of ``(b, h, i, r, d)`` and ``(b, h, j, p, d)``.
