@@ -18,11 +18,10 @@ _CONFIG = {f.name for f in dataclasses.fields(AdaptiveConfig)}
 def require_transformers() -> None:
     """Raises CommandError unless transformers can be imported, and quietens its loading bars."""
     try:
-        from transformers.utils import logging
+        from dilated_attention_pytorch.integrations.transformers.tokens import quieten
     except ImportError as error:
-        raise CommandError(_NEEDS) from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        raise CommandError(f"{_NEEDS} ({error})") from error
+    quieten()
 
 
 def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -134,3 +134,11 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load a model from {folder}: {reason}") from error
     return model.to(device).eval()
+
+
+def quieten() -> None:
+    """Turns off the bars and notes of transformers, for commands that have bars of their own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
