@@ -85,16 +85,15 @@ def test_selectors_beside_lora() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("sparsity", [0.0, 0.3])
 def test_torch_compile(sparsity: float) -> None:
     """The CPU path breaks the graph where it reads how many blocks were chosen; results agree."""
     model = tiny_model(num_hidden_layers=1)
     config = AdaptiveConfig(base_sparsity=sparsity, block_size=16, budget="fixed")
-    ids, mask = tokens(length=48), torch.ones(2, 48, dtype=torch.long)
-    mask[1, :20] = 0
+    ids = tokens(length=48)
     with adapt(model, config, backend="reference"), torch.no_grad():
-        compiled = torch.compile(model, backend="eager")
-        for options in ({}, {"attention_mask": mask}):
-            eager = model(ids, **options).logits
-            torch.testing.assert_close(compiled(ids, **options).logits, eager, atol=1e-4, rtol=1e-4)
+        eager = model(ids).logits
+        compiled = torch.compile(model, backend="eager")(ids).logits
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
