@@ -52,6 +52,10 @@ class AdaptiveConfig:
             frozen queries and keys; ``pooling`` must be ``("attention",)``, ``hidden_dim`` and
             ``num_layers`` have no part).
         num_prototypes: Prototypes per block of ``scorer="prototypes"``.
+        sample_stride: Add the logarithm of a sampled tile mass to the scores, by a factor that
+            each head learns from 0: one logit per square of ``sample_stride`` queries and keys
+            (XAttention's antidiagonals), at 1 / ``sample_stride`` of the cost of dense attention's
+            logits. It must divide ``block_size``. None: no sampling, linear cost.
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
             see, from half of the base share (repetition) to one and a half (unrelated content);
             ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
@@ -96,6 +100,7 @@ class AdaptiveConfig:
     pooling: tuple[str, ...] = ("mean", "max")
     scorer: str = "bilinear"
     num_prototypes: int = 8
+    sample_stride: int | None = None
     budget: str = "adaptive"
     top_p: float = 0.9
     num_selected_blocks: int | None = None
@@ -129,6 +134,11 @@ class AdaptiveConfig:
             raise ValueError(
                 "pooling must be ('attention',) with scorer='prototypes', which pools by itself, "
                 f"got {self.pooling}."
+            )
+        if self.sample_stride is not None and self.query_scope != "block":
+            raise ValueError(
+                "sample_stride reads all queries of a block: it needs query_scope='block', got "
+                f"{self.query_scope!r}."
             )
         if self.num_selected_blocks is not None and self.budget != "fixed":
             raise ValueError(
@@ -202,6 +212,9 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
+    stride = config.sample_stride
+    if stride is not None and (stride < 1 or config.block_size % stride):
+        raise ValueError(f"sample_stride must divide block_size={config.block_size}, got {stride}.")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
 

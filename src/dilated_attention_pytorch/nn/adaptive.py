@@ -19,6 +19,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
+from dilated_attention_pytorch.scoring.training_free import antidiagonal_scores
 from dilated_attention_pytorch.selection.bounds import most_scored_blocks
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
@@ -151,6 +152,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
         if "attention" in config.pooling and config.scorer != "prototypes":
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
+        if config.sample_stride is not None:
+            self.sample_gain = nn.Parameter(torch.zeros(pattern_heads))
         if config.budget == "adaptive":
             # Half the base budget for repeated content, one and a half for unrelated content.
             self.budget_offset = nn.Parameter(torch.full((pattern_heads,), 0.5))
@@ -255,6 +258,24 @@ class BlockSparseAdaptive(BlockSparseLayer):
 
     def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
+        scores, means = self._learned_scores(inputs)
+        if self.config.sample_stride is None:
+            return scores, means
+        sampled = antidiagonal_scores(
+            inputs.query.detach(), inputs.key.detach(), inputs.mask,
+            block_size=self.block_size, stride=self.config.sample_stride,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            query_valid=inputs.query_valid, key_valid=inputs.key_valid,
+        )  # fmt: skip
+        if sampled.shape[1] != self.pattern_heads:
+            sampled = sampled.unflatten(1, (self.pattern_heads, -1)).mean(2)
+        indices = inputs.candidates.indices
+        if indices is not None:
+            index = indices.clamp(0, sampled.shape[-1] - 1).expand(*sampled.shape[:3], -1)
+            sampled = sampled.gather(-1, index)
+        return scores + self.sample_gain[:, None, None] * sampled, means
+
+    def _learned_scores(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         config = self.config
         query, valid = inputs.query, inputs.query_valid
         if config.query_scope == "past" and inputs.mask.causal:
