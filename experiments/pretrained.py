@@ -294,7 +294,7 @@ def evaluate_tuned(options: argparse.Namespace, stop: Callable[[], bool]) -> Non
                 if stop() or (folder.name, text, length) in seen:
                     continue
                 with CountTiles(adapted) as tiles:
-                    found = perplexity(model, measured._windows(text, length))
+                    found = perplexity(model, measured.windows(text, length))
                 row = {"run": folder.name, "text": text, "length": length, "perplexity": found,
                        "measured_sparsity": tiles.sparsity}  # fmt: skip
                 with target.open("a", encoding="utf-8") as file:

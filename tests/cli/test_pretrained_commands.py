@@ -203,7 +203,7 @@ def test_help_needs_no_transformers_and_lists_the_commands(
 
 
 def test_defaults_shown_are_those_of_the_dataclasses() -> None:
-    from dilated_attention_pytorch.cli.distill import _SELECTOR, _defaults
+    from dilated_attention_pytorch.cli.pretrained_options import RUN_DEFAULTS, SELECTOR_DEFAULTS
     from dilated_attention_pytorch.config import AdaptiveConfig
     from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
         PretrainedRun,
@@ -211,8 +211,8 @@ def test_defaults_shown_are_those_of_the_dataclasses() -> None:
     )
 
     run = PretrainedRun()
-    for name, value in vars(_defaults()).items():
+    for name, value in RUN_DEFAULTS.items():
         assert getattr(run, name) == value, name
-    shown = AdaptiveConfig(**_SELECTOR)
-    for name in _SELECTOR:
+    shown = AdaptiveConfig(**SELECTOR_DEFAULTS)
+    for name in SELECTOR_DEFAULTS:
         assert getattr(shown, name) == getattr(distilled_config(), name), name

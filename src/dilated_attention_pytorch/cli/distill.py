@@ -14,7 +14,6 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     add_selector_options,
 )
 from dilated_attention_pytorch.cli.pretrained_run import run_job
-from dilated_attention_pytorch.config import AdaptiveConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -34,21 +33,8 @@ def add_parser(commands: Any) -> None:
         help="mass: where attention goes; gradient: weighted by what the loss cares about "
         "(default: mass)",
     )  # fmt: skip
-    add_run_options(parser, _defaults())
-    add_selector_options(parser, AdaptiveConfig(**_SELECTOR))
-
-
-# Shown as defaults without importing transformers, which takes seconds.
-_SELECTOR: dict[str, Any] = {
-    "scorer": "prototypes", "pooling": ("attention",), "budget": "threshold", "num_sink_blocks": 1,
-}  # fmt: skip
-
-
-def _defaults() -> argparse.Namespace:
-    return argparse.Namespace(
-        seq_len=2048, batch_size=1, steps=300, weight_decay=0.0, validation_windows=2, seed=0,
-        device="cpu", dtype="float32", learning_rate=3e-3,
-    )  # fmt: skip
+    add_run_options(parser)
+    add_selector_options(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:

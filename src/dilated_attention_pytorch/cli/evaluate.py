@@ -114,7 +114,7 @@ def _build(parsed: argparse.Namespace) -> Any:
     options = named(parsed)
     adapter = None
     if parsed.adapter is not None:
-        adapter = SelectorAdapter._read(Path(parsed.adapter))
+        adapter = SelectorAdapter.read(parsed.adapter)
         options.setdefault("block_size", block_size_of(adapter))
     if options.get("rivals") == ("none",):
         options["rivals"] = ()
@@ -170,8 +170,8 @@ def _finite(value: Any) -> Any:
 
 def _table(text: str, result: dict[str, Any]) -> Table:
     table = Table(title=f"{text}: perplexity relative to dense attention", title_justify="left")
-    for heading in ("tokens", "method", "sparsity", "measured", "perplexity", "ratio", "kept mass",
-                    "needles", "tokens/s"):  # fmt: skip
+    for heading in ("tokens", "method", "sparsity\n(measured)", "perplexity", "/ dense",
+                    "kept\nmass", "needles", "tokens/s"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "method" else "right")
     dense = [{"method": "dense", "sparsity": 0.0, "measured_sparsity": 0.0, "ratio": 1.0, **row}
              for row in result["dense"]]  # fmt: skip
@@ -179,8 +179,8 @@ def _table(text: str, result: dict[str, Any]) -> Table:
                       key=lambda r: r["length"]):  # fmt: skip
         needles = [value for name, value in row.items() if name.startswith("retrieval_")]
         table.add_row(
-            f"{row['length']:,}", row["method"], f"{row['sparsity']:.2f}",
-            f"{row['measured_sparsity']:.3f}", f"{row['perplexity']:.2f}", f"{row['ratio']:.4f}",
+            f"{row['length']:,}", row["method"],
+            f"{row['sparsity']:.2f} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}", f"{row['ratio']:.4f}",
             f"{row['kept_mass']:.3f}" if "kept_mass" in row else "-",
             f"{sum(needles) / len(needles):.2f}" if needles else "-",
             f"{row['tokens_per_second']:,.0f}" if math.isfinite(row["tokens_per_second"]) else "-",

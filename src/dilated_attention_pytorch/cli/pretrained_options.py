@@ -12,6 +12,14 @@ from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.config import BUDGETS, POOLINGS, SCORERS, AdaptiveConfig
 
 _NEEDS = "this command needs transformers: pip install 'dilated-attention-pytorch[hf]'"
+# Shown as defaults without importing transformers, which takes seconds.
+RUN_DEFAULTS: dict[str, Any] = {
+    "seq_len": 2048, "batch_size": 1, "steps": 300, "weight_decay": 0.0, "validation_windows": 2,
+    "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
+}  # fmt: skip
+SELECTOR_DEFAULTS: dict[str, Any] = {
+    "scorer": "prototypes", "pooling": ("attention",), "budget": "threshold", "num_sink_blocks": 1,
+}  # fmt: skip
 _CONFIG = {f.name for f in dataclasses.fields(AdaptiveConfig)}
 
 
@@ -37,13 +45,8 @@ def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
     )  # fmt: skip
 
 
-def add_run_options(parser: argparse.ArgumentParser, run: object) -> None:
-    """Adds what distilling and tuning share; absent options leave no trace.
-
-    Args:
-        parser: Of the command.
-        run: The defaults.
-    """
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what distilling and tuning share; absent options leave no trace."""
     for name, kind, what in (
         ("seq_len", int, "tokens per window"),
         ("batch_size", int, "windows per step"),
@@ -54,11 +57,11 @@ def add_run_options(parser: argparse.ArgumentParser, run: object) -> None:
         ("device", str, "cpu, cuda, cuda:1, ..."),
         ("dtype", str, "float32, or bfloat16 for autocast"),
     ):
-        _add(parser, name, kind, what, getattr(run, name))
+        _add(parser, name, kind, what, RUN_DEFAULTS[name])
     parser.add_argument(
         "--lr", dest="learning_rate", type=float, metavar="X", default=argparse.SUPPRESS,
         help="peak learning rate of the selectors "
-        f"(default: {getattr(run, 'learning_rate'):g})",  # noqa: B009
+        f"(default: {RUN_DEFAULTS['learning_rate']:g})",
     )  # fmt: skip
     parser.add_argument(
         "--layers", type=int, nargs="+", metavar="N", default=argparse.SUPPRESS,
@@ -74,8 +77,9 @@ def add_run_options(parser: argparse.ArgumentParser, run: object) -> None:
         _add(parser, name, int, f"steps between two: {what}", default)
 
 
-def add_selector_options(parser: argparse.ArgumentParser, config: AdaptiveConfig) -> None:
+def add_selector_options(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of the selectors that matter for frozen models."""
+    config = AdaptiveConfig(**SELECTOR_DEFAULTS)
     group = parser.add_argument_group("selectors")
     for name, kind, what, choices, many in (
         ("block_size", int, "tokens per block", None, False),
@@ -84,6 +88,7 @@ def add_selector_options(parser: argparse.ArgumentParser, config: AdaptiveConfig
         ("num_local_blocks", int, "always read: blocks before the own one", None, False),
         ("pooling", str, "block summaries", POOLINGS, True),
         ("scorer", str, "kind of scorer", SCORERS, False),
+        ("sample_stride", int, "add a sampled tile mass to the scores", None, False),
         ("num_prototypes", int, "prototypes per block of that scorer", None, False),
         ("hidden_dim", int, "width of another scorer", None, False),
         ("num_layers", int, "depth of another scorer", None, False),

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from dilated_attention_pytorch.cli.distill import _SELECTOR, _defaults
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     add_run_folder,
@@ -15,7 +14,6 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     add_selector_options,
 )
 from dilated_attention_pytorch.cli.pretrained_run import run_job
-from dilated_attention_pytorch.config import AdaptiveConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -49,8 +47,8 @@ def add_parser(commands: Any) -> None:
             f"--{flag}", type=kind, metavar="N" if kind is int else "X",
             default=argparse.SUPPRESS, help=what,
         )  # fmt: skip
-    add_run_options(parser, _defaults())
-    add_selector_options(parser, AdaptiveConfig(**_SELECTOR))
+    add_run_options(parser)
+    add_selector_options(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -123,17 +123,22 @@ class ThresholdTable:
     thresholds: tuple[float, ...]
 
     def at(self, length: int) -> float:
-        """The threshold for a length; on a straight line between logarithms, flat outside.
+        """The threshold for a length.
+
+        Between two lengths on a straight line of logarithms; outside in inverse proportion to the
+        length, as the mean mass of a block falls.
 
         Example:
-            >>> round(ThresholdTable((1024, 4096), (0.04, 0.01)).at(2048), 3)
-            0.02
+            >>> table = ThresholdTable((1024, 4096), (0.04, 0.01))
+            >>> round(table.at(2048), 3), round(table.at(8192), 3)
+            (0.02, 0.005)
         """
-        if length <= self.lengths[0]:
-            return self.thresholds[0]
+        first, last = self.lengths[0], self.lengths[-1]
+        if length <= first:
+            return self.thresholds[0] * first / max(length, 1)
         for n, (low, high) in enumerate(zip(self.lengths, self.lengths[1:], strict=False)):
             if length <= high:
                 share = math.log(length / low) / math.log(high / low)
                 a, b = self.thresholds[n], self.thresholds[n + 1]
                 return math.exp(math.log(a) + share * (math.log(b) - math.log(a)))
-        return self.thresholds[-1]
+        return self.thresholds[-1] * last / length

@@ -271,7 +271,7 @@ def test_evaluation_of_an_adapter_and_rivals() -> None:
         else:
             assert row["kept_mass"] < 1
     # Nothing stays behind.
-    windows = evaluation._windows("random", 128)
+    windows = evaluation.windows("random", 128)
     assert perplexity(model, windows) == evaluation.dense("random", 128)["perplexity"]
 
 

@@ -138,13 +138,19 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
                     allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
                 )
             )  # fmt: skip
-        return cls._read(folder)
+        return cls.read(folder)
 
     @classmethod
-    def _read(cls, folder: Path) -> SelectorAdapter:
+    def read(cls, folder: str | Path) -> SelectorAdapter:
+        """Reads a folder that :func:`save_adapter` wrote.
+
+        Raises:
+            AdapterError: If it holds no adapter, or a damaged one.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        folder = Path(folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise AdapterError(
@@ -195,7 +201,7 @@ def load_adapter(model: Any, folder: str | Path, *, backend: str = "auto") -> Ad
     """
     path = Path(folder)
     if path.exists() or len(path.parts) != 2:
-        return SelectorAdapter._read(path).apply(model, backend=backend)
+        return SelectorAdapter.read(path).apply(model, backend=backend)
     return SelectorAdapter.from_pretrained(str(folder)).apply(model, backend=backend)
 
 

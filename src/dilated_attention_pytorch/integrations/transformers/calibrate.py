@@ -40,8 +40,8 @@ def calibrate(
         adapted: The model.
         tokens: ``(tokens,)``: a sample of text.
         sparsity: Mean sparsity to meet, in [0, 1).
-        lengths: Lengths to calibrate at; between them thresholds are interpolated. None: powers
-            of two from 512 to what the text and the model's positions allow.
+        lengths: Lengths to calibrate at; see :class:`ThresholdTable` for others. None: halves of
+            what the text and the model's positions allow, down to 512.
         windows: Windows per length, spread over the text.
 
     Raises:
@@ -57,8 +57,7 @@ def calibrate(
     if not chosen:
         return
     if lengths is None:
-        most = min(len(tokens), adapted.model.config.max_position_embeddings)
-        lengths = [2**n for n in range(9, most.bit_length()) if 2**n <= most] or [len(tokens)]
+        lengths = default_lengths(min(len(tokens), adapted.model.config.max_position_embeddings))
     if len(tokens) < min(lengths):
         raise ValueError(
             f"tokens must hold at least {min(lengths)} tokens to calibrate at, got {len(tokens)}."
@@ -72,6 +71,14 @@ def calibrate(
                 found[number].append(calibrate_threshold(samples[number], sparsity))
         for number, selector in chosen.items():
             selector.set_thresholds(ThresholdTable(tuple(lengths), tuple(found[number])))
+
+
+def default_lengths(longest: int) -> list[int]:
+    """Halves of a length down to 512 tokens, ascending."""
+    out = [longest]
+    while out[-1] // 2 >= 512:
+        out.append(out[-1] // 2)
+    return out[::-1]
 
 
 def _samples(

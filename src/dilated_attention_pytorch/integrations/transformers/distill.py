@@ -12,7 +12,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import save_adapter
-from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.calibrate import (
+    calibrate,
+    default_lengths,
+)
 from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
     observe_selection,
@@ -100,7 +103,10 @@ class Distillation(PretrainedTraining):
     def save(self, folder: Path) -> None:
         """Calibrates the thresholds for the configured sparsity and writes ``adapter``."""
         with self.autocast():
-            calibrate(self.adapted, self.windows.data, self.run.config.base_sparsity)
+            calibrate(
+                self.adapted, self.windows.data, self.run.config.base_sparsity,
+                lengths=default_lengths(self.run.seq_len),
+            )  # fmt: skip
         save_adapter(self.adapted, folder / "adapter")
 
 

@@ -146,7 +146,7 @@ class Evaluation:
     def dense(self, text: str, length: int) -> dict[str, float]:
         """Perplexity and speed of the model as it is; measured once."""
         if (text, length) not in self._dense:
-            windows = self._windows(text, length)
+            windows = self.windows(text, length)
             self._dense[text, length] = {
                 "perplexity": perplexity(self.model, windows),
                 "tokens_per_second": self._speed(windows),
@@ -156,7 +156,7 @@ class Evaluation:
 
     def measure(self, text: str, length: int, method: str, sparsity: float) -> dict[str, Any]:
         """One row: see :meth:`rows`."""
-        dense, windows = self.dense(text, length), self._windows(text, length)
+        dense, windows = self.dense(text, length), self.windows(text, length)
         with self._adapted(text, length, method, sparsity) as adapted:
             with CountTiles(adapted) as tiles:
                 found = perplexity(self.model, windows)
@@ -187,7 +187,7 @@ class Evaluation:
         for cell in self.cells():
             yield self.measure(*cell)
 
-    def _windows(self, text: str, length: int) -> Tensor:
+    def windows(self, text: str, length: int) -> Tensor:
         """Windows behind those to calibrate on, evenly spread, ``(windows, length + 1)``."""
         tokens = self.texts[text][length * self.settings.calibration_windows :]
         count = min(self.settings.windows, (len(tokens) - 1) // length)

@@ -13,7 +13,10 @@ from torch import Tensor
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import load_adapter, save_adapter
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
-from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.calibrate import (
+    calibrate,
+    default_lengths,
+)
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
 from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
     PretrainedRun,
@@ -151,7 +154,10 @@ class Tuning(PretrainedTraining):
         """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
         if self.adapted is not None:
             self._set_sparsity(self.run.base_sparsity)
-            calibrate(self.adapted, self.windows.data, self.run.base_sparsity)
+            calibrate(
+                self.adapted, self.windows.data, self.run.base_sparsity,
+                lengths=default_lengths(self.run.seq_len),
+            )  # fmt: skip
             save_adapter(self.adapted, folder / "adapter")
         if self.lora is not None:
             self.lora.save_pretrained(folder / "lora")
