@@ -214,8 +214,21 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     return first + shorter + curve
 
 
-def evaluation(model: Any, tokenizer: Any, options: argparse.Namespace, adapter: Any) -> Any:
-    """Measures on the first part of the held-out texts to calibrate, and on the rest."""
+def with_needles(cell: tuple[str, int, str, float], longest: int) -> bool:
+    """Whether retrieval is measured in a cell, too; it costs more than all the rest."""
+    text, length, method, sparsity = cell
+    own = method in ("adapter", "sink_window", "antidiagonal", "oracle")
+    return own and length == longest and text == MEASURED_ON[0] and sparsity == 0.9
+
+
+def evaluation(
+    model: Any,
+    tokenizer: Any,
+    options: argparse.Namespace,
+    adapter: Any,
+    depths: tuple[float, ...] = (),
+) -> Any:
+    """Measures on the held-out texts; the first windows of each are to calibrate on."""
     from dilated_attention_pytorch.integrations.transformers.evaluate import (
         Evaluation,
         EvaluationSettings,
@@ -225,7 +238,7 @@ def evaluation(model: Any, tokenizer: Any, options: argparse.Namespace, adapter:
     settings = EvaluationSettings(
         lengths=(options.length, options.length // 2, options.length // 4), sparsities=(0.9,),
         rivals=RIVALS, block_size=options.block_size, windows=options.windows, needles=4,
-        repeats=2,
+        repeats=2, depths=depths,
     )  # fmt: skip
     texts = {
         name: tokenize(tokenizer, Path(path).read_text("utf-8", "replace"))
@@ -249,12 +262,15 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     cells = [cell for cell in plan(options) if cell not in seen]
     model = load_model(MODEL, device=options.device, dtype=options.weights)
     adapter = SelectorAdapter.from_pretrained(str(folder / "adapter"))
-    measured = evaluation(model, load_tokenizer(MODEL), options, adapter)
+    tokenizer = load_tokenizer(MODEL)
+    plain = evaluation(model, tokenizer, options, adapter)
+    needles = evaluation(model, tokenizer, options, adapter, (0.1, 0.5, 0.9))
     print(f"{len(cells)} cells to measure, {len(done)} done", flush=True)
     for cell in cells:
         if stop():
             break
         start = time.perf_counter()
+        measured = needles if with_needles(cell, options.length) else plain
         row = measured.measure(*cell)
         row["dense"] = measured.dense(cell[0], cell[1])
         row["seconds"] = round(time.perf_counter() - start, 1)

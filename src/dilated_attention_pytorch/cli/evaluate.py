@@ -180,7 +180,8 @@ def _table(text: str, result: dict[str, Any]) -> Table:
         needles = [value for name, value in row.items() if name.startswith("retrieval_")]
         table.add_row(
             f"{row['length']:,}", row["method"],
-            f"{row['sparsity']:.2f} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}", f"{row['ratio']:.4f}",
+            f"{row['sparsity']:.2f} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}",
+            f"{row['ratio']:.4f}",
             f"{row['kept_mass']:.3f}" if "kept_mass" in row else "-",
             f"{sum(needles) / len(needles):.2f}" if needles else "-",
             f"{row['tokens_per_second']:,.0f}" if math.isfinite(row["tokens_per_second"]) else "-",
