@@ -170,7 +170,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     run = TuneRun(
         seq_len=options.length, steps=options.steps or 400, train=options.train,
         attention=options.attention, adapter=None if dense else str(source),
-        base_sparsity=options.sparsity, base_learning_rate=options.base_lr, learning_rate=1e-3,
+        base_sparsity=options.sparsity, base_learning_rate=options.base_lr, learning_rate=5e-4,
         device=options.device, dtype=options.dtype,
     )  # fmt: skip
     job = PretrainedJob(

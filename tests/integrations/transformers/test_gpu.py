@@ -78,6 +78,8 @@ def test_caches(kind: str) -> None:
             torch.testing.assert_close(run(), dense, atol=2e-2, rtol=2e-2)
 
 
+# Compilers warn of much that is not ours.
+@pytest.mark.filterwarnings("ignore")
 def test_generation_in_half_precision_with_a_compiled_static_cache() -> None:
     model, ids = on_gpu().bfloat16(), tokens(length=40).cuda()
     config = AdaptiveConfig(base_sparsity=0.3, block_size=16, budget="fixed")
