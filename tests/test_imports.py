@@ -38,6 +38,8 @@ OPTIONAL = {
     ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),
+    "huggingface_hub": ("integrations",),
+    "peft": ("integrations",),
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
-SCORERS = ("bilinear", "mlp")
-BUDGETS = ("adaptive", "fixed", "top_p")
+SCORERS = ("bilinear", "mlp", "prototypes")
+BUDGETS = ("adaptive", "fixed", "top_p", "threshold")
 POOLINGS = ("mean", "max", "min", "attention")
 QUERY_SCOPES = ("block", "past")
 
@@ -47,11 +47,21 @@ class AdaptiveConfig:
         pooling: Block summaries to concatenate: any of ``"mean"``, ``"max"``, ``"min"``,
             ``"attention"`` (learned; for frozen queries and keys).
         scorer: ``"bilinear"`` (a product of two towers) or ``"mlp"`` (a network on the
-            concatenated summaries of a pair).
+            concatenated summaries of a pair) on the summaries of ``pooling``; ``"prototypes"``:
+            several attention-pooled prototypes per block, scored like attention between them (for
+            frozen queries and keys; ``pooling`` must be ``("attention",)``, ``hidden_dim`` and
+            ``num_layers`` have no part).
+        num_prototypes: Prototypes per block of ``scorer="prototypes"``.
+        sample_stride: Add the logarithm of a sampled tile mass to the scores, by a factor that
+            each head learns from 0: one logit per square of ``sample_stride`` queries and keys
+            (XAttention's antidiagonals), at 1 / ``sample_stride`` of the cost of dense attention's
+            logits. It must divide ``block_size``. None: no sampling, linear cost.
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
             see, from half of the base share (repetition) to one and a half (unrelated content);
             ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
-            ``top_p`` of the softmaxed score.
+            ``top_p`` of the softmaxed score; ``"threshold"``: the blocks whose softmaxed score
+            reaches a threshold that a calibration finds; heads and rows with spread-out attention
+            keep more (:meth:`BlockSparseAdaptive.set_thresholds`).
         top_p: Share to reach with ``budget="top_p"``, in (0, 1];
             :meth:`BlockSparseAdaptive.calibrate_top_p` finds the one that meets
             ``base_sparsity``.
@@ -95,6 +105,8 @@ class AdaptiveConfig:
     selector_weight: float = 0.1
     pooling: tuple[str, ...] = ("mean", "max")
     scorer: str = "bilinear"
+    num_prototypes: int = 8
+    sample_stride: int | None = None
     budget: str = "adaptive"
     top_p: float = 0.9
     num_selected_blocks: int | None = None
@@ -129,6 +141,16 @@ class AdaptiveConfig:
         if unknown or not self.pooling or len(set(self.pooling)) != len(self.pooling):
             raise ValueError(
                 f"pooling must name one or more of {POOLINGS}, each once, got {self.pooling}."
+            )
+        if self.scorer == "prototypes" and self.pooling != ("attention",):
+            raise ValueError(
+                "pooling must be ('attention',) with scorer='prototypes', which pools by itself, "
+                f"got {self.pooling}."
+            )
+        if self.sample_stride is not None and self.query_scope != "block":
+            raise ValueError(
+                "sample_stride reads all queries of a block: it needs query_scope='block', got "
+                f"{self.query_scope!r}."
             )
         if self.num_selected_blocks is not None and self.budget != "fixed":
             raise ValueError(
@@ -195,6 +217,7 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         "num_layers",
         "block_size",
         "hierarchy_keep",
+        "num_prototypes",
     ):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
@@ -208,6 +231,9 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
+    stride = config.sample_stride
+    if stride is not None and (stride < 1 or config.block_size % stride):
+        raise ValueError(f"sample_stride must divide block_size={config.block_size}, got {stride}.")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
 
@@ -222,10 +248,15 @@ def _check_hierarchy(config: AdaptiveConfig) -> None:
         raise ValueError(
             f"hierarchy needs estimator='mass', which trains its scorers; got {config.estimator!r}."
         )
-    if config.hierarchy and config.budget == "top_p":
+    if config.hierarchy and (config.scorer == "prototypes" or config.sample_stride is not None):
+        raise ValueError(
+            "hierarchy needs scorer='bilinear' or 'mlp' and no sample_stride: super-blocks are "
+            f"scored by summaries; got {config.scorer!r} and {config.sample_stride}."
+        )
+    if config.hierarchy and config.budget in ("top_p", "threshold"):
         raise ValueError(
             "hierarchy needs budget='adaptive' or 'fixed': a share of all scores is not known "
-            "where not all blocks are scored; got 'top_p'."
+            f"where not all blocks are scored; got {config.budget!r}."
         )
 
 

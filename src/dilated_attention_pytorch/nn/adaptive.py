@@ -20,8 +20,10 @@ from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coa
 from dilated_attention_pytorch.ops.block_selection import kernel_refusal
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
+from dilated_attention_pytorch.scoring.training_free import antidiagonal_scores
 from dilated_attention_pytorch.selection.bounds import (
     halvings,
     most_scored_blocks,
@@ -35,6 +37,11 @@ from dilated_attention_pytorch.selection.budget import (
 )
 from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k, uniform_noise
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
+from dilated_attention_pytorch.selection.threshold import (
+    ThresholdSample,
+    ThresholdTable,
+    threshold_budget,
+)
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -104,6 +111,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
     temperature: Tensor
     base_sparsity: Tensor
     top_p: Tensor
+    thresholds: Tensor
 
     def __init__(
         self,
@@ -143,31 +151,24 @@ class BlockSparseAdaptive(BlockSparseLayer):
             backend=backend,
         )
         self.config = config
-        self.scorer = ImportanceScorer(
-            head_dim * len(config.pooling),
-            num_heads,
-            kind=config.scorer,
-            hidden_dim=config.hidden_dim,
-            num_layers=config.num_layers,
-            share_across_heads=config.share_across_heads,
-            heads_per_pattern=num_heads // pattern_heads,
-        )
+        self.scorer: ImportanceScorer | PrototypeScorer
+        if config.scorer == "prototypes":
+            self.scorer = PrototypeScorer(
+                num_heads, head_dim, kv_heads, num_prototypes=config.num_prototypes, scale=scale,
+                heads_per_pattern=num_heads // pattern_heads,
+            )  # fmt: skip
+        else:
+            self.scorer = self._new_scorer()
         if config.hierarchy and self.segment_lengths is not None:
             raise ValueError(
                 "hierarchy chooses among all blocks and segment_lengths limits them; give one."
             )
-        self.coarse_scorers = nn.ModuleList(
-            ImportanceScorer(
-                head_dim * len(config.pooling), num_heads, kind=config.scorer,
-                hidden_dim=config.hidden_dim, num_layers=config.num_layers,
-                share_across_heads=config.share_across_heads,
-                heads_per_pattern=num_heads // pattern_heads,
-            )
-            for _ in config.hierarchy
-        )  # fmt: skip
-        if "attention" in config.pooling:
+        self.coarse_scorers = nn.ModuleList(self._new_scorer() for _ in config.hierarchy)
+        if "attention" in config.pooling and config.scorer != "prototypes":
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
+        if config.sample_stride is not None:
+            self.sample_gain = nn.Parameter(torch.zeros(pattern_heads))
         if config.budget == "adaptive":
             # Half the base budget for repeated content, one and a half for unrelated content.
             self.budget_offset = nn.Parameter(torch.full((pattern_heads,), 0.5))
@@ -177,8 +178,24 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self.register_buffer("temperature", torch.tensor(float(config.temperature)))
         self.register_buffer("base_sparsity", torch.tensor(float(config.base_sparsity)))
         self.register_buffer("top_p", torch.tensor(float(config.top_p)))
+        if config.budget == "threshold":
+            # Rows of (tokens, threshold), ascending in the tokens.
+            self.register_buffer("thresholds", torch.zeros(0, 2, dtype=torch.float64))
         self._note_densest(1 - config.base_sparsity)
+        self._table: ThresholdTable | None = None
         self._record = _Record()
+
+    def _new_scorer(self) -> ImportanceScorer:
+        config = self.config
+        return ImportanceScorer(
+            self.head_dim * len(config.pooling),
+            self.num_heads,
+            kind=config.scorer,
+            hidden_dim=config.hidden_dim,
+            num_layers=config.num_layers,
+            share_across_heads=config.share_across_heads,
+            heads_per_pattern=self.num_heads // self.pattern_heads,
+        )
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
@@ -227,7 +244,10 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self._keeps_all = share == 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
-        settings = {name: getattr(self, name) for name in ("temperature", "base_sparsity", "top_p")}
+        names = ["temperature", "base_sparsity", "top_p"]
+        if self.config.budget == "threshold":
+            names.append("thresholds")
+        settings = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
         for name, value in settings.items():
             if value.is_meta and not getattr(self, name).is_meta:
@@ -237,8 +257,15 @@ class BlockSparseAdaptive(BlockSparseLayer):
             setattr(self, name, value.to(getattr(self, name).device))
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "thresholds")
+        if saved is not None and self.config.budget == "threshold":
+            # There may be more or fewer lengths than here.
+            self.thresholds = self.thresholds.new_empty(saved.shape)
+            self._table = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.base_sparsity.is_meta:
             self._note_densest(1 - float(self.base_sparsity))
 
@@ -254,16 +281,18 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return select_with_kernels(self, inputs)
         config = self.config
         explore = self.training and not config.hard_sparsity
-        queries, keys, key_means = self.summaries(inputs)
         levels: list[ChosenLevel] = []
         if config.hierarchy:
+            queries, keys, key_means = self.summaries(inputs)
             intervals = inputs.rule.intervals(inputs.rows)
             found, levels = narrow(
                 self, inputs, intervals, queries, keys, explore=explore, kernels=False
             )
             inputs = inputs.limited_to(found)
+            scores = self.scorer(queries, keys, inputs.candidates.indices)
+        else:
+            scores, key_means = self.score(inputs)
         candidates = inputs.candidates
-        scores = self.scorer(queries, keys, candidates.indices)
         budget = self._budget(inputs, scores, key_means)
         forced = candidates.forced.sum(-1, dtype=torch.int32)
         count = (budget - forced).clamp(min=0)
@@ -290,22 +319,49 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return "torch.func takes the PyTorch path"
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
-        if config.budget == "top_p":
-            return "budget 'top_p' sorts the scores"
+        if config.budget in ("top_p", "threshold"):
+            return f"budget {config.budget!r} normalises the scores of a row"
+        if config.scorer == "prototypes":
+            return "scorer 'prototypes' reads tokens, not summaries"
+        if config.sample_stride is not None:
+            return "sample_stride samples the logits"
         width = inputs.rule.width(inputs.rows)
         return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
 
     def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
+        scores, means = self._learned_scores(inputs)
+        if self.config.sample_stride is None:
+            return scores, means
+        sampled = antidiagonal_scores(
+            inputs.query.detach(), inputs.key.detach(), inputs.mask,
+            block_size=self.block_size, stride=self.config.sample_stride,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            query_valid=inputs.query_valid, key_valid=inputs.key_valid,
+        )  # fmt: skip
+        if sampled.shape[1] != self.pattern_heads:
+            sampled = sampled.unflatten(1, (self.pattern_heads, -1)).mean(2)
+        indices = inputs.candidates.indices
+        if indices is not None:
+            index = indices.clamp(0, sampled.shape[-1] - 1).expand(*sampled.shape[:3], -1)
+            sampled = sampled.gather(-1, index)
+        return scores + self.sample_gain[:, None, None] * sampled, means
+
+    def _learned_scores(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        if isinstance(self.scorer, PrototypeScorer):
+            query, valid = self._scope(inputs)
+            scores = self.scorer(
+                query, inputs.key, self.block_size, inputs.candidates.indices,
+                query_valid=valid, key_valid=inputs.key_valid,
+            )  # fmt: skip
+            return scores, self._key_means(inputs)
         queries, keys, means = self.summaries(inputs)
         return self.scorer(queries, keys, inputs.candidates.indices), means
 
     def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Summaries of query and key blocks, and the key blocks' means."""
         config = self.config
-        query, valid = inputs.query, inputs.query_valid
-        if config.query_scope == "past" and inputs.mask.causal:
-            query, valid = past_windows(query, self.block_size, valid, inputs.mask.document_ids)
+        query, valid = self._scope(inputs)
         learned = "attention" in config.pooling
         queries = block_summaries(
             query, self.block_size, pooling=config.pooling, valid=valid,
@@ -319,10 +375,52 @@ class BlockSparseAdaptive(BlockSparseLayer):
             start = config.pooling.index("mean") * self.head_dim
             means = keys[..., start : start + self.head_dim]
         else:
-            means = block_summaries(
-                inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
-            )
+            means = self._key_means(inputs)
         return queries, keys, means
+
+    def _scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
+        """The query tokens that each row may be judged by, and which of them are real."""
+        query, valid = inputs.query, inputs.query_valid
+        if self.config.query_scope == "past" and inputs.mask.causal:
+            return past_windows(query, self.block_size, valid, inputs.mask.document_ids)
+        return query, valid
+
+    def _key_means(self, inputs: SelectionInputs) -> Tensor:
+        return block_summaries(
+            inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
+        )
+
+    def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
+        """What a calibration of ``budget="threshold"`` needs of these inputs."""
+        candidates = inputs.candidates
+        return ThresholdSample.of(
+            self.score(inputs)[0], candidates.scored, candidates.forced, inputs.rows.num_allowed
+        )
+
+    def set_thresholds(self, table: ThresholdTable) -> None:
+        """Sets the thresholds of ``budget="threshold"``; they are saved with the weights.
+
+        Raises:
+            ValueError: If the budget is another one.
+        """
+        if self.config.budget != "threshold":
+            raise ValueError(f"thresholds need budget='threshold', got {self.config.budget!r}.")
+        rows = list(zip(table.lengths, table.thresholds, strict=True))
+        device = self.base_sparsity.device
+        self.thresholds = torch.tensor(rows, dtype=torch.float64, device=device)
+        self._table = table
+
+    def _threshold_table(self) -> ThresholdTable:
+        # Kept on the host: reading the buffer would wait for the device in every pass.
+        if self._table is None:
+            if len(self.thresholds) == 0:
+                raise RuntimeError(
+                    "budget='threshold' needs thresholds: calibrate or load them first "
+                    "(set_thresholds)."
+                )
+            lengths, values = self.thresholds.T.tolist()
+            self._table = ThresholdTable(tuple(map(int, lengths)), tuple(values))
+        return self._table
 
     def _budget(self, inputs: SelectionInputs, scores: Tensor, key_means: Tensor) -> Tensor:
         """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
@@ -336,6 +434,12 @@ class BlockSparseAdaptive(BlockSparseLayer):
         if config.budget == "top_p":
             rounded = forced.int() + top_p_budget(scores, candidates.scored, self.top_p)
             self.record_density(self._soft_count(scores, candidates.scored) + forced, rows, rounded)
+            return rounded
+        if config.budget == "threshold":
+            threshold = self._threshold_table().at(inputs.mask.kv_len)
+            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+            rounded = forced.int() + count
+            self.record_density(rounded.float(), rows, None)
             return rounded
         if config.num_selected_blocks is not None:
             exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
@@ -398,7 +502,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         config, width = self.config, inputs.rule.width(inputs.rows)
         if config.num_selected_blocks is not None:
             return min(config.num_selected_blocks, width)
-        if inputs.mask.per_sample or config.budget == "top_p":
+        if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
             return width
         mask, compiling = inputs.mask, torch.compiler.is_compiling()
         factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     summarise,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import past_windows
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def score_candidates(
         tower_op,
     )
 
-    scorer = layer.scorer
+    # Other kinds take the PyTorch path.
+    scorer = cast(ImportanceScorer, layer.scorer)
     if scorer.kind == "mlp":
         with torch.no_grad():
             q, k = scorer.first_maps(queries, keys)

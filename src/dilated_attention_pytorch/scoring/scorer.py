@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_attention_pytorch.config import SCORERS
-
+KINDS = ("bilinear", "mlp")
 # Hidden activations of the MLP are made for this many numbers at a time and recomputed in the
 # backward pass: 2**24 float32 numbers are 64 MiB.
 _MLP_CHUNK = 2**24
@@ -55,8 +54,8 @@ class ImportanceScorer(nn.Module):
         heads_per_pattern: int = 1,
     ) -> None:
         super().__init__()
-        if kind not in SCORERS:
-            raise ValueError(f"kind must be one of {SCORERS}, got {kind!r}.")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
         sizes = {
             "summary_dim": summary_dim,
             "num_heads": num_heads,

@@ -203,6 +203,16 @@ def _named_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, Path]]:
                 yield str(file if path.is_file() else file.relative_to(path)), file
 
 
+def read_text(path: str | Path) -> str:
+    """All text of a file, or of the files below a folder, in order; bad bytes are replaced.
+
+    Raises:
+        TextError: If it does not exist or cannot be read.
+    """
+    contents = [_read(file) for _, file in _named_files([path])]
+    return "\n\n".join(content.decode("utf-8", "replace") for content in contents)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

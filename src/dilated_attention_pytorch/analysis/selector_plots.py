@@ -1,0 +1,72 @@
+"""Plots of distillations and evaluations; each returns a Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Recall of the true top blocks and kept mass by step, one line per sparsity.
+
+    Args:
+        metrics: Lines of a distillation's metrics file.
+    """
+    measured = [line for line in metrics if any(name.startswith("recall_") for name in line)]
+    sparsities = sorted(
+        {name.removeprefix("recall_") for line in measured for name in line if "recall_" in name},
+        key=float,
+    )
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    steps = [line["step"] for line in measured]
+    for number, sparsity in enumerate(sparsities):
+        colour = f"C{number}"
+        recall = [line[f"recall_{sparsity}"] for line in measured]
+        kept = [line[f"kept_mass_{sparsity}"] for line in measured]
+        best = [line[f"best_mass_{sparsity}"] for line in measured]
+        left.plot(steps, recall, color=colour, label=f"sparsity {sparsity}")
+        right.plot(steps, kept, color=colour, label=f"sparsity {sparsity}")
+        right.plot(steps, best, color=colour, linestyle=":")
+    left.set(xlabel="step", ylabel="recall of the true top blocks")
+    right.set(xlabel="step", ylabel="kept attention mass (dotted: best choice)")
+    left.legend()
+    return figure
+
+
+def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity relative to dense by sparsity, one panel per text, length and block size.
+
+    Args:
+        rows: Of an evaluation: ``text``, ``length``, ``block_size``, ``method``, ``sparsity``,
+            ``ratio``.
+    """
+    panels = sorted({(row["text"], row["length"], row["block_size"]) for row in rows})
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes, panels, strict=False):
+        text, length, block_size = panel
+        for number, method in enumerate(methods):
+            points = sorted(
+                (row["sparsity"], row["ratio"])
+                for row in rows
+                if row["method"] == method
+                and (row["text"], row["length"], row["block_size"]) == panel
+            )
+            if points:
+                style = {"color": "black", "linestyle": ":"} if method == "oracle" else {}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method,
+                          **{"color": f"C{number}", **style})  # fmt: skip
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.set_title(f"{text}: {length:,} tokens, blocks of {block_size}", fontsize=9)
+        axis.set(xlabel="sparsity", ylabel="perplexity / dense")
+    if len(panels):
+        axes[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,190 @@
+"""``dilated-attention evaluate``: what sparse attention costs a pretrained model in quality."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
+from dilated_attention_pytorch.cli.pretrained_options import (
+    add_model_and_text,
+    named,
+    require_transformers,
+)
+from dilated_attention_pytorch.training.checkpoint import write_atomically
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a sparse pretrained model and its rivals against dense attention",
+        description="Perplexity by length and sparsity relative to dense attention, kept "
+        "attention mass, needle-in-a-haystack retrieval and speed, of an adapter and of "
+        "training-free selectors.",
+    )
+    parser.set_defaults(command=run)
+    add_model_and_text(parser, required=True)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="what distill wrote; without it rivals alone"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write results.json and perplexity.png there"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of the model's weights (default: float32)",
+    )  # fmt: skip
+    for name, kind, what in (
+        ("lengths", int, "tokens per window (default: 1024 2048)"),
+        ("sparsities", float, "(default: 0.5 0.8 0.9)"),
+        ("rivals", str, "training-free selectors, as method or method:threshold (default: all); "
+         "'none': none"),
+        ("depths", float, "of the needles (default: 0.1 0.5 0.9); -1: no retrieval"),
+    ):  # fmt: skip
+        parser.add_argument(
+            f"--{name}", type=kind, nargs="+", default=argparse.SUPPRESS, help=what,
+            metavar={int: "N", float: "X", str: "NAME"}[kind],
+        )  # fmt: skip
+    for name, what in (
+        ("windows", "windows per text and length (default: 4)"),
+        ("calibration-windows", "windows to calibrate thresholds on (default: 2)"),
+        ("block-size", "tokens per block of rivals (default: the adapter's, or 64)"),
+        ("needles", "needles per depth (default: 4)"),
+        ("repeats", "timed passes; 0: no timing (default: 3)"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS, help=what
+        )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Measures; returns the exit code."""
+    require_transformers()
+    console = Console(stderr=True)
+    try:
+        evaluation = _build(parsed)
+        rows = _measure(evaluation, console)
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            f"out of memory; lower --lengths, or use --dtype bfloat16. {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    dense = [
+        {"text": text, "length": length, **evaluation.dense(text, length)}
+        for text in evaluation.texts
+        for length in evaluation.settings.lengths
+    ]
+    result = {"model": parsed.model, "adapter": parsed.adapter, "dense": dense, "rows": rows}
+    if parsed.out is not None:
+        _write(parsed.out, result, console)
+    if parsed.json:
+        print(json.dumps(_finite(result), indent=2))
+    else:
+        for text in evaluation.texts:
+            Console().print(_table(text, result))
+    return OK
+
+
+def _build(parsed: argparse.Namespace) -> Any:
+    from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+    from dilated_attention_pytorch.integrations.transformers.evaluate import (
+        Evaluation,
+        block_size_of,
+        settings_from,
+    )
+    from dilated_attention_pytorch.integrations.transformers.tokens import (
+        load_model,
+        load_tokenizer,
+        tokenize,
+    )
+    from dilated_attention_pytorch.tasks.text import read_text
+
+    options = named(parsed)
+    adapter = None
+    if parsed.adapter is not None:
+        adapter = SelectorAdapter.read(parsed.adapter)
+        options.setdefault("block_size", block_size_of(adapter))
+    if options.get("rivals") == ("none",):
+        options["rivals"] = ()
+    if options.get("depths") == (-1.0,):
+        options["depths"] = ()
+    try:
+        settings = settings_from(options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if adapter is None and not settings.rivals:
+        raise UsageError("nothing to measure: give --adapter, or rivals.")
+    tokenizer = load_tokenizer(parsed.model)
+    texts = {Path(path).stem: tokenize(tokenizer, read_text(path)) for path in parsed.text}
+    model = load_model(parsed.model, device=parsed.device, dtype=parsed.dtype)
+    return Evaluation(model, tokenizer, texts, settings, adapter)
+
+
+def _measure(evaluation: Any, console: Console) -> list[dict[str, Any]]:
+    rows = []
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        cells = evaluation.cells()
+        task = bar.add_task("measuring", total=len(cells))
+        for text, length, method, sparsity in cells:
+            bar.update(task, description=f"{text}, {length:,} tokens: {method} {sparsity:g}")
+            rows.append(evaluation.measure(text, length, method, sparsity))
+            bar.advance(task)
+    return rows
+
+
+def _write(folder: Path, result: dict[str, Any], console: Console) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(_finite(result), indent=2) + "\n"
+    write_atomically(folder / "results.json", content.encode())
+    try:
+        from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
+    except ImportError:
+        console.print("No plot: it needs matplotlib (the extra [viz]).")
+        return
+    plot_perplexity(result["rows"]).savefig(folder / "perplexity.png", dpi=120)
+
+
+def _finite(value: Any) -> Any:
+    """NaN, for what was not measured, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(text: str, result: dict[str, Any]) -> Table:
+    table = Table(title=f"{text}: perplexity relative to dense attention", title_justify="left")
+    for heading in ("tokens", "method", "sparsity\n(measured)", "perplexity", "/ dense",
+                    "kept\nmass", "needles", "tokens/s"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    dense = [{"method": "dense", "sparsity": 0.0, "measured_sparsity": 0.0, "ratio": 1.0, **row}
+             for row in result["dense"]]  # fmt: skip
+    for row in sorted((r for r in dense + result["rows"] if r["text"] == text),
+                      key=lambda r: r["length"]):  # fmt: skip
+        needles = [value for name, value in row.items() if name.startswith("retrieval_")]
+        table.add_row(
+            f"{row['length']:,}", row["method"],
+            f"{row['sparsity']:.2f} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}",
+            f"{row['ratio']:.4f}",
+            f"{row['kept_mass']:.3f}" if "kept_mass" in row else "-",
+            f"{sum(needles) / len(needles):.2f}" if needles else "-",
+            f"{row['tokens_per_second']:,.0f}" if math.isfinite(row["tokens_per_second"]) else "-",
+            style="bold" if row["method"] == "adapter" else None,
+        )  # fmt: skip
+    return table

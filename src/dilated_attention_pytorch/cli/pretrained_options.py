@@ -1,0 +1,182 @@
+"""Options of the commands on pretrained models, and the dataclasses they make."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dilated_attention_pytorch.cli.errors import CommandError, UsageError
+from dilated_attention_pytorch.config import BUDGETS, POOLINGS, SCORERS, AdaptiveConfig
+
+_NEEDS = "this command needs transformers: pip install 'dilated-attention-pytorch[hf]'"
+# Shown as defaults without importing transformers, which takes seconds.
+RUN_DEFAULTS: dict[str, Any] = {
+    "seq_len": 2048, "batch_size": 1, "steps": 300, "weight_decay": 0.0, "validation_windows": 2,
+    "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
+}  # fmt: skip
+SELECTOR_DEFAULTS: dict[str, Any] = {
+    "scorer": "prototypes", "pooling": ("attention",), "budget": "threshold", "num_sink_blocks": 1,
+}  # fmt: skip
+_CONFIG = {f.name for f in dataclasses.fields(AdaptiveConfig)}
+
+
+def require_transformers() -> None:
+    """Raises CommandError unless transformers can be imported, and quietens its loading bars."""
+    try:
+        from dilated_attention_pytorch.integrations.transformers.tokens import quieten
+    except ImportError as error:
+        raise CommandError(f"{_NEEDS} ({error})") from error
+    quieten()
+
+
+def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds ``--model`` and ``--text``."""
+    default = None if required else argparse.SUPPRESS
+    parser.add_argument(
+        "--model", metavar="DIR", required=required, default=default,
+        help="folder of the pretrained model, with its tokenizer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", nargs="+", metavar="PATH", required=required, default=default,
+        help="text files, or folders to read with all below",
+    )  # fmt: skip
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what distilling and tuning share; absent options leave no trace."""
+    for name, kind, what in (
+        ("seq_len", int, "tokens per window"),
+        ("batch_size", int, "windows per step"),
+        ("steps", int, "optimiser steps"),
+        ("weight_decay", float, "of AdamW"),
+        ("validation_windows", int, "held-out windows to measure on"),
+        ("seed", int, "of weights and data order"),
+        ("device", str, "cpu, cuda, cuda:1, ..."),
+        ("dtype", str, "float32, or bfloat16 for autocast"),
+    ):
+        _add(parser, name, kind, what, RUN_DEFAULTS[name])
+    parser.add_argument(
+        "--lr", dest="learning_rate", type=float, metavar="X", default=argparse.SUPPRESS,
+        help="peak learning rate of the selectors "
+        f"(default: {RUN_DEFAULTS['learning_rate']:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="N", default=argparse.SUPPRESS,
+        help="layers to make sparse (default: all without a sliding window)",
+    )  # fmt: skip
+    _add(parser, "validation_share", float, "share of the text to hold out", 0.05)
+    _add(parser, "max_bytes", int, "read as many bytes at most", None)
+    for name, what, default in (
+        ("log_every", "write a line of metrics", 10),
+        ("validate_every", "measure on held-out text", 100),
+        ("checkpoint_every", "write a checkpoint", 100),
+    ):
+        _add(parser, name, int, f"steps between two: {what}", default)
+
+
+def add_selector_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings of the selectors that matter for frozen models."""
+    config = AdaptiveConfig(**SELECTOR_DEFAULTS)
+    group = parser.add_argument_group("selectors")
+    for name, kind, what, choices, many in (
+        ("block_size", int, "tokens per block", None, False),
+        ("base_sparsity", float, "share of the tiles to leave out", None, False),
+        ("num_sink_blocks", int, "always read: blocks at the start", None, False),
+        ("num_local_blocks", int, "always read: blocks before the own one", None, False),
+        ("pooling", str, "block summaries", POOLINGS, True),
+        ("scorer", str, "kind of scorer", SCORERS, False),
+        ("sample_stride", int, "add a sampled tile mass to the scores", None, False),
+        ("num_prototypes", int, "prototypes per block of that scorer", None, False),
+        ("hidden_dim", int, "width of another scorer", None, False),
+        ("num_layers", int, "depth of another scorer", None, False),
+        ("budget", str, "how blocks are shared out", BUDGETS, False),
+    ):
+        default = getattr(config, name)
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        group.add_argument(
+            "--" + name.replace("_", "-"), dest=name, type=kind, choices=choices,
+            nargs="+" if many else None, default=argparse.SUPPRESS,
+            help=f"{what} (default: {shown})",
+            metavar=None if choices else {int: "N", float: "X"}[kind],
+        )  # fmt: skip
+
+
+def _add(
+    parser: argparse.ArgumentParser, name: str, kind: type, what: str, default: object
+) -> None:
+    shown = "" if default is None else f" (default: {default})"
+    parser.add_argument(
+        "--" + name.replace("_", "-"), dest=name, type=kind, default=argparse.SUPPRESS,
+        help=what + shown, metavar={int: "N", float: "X", str: "NAME"}[kind],
+    )  # fmt: skip
+
+
+def build_job(kind: type, options: Mapping[str, Any]) -> Any:
+    """The job that the options describe.
+
+    Args:
+        kind: ``DistillRun`` or ``TuneRun``.
+        options: What the user named.
+
+    Raises:
+        UsageError: If a value is out of range or ``--model`` or ``--text`` is missing.
+    """
+    from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
+    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+        distilled_config,
+    )
+    from dilated_attention_pytorch.training.loop import LoopSettings
+
+    values = dict(options)
+    for name in ("model", "text"):
+        if name not in values:
+            raise UsageError(f"--{name} is missing; only --resume goes without.")
+    try:
+        config = {
+            name: values.pop(name) for name in _CONFIG & set(values) if name != "base_sparsity"
+        }
+        if "base_sparsity" in values:
+            config["base_sparsity"] = values["base_sparsity"]
+            if "base_sparsity" not in {f.name for f in dataclasses.fields(kind)}:
+                values.pop("base_sparsity")
+        intervals = LoopSettings(**_take(values, LoopSettings))
+        job = {
+            name: values.pop(name) for name in ("validation_share", "max_bytes") if name in values
+        }
+        model, text = values.pop("model"), tuple(values.pop("text"))
+        run = kind(config=distilled_config(**config), **values)
+        return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _take(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(kind)]
+    return {name: values.pop(name) for name in names if name in values}
+
+
+def named(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options that the user named; lists as tuples."""
+    skipped = {"command", "name", "out", "resume", "json"}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parsed).items()
+        if name not in skipped
+    }
+
+
+def add_run_folder(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--out``, ``--resume`` and ``--json``."""
+    parser.add_argument(
+        "--out", type=Path, default=Path(default), metavar="DIR",
+        help=f"where metrics, checkpoints and the result go (default: {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, with its settings"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON (progress goes to stderr)"
+    )

@@ -1,0 +1,62 @@
+"""``dilated-attention tune``: trains selectors, and LoRA or all weights, on the next token."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from dilated_attention_pytorch.cli.pretrained_options import (
+    add_model_and_text,
+    add_run_folder,
+    add_run_options,
+    add_selector_options,
+)
+from dilated_attention_pytorch.cli.pretrained_run import run_job
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "tune",
+        help="tune a sparse pretrained model end to end",
+        description="Trains the selectors of a pretrained model, and low-rank changes or all of "
+        "its weights, on the language-modelling loss at a sparsity. Ctrl-C stops after the current "
+        "step; --resume goes on exactly.",
+    )
+    parser.set_defaults(command=run)
+    add_model_and_text(parser, required=False)
+    add_run_folder(parser, "runs/tune")
+    for flag, choices, what in (
+        ("train", ("selectors", "lora", "all"), "what is trained (default: lora)"),
+        ("attention", ("sparse", "dense"), "dense: the baseline (default: sparse)"),
+    ):
+        parser.add_argument(f"--{flag}", choices=choices, default=argparse.SUPPRESS, help=what)
+    parser.add_argument(
+        "--adapter", metavar="DIR", default=argparse.SUPPRESS,
+        help="selectors to start from, as distill wrote them",
+    )  # fmt: skip
+    for flag, kind, what in (
+        ("base-learning-rate", float, "peak rate of LoRA or of the weights (default: 0.0001)"),
+        ("lora-rank", int, "rank of the changes (default: 16)"),
+        ("sparsity-warmup", float, "share of the steps from dense to sparse (default: 0.1)"),
+        ("calibrate-every", int, "steps between two calibrations (default: 50)"),
+    ):
+        parser.add_argument(
+            f"--{flag}", type=kind, metavar="N" if kind is int else "X",
+            default=argparse.SUPPRESS, help=what,
+        )  # fmt: skip
+    add_run_options(parser)
+    add_selector_options(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Tunes; returns the exit code."""
+    from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
+
+    def finish(loop: Any, console: Console) -> dict[str, Any]:
+        names = ("adapter", "lora", "model")
+        return {name: str(parsed.out / name) for name in names if (parsed.out / name).is_dir()}
+
+    return run_job(parsed, TuneRun, finish)

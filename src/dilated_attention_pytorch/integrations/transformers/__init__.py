@@ -1,0 +1,22 @@
+"""Sparse attention for pretrained models of Hugging Face transformers; needs the extra ``[hf]``."""
+
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
+from dilated_attention_pytorch.integrations.transformers.adapter import (
+    AdapterError,
+    SelectorAdapter,
+    load_adapter,
+    save_adapter,
+)
+from dilated_attention_pytorch.integrations.transformers.families import FAMILIES
+from dilated_attention_pytorch.integrations.transformers.register import register
+
+__all__ = [
+    "FAMILIES",
+    "AdaptedModel",
+    "AdapterError",
+    "SelectorAdapter",
+    "adapt",
+    "load_adapter",
+    "register",
+    "save_adapter",
+]

@@ -1,0 +1,235 @@
+"""adapt: makes the attention of a pretrained model sparse, and undoes it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
+from dilated_attention_pytorch.integrations.transformers.families import (
+    AttentionSite,
+    find_attention,
+)
+from dilated_attention_pytorch.integrations.transformers.register import register
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+
+SelectorConfig = AdaptiveConfig | TrainingFreeConfig
+
+
+class AdaptedModel:
+    """A model whose attention layers hold selectors; :func:`adapt` makes it.
+
+    As a context manager it undoes the adaptation at the end.
+
+    Attributes:
+        model: The model, changed in place.
+        sites: Its attention layers.
+        configs: Settings by layer number; layers that are missing attend densely.
+    """
+
+    def __init__(
+        self, model: Any, sites: list[AttentionSite], configs: dict[int, SelectorConfig]
+    ) -> None:
+        self.model, self.sites, self.configs = model, sites, configs
+        self._attention_before = model.config._attn_implementation
+        self._frozen: dict[nn.Parameter, bool] = {}
+        self._undone = False
+
+    @property
+    def selectors(self) -> dict[int, BlockSparseLayer]:
+        """The selectors by layer number."""
+        found = {site.number: site.module._modules.get(SELECTOR) for site in self.sites}
+        return {n: s for n, s in found.items() if isinstance(s, BlockSparseLayer)}
+
+    def selector_parameters(self) -> list[nn.Parameter]:
+        """All parameters of the selectors."""
+        return [p for selector in self.selectors.values() for p in selector.parameters()]
+
+    def freeze_base(self) -> AdaptedModel:
+        """Leaves the selectors alone trainable; :meth:`undo` gives every flag back."""
+        own = {id(p) for p in self.selector_parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in own:
+                self._frozen.setdefault(parameter, parameter.requires_grad)
+                parameter.requires_grad_(False)
+        return self
+
+    def set_base_sparsity(self, value: float) -> None:
+        """Sets the mean sparsity of every selector.
+
+        Raises:
+            ValueError: If it is not in [0, 1).
+        """
+        for selector in self.selectors.values():
+            if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
+                selector.set_base_sparsity(value)
+
+    @contextmanager
+    def replaced(self, selectors: Mapping[int, BlockSparseLayer]) -> Iterator[None]:
+        """Other layers in the place of the selectors, while open.
+
+        Args:
+            selectors: By layer number; the layers that are missing keep theirs.
+        """
+        before = {site.number: site.module._modules.get(SELECTOR) for site in self.sites}
+        try:
+            for site in self.sites:
+                if site.number in selectors:
+                    site.module._modules[SELECTOR] = selectors[site.number]
+            yield
+        finally:
+            for site in self.sites:
+                _put(site.module, before[site.number])
+
+    def undo(self) -> Any:
+        """Takes the selectors out and restores what the model was; calling it again is harmless.
+
+        Returns:
+            The model: its modules, its configuration, its flags and its outputs as before.
+        """
+        if self._undone:
+            return self.model
+        for site in self.sites:
+            _put(site.module, None)
+        self.model.set_attn_implementation(self._attention_before)
+        for parameter, flag in self._frozen.items():
+            parameter.requires_grad_(flag)
+        self._frozen.clear()
+        self._undone = True
+        return self.model
+
+    def __enter__(self) -> AdaptedModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def adapt(
+    model: Any,
+    config: SelectorConfig | Mapping[int, SelectorConfig] | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    backend: str = "auto",
+) -> AdaptedModel:
+    """Attaches one selector to every attention layer of a pretrained model, in place.
+
+    The model then computes the chosen blocks alone, in training, evaluation and ``generate``.
+    Layers with a sliding window, and layers that are not named, attend as PyTorch does. Dropout of
+    the weights and ``output_attentions`` are refused when they are used.
+
+    Args:
+        model: A model of :data:`FAMILIES`, such as ``LlamaForCausalLM``.
+        config: :class:`AdaptiveConfig` for learned selectors (untrained until they are distilled,
+            tuned or loaded) or :class:`TrainingFreeConfig`; or a mapping from layer numbers to
+            them. None: ``AdaptiveConfig()``.
+        layers: Numbers of the layers to make sparse, counted from 0; None: all without a sliding
+            window. Not with a mapping, which names its layers.
+        backend: Of :func:`block_sparse_attention`.
+
+    Returns:
+        A handle; ``handle.undo()``, or leaving it as a context manager, restores the model.
+
+    Raises:
+        TypeError: If ``model`` or ``config`` are something else.
+        ValueError: If the architecture is not supported, the model is adapted already, or a layer
+            does not exist or has a sliding window.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size, num_hidden_layers=2, vocab_size=64))
+        >>> with adapt(model, AdaptiveConfig(base_sparsity=0.5, block_size=16)) as adapted:
+        ...     logits = model(torch.arange(64)[None]).logits
+        ...     sorted(adapted.selectors)
+        [0, 1]
+    """
+    sites = find_attention(model)
+    if any(site.module._modules.get(SELECTOR) is not None for site in sites):
+        raise ValueError("model is adapted already; call undo() on its handle first.")
+    if isinstance(config, Mapping):
+        if layers is not None:
+            raise ValueError("layers excludes a mapping of configs, which names its layers.")
+        configs = dict(config)
+    else:
+        chosen = [site.number for site in sites if not site.sliding] if layers is None else layers
+        configs = dict.fromkeys(chosen, AdaptiveConfig() if config is None else config)
+    _check_layers(sites, configs)
+    selectors = {
+        site.number: build_selector(site, configs[site.number], backend)
+        for site in sites
+        if site.number in configs
+    }
+    adapted = AdaptedModel(model, sites, configs)
+    name = register()
+    for site in sites:
+        if site.number in selectors:
+            _put(site.module, selectors[site.number])
+    model.set_attn_implementation(name)
+    return adapted
+
+
+def build_selector(
+    site: AttentionSite, config: SelectorConfig, backend: str = "auto"
+) -> BlockSparseLayer:
+    """The selector of one attention layer, on its device, in float32 and in its mode.
+
+    Raises:
+        TypeError: If ``config`` is neither an AdaptiveConfig nor a TrainingFreeConfig.
+    """
+    selector: BlockSparseLayer
+    if isinstance(config, AdaptiveConfig):
+        selector = BlockSparseAdaptive(
+            None, None, site.num_heads, site.head_dim, config,
+            num_kv_heads=site.num_kv_heads, scale=site.scale, backend=backend,
+        )  # fmt: skip
+    elif isinstance(config, TrainingFreeConfig):
+        selector = BlockSparseTrainingFree(
+            config, site.num_heads, site.head_dim,
+            num_kv_heads=site.num_kv_heads, scale=site.scale, backend=backend,
+        )  # fmt: skip
+    else:
+        raise TypeError(
+            "config must be an AdaptiveConfig, a TrainingFreeConfig or a mapping from layer "
+            f"numbers to them, got {type(config).__name__}."
+        )
+    # Half precision would lose most of a selector's small updates.
+    return selector.to(site.query_weight.device, torch.float32).train(site.module.training)
+
+
+def _check_layers(sites: list[AttentionSite], configs: Mapping[int, SelectorConfig]) -> None:
+    numbers = {site.number for site in sites}
+    unknown = sorted(set(configs) - numbers)
+    if unknown:
+        raise ValueError(f"layers must lie in 0 to {max(numbers)}, got {unknown}.")
+    sliding = sorted(site.number for site in sites if site.sliding and site.number in configs)
+    if sliding:
+        raise ValueError(
+            f"layers {sliding} have a sliding window and stay as they are; leave them out."
+        )
+    if not configs:
+        raise ValueError(
+            "no layer is left to make sparse: every attention layer has a sliding window, or "
+            "layers is empty."
+        )
+
+
+def _put(module: nn.Module, selector: nn.Module | None) -> None:
+    """Sets or removes the selector of an attention layer, leaving no trace."""
+    if selector is None:
+        module._modules.pop(SELECTOR, None)
+    else:
+        module._modules[SELECTOR] = selector

@@ -1,0 +1,99 @@
+"""Finds the thresholds at which an adapted model meets its sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
+from dilated_attention_pytorch.integrations.transformers.observer import (
+    evaluating,
+    observe_selection,
+)
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
+from dilated_attention_pytorch.selection.threshold import (
+    ThresholdSample,
+    ThresholdTable,
+    calibrate_threshold,
+)
+
+
+def calibrate(
+    adapted: AdaptedModel,
+    tokens: Tensor,
+    sparsity: float,
+    *,
+    lengths: Sequence[int] | None = None,
+    windows: int = 4,
+) -> None:
+    """Sets the thresholds of every selector with ``budget="threshold"``; does nothing to others.
+
+    Each layer meets the sparsity by itself, as a mean over its heads, rows and windows. What
+    earlier layers leave out changes what later ones see, so after a dense pass the thresholds are
+    found once more with the sparse model itself.
+
+    Args:
+        adapted: The model.
+        tokens: ``(tokens,)``: a sample of text.
+        sparsity: Mean sparsity to meet, in [0, 1).
+        lengths: Lengths to calibrate at; see :class:`ThresholdTable` for others. None: halves of
+            what the text and the model's positions allow, down to 512.
+        windows: Windows per length, spread over the text.
+
+    Raises:
+        ValueError: If the text is shorter than the shortest length.
+    """
+    check_sparsity("sparsity", sparsity)
+    chosen = {
+        number: selector
+        for number, selector in adapted.selectors.items()
+        if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree)
+        and selector.config.budget == "threshold"
+    }
+    if not chosen:
+        return
+    if lengths is None:
+        lengths = default_lengths(min(len(tokens), adapted.model.config.max_position_embeddings))
+    if len(tokens) < min(lengths):
+        raise ValueError(
+            f"tokens must hold at least {min(lengths)} tokens to calibrate at, got {len(tokens)}."
+        )
+    lengths = sorted(lengths)
+    for dense in (True, False):
+        found: dict[int, list[float]] = {number: [] for number in chosen}
+        for length in lengths:
+            samples = _samples(adapted, tokens, length, windows, dense)
+            for number in chosen:
+                found[number].append(calibrate_threshold(samples[number], sparsity))
+        for number, selector in chosen.items():
+            selector.set_thresholds(ThresholdTable(tuple(lengths), tuple(found[number])))
+
+
+def default_lengths(longest: int) -> list[int]:
+    """Halves of a length down to 512 tokens, ascending."""
+    out = [longest]
+    while out[-1] // 2 >= 512:
+        out.append(out[-1] // 2)
+    return out[::-1]
+
+
+def _samples(
+    adapted: AdaptedModel, tokens: Tensor, length: int, windows: int, dense: bool
+) -> dict[int, list[ThresholdSample]]:
+    samples: dict[int, list[ThresholdSample]] = {number: [] for number in adapted.selectors}
+
+    def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
+        if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
+            samples[number].append(selector.threshold_sample(inputs))
+
+    room = len(tokens) - length
+    starts = sorted({room * n // max(windows - 1, 1) for n in range(windows)})
+    with evaluating(adapted.model), observe_selection(adapted, look, dense=dense):
+        for start in starts:
+            window = tokens[None, start : start + length].to(adapted.model.device).long()
+            adapted.model.base_model(window, use_cache=False)
+    return samples

@@ -1,0 +1,273 @@
+"""What sparse attention costs in quality: perplexity, kept mass, retrieval, speed; with rivals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
+from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.observer import evaluating
+from dilated_attention_pytorch.integrations.transformers.retrieval import (
+    build_needles,
+    measure_retrieval,
+)
+from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_kept_mass
+from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+from dilated_attention_pytorch.integrations.transformers.tokens import check_length
+from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
+from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What to measure.
+
+    Attributes:
+        lengths: Tokens per window.
+        sparsities: Nominal ones; the measured ones are reported beside.
+        rivals: Training-free selectors to compare with, ``"<method>"`` or
+            ``"<method>:threshold"`` for a budget by calibrated thresholds.
+        block_size: Tokens per block of the rivals; an adapter brings its own, which must agree.
+        windows: Windows per text and length.
+        calibration_windows: Windows from the start of the text, not measured on, at which
+            thresholds are calibrated; as long as the measured ones.
+        depths: Of the needles; empty: no retrieval.
+        needles: Per depth, length and method.
+        kept_mass: Measure it (costs as much as dense attention's logits).
+        repeats: Timed passes per length; 0: no timing.
+    """
+
+    lengths: tuple[int, ...] = (1024, 2048)
+    sparsities: tuple[float, ...] = (0.5, 0.8, 0.9)
+    rivals: tuple[str, ...] = METHODS
+    block_size: int = 64
+    windows: int = 4
+    calibration_windows: int = 2
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    needles: int = 4
+    kept_mass: bool = True
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for value in self.sparsities:
+            check_sparsity("sparsities", value)
+        for name in ("windows", "calibration_windows", "needles", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.repeats < 0:
+            raise ValueError(f"repeats must not be negative, got {self.repeats}.")
+        if not self.lengths or min(self.lengths) < 2 * self.block_size:
+            raise ValueError(
+                f"lengths must be at least two blocks of {self.block_size} tokens, got "
+                f"{self.lengths}: there would be nothing to choose."
+            )
+        for rival in self.rivals:
+            rival_config(rival, self.block_size, 0.5)
+
+
+def rival_config(name: str, block_size: int, sparsity: float) -> TrainingFreeConfig:
+    """Settings of a rival named as in :class:`EvaluationSettings`.
+
+    Raises:
+        ValueError: If there is no such method or budget.
+    """
+    method, _, budget = name.partition(":")
+    return TrainingFreeConfig(
+        method=method, budget=budget or "fixed", block_size=block_size, base_sparsity=sparsity
+    )
+
+
+class Evaluation:
+    """Measures a model on texts, densely, with an adapter and with rivals.
+
+    Args:
+        model: The pretrained model, not adapted.
+        tokenizer: Of the model, for retrieval; None: no retrieval.
+        texts: Tokens ``(tokens,)`` by name.
+        settings: What to measure.
+        adapter: Learned selectors; None: rivals alone.
+
+    Raises:
+        TextError: If a text is shorter than a window.
+        ValueError: If the adapter's blocks are of another size.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        texts: Mapping[str, Tensor],
+        settings: EvaluationSettings,
+        adapter: SelectorAdapter | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.texts, self.settings, self.adapter = dict(texts), settings, adapter
+        for name, tokens in self.texts.items():
+            needed = max(settings.lengths) * (settings.calibration_windows + 1)
+            check_length(tokens, needed, f"{name} (with {settings.calibration_windows} windows "
+                         "to calibrate on)")  # fmt: skip
+        if adapter is not None:
+            sizes = {config.block_size for config in adapter.configs.values()}
+            if sizes != {settings.block_size}:
+                raise ValueError(
+                    f"block_size must be the adapter's, {sorted(sizes)}, got {settings.block_size}."
+                )
+        self._dense: dict[tuple[str, int], dict[str, float]] = {}
+
+    def methods(self) -> list[str]:
+        """Names of what is compared with dense attention."""
+        return ([ADAPTER] if self.adapter is not None else []) + list(self.settings.rivals)
+
+    def cells(self) -> list[tuple[str, int, str, float]]:
+        """All combinations of text, length, method and sparsity, in order."""
+        s = self.settings
+        return [
+            (text, length, method, sparsity)
+            for text in self.texts
+            for length in s.lengths
+            for method in self.methods()
+            for sparsity in s.sparsities
+        ]
+
+    def dense(self, text: str, length: int) -> dict[str, float]:
+        """Perplexity and speed of the model as it is; measured once."""
+        if (text, length) not in self._dense:
+            windows = self.windows(text, length)
+            self._dense[text, length] = {
+                "perplexity": perplexity(self.model, windows),
+                "tokens_per_second": self._speed(windows),
+                **self._retrieval(text, length),
+            }
+        return self._dense[text, length]
+
+    def measure(self, text: str, length: int, method: str, sparsity: float) -> dict[str, Any]:
+        """One row: see :meth:`rows`."""
+        dense, windows = self.dense(text, length), self.windows(text, length)
+        with self._adapted(text, length, method, sparsity) as adapted:
+            with CountTiles(adapted) as tiles:
+                found = perplexity(self.model, windows)
+            row: dict[str, Any] = {
+                "text": text,
+                "length": length,
+                "block_size": self.settings.block_size,
+                "method": method,
+                "sparsity": sparsity,
+                "measured_sparsity": tiles.sparsity,
+                "perplexity": found,
+                "ratio": found / dense["perplexity"],
+                "tokens_per_second": self._speed(windows),
+                **self._retrieval(text, length),
+            }
+            if self.settings.kept_mass:
+                row["kept_mass"] = measure_kept_mass(adapted, windows[:1, :-1])
+        return row
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Measures every cell.
+
+        Yields:
+            ``text``, ``length``, ``block_size``, ``method``, ``sparsity``, ``measured_sparsity``,
+            ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``tokens_per_second`` and
+            ``retrieval_<depth>``.
+        """
+        for cell in self.cells():
+            yield self.measure(*cell)
+
+    def windows(self, text: str, length: int) -> Tensor:
+        """Windows behind those to calibrate on, evenly spread, ``(windows, length + 1)``."""
+        tokens = self.texts[text][length * self.settings.calibration_windows :]
+        count = min(self.settings.windows, (len(tokens) - 1) // length)
+        room = len(tokens) - 1 - length
+        starts = [room * n // max(count - 1, 1) for n in range(count)]
+        return torch.stack([tokens[s : s + length + 1] for s in starts])
+
+    @contextmanager
+    def _adapted(
+        self, text: str, length: int, method: str, sparsity: float
+    ) -> Iterator[AdaptedModel]:
+        s = self.settings
+        if method == ADAPTER and self.adapter is not None:
+            adapted = self.adapter.apply(self.model)
+            adapted.set_base_sparsity(sparsity)
+        else:
+            layers = None if self.adapter is None else self.adapter.configs
+            config = rival_config(method, s.block_size, sparsity)
+            adapted = adapt(self.model, config, layers=layers)
+        with adapted:
+            sample = self.texts[text][: length * s.calibration_windows]
+            calibrate(adapted, sample, sparsity, lengths=(length,), windows=s.calibration_windows)
+            yield adapted
+
+    def _retrieval(self, text: str, length: int) -> dict[str, float]:
+        s, out = self.settings, {}
+        if self.tokenizer is None:
+            return {}
+        haystack = self.texts[text][length * s.calibration_windows :]
+        for depth in s.depths:
+            needles = build_needles(self.tokenizer, haystack, length, depth, s.needles)
+            out[f"retrieval_{depth:g}"] = measure_retrieval(self.model, needles)
+        return out
+
+    def _speed(self, windows: Tensor) -> float:
+        """Tokens per second of a forward pass without the output layer; the median."""
+        if not self.settings.repeats:
+            return math.nan
+        tokens = windows[:1, :-1].to(self.model.device).long()
+        times = []
+        with evaluating(self.model):
+            for _ in range(self.settings.repeats + 1):
+                _wait(self.model.device)
+                start = time.perf_counter()
+                self.model.base_model(tokens, use_cache=False)
+                _wait(self.model.device)
+                times.append(time.perf_counter() - start)
+        # The first pass warms up.
+        return tokens.shape[1] / statistics.median(times[1:])
+
+
+def perplexity(model: Any, windows: Tensor) -> float:
+    """``exp`` of the mean cross entropy of the next token, one window at a time."""
+    total = 0.0
+    with evaluating(model):
+        for window in windows.split(1):
+            total += float(next_token_loss(model, window.to(model.device).long()))
+    return math.exp(total / len(windows))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:
+    """Settings from a mapping that may hold other keys."""
+    names = {f.name for f in fields(EvaluationSettings)}
+    return EvaluationSettings(**{k: v for k, v in options.items() if k in names})
+
+
+def block_size_of(adapter: SelectorAdapter) -> int:
+    """The block size that all layers of an adapter share.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    sizes = {config.block_size for config in adapter.configs.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"the adapter's layers must share one block size, got {sorted(sizes)}.")
+    config = next(iter(adapter.configs.values()))
+    assert isinstance(config, AdaptiveConfig | TrainingFreeConfig)
+    return config.block_size

@@ -1,0 +1,125 @@
+"""Which architectures can be adapted, and where their attention layers are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Model type of the text config: class of its attention layers.
+FAMILIES = {
+    "llama": "LlamaAttention",
+    "qwen2": "Qwen2Attention",
+    "qwen3": "Qwen3Attention",
+    "mistral": "MistralAttention",
+    "gemma3_text": "Gemma3Attention",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """An attention layer of a model, and what a selector must know of it.
+
+    Attributes:
+        number: The layer's number in the model.
+        module: The attention module.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Size of a head.
+        scale: Factor of the logits.
+        sliding: Whether a sliding window limits the layer; such layers are left alone.
+    """
+
+    number: int
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding: bool
+
+    @property
+    def query_weight(self) -> Tensor:
+        """Weights of the query projection, without what LoRA adds."""
+        return _weight(self.module.q_proj)
+
+    @property
+    def key_weight(self) -> Tensor:
+        """Weights of the key projection, likewise."""
+        return _weight(self.module.k_proj)
+
+
+def find_attention(model: nn.Module) -> list[AttentionSite]:
+    """Lists the attention layers of a supported model, in order.
+
+    Raises:
+        TypeError: If ``model`` is no transformers model.
+        ValueError: If its architecture is not supported (with the list of those that are), or it
+            uses soft-capping, attention sinks or bidirectional attention.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise TypeError(
+            f"model must be a transformers model, got {type(model).__name__}, which has no config."
+        )
+    kind = config.model_type
+    if kind not in FAMILIES:
+        hint = ""
+        if hasattr(config, "text_config"):
+            hint = " Of a model for images and text, load the text model alone."
+        raise ValueError(
+            f"model of type {kind!r} is not supported; supported are {sorted(FAMILIES)}.{hint}"
+        )
+    _refuse_features(config)
+    sites = [
+        _site(module, config)
+        for module in model.modules()
+        if type(module).__name__ == FAMILIES[kind]
+    ]
+    if not sites:
+        raise ValueError(
+            f"model of type {kind!r} holds no {FAMILIES[kind]}; remote code with attention of its "
+            "own is not supported."
+        )
+    return sorted(sites, key=lambda site: site.number)
+
+
+def _refuse_features(config: Any) -> None:
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            "the model soft-caps its attention logits (attn_logit_softcapping="
+            f"{config.attn_logit_softcapping}), which block-sparse attention does not compute."
+        )
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
+        raise ValueError("the model attends in both directions; only causal models are supported.")
+
+
+def _site(module: nn.Module, config: Any) -> AttentionSite:
+    if getattr(module, "sinks", None) is not None:
+        raise ValueError(
+            "the model has learned attention sinks, which block-sparse attention does not compute."
+        )
+    number = int(getattr(module, "layer_idx"))  # noqa: B009
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        sliding = kinds[number] != "full_attention"
+    else:
+        sliding = getattr(config, "sliding_window", None) is not None
+    return AttentionSite(
+        number=number,
+        module=module,
+        num_heads=int(config.num_attention_heads),
+        num_kv_heads=int(config.num_key_value_heads),
+        head_dim=int(getattr(module, "head_dim")),  # noqa: B009
+        scale=float(getattr(module, "scaling")),  # noqa: B009
+        sliding=sliding,
+    )
+
+
+def _weight(projection: Any) -> Tensor:
+    # peft keeps the original layer inside its own.
+    weight: Tensor = getattr(projection, "base_layer", projection).weight
+    return weight

@@ -1,0 +1,180 @@
+"""A mask of one number per key instead of one per pair of tokens.
+
+Models of transformers ask for a mask once per forward pass and hand it to every attention layer.
+Block-sparse attention needs no square of booleans, but must know about padding, the place of the
+queries among the keys, and packed documents. All of it travels as one int32 tensor
+``(batch, 1, rows, columns)``, so that it can be cached, compiled and copied like any mask; the
+number of rows says what it holds:
+
+=====  ===============  ==========================================================
+rows   columns          meaning
+=====  ===============  ==========================================================
+0      keys             plain causal, the last query at the last key
+1      keys             the first entry is the key position of query 0
+2      keys             row 0: 1 for keys that are no padding; row 1 as above
+3      documents + 1    packed documents: cumulative lengths, three times
+=====  ===============  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import document_numbers
+
+PLAIN, OFFSET, PADDED, PACKED = 0, 1, 2, 3
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> Tensor | None:
+    """Builds the mask of a forward pass; transformers calls it.
+
+    Args:
+        batch_size: Samples.
+        q_length: Query tokens.
+        kv_length: Key tokens.
+        q_offset: Position of query 0; a tensor with static caches.
+        kv_offset: Position of key 0.
+        mask_function: The token rule, by position.
+        attention_mask: ``(batch, tokens)`` booleans, False for padding, or None.
+        local_size: Sliding window: the layers that have one are left to PyTorch's attention.
+        use_vmap: Set by transformers for rules that users added.
+        device: Where to build it.
+        **others: For PyTorch's attention.
+
+    Returns:
+        The compact mask, or, with ``local_size``, what PyTorch's attention takes.
+
+    Raises:
+        ValueError: If the rule is anything but causal attention within documents.
+    """
+    if local_size is not None:
+        result: Tensor | None = sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            local_size=local_size, use_vmap=use_vmap, device=device, **others,
+        )  # fmt: skip
+        return result
+    if use_vmap:
+        raise ValueError(
+            "block-sparse attention takes no mask function of one's own (or_mask_function, "
+            "and_mask_function): only causal masks, padding and packed documents."
+        )
+    if mask_function is not causal_mask_function:
+        return _packed(batch_size, q_length, kv_length, mask_function, device)
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    if padding is None and not isinstance(q_offset, Tensor):
+        offset = q_offset - kv_offset
+        if offset == kv_length - q_length:
+            return torch.empty(batch_size, 1, PLAIN, kv_length, dtype=torch.int32, device=device)
+    first = torch.zeros(batch_size, 1, 1, kv_length, dtype=torch.int32, device=device)
+    first = first + (q_offset - kv_offset)
+    if padding is None:
+        return first.int()
+    valid = padding.to(device=device, dtype=torch.int32).expand(batch_size, -1)
+    return torch.cat([valid[:, None, None], first.int()], 2)
+
+
+def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """Validity of every key, or None if all that were given are valid."""
+    if attention_mask is None or (not _tracing() and bool(attention_mask.all())):
+        return None
+    attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    # A static cache has room for more keys than there are tokens yet.
+    return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
+
+
+def _tracing() -> bool:
+    """Whether values cannot be looked at now."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _packed(
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    device: torch.device | str,
+) -> Tensor:
+    """Finds the documents by asking the rule about neighbours: linear in the tokens."""
+    sample = torch.arange(batch, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    here = torch.arange(1, kv_length, device=device)[None]
+    joined = mask_function(sample, head, here, here - 1).expand(batch, -1)
+    if q_length != kv_length or bool(mask_function(sample, head, here - 1, here).any()):
+        raise ValueError(
+            "block-sparse attention takes causal masks, padding and packed documents; the model "
+            "asked for another rule."
+        )
+    fresh = F.pad(~joined, (1, 0), value=True)
+    position = torch.arange(kv_length, device=device)
+    starts = torch.where(fresh, position, kv_length).sort(-1).values
+    documents = int(fresh.sum(1).max())
+    edges = F.pad(starts[:, :documents], (0, 1), value=kv_length).int()
+    return edges[:, None, None].expand(-1, 1, PACKED, -1)
+
+
+def check_compact(mask: Any, batch: int, kv_len: int) -> Tensor:
+    """Returns the mask if it is a compact one for these keys.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    fits = (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.int32
+        and mask.dim() == 4
+        and mask.shape[0] == batch
+        and mask.shape[2] <= PACKED
+        and (mask.shape[2] == PACKED or mask.shape[3] == kv_len)
+    )
+    if not fits:
+        shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else mask
+        raise ValueError(
+            "attention_mask must be None or (batch, tokens) with 0 for padding: block-sparse "
+            f"attention takes no mask of single pairs of tokens, got {shown}."
+        )
+    return mask
+
+
+def token_mask(mask: Tensor, q_len: int, kv_len: int) -> Tensor | None:
+    """The compact mask as booleans ``(batch, 1, q_len, kv_len)`` for PyTorch's attention.
+
+    None where its ``is_causal`` says the same.
+    """
+    kind, batch, device = mask.shape[2], mask.shape[0], mask.device
+    if kind == PLAIN and q_len in (1, kv_len):
+        return None
+    offset: int | Tensor = kv_len - q_len
+    documents = None
+    if kind in (OFFSET, PADDED):
+        offset = mask[:, 0, -1, 0]
+    if kind == PACKED:
+        documents = document_numbers(mask[:, 0, 0], batch, kv_len, device)
+    rule = AttentionMask(q_len, kv_len, True, offset, document_ids=documents)
+    rows = torch.arange(q_len, device=device).view(1, 1, -1, 1)
+    columns = torch.arange(kv_len, device=device).view(1, 1, 1, -1)
+    seen = rule.tokens(rows, columns)
+    if kind == PADDED:
+        seen = seen & mask[:, :, :1].bool()
+    return seen.expand(batch, 1, q_len, kv_len)

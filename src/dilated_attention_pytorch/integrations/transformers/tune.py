@@ -1,0 +1,189 @@
+"""End-to-end tuning of selectors, with LoRA or all weights, on the language-modelling loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
+from dilated_attention_pytorch.integrations.transformers.adapter import load_adapter, save_adapter
+from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
+from dilated_attention_pytorch.integrations.transformers.calibrate import (
+    calibrate,
+    default_lengths,
+)
+from dilated_attention_pytorch.integrations.transformers.observer import evaluating
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    PretrainedRun,
+    PretrainedTraining,
+)
+from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+TRAINED = ("selectors", "lora", "all")
+ATTENTION = ("sparse", "dense")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRun(PretrainedRun):
+    """An end-to-end run.
+
+    Attributes:
+        train: ``"selectors"`` alone on a frozen base; ``"lora"``: low-rank changes of all
+            projections beside them (through peft); ``"all"``: all weights.
+        attention: ``"sparse"``; ``"dense"`` is the baseline without selectors.
+        adapter: Folder of the selectors to start from; None: untrained ones.
+        base_sparsity: Sparsity to tune for.
+        base_learning_rate: Peak rate of LoRA or of the model's weights.
+        lora_rank: Rank of the changes.
+        sparsity_warmup: Share of the steps over which the blocks fall from all to the sparsity;
+            with thresholds, which start calibrated, there is no warm-up.
+        calibrate_every: Steps between two calibrations of thresholds.
+    """
+
+    train: str = "lora"
+    attention: str = "sparse"
+    adapter: str | None = None
+    base_sparsity: float = 0.9
+    base_learning_rate: float = 1e-4
+    lora_rank: int = 16
+    sparsity_warmup: float = 0.1
+    calibrate_every: int = 50
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
+        for name, valid in (("train", TRAINED), ("attention", ATTENTION)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+        if self.attention == "dense" and (self.train == "selectors" or self.adapter is not None):
+            raise ValueError(
+                "attention='dense' has no selectors: train must be 'lora' or 'all' and adapter "
+                f"None, got {self.train!r} and {self.adapter!r}."
+            )
+        if not (math.isfinite(self.base_learning_rate) and self.base_learning_rate > 0):
+            raise ValueError(f"base_learning_rate must be positive, got {self.base_learning_rate}.")
+        for name in ("lora_rank", "calibrate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.sparsity_warmup <= 1:
+            raise ValueError(f"sparsity_warmup must lie in [0, 1], got {self.sparsity_warmup}.")
+
+
+class Tuning(PretrainedTraining):
+    """Trains selectors, and LoRA or all weights, on the next token.
+
+    The selectors learn from the attention itself (``AdaptiveConfig.estimator``), the rest from the
+    loss. With LoRA ``model`` stays the base model; its layers hold the low-rank changes.
+    """
+
+    run: TuneRun
+
+    def prepare(self) -> tuple[AdaptedModel | None, list[dict[str, Any]]]:
+        """LoRA first, then the selectors: peft freezes what it finds."""
+        run = self.run
+        self.lora: Any = None
+        if run.train == "lora":
+            self.lora = _with_lora(self.model, run.lora_rank)
+        adapted = None
+        if run.attention == "sparse":
+            if run.adapter is not None:
+                adapted = load_adapter(self.model, run.adapter)
+            else:
+                adapted = adapt(self.model, run.config, layers=run.layers)
+        selectors = [] if adapted is None else adapted.selector_parameters()
+        if run.train == "selectors" and adapted is not None:
+            adapted.freeze_base()
+        own = {id(p) for p in selectors}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        groups = [
+            {"params": selectors, "peak": run.learning_rate},
+            {"params": rest, "peak": run.base_learning_rate},
+        ]
+        return adapted, [group for group in groups if group["params"]]
+
+    def losses(self, batch: Tensor) -> float:
+        """Cross entropy of the next token, in nats."""
+        run = self.run
+        if self.adapted is not None:
+            if self.step_count % run.calibrate_every == 0:
+                self._calibrate()
+            warm = run.sparsity_warmup * run.steps
+            progress = 1.0 if self.step_count >= warm else self.step_count / warm
+            self._set_sparsity(1 - (1 - run.base_sparsity) ** progress)
+        self.model.train()
+        loss = next_token_loss(self.model, batch)
+        loss.backward()
+        return float(loss.detach())
+
+    def _set_sparsity(self, value: float) -> None:
+        if self.adapted is None:
+            return
+        self.adapted.set_base_sparsity(value)
+        for selector in self.adapted.selectors.values():
+            if isinstance(selector, BlockSparseAdaptive):
+                # Selectors that were distilled need little noise to explore.
+                selector.set_temperature(selector.config.min_temperature)
+
+    def _calibrate(self) -> None:
+        if self.adapted is not None:
+            calibrate(
+                self.adapted, self.windows.data[: 8 * self.run.seq_len], self.run.base_sparsity,
+                lengths=(self.run.seq_len,), windows=2,
+            )  # fmt: skip
+
+    def validate(self) -> dict[str, float]:
+        """The loss on the held-out windows, at the sparsity to tune for, and that sparsity."""
+        self._set_sparsity(self.run.base_sparsity)
+        if self.step_count == 0:
+            self._calibrate()
+        total = 0.0
+        with evaluating(self.model), self.autocast(), CountTiles(self.adapted) as tiles:
+            for window in self.validation.split(1):
+                total += float(next_token_loss(self.model, window.to(self.run.device)))
+        values = {"validation_loss": total / len(self.validation)}
+        return values if self.adapted is None else {**values, "sparsity": tiles.sparsity}
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
+        if self.adapted is not None:
+            self._set_sparsity(self.run.base_sparsity)
+            calibrate(
+                self.adapted, self.windows.data, self.run.base_sparsity,
+                lengths=default_lengths(self.run.seq_len),
+            )  # fmt: skip
+            save_adapter(self.adapted, folder / "adapter")
+        if self.lora is not None:
+            self.lora.save_pretrained(folder / "lora")
+        if self.run.train == "all":
+            self._save_model(folder / "model")
+
+    def _save_model(self, folder: Path) -> None:
+        """The model alone: selectors are an adapter of their own."""
+        weights = {
+            name: value
+            for name, value in self.model.state_dict().items()
+            if f".{SELECTOR}." not in name
+        }
+        self.model.save_pretrained(folder, state_dict=weights)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("train='lora' needs peft: pip install peft.") from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(_PROJECTIONS))
+    return get_peft_model(model, config)
+
+
+def next_token_loss(model: Any, batch: Tensor) -> Tensor:
+    """Mean cross entropy of ``(batch, tokens + 1)`` tokens, in nats."""
+    logits = model(batch[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())

@@ -1,0 +1,99 @@
+"""Tile mass: the share of a query block's attention that each key block gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+
+# Logits of one chunk, by device type; the tokens' square is never stored.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
+
+
+def tile_mass(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Computes where dense attention goes, block by block.
+
+    .. math:: m_{ij} = \frac{\sum_{n \in i} w_n \sum_{k \in j} P_{nk}}{\sum_{n \in i} w_n}, \qquad
+              P = \mathrm{softmax}(s\, q k^\top + \text{mask})
+
+    Some rows at a time, in float32 (float64 for float64): memory is linear in the tokens, time
+    quadratic. No gradient.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+        mask: Which keys a query sees.
+        block_size: Tokens per block.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+        row_weights: w, ``(batch or 1, num_heads or 1, q_len)``, not negative, such as the norm of
+            the output's gradient; 0 leaves a query out. None: all alike.
+
+    Returns:
+        ``(batch, num_heads, i, j)`` float32: rows sum to 1, or are 0 where nothing is seen or every
+        weight is 0.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(1, 100, 2, 8)
+        >>> mass = tile_mass(x, x, AttentionMask(100, 100, causal=True), block_size=32)
+        >>> mass.shape, bool(torch.allclose(mass.sum(-1), torch.ones(1, 2, 4)))
+        (torch.Size([1, 2, 4, 4]), True)
+    """
+    batch, q_len, heads, dim = query.shape
+    kv_len, kv_heads = key.shape[1], key.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    blocks_q, blocks_k = ceil_div(q_len, block_size), ceil_div(kv_len, block_size)
+    device = query.device
+    out = torch.zeros(batch, heads, blocks_q, blocks_k, dtype=wide, device=device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        keys = key.detach().to(wide).permute(0, 2, 3, 1)[:, :, None]
+        for first, last, end in _chunks(mask, batch * heads, block_size, device):
+            part = query[:, first:last].detach().to(wide).transpose(1, 2)
+            part = part.unflatten(1, (kv_heads, heads // kv_heads))
+            logits = (part * scale @ keys[..., :end]).flatten(1, 2)
+            rows = torch.arange(first, last, device=device).view(1, 1, -1, 1)
+            seen = mask.tokens(rows, torch.arange(end, device=device).view(1, 1, 1, -1))
+            p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).nan_to_num_(0.0)
+            p = F.pad(p, (0, -end % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+            weights = p.new_ones(1, 1, last - first)
+            if row_weights is not None:
+                weights = row_weights[..., first:last].to(wide)
+            p, weights = _by_block(p * weights[..., None], weights, block_size)
+            tiny = torch.finfo(wide).tiny
+            rows_out = slice(first // block_size, ceil_div(last, block_size))
+            out[:, :, rows_out, : p.shape[-1]] = p / weights[..., None].clamp(min=tiny)
+    return out.float()
+
+
+def _by_block(p: Tensor, weights: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Sums rows ``(b, h, n, j)`` and their weights ``(b, h, n)`` over query blocks."""
+    pad = -p.shape[2] % block_size
+    p = F.pad(p, (0, 0, 0, pad)).unflatten(2, (-1, block_size)).sum(3)
+    return p, F.pad(weights, (0, pad)).unflatten(2, (-1, block_size)).sum(3)
+
+
+def _chunks(
+    mask: AttentionMask, maps: int, block_size: int, device: torch.device
+) -> Iterator[tuple[int, int, int]]:
+    """First and last row of each chunk of whole query blocks, and the keys that it may see."""
+    limit = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    step = max(limit // max(maps * mask.kv_len * block_size, 1), 1) * block_size
+    for first in range(0, mask.q_len, step):
+        last, end = min(first + step, mask.q_len), mask.kv_len
+        if mask.causal and isinstance(mask.query_offset, int):
+            end = min(max(last + mask.query_offset, 1), end)
+        yield first, last, end

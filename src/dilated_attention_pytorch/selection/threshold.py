@@ -1,0 +1,144 @@
+"""Budgets by a threshold on the softmaxed score: blocks are kept where attention is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def visible_softmax(scores: Tensor, scored: Tensor, forced: Tensor) -> Tensor:
+    """Softmax over everything that a row can see, forced blocks included.
+
+    With scores that predict the logarithm of the tile mass this is the expected mass, comparable
+    between heads and rows: a head that looks at its forced blocks alone expects little elsewhere.
+
+    Args:
+        scores: ``(batch, heads, i, c)``.
+        scored: Booleans that broadcast to the same shape: which may be chosen.
+        forced: The same: which are read in any case.
+
+    Returns:
+        ``(batch, heads, i, c)`` float32; 0 for what is not visible. No gradient.
+    """
+    low = torch.finfo(torch.float32).min
+    logits = scores.detach().float().nan_to_num(low, torch.inf, low)
+    return logits.masked_fill(~(scored | forced), -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def threshold_budget(
+    scores: Tensor, scored: Tensor, forced: Tensor, threshold: Tensor | float
+) -> Tensor:
+    """Scored blocks whose expected mass reaches a threshold.
+
+    Of all choices of as many tiles, over all heads and rows that share the threshold, this one
+    keeps the most expected mass: local heads get few blocks, spread-out heads many.
+
+    Args:
+        scores: ``(batch, heads, i, c)``, such as the logarithm of the tile mass.
+        scored: Booleans that broadcast to the same shape: which may be chosen.
+        forced: The same: which are read in any case.
+        threshold: In [0, 1].
+
+    Returns:
+        int32 ``(batch, heads, i)``.
+
+    Example:
+        >>> scores = torch.tensor([0.6, 0.3, 0.1]).log().view(1, 1, 1, 3)
+        >>> first = torch.tensor([True, False, False])
+        >>> [int(threshold_budget(scores, ~first, first, t)) for t in (0.5, 0.2, 0.05)]
+        [0, 1, 2]
+    """
+    p = visible_softmax(scores, scored, forced)
+    return ((p >= threshold) & scored).sum(-1, dtype=torch.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdSample:
+    """What a calibration needs of the scores of one layer on one sample.
+
+    Attributes:
+        expected: Expected mass of every tile that may be chosen, flat.
+        forced: Tiles read in any case.
+        allowed: Tiles of dense attention.
+    """
+
+    expected: Tensor
+    forced: float
+    allowed: float
+
+    @classmethod
+    def of(
+        cls, scores: Tensor, scored: Tensor, forced: Tensor, num_allowed: Tensor
+    ) -> ThresholdSample:
+        """Reads the scores of a layer; ``num_allowed`` broadcasts to ``(batch, heads, i)``."""
+        p = visible_softmax(scores, scored, forced)
+        return cls(
+            p[scored.expand(p.shape)],
+            float(forced.expand(p.shape).sum()),
+            float(num_allowed.expand(p.shape[:3]).sum()),
+        )
+
+
+def calibrate_threshold(samples: Sequence[ThresholdSample], sparsity: float) -> float:
+    """Finds the threshold at which all samples together meet a sparsity.
+
+    Args:
+        samples: Of one layer or of many.
+        sparsity: In [0, 1).
+
+    Returns:
+        A threshold above 0; above 1 if the forced blocks fill the budget already.
+
+    Raises:
+        ValueError: If there are no samples.
+    """
+    if not samples:
+        raise ValueError("samples must hold at least one ThresholdSample, got none.")
+    expected = torch.cat([s.expected for s in samples]).sort(descending=True).values
+    allowed = sum(s.allowed for s in samples)
+    room = round((1 - sparsity) * allowed - sum(s.forced for s in samples))
+    tiny = float(torch.finfo(torch.float32).tiny)
+    if room <= 0 or len(expected) == 0:
+        return 2.0
+    if room >= len(expected):
+        return tiny
+    # Between the last tile that fits and the first that does not.
+    return max(float((expected[room - 1] + expected[room]) / 2), tiny)
+
+
+@dataclass(frozen=True)
+class ThresholdTable:
+    """Thresholds by length: longer sequences spread their attention over more blocks.
+
+    Attributes:
+        lengths: Key tokens, ascending.
+        thresholds: One for each length.
+    """
+
+    lengths: tuple[int, ...]
+    thresholds: tuple[float, ...]
+
+    def at(self, length: int) -> float:
+        """The threshold for a length.
+
+        Between two lengths on a straight line of logarithms; outside in inverse proportion to the
+        length, as the mean mass of a block falls.
+
+        Example:
+            >>> table = ThresholdTable((1024, 4096), (0.04, 0.01))
+            >>> round(table.at(2048), 3), round(table.at(8192), 3)
+            (0.02, 0.005)
+        """
+        first, last = self.lengths[0], self.lengths[-1]
+        if length <= first:
+            return self.thresholds[0] * first / max(length, 1)
+        for n, (low, high) in enumerate(zip(self.lengths, self.lengths[1:], strict=False)):
+            if length <= high:
+                share = math.log(length / low) / math.log(high / low)
+                a, b = self.thresholds[n], self.thresholds[n + 1]
+                return math.exp(math.log(a) + share * (math.log(b) - math.log(a)))
+        return self.thresholds[-1] * last / length

@@ -1,0 +1,218 @@
+"""distill, tune and evaluate as commands: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import save_tiny
+
+pytest.importorskip("rich", reason="needs the extra [cli]")
+pytest.importorskip("transformers", reason="needs the extra [hf]")
+
+from dilated_attention_pytorch.cli.main import main
+
+DISTILL = ["--steps", "4", "--seq-len", "128", "--block-size", "16", "--base-sparsity", "0.5",
+           "--num-prototypes", "2", "--validate-every", "2", "--checkpoint-every", "2",
+           "--log-every", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("a", "b"):
+        words = "".join(f"line {n} of {name}, as every line here.\n" for n in range(60))
+        (folder / f"{name}.txt").write_text(words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distilled(model: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    arguments = ["distill", "--model", str(model), "--text", str(texts), "--out", str(out)]
+    assert main([*arguments, *DISTILL]) == 0
+    return out
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def test_distill_writes_metrics_adapter_and_plot(distilled: Path) -> None:
+    rows = lines(distilled)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert "recall_0.5" in rows[0]
+    assert "recall_0.5" in rows[4]
+    assert (distilled / "recall.png").stat().st_size > 1000
+    about = json.loads((distilled / "adapter" / "adapter.json").read_text())
+    assert about["layers"]["0"]["num_prototypes"] == 2
+    assert about["layers"]["0"]["base_sparsity"] == 0.5
+
+
+def test_a_killed_distillation_goes_on_exactly(
+    distilled: Path, model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dilated_attention_pytorch.integrations.transformers.distill import Distillation
+
+    step = Distillation.step
+    arguments = ["distill", "--model", str(model), "--text", str(texts), "--out", str(tmp_path)]
+
+    def fail(self: Distillation) -> dict[str, float]:
+        if self.step_count == 3:
+            raise MemoryError("killed on purpose")
+        return step(self)
+
+    monkeypatch.setattr(Distillation, "step", fail)
+    with pytest.raises(MemoryError, match="on purpose"):
+        main([*arguments, *DISTILL])
+    monkeypatch.undo()
+    assert main(["distill", "--out", str(tmp_path), "--resume"]) == 0
+    assert without_times(lines(tmp_path)) == without_times(lines(distilled))
+    name = "adapter/selectors.safetensors"
+    assert (tmp_path / name).read_bytes() == (distilled / name).read_bytes()
+
+
+def test_evaluate_prints_json_and_writes_a_plot(
+    distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "evaluate", "--model", str(model), "--adapter", str(distilled / "adapter"), "--text",
+        str(texts / "a.txt"), "--lengths", "256", "--sparsities", "0.5", "--rivals",
+        "sink_window", "oracle:threshold", "--windows", "1", "--needles", "1", "--repeats", "0",
+        "--out", str(tmp_path), "--json",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in result["rows"]] == [
+        "adapter", "sink_window", "oracle:threshold",
+    ]  # fmt: skip
+    assert result["rows"][0]["block_size"] == 16
+    assert result["rows"][0]["tokens_per_second"] is None
+    assert {"retrieval_0.1", "retrieval_0.5", "retrieval_0.9", "kept_mass", "ratio"} <= set(
+        result["rows"][0]
+    )
+    assert json.loads((tmp_path / "results.json").read_text()) == result
+    assert (tmp_path / "perplexity.png").stat().st_size > 1000
+    assert main(arguments[:-1]) == 0
+    assert "perplexity relative to dense" in capsys.readouterr().out
+
+
+def test_tune_starts_from_the_adapter(
+    distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "tune", "--model", str(model), "--text", str(texts), "--adapter",
+        str(distilled / "adapter"), "--out", str(tmp_path), "--train", "all", "--steps", "2",
+        "--seq-len", "128", "--base-sparsity", "0.5", "--block-size", "16", "--json",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["steps"] == 2
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "adapter" / "adapter.json").is_file()
+    # The tuned weights are the adapter's new base.
+    evaluate = [
+        "evaluate", "--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter"),
+        "--text", str(texts / "a.txt"), "--lengths", "256", "--sparsities", "0.5", "--rivals",
+        "none", "--windows", "1", "--depths", "-1", "--repeats", "0", "--json",
+    ]  # fmt: skip
+    assert main(evaluate) == 1
+    assert "no tokenizer" in capsys.readouterr().err
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert "error:" in error
+    assert "Traceback" not in error
+    return " ".join(error.split())
+
+
+def test_errors_say_what_to_do(
+    distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    text, folder = ["--text", str(texts)], ["--model", str(model)]
+    assert "--model is missing" in refused(capsys, ["distill", *text, *out], 2)
+    found = refused(capsys, ["distill", *folder, *text, *out, "--seq-len", "64"], 2)
+    assert "at least two blocks of 64 tokens" in found
+    found = refused(capsys, ["distill", *folder, *text, *out, "--seq-len", "9999"], 1)
+    assert "too little text" in found
+    short = tmp_path / "short.txt"
+    short.write_text("less than a block")
+    found = refused(capsys, ["evaluate", *folder, "--text", str(short)], 1)
+    assert "too little text: short" in found
+    assert "no such text" in refused(capsys, ["distill", *folder, "--text", "nowhere", *out], 1)
+    missing = ["--model", str(tmp_path / "nothing")]
+    assert "no tokenizer" in refused(capsys, ["distill", *missing, *text, *out, *DISTILL], 1)
+    other = save_tiny(tmp_path / "other", num_hidden_layers=3)
+    evaluate = ["evaluate", "--text", str(texts / "a.txt"), "--lengths", "256"]
+    found = refused(
+        capsys,
+        [*evaluate, "--model", str(other), "--adapter", str(distilled / "adapter"),
+         "--rivals", "none", "--depths", "-1"],
+        1,
+    )  # fmt: skip
+    assert "another base model" in found
+    found = refused(capsys, [*evaluate, *folder, "--rivals", "best"], 2)
+    assert "method must be one of" in found
+    found = refused(capsys, ["distill", "--resume", "--out", str(distilled), "--steps", "9"], 2)
+    assert "leave ['steps'] out" in found
+    found = refused(capsys, ["distill", *folder, *text, "--out", str(distilled), *DISTILL], 2)
+    assert "already holds a run" in found
+
+
+def test_unsupported_architectures_are_listed(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    folder = tmp_path / "gpt2"
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=256)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder / name)
+    arguments = ["distill", "--model", str(folder), "--text", str(texts), "--out", str(tmp_path)]
+    found = refused(capsys, [*arguments, *DISTILL], 1)
+    assert "'gpt2' is not supported" in found
+    assert "'llama'" in found
+
+
+def test_help_needs_no_transformers_and_lists_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in ("distill", "tune", "evaluate"):
+        with pytest.raises(SystemExit) as done:
+            main([command, "--help"])
+        assert done.value.code == 0
+        assert "--model" in capsys.readouterr().out
+
+
+def test_defaults_shown_are_those_of_the_dataclasses() -> None:
+    from dilated_attention_pytorch.cli.pretrained_options import RUN_DEFAULTS, SELECTOR_DEFAULTS
+    from dilated_attention_pytorch.config import AdaptiveConfig
+    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+        PretrainedRun,
+        distilled_config,
+    )
+
+    run = PretrainedRun()
+    for name, value in RUN_DEFAULTS.items():
+        assert getattr(run, name) == value, name
+    shown = AdaptiveConfig(**SELECTOR_DEFAULTS)
+    for name in SELECTOR_DEFAULTS:
+        assert getattr(shown, name) == getattr(distilled_config(), name), name

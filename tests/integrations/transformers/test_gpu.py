@@ -1,0 +1,138 @@
+"""Adapted models on a GPU: the Triton kernels behind them, static caches, distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_models import tiny_model, tokens
+
+pytest.importorskip("transformers", reason="needs the extra [hf]")
+
+from transformers import DynamicCache, StaticCache
+
+from dilated_attention_pytorch import AdaptiveConfig
+from dilated_attention_pytorch.integrations.transformers import adapt
+from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.distill import Distillation, DistillRun
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    distilled_config,
+)
+from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
+from dilated_attention_pytorch.integrations.transformers.tune import TuneRun, Tuning
+from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DENSE = AdaptiveConfig(base_sparsity=0.0, block_size=16, budget="fixed")
+TEXT = TokenText(
+    torch.randint(2, 40, (6000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32),
+    torch.randint(2, 40, (1000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32),
+    "random tokens",
+)
+
+
+def on_gpu(**changes: Any) -> Any:
+    return tiny_model(**changes).cuda()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+def test_sparsity_zero_gives_the_dense_logits(family: str) -> None:
+    model, ids = tiny_model(family).cuda(), tokens().cuda()
+    mask = torch.ones(2, 90, dtype=torch.long, device="cuda")
+    mask[1, :37] = 0
+    with torch.no_grad():
+        for options in ({}, {"attention_mask": mask}):
+            dense = model(ids, **options).logits
+            with adapt(model, DENSE, backend="triton"):
+                sparse = model(ids, **options).logits
+            keep = mask.bool() if options else torch.ones_like(mask).bool()
+            torch.testing.assert_close(sparse[keep], dense[keep], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_caches(kind: str) -> None:
+    model, ids = on_gpu(), tokens().cuda()
+
+    def run() -> torch.Tensor:
+        if kind == "dynamic":
+            cache = DynamicCache(config=model.config)
+        else:
+            cache = StaticCache(config=model.config, max_cache_len=100)
+        out, done = [], 0
+        for size in (50, 38, 1, 1):
+            part = ids[:, done : done + size]
+            out.append(model(part, past_key_values=cache, use_cache=True).logits)
+            done += size
+        return torch.cat(out, 1)
+
+    with torch.no_grad():
+        dense = run()
+        with adapt(model, DENSE):
+            torch.testing.assert_close(run(), dense, atol=2e-2, rtol=2e-2)
+
+
+# Compilers warn of much that is not ours.
+@pytest.mark.filterwarnings("ignore")
+def test_generation_in_half_precision_with_a_compiled_static_cache() -> None:
+    model, ids = on_gpu().bfloat16(), tokens(length=40).cuda()
+    config = AdaptiveConfig(base_sparsity=0.3, block_size=16, budget="fixed")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with adapt(model, config):
+        dynamic = model.generate(ids, **options)
+        static = model.generate(ids, cache_implementation="static", **options)
+    assert dynamic.shape == static.shape == (2, 46)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", ["fixed", "threshold"])
+def test_training_free_selectors(method: str, budget: str) -> None:
+    if method == "sink_window" and budget == "threshold":
+        pytest.skip("it has no scores")
+    model = on_gpu()
+    config = TrainingFreeConfig(
+        method=method, budget=budget, block_size=16, base_sparsity=0.5, num_sink_blocks=1
+    )
+    with adapt(model, config) as adapted, torch.no_grad():
+        calibrate(adapted, TEXT.train, 0.5, lengths=(256,), windows=2)
+        with CountTiles(adapted) as tiles:
+            model(TEXT.train[None, :256].cuda().long())
+    assert tiles.sparsity == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("target", ["mass", "gradient"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_distillation(target: str, dtype: str) -> None:
+    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    run = DistillRun(
+        config=config, seq_len=256, steps=40, learning_rate=1e-2, device="cuda", dtype=dtype,
+        target=target,
+    )  # fmt: skip
+    training = Distillation(run, on_gpu(), TEXT)
+    before = training.validate()
+    for _ in range(40):
+        training.step()
+    after = training.validate()
+    if target == "mass":
+        assert after["recall_0.8"] > before["recall_0.8"]
+
+
+@pytest.mark.parametrize("train", ["selectors", "all"])
+def test_tuning(train: str) -> None:
+    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    run = TuneRun(
+        config=config, seq_len=256, steps=6, train=train, base_sparsity=0.5, device="cuda",
+        dtype="bfloat16", base_learning_rate=1e-2,
+    )  # fmt: skip
+    training = Tuning(run, on_gpu(), TEXT)
+    before = training.validate()["validation_loss"]
+    for _ in range(6):
+        training.step()
+    if train == "all":
+        assert training.validate()["validation_loss"] < before

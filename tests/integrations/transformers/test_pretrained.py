@@ -1,0 +1,299 @@
+"""Distilling, tuning and evaluating a tiny model: what is learned, kept and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import tiny_model
+
+pytest.importorskip("transformers", reason="needs the extra [hf]")
+
+from dilated_attention_pytorch import AdaptiveConfig
+from dilated_attention_pytorch.integrations.transformers import SelectorAdapter, adapt
+from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.distill import (
+    Distillation,
+    DistillRun,
+    mass_cross_entropy,
+)
+from dilated_attention_pytorch.integrations.transformers.evaluate import (
+    Evaluation,
+    EvaluationSettings,
+    perplexity,
+)
+from dilated_attention_pytorch.integrations.transformers.observer import (
+    evaluating,
+    observe_selection,
+)
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    PretrainedTraining,
+    distilled_config,
+)
+from dilated_attention_pytorch.integrations.transformers.selection_quality import (
+    measure_kept_mass,
+    measure_selection,
+    true_mass,
+)
+from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
+from dilated_attention_pytorch.integrations.transformers.tune import TuneRun, Tuning
+from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.scoring.tile_mass import tile_mass
+from dilated_attention_pytorch.tasks.text import TextError
+
+CONFIG = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+
+
+def text(length: int = 3000, seed: int = 0) -> Tensor:
+    """Tokens in which a few recur, so that attention has something to look for."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 40, (length,), generator=generator, dtype=torch.int32)
+
+
+TEXT = TokenText(text(), text(600, 1), "random tokens")
+
+
+def distil(**changes: Any) -> Distillation:
+    settings: dict[str, Any] = {
+        "config": CONFIG, "seq_len": 128, "steps": 30, "learning_rate": 1e-2,
+    }  # fmt: skip
+    return Distillation(DistillRun(**{**settings, **changes}), tiny_model(), TEXT)
+
+
+def test_distilling_raises_recall_and_kept_mass_and_leaves_the_base_alone() -> None:
+    training = distil()
+    base = {n: p.clone() for n, p in training.model.named_parameters() if "selector" not in n}
+    before = training.validate()
+    losses = [training.step()["loss"] for _ in range(30)]
+    after = training.validate()
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert after["recall_0.5"] > before["recall_0.5"] + 0.05
+    assert after["kept_mass_0.5"] > before["kept_mass_0.5"]
+    assert after["kept_mass_0.5"] <= after["best_mass_0.5"]
+    for name, parameter in training.model.named_parameters():
+        if "selector" not in name:
+            assert torch.equal(parameter, base[name])
+
+
+def test_the_gradient_of_the_mass_loss_is_that_of_a_cross_entropy() -> None:
+    """And vanishes where the softmax is the mass."""
+    with adapt(tiny_model(), CONFIG) as adapted:
+        seen = []
+
+        def look(number: int, selector: Any, inputs: Any) -> None:
+            seen.append((true_mass(selector, inputs), inputs))
+
+        with evaluating(adapted.model), observe_selection(adapted, look):
+            adapted.model(text(128)[None].long())
+    mass, inputs = seen[0]
+    scores = mass.clamp(min=1e-30).log().requires_grad_()
+    mass_cross_entropy(scores, mass, inputs).backward()
+    assert float(scores.grad.abs().max()) < 1e-6
+    scores = torch.zeros_like(mass, requires_grad=True)
+    mass_cross_entropy(scores, mass, inputs).backward()
+    visible = torch.tril(torch.ones(8, 8))
+    wanted = (visible / visible.sum(-1, keepdim=True) - mass) / mass[..., 0].numel()
+    torch.testing.assert_close(scores.grad, wanted, atol=1e-7, rtol=1e-4)
+
+
+def test_the_gradient_target_is_the_mass_weighted_by_the_output_gradient() -> None:
+    """Against tile_mass with the norms of the gradient that PyTorch brings to each output."""
+    training = distil(target="gradient")
+    model, window = training.model, text(129)[None].long()
+    taught: dict[int, tuple[Tensor, Any, Any]] = {}
+
+    def teach(number: int, selector: Any, inputs: Any) -> Tensor:
+        shape = (1, 4, 8, 8)
+        scores = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        taught[number] = (scores.requires_grad_(), selector, inputs)
+        return scores
+
+    gradients: list[Tensor] = []
+
+    def keep(module: Any, inputs: tuple[Tensor]) -> None:
+        inputs[0].register_hook(gradients.append)
+
+    hooks = [x.self_attn.o_proj.register_forward_pre_hook(keep) for x in model.model.layers]
+    with observe_selection(training.adapted, teach):
+        logits = model(window[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits[0], window[0, 1:]).backward()
+    for hook in hooks:
+        hook.remove()
+    visible = torch.tril(torch.ones(8, 8, dtype=torch.bool))
+    for number, gradient in zip((1, 0), gradients, strict=True):
+        scores, selector, inputs = taught[number]
+        norms = gradient.unflatten(-1, (4, 16)).norm(dim=-1).transpose(1, 2)
+        mass = tile_mass(
+            inputs.query, inputs.key, inputs.mask, block_size=16, scale=selector.scale,
+            row_weights=norms,
+        )  # fmt: skip
+        predicted = scores.detach().masked_fill(~visible, -torch.inf).softmax(-1)
+        wanted = mass.amax(-1, keepdim=True) * (predicted - mass) / 8
+        torch.testing.assert_close(scores.grad, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_the_gradient_target_moves_the_selectors_and_them_alone() -> None:
+    training = distil(target="gradient")
+    before = [p.clone() for p in training.trained()]
+    value = training.step()["loss"]
+    assert 0 < value < 20
+    moved = [not torch.equal(a, b) for a, b in zip(before, training.trained(), strict=True)]
+    assert all(moved)
+    assert training.model.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["distill", "tune"])
+def test_a_stopped_run_goes_on_bit_for_bit(kind: str) -> None:
+    def fresh() -> PretrainedTraining:
+        if kind == "distill":
+            return distil(steps=4)
+        run = TuneRun(config=CONFIG, seq_len=128, steps=4, train="all", base_sparsity=0.4)
+        return Tuning(run, tiny_model(), TEXT)
+
+    whole = fresh()
+    wanted = [whole.step()["loss"] for _ in range(4)]
+    first = fresh()
+    found = [first.step()["loss"] for _ in range(2)]
+    state = first.state_dict()
+    torch.manual_seed(99)
+    second = fresh()
+    second.load_state_dict(state)
+    found += [second.step()["loss"] for _ in range(2)]
+    assert found == wanted
+    for a, b in zip(whole.trained(), second.trained(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("train", ["selectors", "lora", "all"])
+def test_tuning_lowers_the_loss_of_what_it_may_change(train: str, tmp_path: Path) -> None:
+    if train == "lora":
+        pytest.importorskip("peft", reason="needs peft")
+    run = TuneRun(
+        config=CONFIG, seq_len=128, steps=6, train=train, base_sparsity=0.5,
+        base_learning_rate=1e-2, learning_rate=1e-2,
+    )  # fmt: skip
+    training = Tuning(run, tiny_model(), TEXT)
+    before = training.validate()
+    for _ in range(6):
+        training.step()
+    after = training.validate()
+    if train != "selectors":
+        assert after["validation_loss"] < before["validation_loss"]
+    assert after["sparsity"] == pytest.approx(0.5, abs=0.08)
+    training.save(tmp_path)
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"adapter"} | ({"selectors": set(), "lora": {"lora"}, "all": {"model"}}[train])
+
+
+def test_the_dense_baseline_has_no_selectors() -> None:
+    run = TuneRun(seq_len=128, steps=2, train="all", attention="dense")
+    training = Tuning(run, tiny_model(), TEXT)
+    assert training.adapted is None
+    assert set(training.validate()) == {"validation_loss"}
+    training.step()
+    with pytest.raises(ValueError, match="has no selectors"):
+        TuneRun(attention="dense", train="selectors")
+
+
+def test_calibration_meets_the_sparsity_of_the_sparse_model() -> None:
+    model = tiny_model()
+    configs: dict[int, Any] = {
+        0: CONFIG, 1: TrainingFreeConfig(method="mean_pool", block_size=16, budget="threshold"),
+    }  # fmt: skip
+    with adapt(model, configs) as adapted:
+        calibrate(adapted, text(), 0.5, lengths=(128, 256), windows=3)
+        for length in (128, 256):
+            with CountTiles(adapted) as tiles, torch.no_grad():
+                for start in range(0, 1024, 256):
+                    model(text()[None, start : start + length].long())
+            assert tiles.sparsity == pytest.approx(0.5, abs=0.05)
+        with pytest.raises(ValueError, match="at least 128 tokens"):
+            calibrate(adapted, text(100), 0.5, lengths=(128,))
+
+
+def test_thresholds_travel_with_the_adapter(tmp_path: Path) -> None:
+    model = tiny_model()
+    with adapt(model, CONFIG) as adapted, torch.no_grad():
+        with pytest.raises(RuntimeError, match="needs thresholds"):
+            model(text(128)[None].long())
+        calibrate(adapted, text(), 0.5, lengths=(64, 128), windows=2)
+        wanted = model(text(128)[None].long()).logits
+        adapter = SelectorAdapter.of(adapted)
+    adapter.save_pretrained(tmp_path)
+    with SelectorAdapter.from_pretrained(tmp_path).apply(model), torch.no_grad():
+        found = model(text(128)[None].long()).logits
+    assert torch.equal(found, wanted)
+
+
+def test_selection_quality_of_the_oracle_is_perfect() -> None:
+    model, windows = tiny_model(), text(128)[None]
+    quality = {}
+    for method in ("oracle", "min_max"):
+        config = TrainingFreeConfig(method=method, block_size=16, base_sparsity=0.5)
+        with adapt(model, config) as adapted:
+            (quality[method],) = measure_selection(adapted, windows, (0.5,))
+            kept = measure_kept_mass(adapted, windows)
+        assert 0 < kept < 1
+    assert quality["oracle"].recall == 1
+    assert quality["oracle"].kept_mass == pytest.approx(quality["oracle"].best_mass)
+    assert quality["min_max"].recall < 1
+    assert quality["min_max"].kept_mass < quality["min_max"].best_mass
+
+
+def test_evaluation_of_an_adapter_and_rivals() -> None:
+    model = tiny_model()
+    with adapt(model, CONFIG) as adapted:
+        adapter = SelectorAdapter.of(adapted)
+    settings = EvaluationSettings(
+        lengths=(128,), sparsities=(0.0, 0.5), rivals=("oracle", "antidiagonal:threshold"),
+        block_size=16, windows=2, repeats=1,
+    )  # fmt: skip
+    evaluation = Evaluation(model, None, {"random": text()}, settings, adapter)
+    rows = list(evaluation.rows())
+    assert [(row["method"], row["sparsity"]) for row in rows] == [
+        (method, s)
+        for method in ("adapter", "oracle", "antidiagonal:threshold")
+        for s in (0.0, 0.5)
+    ]
+    for row in rows:
+        assert row["measured_sparsity"] == pytest.approx(row["sparsity"], abs=0.08)
+        assert row["tokens_per_second"] > 0
+        if row["sparsity"] == 0:
+            assert row["ratio"] == pytest.approx(1, abs=1e-4)
+            assert row["kept_mass"] == pytest.approx(1, abs=1e-5)
+        else:
+            assert row["kept_mass"] < 1
+    # Nothing stays behind.
+    windows = evaluation.windows("random", 128)
+    assert perplexity(model, windows) == evaluation.dense("random", 128)["perplexity"]
+
+
+def test_evaluation_refuses_short_texts_and_other_blocks() -> None:
+    settings = EvaluationSettings(lengths=(128,), block_size=32)
+    with pytest.raises(TextError, match="too little text: short"):
+        Evaluation(tiny_model(), None, {"short": text(200)}, settings)
+    model = tiny_model()
+    with adapt(model, AdaptiveConfig(block_size=16)) as adapted:
+        adapter = SelectorAdapter.of(adapted)
+    with pytest.raises(ValueError, match=r"block_size must be the adapter's, \[16\], got 32"):
+        Evaluation(model, None, {"random": text()}, settings, adapter)
+    with pytest.raises(ValueError, match="at least two blocks"):
+        EvaluationSettings(lengths=(64,), block_size=64)
+    with pytest.raises(ValueError, match="method must be one of"):
+        EvaluationSettings(rivals=("best",))
+
+
+def test_perplexity_is_that_of_the_next_token() -> None:
+    model, window = tiny_model(), text(65)[None].long()
+    with torch.no_grad():
+        log_p = model(window[:, :-1]).logits.log_softmax(-1)
+    wanted = -log_p.gather(-1, window[:, 1:, None]).mean()
+    assert perplexity(model, window) == pytest.approx(math.exp(float(wanted)), rel=1e-5)
+    json.dumps(perplexity(model, window))
