@@ -33,6 +33,8 @@ OPTIONAL = {
     "triton": (
         "ops.block_sparse_attention.triton_kernels",
         "ops.block_sparse_attention.triton_launch",
+        "ops.block_sparse_decode.triton_kernels",
+        "ops.block_sparse_decode.triton_launch",
     ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),
