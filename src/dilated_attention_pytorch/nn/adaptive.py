@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.candidates import RowRange
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
+from dilated_attention_pytorch.nn import decoding
 from dilated_attention_pytorch.nn.block_sparse import (
     BlockSparseLayer,
     Selection,
     SelectionInputs,
 )
+from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
@@ -27,6 +31,7 @@ from dilated_attention_pytorch.selection.budget import (
 )
 from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
+from dilated_attention_pytorch.selection.running_budget import running_budget
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
@@ -231,23 +236,29 @@ class BlockSparseAdaptive(BlockSparseLayer):
         query, valid = inputs.query, inputs.query_valid
         if config.query_scope == "past" and inputs.mask.causal:
             query, valid = past_windows(query, self.block_size, valid, inputs.mask.document_ids)
-        learned = "attention" in config.pooling
-        queries = block_summaries(
-            query, self.block_size, pooling=config.pooling, valid=valid,
-            pool_query=self.query_pool if learned else None,
-        )  # fmt: skip
-        keys = block_summaries(
-            inputs.key, self.block_size, pooling=config.pooling, valid=inputs.key_valid,
-            pool_query=self.key_pool if learned else None,
-        )  # fmt: skip
-        if "mean" in config.pooling:
-            start = config.pooling.index("mean") * self.head_dim
-            means = keys[..., start : start + self.head_dim]
-        else:
-            means = block_summaries(
-                inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
-            )
+        queries = self.pool_queries(query, valid)
+        keys, means = self.pool_keys(inputs.key, inputs.key_valid)
         return self.scorer(queries, keys, inputs.candidates.indices), means
+
+    def pool_queries(self, query: Tensor, valid: Tensor | None) -> Tensor:
+        """Summaries ``(b, i, num_heads, s)`` of blocks of queries ``(b, n, num_heads, d)``."""
+        pool = self.query_pool if "attention" in self.config.pooling else None
+        return block_summaries(
+            query, self.block_size, pooling=self.config.pooling, valid=valid, pool_query=pool
+        )
+
+    def pool_keys(self, key: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summaries ``(b, j, g, s)`` of blocks of keys ``(b, m, g, d)``, and their means."""
+        pooling = self.config.pooling
+        keys = block_summaries(
+            key, self.block_size, pooling=pooling, valid=valid,
+            pool_query=self.key_pool if "attention" in pooling else None,
+        )  # fmt: skip
+        if "mean" in pooling:
+            start = pooling.index("mean") * self.head_dim
+            return keys, keys[..., start : start + self.head_dim]
+        detached = key.detach()
+        return keys, block_summaries(detached, self.block_size, pooling=("mean",), valid=valid)
 
     def _budget(self, inputs: SelectionInputs, scores: Tensor, key_means: Tensor) -> Tensor:
         """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
@@ -267,16 +278,29 @@ class BlockSparseAdaptive(BlockSparseLayer):
         else:
             keep = (1 - self.base_sparsity).expand(shape)
             if config.budget == "adaptive":
-                keep = (keep * self._budget_factor(inputs, key_means)).clamp(max=1)
+                keep = (keep * self.budget_factor(rows, key_means, inputs.mask.causal)).clamp(max=1)
+            if config.query_scope == "past" and inputs.mask.causal:
+                exact, rounded = running_budget(keep, forced, limit, rows)
+                self._record_density(exact, rows, None)
+                return rounded
             exact = water_level_budget(keep, forced, limit, rows, candidates.width)
         rounded = round_budget(exact, rows)
         self._record_density(exact, rows, None)
         return rounded
 
-    def _budget_factor(self, inputs: SelectionInputs, key_means: Tensor) -> Tensor:
-        """Each row's share of the base budget, ``(b, pattern heads, i)``."""
-        past = self.config.query_scope == "past" and inputs.mask.causal
-        complexity = content_complexity(key_means, inputs.rows, past_only=past)
+    def budget_factor(self, rows: RowRange, key_means: Tensor, causal: bool) -> Tensor:
+        """Each row's share of the base budget, ``(b, pattern heads, i)``, by its content.
+
+        Args:
+            rows: Visible ranges.
+            key_means: From :meth:`pool_keys`.
+            causal: Whether later keys are hidden.
+        """
+        past = self.config.query_scope == "past" and causal
+        return self.factor_of(content_complexity(key_means, rows, past_only=past))
+
+    def factor_of(self, complexity: Tensor) -> Tensor:
+        """The share for a complexity ``(b, num_kv_heads, i)``; see :meth:`budget_factor`."""
         heads = self.pattern_heads
         if heads == 1:
             complexity = complexity.mean(1, keepdim=True)
@@ -323,6 +347,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
         if count.device.type == "cpu" and not torch.compiler.is_compiling():
             return int(count.max()) if count.numel() else 0
         config = self.config
+        if config.query_scope == "past" and inputs.mask.causal:
+            return self.most_scored(-(-inputs.mask.kv_len // self.block_size), width)
         if config.num_selected_blocks is not None:
             return min(config.num_selected_blocks, width)
         if inputs.mask.per_sample or config.budget == "top_p":
@@ -345,6 +371,19 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 min(self._densest * factor, 1.0),
             ),
         )
+
+    def most_scored(self, num_blocks: int, width: int) -> int:
+        """An upper bound of the scored blocks of a row that sees ``num_blocks``, by lengths alone.
+
+        For a row whose budget is a share of what it sees; ``width`` candidates are the most.
+        """
+        config = self.config
+        if config.num_selected_blocks is not None:
+            return min(config.num_selected_blocks, width)
+        if config.budget not in ("adaptive", "fixed"):
+            return width
+        factor = _MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
+        return min(width, math.ceil(min(self._densest * factor, 1.0) * num_blocks) + 1)
 
     def _explore(self, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
         """Uniformly random blocks that were not chosen."""
@@ -394,13 +433,113 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return Selection(pattern)
         if passes_through and not learning:
             return Selection(pattern)
-        allowed = candidates.scored.expand(scores.shape)
-        mean = scores.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
-        bias = (scores.gather(-1, slots) - mean[..., None]).masked_fill(~scored, 0)
-        bias = bias / self.temperature_factor()
+        bias = self.slot_bias(scores, candidates.scored, slots, scored)
         if passes_through:
             bias = bias - bias.detach()
         return Selection(pattern, block_bias=bias)
+
+    def slot_bias(self, scores: Tensor, allowed: Tensor, slots: Tensor, scored: Tensor) -> Tensor:
+        """Logit bias of the kept blocks, by how far their scores lie above the row's mean.
+
+        Args:
+            scores: ``(b, h, i, c)``.
+            allowed: Booleans that broadcast to it: which candidates may be chosen by score.
+            slots: int64 ``(b, h, i, k)``: the candidate in each slot.
+            scored: Booleans of that shape: slots that were chosen by score; others get 0.
+        """
+        allowed = allowed.expand(scores.shape)
+        mean = scores.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
+        bias = (scores.gather(-1, slots) - mean[..., None]).masked_fill(~scored, 0)
+        return bias / self.temperature_factor()
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: SelectorState,
+        *,
+        key_lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
+    ) -> Tensor:
+        """The causal forward pass over a prompt; ``state`` remembers what decoding needs.
+
+        Args:
+            query: ``(batch, n, num_heads, head_dim)``, padding after the tokens.
+            key: ``(batch, n, num_kv_heads, head_dim)``.
+            value: Shaped like ``key``.
+            state: An empty one; is filled.
+            key_lengths: ``(batch,)`` integers: tokens of each sample. None: all n.
+            starts: ``(batch,)`` integers: where the cache handed to :meth:`decode` keeps token 0
+                of each sample (left padding). None: 0.
+            selector_query: As in :meth:`forward`.
+            selector_key: As in :meth:`forward`.
+
+        Returns:
+            The output, shaped like ``query``.
+
+        Raises:
+            RuntimeError: In training mode.
+            ValueError: If shapes do not fit, or ``state`` is not empty.
+        """
+        return decoding.prefill(
+            self, query, key, value, state, key_lengths=key_lengths, starts=starts,
+            selector_query=selector_query, selector_key=selector_key,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def decode(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        state: SelectorState,
+        *,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
+        choose: bool | None = None,
+    ) -> Tensor:
+        """Attention of the next tokens over the blocks that they choose in a KV cache.
+
+        Work per token grows with the kept blocks and the number of blocks, not with the tokens:
+        blocks are scored by summaries that ``state`` keeps, and no key outside the kept blocks is
+        read. Nothing waits for a GPU.
+
+        With ``query_scope="past"`` a block of tokens chooses once, at its first token, and the
+        outputs are those of the causal forward pass over everything so far, in every layer of a
+        model. With ``"block"`` each token chooses anew, by the tokens of its block so far: as the
+        last token of a forward pass over everything so far would. There earlier tokens of the
+        block choose again with hindsight, so that the second layer of a model no longer sees the
+        same inputs; generation is close to uncached generation, not equal to it.
+
+        Args:
+            query: ``(batch, n, num_heads, head_dim)``: the tokens that follow those of ``state``;
+                any number, made for a few.
+            key_cache: ``(batch, capacity, num_kv_heads, head_dim)``: the owner has already written
+                the new keys behind the others. It may be another tensor at every call.
+            value_cache: Shaped like ``key_cache``.
+            state: From :meth:`prefill`, or empty; the new tokens are added.
+            selector_query: Shaped like ``query``: as in :meth:`forward`.
+            selector_key: ``(batch, n, num_kv_heads, head_dim)``, of the new tokens: as in
+                :meth:`forward`. None: read from ``key_cache``.
+            choose: None: choose where necessary. True or False: whether this call chooses, for
+                ``n = 1``; a CUDA graph records one or the other. False is right as long as no
+                sample begins a block, with ``query_scope="past"``.
+
+        Returns:
+            The output, shaped like ``query``.
+
+        Raises:
+            RuntimeError: In training mode.
+            ValueError: If shapes do not fit, or the state is full.
+        """
+        return decoding.decode(
+            self, query, key_cache, value_cache, state, selector_query=selector_query,
+            selector_key=selector_key, choose=choose,
+        )  # fmt: skip
 
     @torch.no_grad()
     def calibrate_top_p(
@@ -429,7 +568,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         """
         if self.config.budget != "top_p":
             raise ValueError(f"calibrate_top_p needs budget='top_p', got {self.config.budget!r}.")
-        self._check(query, key, key)
+        self.check_inputs(query, key, key)
         mask = make_mask(
             query.shape[0], query.shape[1], key.shape[1], device=query.device,
             causal=is_causal, key_lengths=key_lengths,

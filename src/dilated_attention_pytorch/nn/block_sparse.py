@@ -170,7 +170,7 @@ class BlockSparseLayer(nn.Module, ABC):
             ValueError: If shapes do not fit the layer or each other, or ``cross_attention`` comes
                 with an argument that places queries on the key axis.
         """
-        self._check(query, key, value)
+        self.check_inputs(query, key, value)
         score_query = _stand_in("selector_query", selector_query, query)
         score_key = _stand_in("selector_key", selector_key, key)
         if cross_attention and (is_causal or query_offset is not None or cu_seqlens is not None):
@@ -223,7 +223,13 @@ class BlockSparseLayer(nn.Module, ABC):
             return out, info
         return out
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Checks the three inputs against each other and the layer.
+
+        Raises:
+            TypeError: If inputs are not floating point or mix dtypes.
+            ValueError: If shapes do not fit the layer or each other.
+        """
         check_qkv(query, key, value)
         if query.shape[2] != self.num_heads or key.shape[2] != self.num_kv_heads:
             raise ValueError(
@@ -268,6 +274,10 @@ class BlockSparseLayer(nn.Module, ABC):
         return SelectionInputs(
             query, key, mask, rows, candidates, query_valid, key_valid, generator
         )
+
+    def selection_inputs(self, query: Tensor, key: Tensor, mask: AttentionMask) -> SelectionInputs:
+        """What :meth:`select` gets for one causal sequence, without randomness."""
+        return self._inputs(query, key, mask, None, True, None)
 
     def build_pattern(
         self, inputs: SelectionInputs, chosen: Tensor, width: int

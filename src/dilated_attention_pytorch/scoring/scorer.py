@@ -126,9 +126,24 @@ class ImportanceScorer(nn.Module):
                 raise ValueError(
                     f"{name} must end in summary_dim={self.summary_dim}, got {tuple(x.shape)}."
                 )
-        group = self.num_heads // key_summaries.shape[2]
-        q = self._enter(query_summaries, self.query_in, 1)
-        k = self._enter(key_summaries, self.key_in, group)
+        q, k = self.encode_queries(query_summaries), self.encode_keys(key_summaries)
+        return self.compare(q, k, candidates)
+
+    def encode_queries(self, summaries: Tensor) -> Tensor:
+        """What :meth:`compare` needs of query summaries ``(b, i, num_heads, s)``: ``(b, h, i, e)``.
+
+        e is ``hidden_dim``, times the heads that share a pattern if the kind is bilinear.
+        """
+        q = self._enter(summaries, self.query_in, 1)
+        return self._tower(q, self.query_tower) if self.kind == "bilinear" else q
+
+    def encode_keys(self, summaries: Tensor) -> Tensor:
+        """The same for key summaries ``(b, j, g, s)``; a block's code depends on it alone."""
+        k = self._enter(summaries, self.key_in, self.num_heads // summaries.shape[2])
+        return self._tower(k, self.key_tower) if self.kind == "bilinear" else k
+
+    def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Scores encoded blocks; see :meth:`forward`."""
         if self.kind == "bilinear":
             return self._bilinear(q, k, candidates)
         return self._mlp(q, k, candidates)
@@ -143,16 +158,20 @@ class ImportanceScorer(nn.Module):
             x = x.repeat_interleave(group, 1)
         return x @ weight
 
-    def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
-        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
-            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
+    def _tower(self, x: Tensor, weights: nn.ParameterList) -> Tensor:
+        """The maps after the first; the heads that share a pattern side by side."""
+        for weight in weights:
+            x = F.gelu(x) @ weight
         share = self.heads_per_pattern
-        if share > 1:
-            # The mean of the heads' products is one product of the heads side by side.
-            b, h, i, r = q.shape
-            j, groups = k.shape[2], h // share
-            q = q.view(b, groups, share, i, r).transpose(2, 3).reshape(b, groups, i, share * r)
-            k = k.view(b, groups, share, j, r).transpose(2, 3).reshape(b, groups, j, share * r)
+        if share == 1:
+            return x
+        # The mean of the heads' products is one product of the heads side by side.
+        b, h, i, r = x.shape
+        x = x.view(b, h // share, share, i, r).transpose(2, 3)
+        return x.reshape(b, h // share, i, share * r)
+
+    def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
+        share = self.heads_per_pattern
         factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * share)
         # Scoring everything is one matmul; it beats gathering unless the candidates are few.
         if candidates is None or 2 * candidates.shape[-1] >= k.shape[2]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import RowRange
 
 # Shares of a block are counted in units of 2**-16, as integers, so that every device rounds alike.
-_FRACTION_BITS = 16
+FRACTION_BITS = 16
 
 
 def get_adaptive_sparsity(seq_len: int) -> float:
@@ -148,8 +148,8 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
     Returns:
         int32 of the same shape.
     """
-    half = 1 << (_FRACTION_BITS - 1)
-    units = (budget.detach().double() * (1 << _FRACTION_BITS)).round().long()
+    half = 1 << (FRACTION_BITS - 1)
+    units = (budget.detach().double() * (1 << FRACTION_BITS)).round().long()
     running = F.pad(units.cumsum(-1), (1, 0))
     if rows.num_documents > 1:
         document = rows.document.expand(budget.shape)
@@ -160,8 +160,8 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
         before = running.gather(-1, first)
     else:
         before = torch.zeros_like(units)
-    upper = (running[..., 1:] - before + half) >> _FRACTION_BITS
-    lower = (running[..., :-1] - before + half) >> _FRACTION_BITS
+    upper = (running[..., 1:] - before + half) >> FRACTION_BITS
+    lower = (running[..., :-1] - before + half) >> FRACTION_BITS
     return (upper - lower).int()
 
 
