@@ -258,14 +258,14 @@ class Block(nn.Module):
 def test_a_model_generates_the_same_tokens_with_and_without_a_cache(prompt: int) -> None:
     torch.manual_seed(prompt)
     blocks = [Block("past", seed) for seed in range(3)]
-    table = torch.randn(50, HEADS * DIM).double()
+    table, other = (torch.randn(50, HEADS * DIM).double() for _ in range(2))
     text = torch.randint(50, (2, prompt))
 
     def full(text: Tensor) -> Tensor:
         x = table[text]
         for block in blocks:
             x = x + block.out(block.attention(*block.project(x), is_causal=True).flatten(2))
-        return (x[:, -1] @ table.T).argmax(-1)
+        return (x[:, -1] @ other.T).argmax(-1)
 
     uncached = text
     for _ in range(150):
@@ -280,7 +280,7 @@ def test_a_model_generates_the_same_tokens_with_and_without_a_cache(prompt: int)
             cache[:] = [torch.cat(p, 1) for p in zip(cache, kv, strict=True)] if cache else kv
             call = block.attention.decode if step else block.attention.prefill
             x = x + block.out(call(q, *cache, state).flatten(2))
-        new = (x[:, -1] @ table.T).argmax(-1)[:, None]
+        new = (x[:, -1] @ other.T).argmax(-1)[:, None]
         cached = torch.cat([cached, new], 1)
     assert len(set(cached[0].tolist())) > 5
     assert torch.equal(cached, uncached)
@@ -315,8 +315,9 @@ def test_choose_can_be_said() -> None:
     for n in range(16, 80):
         out = layer.decode(q[:, n : n + 1], k, v, state, choose=n % SIZE == 0)
         torch.testing.assert_close(out[:, 0], want[:, n])
+    caches = [torch.cat([x, x[:, :1]], 1) for x in (k, v)]
     with pytest.raises(ValueError, match="max_tokens=80"):
-        layer.decode(q[:, :1], k, v, state)
+        layer.decode(q[:, :1], *caches, state)
 
 
 @torch.no_grad()
@@ -331,9 +332,11 @@ def test_misuse_is_named() -> None:
         make_layer().train().decode(q, k, v, state)
     with pytest.raises(ValueError, match="same prompt"):
         layer.prefill(q[:, :3], k, v, state)
-    layer.prefill(q, k, v, state)
+    layer.prefill(q[:, :30], k[:, :30], v[:, :30], state)
     with pytest.raises(ValueError, match="must be empty"):
         layer.prefill(q, k, v, state)
+    with pytest.raises(ValueError, match="30 tokens so far"):
+        layer.decode(q[:, :1], k[:, :30], v[:, :30], state)
     with pytest.raises(ValueError, match="one new token"):
         layer.decode(q[:, :2], k, v, state, choose=True)
     with pytest.raises(ValueError, match="2 samples"):

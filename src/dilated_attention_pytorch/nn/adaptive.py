@@ -491,6 +491,23 @@ class BlockSparseAdaptive(BlockSparseLayer):
         )  # fmt: skip
 
     @torch.no_grad()
+    def remember(
+        self,
+        query: Tensor,
+        key: Tensor,
+        state: SelectorState,
+        *,
+        key_lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> None:
+        """Fills an empty ``state`` with a prompt whose attention somebody else computed.
+
+        Such as a dense pass over the prompt that sparse decoding follows. Arguments and errors as
+        for :meth:`prefill`; ``query`` and ``key`` are what blocks are chosen by.
+        """
+        decoding.remember(self, query, key, state, key_lengths=key_lengths, starts=starts)
+
+    @torch.no_grad()
     def decode(
         self,
         query: Tensor,

@@ -275,10 +275,6 @@ class BlockSparseLayer(nn.Module, ABC):
             query, key, mask, rows, candidates, query_valid, key_valid, generator
         )
 
-    def selection_inputs(self, query: Tensor, key: Tensor, mask: AttentionMask) -> SelectionInputs:
-        """What :meth:`select` gets for one causal sequence, without randomness."""
-        return self._inputs(query, key, mask, None, True, None)
-
     def build_pattern(
         self, inputs: SelectionInputs, chosen: Tensor, width: int
     ) -> tuple[BlockPattern, Tensor]:

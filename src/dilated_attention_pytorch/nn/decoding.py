@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_attention_pytorch.candidates import Candidates, RowRange, build_candidates
+from dilated_attention_pytorch.candidates import (
+    Candidates,
+    RowRange,
+    build_candidates,
+    row_ranges,
+)
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
-from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode
 from dilated_attention_pytorch.pattern import pack_ascending
@@ -25,7 +29,11 @@ from dilated_attention_pytorch.selection.budget import (
     top_p_budget,
     water_level_budget,
 )
-from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
+from dilated_attention_pytorch.selection.running_budget import (
+    next_budget,
+    running_budget,
+    share_units,
+)
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 if TYPE_CHECKING:
@@ -45,8 +53,34 @@ def prefill(
     selector_key: Tensor | None,
 ) -> Tensor:
     """See :meth:`BlockSparseAdaptive.prefill`."""
+    remember(
+        layer,
+        query if selector_query is None else selector_query,
+        key if selector_key is None else selector_key,
+        state,
+        key_lengths=key_lengths,
+        starts=starts,
+    )
+    out = layer(
+        query, key, value, is_causal=True, key_lengths=key_lengths,
+        selector_query=selector_query, selector_key=selector_key,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out
+
+
+def remember(
+    layer: BlockSparseAdaptive,
+    query: Tensor,
+    key: Tensor,
+    state: SelectorState,
+    *,
+    key_lengths: Tensor | None,
+    starts: Tensor | None,
+) -> None:
+    """See :meth:`BlockSparseAdaptive.remember`."""
     _check_mode(layer)
-    layer.check_inputs(query, key, value)
+    layer.check_inputs(query, key, key)
     batch, length = query.shape[:2]
     if state.num_tokens:
         raise ValueError(
@@ -57,44 +91,55 @@ def prefill(
         raise ValueError(
             f"query and key must be the same prompt, got {length} and {key.shape[1]} tokens."
         )
-    score_query = query if selector_query is None else selector_query
-    score_key = key if selector_key is None else selector_key
     mask = make_mask(
         batch, length, length, device=query.device, causal=True, key_lengths=key_lengths
     )
-    inputs = layer.selection_inputs(score_query, score_key, mask)
-    selection = layer.select(inputs)
-    out = block_sparse_attention(
-        query, key, value, selection.pattern, causal=True, scale=layer.scale,
-        block_bias=selection.block_bias, key_lengths=key_lengths, backend=layer.backend,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    valid = None
     if key_lengths is not None:
-        real = torch.arange(length, device=out.device) < key_lengths[:, None]
-        out = torch.where(real[..., None, None], out, 0)
-    _allocate(layer, state, score_query, score_key, length)
+        valid = torch.arange(length, device=key.device) < key_lengths[:, None]
+    _allocate(layer, state, query, key, length)
     memory, blocks = state.filled(), ceil_div(length, layer.block_size)
     state.starts, state.uniform, state.listed = starts, key_lengths is None, False
     state.count(length)
     memory.lengths.fill_(length)
     if key_lengths is not None:
         memory.lengths.copy_(key_lengths)
-    _fill_rings(memory, score_query, score_key)
-    keys, means = layer.pool_keys(score_key, inputs.key_valid)
+    _fill_rings(memory, query, key)
+    keys, means = layer.pool_keys(key, valid)
     memory.codes[:, :, 1 : blocks + 1] = layer.scorer.encode_keys(keys)
-    memory.given[:, :, 1 : blocks + 1] = selection.pattern.kv_num_blocks.cumsum(-1)
-    keep = (1 - layer.base_sparsity).expand(1, 1, 1)
+    size = (layer.block_size, layer.block_size)
+    rows = row_ranges(mask, size, has_diagonal=True, device=query.device)
+    keep = (1 - layer.base_sparsity).expand(1, layer.pattern_heads, blocks)
     if layer.config.budget == "adaptive":
         memory.unit_sums[:, :, 1 : blocks + 1] = _units(means).cumsum(2)
-        factor = layer.budget_factor(inputs.rows, means, causal=True)
+        factor = layer.budget_factor(rows, means, causal=True)
         if layer.config.query_scope == "block":
             memory.factors[:, :, 1 : blocks + 1] = factor
         keep = (keep * factor).clamp(max=1)
-    candidates = inputs.candidates
-    limit = candidates.forced.sum(-1) + candidates.scored.sum(-1)
-    units = share_units(keep, inputs.rows.num_allowed, limit)
-    memory.earned[:, :, 1 : blocks + 1] = units.cumsum(-1)
-    return out
+    if _runs_a_budget(layer):
+        forced, limit = _room(layer, rows, blocks)
+        units = share_units(keep, rows.num_allowed, limit)
+        memory.earned[:, :, 1 : blocks + 1] = units.cumsum(-1)
+        _, budget = running_budget(keep, forced, limit, rows)
+        memory.given[:, :, 1 : blocks + 1] = budget.cumsum(-1)
+
+
+def _runs_a_budget(layer: BlockSparseAdaptive) -> bool:
+    """Whether a row's budget depends on those of the rows before it."""
+    config = layer.config
+    by_share = config.budget in ("adaptive", "fixed") and config.num_selected_blocks is None
+    return by_share and config.query_scope == "past"
+
+
+def _room(layer: BlockSparseAdaptive, rows: RowRange, blocks: int) -> tuple[Tensor, Tensor]:
+    """Forced blocks of every row, and forced and candidate ones together."""
+    if layer.segment_lengths is None:
+        # The sinks and the neighbours of the diagonal overlap in the first rows.
+        limit = rows.num_allowed.long()
+        return limit.clamp(max=layer.num_sink_blocks + layer.num_local_blocks + 1), limit
+    candidates = _candidates(layer, rows, blocks)
+    forced = candidates.forced.sum(-1)
+    return forced, forced + candidates.scored.sum(-1)
 
 
 def decode(
@@ -116,6 +161,11 @@ def decode(
         raise ValueError(f"choose needs one new token, got {new}; leave it None.")
     if choose is False and not state.listed:
         raise ValueError("choose=False needs a choice to go on with; choose once first.")
+    if key_cache.shape[1] < new + (state.num_tokens if state.uniform else 0):
+        raise ValueError(
+            f"key_cache must hold the {state.num_tokens} tokens so far and the {new} new ones, got "
+            f"{key_cache.shape[1]}."
+        )
     score_query = query if selector_query is None else selector_query
     if state.memory is None:
         _allocate(layer, state, score_query, key_cache, new)
@@ -401,7 +451,8 @@ def _budget(
     if config.budget == "top_p":
         return forced + top_p_budget(scores, candidates.scored, layer.top_p)
     if config.num_selected_blocks is not None:
-        return torch.minimum(forced + config.num_selected_blocks, limit)
+        budget = torch.minimum(forced + config.num_selected_blocks, limit)
+        return budget.expand(scores.shape[:3])
     keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
     if complexity is not None:
         factor = layer.factor_of(complexity)
@@ -423,14 +474,7 @@ def _level_budget(layer: BlockSparseAdaptive, memory: Memory, row: _Row, blocks:
     number = torch.arange(blocks, device=row.number.device).view(1, 1, -1)
     end = torch.where(number <= row.number.view(-1, 1, 1), number + 1, 0)
     rows = RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
-    if layer.segment_lengths is None:
-        # The sinks and the neighbours of the diagonal overlap in the first rows.
-        forced = end.clamp(max=layer.num_sink_blocks + layer.num_local_blocks + 1)
-        limit = end
-    else:
-        candidates = _candidates(layer, rows, blocks)
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
+    forced, limit = _room(layer, rows, blocks)
     heads = layer.pattern_heads
     keep = (1 - layer.base_sparsity).expand(end.shape[0], heads, blocks)
     if layer.config.budget == "adaptive":
