@@ -258,48 +258,54 @@ def show(setup: Setup, record: dict[str, Any]) -> None:
             print(f"  {name:28} refused: {x['refused'][:120]}")
 
 
-def tune(setup: Setup) -> None:
-    """Times the split kernel over its launches."""
+def launches() -> list[Any]:
+    """Launches of the split kernel to try."""
+    from dilated_attention_pytorch.ops.block_sparse_decode.triton_launch import LaunchConfig
+
+    return [
+        LaunchConfig(columns, warps, stages, splits)
+        for columns in (32, 64, 128)
+        for warps in (2, 4, 8)
+        for stages in (2, 3, 4)
+        for splits in (8, 16, 32, 64)
+    ]
+
+
+def tune(setup: Setup, lists: int) -> None:
+    """Times the split kernel over its launches, ``lists`` lists of a twentieth of the blocks."""
     from dilated_attention_pytorch.ops.block_sparse_decode import triton_launch as launch
 
     caches = Caches(setup, "cuda", torch.bfloat16)
     blocks = setup.tokens // BLOCK
     kept = blocks // 20
-    generator = torch.Generator("cuda").manual_seed(0)
-    for lists in (KV_HEADS, HEADS):
-        order = torch.rand(setup.batch, lists, 1, blocks, generator=generator, device="cuda")
-        indices = order.argsort(-1)[..., :kept].sort(-1).values.int()
-        counts = torch.full((setup.batch, lists, 1), kept, device="cuda", dtype=torch.int32)
-        lengths = torch.full((setup.batch,), setup.tokens, device="cuda")
-        out, lse = (
-            torch.empty_like(caches.query[:, :1]),
-            torch.empty(setup.batch, HEADS, 1, device="cuda"),
-        )
-        rows = []
-        for columns in (32, 64, 128):
-            for warps in (2, 4, 8):
-                for stages in (2, 3, 4):
-                    for splits in (4, 8, 16, 32, 64):
-                        config = launch.LaunchConfig(columns, warps, stages, splits)
+    order = torch.rand(setup.batch, lists, 1, blocks, device="cuda").argsort(-1)
+    indices = order[..., :kept].sort(-1).values.int()
+    counts = torch.full((setup.batch, lists, 1), kept, device="cuda", dtype=torch.int32)
+    lengths = torch.full((setup.batch,), setup.tokens, device="cuda")
+    out = torch.empty_like(caches.query[:, :1])
+    lse = torch.empty(setup.batch, HEADS, 1, device="cuda")
 
-                        def run(config: launch.LaunchConfig = config) -> None:
-                            for k, v in caches.layers:
-                                call = launch.Call(
-                                    caches.query[:, :1], k.transpose(1, 2), v.transpose(1, 2),
-                                    counts, indices, None, lengths, None, BLOCK, DIM**-0.5,
-                                )  # fmt: skip
-                                launch.launch_decode(call, out, lse, config)
+    def attend(config: Any) -> None:
+        for k, v in caches.layers:
+            call = launch.Call(
+                caches.query[:, :1], k.transpose(1, 2), v.transpose(1, 2), counts, indices, None,
+                lengths, None, BLOCK, DIM**-0.5,
+            )  # fmt: skip
+            launch.launch_decode(call, out, lse, config)
 
-                        try:
-                            timer = Timer(run, len(caches.layers), "cuda")
-                        except Exception as error:
-                            print(f"  {config}: {type(error).__name__}")
-                            continue
-                        for _ in range(7):
-                            timer.measure()
-                        rows.append((timer.summary()["median"], config))
-        print(f"{setup}, {lists} lists of {kept} blocks")
-        for taken, config in sorted(rows, key=lambda row: row[0])[:8]:
+    rows = []
+    for config in (None, *launches()):
+        try:
+            timer = Timer(lambda c=config: attend(c), len(caches.layers), "cuda")
+        except Exception as error:
+            print(f"  {config}: {type(error).__name__}")
+            continue
+        for _ in range(7):
+            timer.measure()
+        rows.append((timer.summary()["median"], str(config or "as built in")))
+    print(f"{setup}, {lists} lists of {kept} blocks")
+    for number, (taken, config) in enumerate(sorted(rows)):
+        if number < 8 or config == "as built in":
             print(f"  {1000 * taken:8.2f} us  {config}", flush=True)
 
 
@@ -315,7 +321,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tune:
         for setup in (Setup(8192, 1), Setup(131072, 1), Setup(32768, 8)):
-            tune(setup)
+            for lists in (KV_HEADS, HEADS):
+                tune(setup, lists)
         return 0
     device = "cpu" if arguments.cpu else "cuda"
     if arguments.cpu:

@@ -35,6 +35,7 @@ OPTIONAL = {
         "ops.block_sparse_attention.triton_launch",
         "ops.block_sparse_decode.triton_kernels",
         "ops.block_sparse_decode.triton_launch",
+        "ops.token_rings.triton_kernels",
     ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),

@@ -169,15 +169,17 @@ def decode(
     score_query = query if selector_query is None else selector_query
     if state.memory is None:
         _allocate(layer, state, score_query, key_cache, new)
-    score_key = _newest(state, key_cache, new) if selector_key is None else selector_key
-    _check_new(state, score_query, score_key, query)
+    _check_new(state, score_query, selector_key, query)
     counts, indices, biases = [], [], []
     first = 0
     while first < new:
         count = _steps(layer, state, new - first)
         part = slice(first, first + count)
         begins = state.num_tokens % layer.block_size == 0
-        state.append(score_query[:, part], score_key[:, part])
+        if selector_key is None:
+            state.append(score_query[:, part], key_cache, cached=True)
+        else:
+            state.append(score_query[:, part], selector_key[:, part], cached=False)
         needed = not (layer.config.query_scope == "past" and state.uniform and state.listed)
         if choose if choose is not None else needed or begins:
             _choose(layer, state)
@@ -204,7 +206,7 @@ def _check_mode(layer: BlockSparseAdaptive) -> None:
         raise RuntimeError("decoding needs evaluation mode; call layer.eval() first.")
 
 
-def _check_new(state: SelectorState, query: Tensor, key: Tensor, original: Tensor) -> None:
+def _check_new(state: SelectorState, query: Tensor, key: Tensor | None, original: Tensor) -> None:
     memory = state.filled()
     if query.shape != original.shape or query.shape[0] != memory.lengths.shape[0]:
         raise ValueError(
@@ -212,7 +214,7 @@ def _check_new(state: SelectorState, query: Tensor, key: Tensor, original: Tenso
             f"alike, got {tuple(original.shape)} and {tuple(query.shape)}."
         )
     expected = (*query.shape[:2], *memory.keys.shape[2:])
-    if tuple(key.shape) != expected:
+    if key is not None and tuple(key.shape) != expected:
         raise ValueError(
             f"selector_key must hold the new tokens {expected}, got {tuple(key.shape)}."
         )
@@ -233,14 +235,6 @@ def _steps(layer: BlockSparseAdaptive, state: SelectorState, left: int) -> int:
     if layer.config.query_scope != "past" or not state.uniform:
         return 1
     return min(left, layer.block_size - state.num_tokens % layer.block_size)
-
-
-def _newest(state: SelectorState, key_cache: Tensor, new: int) -> Tensor:
-    """The keys of the new tokens, ``(b, new, g, d)``."""
-    place = state.lengths[:, None] + torch.arange(new, device=key_cache.device)
-    if state.starts is not None:
-        place = place + state.starts.long()[:, None]
-    return key_cache.gather(1, place[..., None, None].expand(-1, -1, *key_cache.shape[2:]))
 
 
 def _allocate(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.ops.token_rings import append_tokens
+
 # Tokens that the rings hold, in blocks: the newest token's block, the one before, and one more so
 # that a block of rejected tokens overwrites nothing that is needed again.
 RING_BLOCKS = 3
@@ -148,20 +150,20 @@ class SelectorState:
             if memory.bias.shape[2]:
                 memory.bias = _longer(memory.bias, 2, wider)
 
-    def append(self, query: Tensor, key: Tensor) -> None:
+    def append(self, query: Tensor, key: Tensor, *, cached: bool) -> None:
         """Puts at most a block of new tokens into the rings and counts them.
 
         Args:
             query: ``(b, n, h, d)``.
-            key: ``(b, n, g, d)``.
+            key: ``(b, n, g, d)``, or with ``cached`` a cache that holds the new keys.
+            cached: Whether ``key`` is a cache.
         """
-        memory, new = self.filled(), query.shape[1]
-        steps = torch.arange(new, device=query.device)
-        slots = (memory.lengths[:, None] + steps) % memory.queries.shape[1]
-        for ring, x in ((memory.queries, query), (memory.keys, key)):
-            ring.scatter_(1, slots[..., None, None].expand(x.shape), x.to(ring.dtype))
-        memory.lengths += new
-        self.count(self.num_tokens + new)
+        memory = self.filled()
+        append_tokens(
+            memory.queries, memory.keys, memory.lengths, query, key, cached=cached,
+            starts=self.starts if cached else None,
+        )  # fmt: skip
+        self.count(self.num_tokens + query.shape[1])
 
     def count(self, num_tokens: int) -> None:
         """Sets ``num_tokens``."""

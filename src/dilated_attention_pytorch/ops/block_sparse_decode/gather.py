@@ -49,13 +49,14 @@ def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
             if bias is not None:
                 logits += bias[b, part, :, None]
             logits.masked_fill_(~visible[b, part, :, None], -torch.inf)
-            total = logits.logsumexp(-1)
-            empty = total == -torch.inf
-            weights = (logits - total.masked_fill(empty, 0)[..., None]).exp()
-            result = weights @ values.take(b, head[part], tokens).to(wide)
-            # A row without tokens has weights of 0, but 0 * nan is nan.
-            out[b, :, part] = result.masked_fill(empty[..., None], 0).transpose(0, 1)
-            lse[b, :, part] = total.transpose(0, 1)
+            high = logits.amax(-1, keepdim=True)
+            empty = high == -torch.inf
+            weights = logits.sub_(high.masked_fill_(empty, 0)).exp_()
+            total = weights.sum(-1, keepdim=True)
+            result = weights @ values.take(b, head[part], tokens).to(wide) / total
+            # A row without tokens has weights of 0, but 0 * nan and 0 / 0 are nan.
+            out[b, :, part] = result.masked_fill(empty, 0).transpose(0, 1)
+            lse[b, :, part] = (total.log() + high).squeeze(-1).transpose(0, 1)
     return out.flatten(2, 3).to(args.query.dtype), lse.flatten(2).transpose(1, 2)
 
 
