@@ -186,13 +186,11 @@ class Timer:
 
 def dense_contenders(caches: Caches, setup: Setup, device: str) -> dict[str, Any]:
     """Everybody who reads all of the cache."""
-    names = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+    names = {"flash": SDPBackend.FLASH_ATTENTION}
     if device == "cuda":
         names |= {
             "cuDNN": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
         }  # fmt: skip
-        # It expands the grouped keys: never the best, and too much memory here.
-        del names["math"]
     found: dict[str, Any] = {}
     for name, backend in names.items():
         for packed in (False, True):

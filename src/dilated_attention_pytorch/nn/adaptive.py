@@ -61,8 +61,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
     from the attention itself (``AdaptiveConfig.estimator``), together with the model.
 
     Causality: with ``query_scope="block"`` the *choice* for a query block sees all tokens of that
-    block, later ones too; with ``"past"`` nothing later than its first token. Values are causal
-    per token in both.
+    block, later ones too; with ``"past"`` nothing later than its first token, and not the length
+    either. Values are causal per token in both.
 
     Args:
         segment_lengths: Tokens per segment of each dilation group; blocks outside a common segment
