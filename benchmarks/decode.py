@@ -6,7 +6,7 @@
 
 One layer with 32 query heads and 8 KV heads of 128. Ours is ``BlockSparseAdaptive.decode`` as a
 whole: summaries, choice and attention, for a block of 64 tokens of which the first chooses
-(``query_scope="past"``); "each token" chooses anew for every token. As many copies of the cache
+(``query_scope="past"``); "each token" chooses anew for every token, "compiled" by fused kernels. As many copies of the cache
 take turns as exceed the GPU's L2 cache, as the layers of a model do. Medians of contenders that
 take turns in one run. Writes ``results/decode_gpu.json`` or ``results/decode_cpu.json``.
 """
@@ -84,7 +84,12 @@ def make_layer(sparsity: float, scope: str, shared: bool) -> BlockSparseAdaptive
 
 
 def ours(
-    caches: Caches, setup: Setup, sparsity: float, scope: str = "past", shared: bool = True
+    caches: Caches,
+    setup: Setup,
+    sparsity: float,
+    scope: str = "past",
+    shared: bool = True,
+    compiled: bool = False,
 ) -> tuple[Run, int, float]:
     """Decodes the last tokens of the caches; the tokens done, and the share of blocks read."""
     key = caches.layers[0][0]
@@ -92,7 +97,7 @@ def ours(
     prompt, steps = setup.tokens - BLOCK, BLOCK if scope == "past" else 4
     states = []
     for k, _ in caches.layers:
-        state = SelectorState(setup.tokens)
+        state = SelectorState(setup.tokens, compile=compiled)
         recent = torch.zeros(1, 1, 1, 1, device=k.device, dtype=k.dtype)
         # Queries matter from the last block on; a whole prompt of them would fill the memory.
         queries = recent.expand(setup.batch, prompt, HEADS, DIM)
@@ -208,6 +213,9 @@ def our_contenders(
     found = {f"ours {s}": lambda s=s: ours(caches, setup, s) for s in sparsities}
     middle = sparsities[len(sparsities) // 2]
     found[f"ours {middle}, each token"] = lambda: ours(caches, setup, middle, "block")
+    if caches.query.is_cuda:
+        label = f"ours {middle}, each token, compiled"
+        found[label] = lambda: ours(caches, setup, middle, "block", compiled=True)
     found[f"ours {middle}, list per head"] = lambda: ours(caches, setup, middle, shared=False)
     return found
 
@@ -215,6 +223,8 @@ def our_contenders(
 @torch.no_grad()
 def measure(setup: Setup, device: str, rounds: int, sparsities: list[float]) -> dict[str, Any]:
     """Times all contenders of a setup in turns."""
+    # Past eight compilations of one function the compiler gives up.
+    torch.compiler.reset()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     caches = Caches(setup, device, dtype)
     results: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+from dilated_attention_pytorch.nn import decoding
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 
 SIZE, HEADS, KV_HEADS, DIM = 8, 4, 2, 8
@@ -301,6 +302,28 @@ def test_the_selector_can_look_at_other_tensors() -> None:
         out = layer.decode(q[:, now], k[:, : n + 1], v[:, : n + 1], state, **seen)
         torch.testing.assert_close(out, want[:, now])
     assert not torch.allclose(want, layer(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize(("name", "scope"), [("adaptive", "past"), ("gumbel", "block")])
+@torch.no_grad()
+def test_a_compiled_choice_is_the_same(
+    name: str, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph, traced once; the compiler's own back end would take half a minute here."""
+    traced = torch.compile(
+        decoding._list_blocks, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    monkeypatch.setattr(decoding, "_compiled_list_blocks", lambda: traced)
+    layer, (q, k, v) = make_layer(name, scope), tokens(120)
+    outs = []
+    for compiled in (False, True):
+        state = SelectorState(128, compile=compiled)
+        layer.prefill(q[:, :50], k[:, :50], v[:, :50], state)
+        steps = [layer.decode(q[:, n : n + 1], k, v, state) for n in range(50, 120)]
+        outs.append(torch.cat(steps, 1))
+    torch.testing.assert_close(outs[0], outs[1])
+    with pytest.raises(ValueError, match="max_tokens"):
+        SelectorState(compile=True)
 
 
 @torch.no_grad()

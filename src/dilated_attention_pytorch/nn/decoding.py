@@ -6,7 +6,9 @@ gives the same list: samples of different lengths choose together, whoever begin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -352,11 +354,24 @@ def _choose(layer: BlockSparseAdaptive, state: SelectorState) -> None:
     needed = ceil_div(max(state.num_tokens, 1), size)
     state.grow(needed, _width(layer, needed))
     blocks = state.num_blocks if state.max_tokens is not None else needed
+    (_compiled_list_blocks() if state.compile else _list_blocks)(layer, memory, blocks)
+    state.listed = True
+
+
+@cache
+def _compiled_list_blocks() -> Callable[[BlockSparseAdaptive, Memory, int], None]:
+    # On first use: the compiler is slow to import.
+    return torch.compile(_list_blocks, fullgraph=True, dynamic=False)
+
+
+def _list_blocks(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> None:
+    """Chooses among ``blocks`` blocks for the newest token of each sample: lists in ``memory``."""
+    size = layer.block_size
     row = _row(layer, memory, blocks)
     first = row.number * size
-    codes, complexity = _summarise(layer, state, row)
+    codes, complexity = _summarise(layer, memory, row)
     past = layer.config.query_scope == "past"
-    query, valid = state.window("queries", first - (size - 1 if past else 0), size)
+    query, valid = memory.window("queries", first - (size - 1 if past else 0), size)
     asked = layer.scorer.encode_queries(layer.pool_queries(query, valid))
     scores = layer.scorer.compare(asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
     budget = _budget(layer, memory, row, scores, complexity, blocks)
@@ -375,7 +390,6 @@ def _choose(layer: BlockSparseAdaptive, state: SelectorState) -> None:
         used = torch.arange(slots.shape[-1], device=slots.device) < memory.counts[..., None, None]
         kept = scored.expand(scores.shape).gather(-1, slots) & used
         memory.bias.copy_(layer.slot_bias(scores, scored, slots, kept)[:, :, 0])
-    state.listed = True
 
 
 def _row(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> _Row:
@@ -401,15 +415,15 @@ def _candidates(layer: BlockSparseAdaptive, rows: RowRange, blocks: int) -> Cand
 
 
 def _summarise(
-    layer: BlockSparseAdaptive, state: SelectorState, row: _Row
+    layer: BlockSparseAdaptive, memory: Memory, row: _Row
 ) -> tuple[Tensor, Tensor | None]:
     """Summarises the block before the row and the row's own so far.
 
     Returns:
         The codes of all blocks, and the row's complexity ``(b, g, 1)`` for an adaptive budget.
     """
-    size, memory = layer.block_size, state.filled()
-    tokens, valid = state.window("keys", (row.number - 1) * size, 2 * size)
+    size = layer.block_size
+    tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
     keys, means = layer.pool_keys(tokens, valid)
     codes = layer.scorer.encode_keys(keys)
     for step in (-1, 0):

@@ -49,6 +49,22 @@ class Memory:
     indices: Tensor
     bias: Tensor
 
+    def window(self, name: str, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens from the rings.
+
+        Args:
+            name: ``"queries"`` or ``"keys"``.
+            first: ``(b,)`` the first token of each sample; may be negative.
+            count: Tokens to read.
+
+        Returns:
+            ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist.
+        """
+        ring: Tensor = getattr(self, name)
+        token = first[:, None] + torch.arange(count, device=ring.device)
+        slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
+        return ring.gather(1, slots), (token >= 0) & (token < self.lengths[:, None])
+
 
 # The axis along which each tensor grows with the blocks.
 _GROWING = {"codes": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2}
@@ -67,8 +83,11 @@ class SelectorState:
         max_tokens: Room for so many tokens per sample, allocated at once: shapes and addresses
             then stay as they are, which CUDA graphs need. None: grows with the tokens.
 
+        compile: Fuse the many small steps of a choice with ``torch.compile``; needs
+            ``max_tokens``.
+
     Raises:
-        ValueError: If ``max_tokens`` is not positive.
+        ValueError: If ``max_tokens`` is not positive, or missing where it is needed.
 
     Attributes:
         starts: ``(batch,)`` integers or None: cache position of each sample's token 0.
@@ -87,10 +106,14 @@ class SelectorState:
         (torch.Size([1, 1, 4, 16]), 101)
     """
 
-    def __init__(self, max_tokens: int | None = None) -> None:
+    def __init__(self, max_tokens: int | None = None, *, compile: bool = False) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be positive or None, got {max_tokens}.")
-        self.max_tokens = max_tokens
+        if compile and max_tokens is None:
+            raise ValueError(
+                "compile=True needs max_tokens: every length would be compiled by itself."
+            )
+        self.max_tokens, self.compile = max_tokens, compile
         self.starts: Tensor | None = None
         self.num_tokens = 0
         # The most that num_tokens has been: what the rings were overwritten by.
@@ -169,23 +192,6 @@ class SelectorState:
         """Sets ``num_tokens``."""
         self.num_tokens = num_tokens
         self._most_tokens = max(self._most_tokens, num_tokens)
-
-    def window(self, name: str, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Tokens from the rings.
-
-        Args:
-            name: ``"queries"`` or ``"keys"``.
-            first: ``(b,)`` the first token of each sample; may be negative.
-            count: Tokens to read.
-
-        Returns:
-            ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist.
-        """
-        memory = self.filled()
-        ring: Tensor = getattr(memory, name)
-        token = first[:, None] + torch.arange(count, device=ring.device)
-        slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
-        return ring.gather(1, slots), (token >= 0) & (token < memory.lengths[:, None])
 
     def reorder(self, order: Tensor) -> None:
         """Lets sample b continue from what sample ``order[b]`` was, as beam search does.
