@@ -6,9 +6,10 @@
 
 One layer with 32 query heads and 8 KV heads of 128. Ours is ``BlockSparseAdaptive.decode`` as a
 whole: summaries, choice and attention, for a block of 64 tokens of which the first chooses
-(``query_scope="past"``); "each token" chooses anew for every token, "compiled" by fused kernels. As many copies of the cache
-take turns as exceed the GPU's L2 cache, as the layers of a model do. Medians of contenders that
-take turns in one run. Writes ``results/decode_gpu.json`` or ``results/decode_cpu.json``.
+(``query_scope="past"``); "each token" chooses anew for every token, "compiled" by fused kernels. As
+many copies of the cache take turns as exceed the GPU's L2 cache, as the layers of a model do.
+Medians of contenders that take turns in one run. Writes ``results/decode_gpu.json`` or
+``results/decode_cpu.json``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 64
 # Several times the L2 cache of an H100 or H200 (50 MiB).
 COLD_BYTES = 256 * 2**20
-FLEX = [(131072, 1), (32768, 8)]
+# Setups of the contenders that take long to compile.
+COMPILED = [(131072, 1), (32768, 8)]
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def dense_contenders(caches: Caches, setup: Setup, device: str) -> dict[str, Any
         for packed in (False, True):
             label = f"dense {name}{', packed' if packed else ''}"
             found[label] = lambda b=backend, p=packed: dense(caches, b, p)
-    if device == "cuda" and (setup.tokens, setup.batch) in FLEX:
+    if device == "cuda" and (setup.tokens, setup.batch) in COMPILED:
         found["dense FlexAttention"] = lambda: flex(caches)
     return found
 
@@ -213,7 +215,7 @@ def our_contenders(
     found = {f"ours {s}": lambda s=s: ours(caches, setup, s) for s in sparsities}
     middle = sparsities[len(sparsities) // 2]
     found[f"ours {middle}, each token"] = lambda: ours(caches, setup, middle, "block")
-    if caches.query.is_cuda:
+    if caches.query.is_cuda and (setup.tokens, setup.batch) in COMPILED:
         label = f"ours {middle}, each token, compiled"
         found[label] = lambda: ours(caches, setup, middle, "block", compiled=True)
     found[f"ours {middle}, list per head"] = lambda: ours(caches, setup, middle, shared=False)
