@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.candidates import RowRange
+from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.nn import decoding
 from dilated_attention_pytorch.nn.block_sparse import (
@@ -266,8 +266,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
         shape = scores.shape[:3]
         forced = candidates.forced.sum(-1)
         limit = forced + candidates.scored.sum(-1)
-        if config.budget == "top_p":
-            rounded = forced.int() + top_p_budget(scores, candidates.scored, self.top_p)
+        rounded = self.budget_by_score(scores, candidates)
+        if rounded is not None:
             self._record_density(
                 self._soft_count(scores, candidates.scored) + forced, rows, rounded
             )
@@ -287,6 +287,13 @@ class BlockSparseAdaptive(BlockSparseLayer):
         rounded = round_budget(exact, rows)
         self._record_density(exact, rows, None)
         return rounded
+
+    def budget_by_score(self, scores: Tensor, candidates: Candidates) -> Tensor | None:
+        """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do."""
+        if self.config.budget != "top_p":
+            return None
+        forced = candidates.forced.sum(-1, dtype=torch.int32)
+        return forced + top_p_budget(scores, candidates.scored, self.top_p)
 
     def budget_factor(self, rows: RowRange, key_means: Tensor, causal: bool) -> Tensor:
         """Each row's share of the base budget, ``(b, pattern heads, i)``, by its content.

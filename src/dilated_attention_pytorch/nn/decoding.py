@@ -26,11 +26,7 @@ from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, Sel
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode
 from dilated_attention_pytorch.pattern import pack_ascending
-from dilated_attention_pytorch.selection.budget import (
-    round_budget,
-    top_p_budget,
-    water_level_budget,
-)
+from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 from dilated_attention_pytorch.selection.running_budget import (
     next_budget,
     running_budget,
@@ -456,8 +452,9 @@ def _budget(
     config, candidates = layer.config, row.candidates
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    if config.budget == "top_p":
-        return forced + top_p_budget(scores, candidates.scored, layer.top_p)
+    by_score = layer.budget_by_score(scores, candidates)
+    if by_score is not None:
+        return by_score
     if config.num_selected_blocks is not None:
         budget = torch.minimum(forced + config.num_selected_blocks, limit)
         return budget.expand(scores.shape[:3])
