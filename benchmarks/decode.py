@@ -275,8 +275,8 @@ def launches() -> list[Any]:
     return [
         LaunchConfig(columns, warps, stages, splits)
         for columns in (32, 64, 128)
-        for warps in (2, 4, 8)
-        for stages in (2, 3, 4)
+        for warps in (2, 4)
+        for stages in (2, 3, 4, 5)
         for splits in (8, 16, 32, 64)
     ]
 

@@ -66,13 +66,21 @@ def split_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
     tiles = tl.cdiv(count * BLOCK, COLUMNS)
-    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits, num_stages=STAGES):
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    first = split * tiles // splits
+    last = (split + 1) * tiles // splits
+    lane = tl.arange(0, COLUMNS)
+    # Block numbers are fetched one step ahead: an address that waits for another load takes the
+    # place of a tile in flight.
+    slot = (first * COLUMNS + lane) // BLOCK
+    upcoming = tl.load(entries + slot, mask=slot < count, other=0)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        column = tile * COLUMNS + lane
         slot = column // BLOCK
-        block = tl.load(entries + slot, mask=slot < count, other=0)
-        position = block * BLOCK + column % BLOCK
-        # What is not visible is never read: it may be unwritten, and 0 * NaN is NaN.
+        position = upcoming * BLOCK + column % BLOCK
+        following = (column + COLUMNS) // BLOCK
+        upcoming = tl.load(entries + following, mask=following < count, other=0)
         visible = (position < limit) & (slot < count)
+        # What is not visible is never read: it may be unwritten, and 0 * NaN is NaN.
         read = visible[:, None] & (dim < HEAD_DIM)[None, :]
         cached = (position + start).to(tl.int64)[:, None]
         k = tl.load(keys + cached * k_stride_m, mask=read, other=0.0)
