@@ -5,6 +5,7 @@ from dilated_attention_pytorch.nn import (
     BlockSparseAdaptive,
     BlockSparseFixed,
     MultiheadAdaptiveAttention,
+    SelectorState,
     create_adaptive_block_sparse,
     fixed_pattern,
 )
@@ -12,6 +13,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention import (
     block_sparse_attention,
     explain_backend,
 )
+from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring import ImportanceScorer, block_summaries
 from dilated_attention_pytorch.selection import get_adaptive_sparsity, gumbel_softmax_topk
@@ -25,7 +27,9 @@ __all__ = [
     "BlockSparseFixed",
     "ImportanceScorer",
     "MultiheadAdaptiveAttention",
+    "SelectorState",
     "block_sparse_attention",
+    "block_sparse_decode",
     "block_summaries",
     "create_adaptive_block_sparse",
     "explain_backend",

@@ -74,7 +74,9 @@ class AdaptiveConfig:
         query_scope: What a query block's summary sees when causal. ``"block"``: all its tokens,
             so that the *choice* of blocks (never a value) may depend on later tokens of the same
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
-            token, which is strictly causal.
+            token, which is strictly causal. There a row's budget is a share of the blocks that it
+            sees itself, whatever the length of the sequence, so that generation with a cache
+            equals generation without (:meth:`BlockSparseAdaptive.decode`).
         share_within_kv_group: One pattern for the query heads of a KV group.
         hierarchy: Choose in levels: children per super-block, from the finest level up; ``(8, 4)``
             are super-blocks of 8 blocks and of 4 such super-blocks. Only what lies inside the

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
+from dilated_attention_pytorch.nn import decoding
 from dilated_attention_pytorch.nn.block_sparse import (
     BlockSparseLayer,
     Selection,
@@ -17,6 +20,7 @@ from dilated_attention_pytorch.nn.block_sparse import (
 )
 from dilated_attention_pytorch.nn.fused_selection import MAX_BUDGET_FACTOR, select_with_kernels
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes, narrow
+from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_selection import kernel_refusal
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.pattern import BlockPattern
@@ -37,6 +41,7 @@ from dilated_attention_pytorch.selection.budget import (
 )
 from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k, uniform_noise
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
+from dilated_attention_pytorch.selection.running_budget import running_budget
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
     ThresholdTable,
@@ -81,8 +86,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
     from the attention itself (``AdaptiveConfig.estimator``), together with the model.
 
     Causality: with ``query_scope="block"`` the *choice* for a query block sees all tokens of that
-    block, later ones too; with ``"past"`` nothing later than its first token. Values are causal
-    per token in both.
+    block, later ones too; with ``"past"`` nothing later than its first token, and not the length
+    either. Values are causal per token in both.
 
     Args:
         segment_lengths: Tokens per segment of each dilation group; blocks outside a common segment
@@ -321,6 +326,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
         if config.budget in ("top_p", "threshold"):
             return f"budget {config.budget!r} normalises the scores of a row"
+        if config.query_scope == "past" and inputs.mask.causal:
+            return "query_scope 'past' takes running budgets"
         if config.scorer == "prototypes":
             return "scorer 'prototypes' reads tokens, not summaries"
         if config.sample_stride is not None:
@@ -360,23 +367,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
 
     def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Summaries of query and key blocks, and the key blocks' means."""
-        config = self.config
-        query, valid = self._scope(inputs)
-        learned = "attention" in config.pooling
-        queries = block_summaries(
-            query, self.block_size, pooling=config.pooling, valid=valid,
-            pool_query=self.query_pool if learned else None,
-        )  # fmt: skip
-        keys = block_summaries(
-            inputs.key, self.block_size, pooling=config.pooling, valid=inputs.key_valid,
-            pool_query=self.key_pool if learned else None,
-        )  # fmt: skip
-        if "mean" in config.pooling:
-            start = config.pooling.index("mean") * self.head_dim
-            means = keys[..., start : start + self.head_dim]
-        else:
-            means = self._key_means(inputs)
-        return queries, keys, means
+        queries = self.pool_queries(*self._scope(inputs))
+        return (queries, *self.pool_keys(inputs.key, inputs.key_valid))
 
     def _scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
         """The query tokens that each row may be judged by, and which of them are real."""
@@ -422,6 +414,26 @@ class BlockSparseAdaptive(BlockSparseLayer):
             self._table = ThresholdTable(tuple(map(int, lengths)), tuple(values))
         return self._table
 
+    def pool_queries(self, query: Tensor, valid: Tensor | None) -> Tensor:
+        """Summaries ``(b, i, num_heads, s)`` of blocks of queries ``(b, n, num_heads, d)``."""
+        pool = self.query_pool if "attention" in self.config.pooling else None
+        return block_summaries(
+            query, self.block_size, pooling=self.config.pooling, valid=valid, pool_query=pool
+        )
+
+    def pool_keys(self, key: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summaries ``(b, j, g, s)`` of blocks of keys ``(b, m, g, d)``, and their means."""
+        pooling = self.config.pooling
+        keys = block_summaries(
+            key, self.block_size, pooling=pooling, valid=valid,
+            pool_query=self.key_pool if "attention" in pooling else None,
+        )  # fmt: skip
+        if "mean" in pooling:
+            start = pooling.index("mean") * self.head_dim
+            return keys, keys[..., start : start + self.head_dim]
+        detached = key.detach()
+        return keys, block_summaries(detached, self.block_size, pooling=("mean",), valid=valid)
+
     def _budget(self, inputs: SelectionInputs, scores: Tensor, key_means: Tensor) -> Tensor:
         """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
         config, rows, candidates = self.config, inputs.rows, inputs.candidates
@@ -431,15 +443,12 @@ class BlockSparseAdaptive(BlockSparseLayer):
         if config.hierarchy:
             # The budget depends on lengths alone, not on which super-blocks were kept.
             limit = rows.num_allowed.long()
-        if config.budget == "top_p":
-            rounded = forced.int() + top_p_budget(scores, candidates.scored, self.top_p)
-            self.record_density(self._soft_count(scores, candidates.scored) + forced, rows, rounded)
-            return rounded
-        if config.budget == "threshold":
-            threshold = self._threshold_table().at(inputs.mask.kv_len)
-            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
-            rounded = forced.int() + count
-            self.record_density(rounded.float(), rows, None)
+        rounded = self.budget_by_score(scores, candidates, inputs.mask.kv_len)
+        if rounded is not None:
+            stand_in = rounded.float()
+            if config.budget == "top_p":
+                stand_in = self._soft_count(scores, candidates.scored) + forced
+            self.record_density(stand_in, rows, rounded)
             return rounded
         if config.num_selected_blocks is not None:
             exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
@@ -447,16 +456,40 @@ class BlockSparseAdaptive(BlockSparseLayer):
         else:
             keep = (1 - self.base_sparsity).expand(shape)
             if config.budget == "adaptive":
-                keep = (keep * self._budget_factor(inputs, key_means)).clamp(max=1)
+                keep = (keep * self.budget_factor(rows, key_means, inputs.mask.causal)).clamp(max=1)
+            if config.query_scope == "past" and inputs.mask.causal:
+                exact, rounded = running_budget(keep, forced, limit, rows)
+                self.record_density(exact, rows, None)
+                return rounded
             exact = water_level_budget(keep, forced, limit, rows, width)
         rounded = round_budget(exact, rows)
         self.record_density(exact, rows, None)
         return rounded
 
-    def _budget_factor(self, inputs: SelectionInputs, key_means: Tensor) -> Tensor:
-        """Each row's share of the base budget, ``(b, pattern heads, i)``."""
-        past = self.config.query_scope == "past" and inputs.mask.causal
-        complexity = content_complexity(key_means, inputs.rows, past_only=past)
+    def budget_by_score(self, scores: Tensor, candidates: Candidates, kv_len: int) -> Tensor | None:
+        """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do."""
+        if self.config.budget == "top_p":
+            count = top_p_budget(scores, candidates.scored, self.top_p)
+        elif self.config.budget == "threshold":
+            threshold = self._threshold_table().at(kv_len)
+            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+        else:
+            return None
+        return candidates.forced.sum(-1, dtype=torch.int32) + count
+
+    def budget_factor(self, rows: RowRange, key_means: Tensor, causal: bool) -> Tensor:
+        """Each row's share of the base budget, ``(b, pattern heads, i)``, by its content.
+
+        Args:
+            rows: Visible ranges.
+            key_means: From :meth:`pool_keys`.
+            causal: Whether later keys are hidden.
+        """
+        past = self.config.query_scope == "past" and causal
+        return self.factor_of(content_complexity(key_means, rows, past_only=past))
+
+    def factor_of(self, complexity: Tensor) -> Tensor:
+        """The share for a complexity ``(b, num_kv_heads, i)``; see :meth:`budget_factor`."""
         heads = self.pattern_heads
         if heads == 1:
             complexity = complexity.mean(1, keepdim=True)
@@ -500,6 +533,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
     def most_scored(self, inputs: SelectionInputs) -> int:
         """The most scored blocks that any row can get, from the lengths alone."""
         config, width = self.config, inputs.rule.width(inputs.rows)
+        if config.query_scope == "past" and inputs.mask.causal:
+            return self.most_scored_of(-(-inputs.mask.kv_len // self.block_size), width)
         if config.num_selected_blocks is not None:
             return min(config.num_selected_blocks, width)
         if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
@@ -536,6 +571,19 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 keep,
             ),
         )
+
+    def most_scored_of(self, num_blocks: int, width: int) -> int:
+        """An upper bound of the scored blocks of a row that sees ``num_blocks``, by lengths alone.
+
+        For a row whose budget is a share of what it sees; ``width`` candidates are the most.
+        """
+        config = self.config
+        if config.num_selected_blocks is not None:
+            return min(config.num_selected_blocks, width)
+        if config.budget not in ("adaptive", "fixed"):
+            return width
+        factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
+        return min(width, math.ceil(min(self._densest * factor, 1.0) * num_blocks) + 1)
 
     def _explore(self, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
         """Uniformly random blocks that were not chosen."""
@@ -590,10 +638,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return Selection(pattern)
         if passes_through and not learning:
             return Selection(pattern)
-        allowed = candidates.scored.expand(scores.shape)
-        mean = scores.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
-        bias = (scores.gather(-1, slots) - mean[..., None]).masked_fill(~scored, 0)
-        bias = bias / self.temperature_factor()
+        bias = self.slot_bias(scores, candidates.scored, slots, scored)
         if passes_through:
             bias = bias - bias.detach()
         return Selection(pattern, block_bias=bias)
@@ -617,6 +662,126 @@ class BlockSparseAdaptive(BlockSparseLayer):
         return probe + coarse_probes(
             levels, pattern.kv_indices, scored, weight / max(rows, 1), factor
         )
+
+    def slot_bias(self, scores: Tensor, allowed: Tensor, slots: Tensor, scored: Tensor) -> Tensor:
+        """Logit bias of the kept blocks, by how far their scores lie above the row's mean.
+
+        Args:
+            scores: ``(b, h, i, c)``.
+            allowed: Booleans that broadcast to it: which candidates may be chosen by score.
+            slots: int64 ``(b, h, i, k)``: the candidate in each slot.
+            scored: Booleans of that shape: slots that were chosen by score; others get 0.
+        """
+        allowed = allowed.expand(scores.shape)
+        mean = scores.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
+        bias = (scores.gather(-1, slots) - mean[..., None]).masked_fill(~scored, 0)
+        return bias / self.temperature_factor()
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: SelectorState,
+        *,
+        key_lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
+    ) -> Tensor:
+        """The causal forward pass over a prompt; ``state`` remembers what decoding needs.
+
+        Args:
+            query: ``(batch, n, num_heads, head_dim)``, padding after the tokens.
+            key: ``(batch, n, num_kv_heads, head_dim)``.
+            value: Shaped like ``key``.
+            state: An empty one; is filled.
+            key_lengths: ``(batch,)`` integers: tokens of each sample. None: all n.
+            starts: ``(batch,)`` integers: where the cache handed to :meth:`decode` keeps token 0
+                of each sample (left padding). None: 0.
+            selector_query: As in :meth:`forward`.
+            selector_key: As in :meth:`forward`.
+
+        Returns:
+            The output, shaped like ``query``.
+
+        Raises:
+            RuntimeError: In training mode.
+            ValueError: If shapes do not fit, or ``state`` is not empty.
+        """
+        return decoding.prefill(
+            self, query, key, value, state, key_lengths=key_lengths, starts=starts,
+            selector_query=selector_query, selector_key=selector_key,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def remember(
+        self,
+        query: Tensor,
+        key: Tensor,
+        state: SelectorState,
+        *,
+        key_lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> None:
+        """Fills an empty ``state`` with a prompt whose attention somebody else computed.
+
+        Such as a dense pass over the prompt that sparse decoding follows. Arguments and errors as
+        for :meth:`prefill`; ``query`` and ``key`` are what blocks are chosen by.
+        """
+        decoding.remember(self, query, key, state, key_lengths=key_lengths, starts=starts)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        state: SelectorState,
+        *,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
+        choose: bool | None = None,
+    ) -> Tensor:
+        """Attention of the next tokens over the blocks that they choose in a KV cache.
+
+        Work per token grows with the kept blocks and the number of blocks, not with the tokens:
+        blocks are scored by summaries that ``state`` keeps, and no key outside the kept blocks is
+        read. Nothing waits for a GPU.
+
+        With ``query_scope="past"`` a block of tokens chooses once, at its first token, and the
+        outputs are those of the causal forward pass over everything so far, in every layer of a
+        model. With ``"block"`` each token chooses anew, by the tokens of its block so far: as the
+        last token of a forward pass over everything so far would. There earlier tokens of the
+        block choose again with hindsight, so that the second layer of a model no longer sees the
+        same inputs; generation is close to uncached generation, not equal to it.
+
+        Args:
+            query: ``(batch, n, num_heads, head_dim)``: the tokens that follow those of ``state``;
+                any number, made for a few.
+            key_cache: ``(batch, capacity, num_kv_heads, head_dim)``: the owner has already written
+                the new keys behind the others. It may be another tensor at every call.
+            value_cache: Shaped like ``key_cache``.
+            state: From :meth:`prefill`, or empty; the new tokens are added.
+            selector_query: Shaped like ``query``: as in :meth:`forward`.
+            selector_key: ``(batch, n, num_kv_heads, head_dim)``, of the new tokens: as in
+                :meth:`forward`. None: read from ``key_cache``.
+            choose: None: choose where necessary. True or False: whether this call chooses, for
+                ``n = 1``; a CUDA graph records one or the other. False is right as long as no
+                sample begins a block, with ``query_scope="past"``.
+
+        Returns:
+            The output, shaped like ``query``.
+
+        Raises:
+            RuntimeError: In training mode.
+            ValueError: If shapes do not fit, or the state is full.
+        """
+        return decoding.decode(
+            self, query, key_cache, value_cache, state, selector_query=selector_query,
+            selector_key=selector_key, choose=choose,
+        )  # fmt: skip
 
     @torch.no_grad()
     def calibrate_top_p(
@@ -645,7 +810,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         """
         if self.config.budget != "top_p":
             raise ValueError(f"calibrate_top_p needs budget='top_p', got {self.config.budget!r}.")
-        self._check(query, key, key)
+        self.check_inputs(query, key, key)
         mask = make_mask(
             query.shape[0], query.shape[1], key.shape[1], device=query.device,
             causal=is_causal, key_lengths=key_lengths,

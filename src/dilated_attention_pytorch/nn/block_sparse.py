@@ -194,7 +194,7 @@ class BlockSparseLayer(nn.Module, ABC):
             RuntimeError: In the backward pass, if activation checkpointing ran this again and
                 ``generator`` had moved on.
         """
-        self._check(query, key, value)
+        self.check_inputs(query, key, value)
         score_query = _stand_in("selector_query", selector_query, query)
         score_key = _stand_in("selector_key", selector_key, key)
         if cross_attention and (is_causal or query_offset is not None or cu_seqlens is not None):
@@ -259,7 +259,13 @@ class BlockSparseLayer(nn.Module, ABC):
             return out, info
         return out
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Checks the three inputs against each other and the layer.
+
+        Raises:
+            TypeError: If inputs are not floating point or mix dtypes.
+            ValueError: If shapes do not fit the layer or each other.
+        """
         check_qkv(query, key, value)
         if query.shape[2] != self.num_heads or key.shape[2] != self.num_kv_heads:
             raise ValueError(

@@ -117,7 +117,7 @@ def score_candidates(
         q = tower_op(queries.transpose(1, 2), scorer.query_in, scorer.gain, factor, share)
         k = tower_op(keys.transpose(1, 2), scorer.key_in, None, 1.0, share)
     else:
-        q, k = (x.float() for x in scorer.towers(queries, keys))
+        q, k = scorer.encode_queries(queries).float(), scorer.encode_keys(keys).float()
     with torch.no_grad():
         if candidates is None:
             return (q, k), q.detach() @ k.detach().transpose(-1, -2)

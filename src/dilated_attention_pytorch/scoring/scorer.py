@@ -125,9 +125,25 @@ class ImportanceScorer(nn.Module):
                 raise ValueError(
                     f"{name} must end in summary_dim={self.summary_dim}, got {tuple(x.shape)}."
                 )
-        if self.kind == "bilinear":
-            return self._bilinear(*self.towers(query_summaries, key_summaries), candidates)
-        return self._mlp(*self.first_maps(query_summaries, key_summaries), candidates)
+        q, k = self.encode_queries(query_summaries), self.encode_keys(key_summaries)
+        return self.compare(q, k, candidates)
+
+    def encode_queries(self, summaries: Tensor) -> Tensor:
+        """What :meth:`compare` needs of query summaries ``(b, i, num_heads, s)``: ``(b, h, i, e)``.
+
+        e is ``hidden_dim``, times the heads that share a pattern if the kind is bilinear, whose
+        gain is in this side.
+        """
+        q = self._enter(summaries, self.query_in, 1)
+        if self.kind != "bilinear":
+            return q
+        factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * self.heads_per_pattern)
+        return self._tower(q, self.query_tower) * factor.to(q.dtype)
+
+    def encode_keys(self, summaries: Tensor) -> Tensor:
+        """The same for key summaries ``(b, j, g, s)``; a block's code depends on it alone."""
+        k = self._enter(summaries, self.key_in, self.num_heads // summaries.shape[2])
+        return self._tower(k, self.key_tower) if self.kind == "bilinear" else k
 
     def first_maps(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
         """The first linear map of both sides: ``(batch, num_heads, i or j, hidden_dim)``."""
@@ -135,25 +151,11 @@ class ImportanceScorer(nn.Module):
         q = self._enter(query_summaries, self.query_in, 1)
         return q, self._enter(key_summaries, self.key_in, group)
 
-    def towers(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
-        """Both towers of the bilinear form; the scores are their products.
-
-        Returns:
-            ``(batch, pattern heads, i, rank)`` and ``(batch, pattern heads, j, rank)``. Heads that
-            share a pattern lie side by side in the rank; the gain is in the first.
-        """
-        q, k = self.first_maps(query_summaries, key_summaries)
-        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
-            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
-        share = self.heads_per_pattern
-        factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * share)
-        if share > 1:
-            # The mean of the heads' products is one product of the heads side by side.
-            b, h, i, r = q.shape
-            j, groups = k.shape[2], h // share
-            q = q.view(b, groups, share, i, r).transpose(2, 3).reshape(b, groups, i, share * r)
-            k = k.view(b, groups, share, j, r).transpose(2, 3).reshape(b, groups, j, share * r)
-        return q * factor.to(q.dtype), k
+    def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Scores encoded blocks; see :meth:`forward`."""
+        if self.kind == "bilinear":
+            return self._bilinear(q, k, candidates)
+        return self._mlp(q, k, candidates)
 
     def _enter(self, summaries: Tensor, weight: Tensor, group: int) -> Tensor:
         """First map: ``(b, i, g, s)`` to ``(b, num_heads, i, r)``."""
@@ -164,6 +166,18 @@ class ImportanceScorer(nn.Module):
         if group > 1:
             x = x.repeat_interleave(group, 1)
         return x @ weight
+
+    def _tower(self, x: Tensor, weights: nn.ParameterList) -> Tensor:
+        """The maps after the first; the heads that share a pattern side by side."""
+        for weight in weights:
+            x = F.gelu(x) @ weight
+        share = self.heads_per_pattern
+        if share == 1:
+            return x
+        # The mean of the heads' products is one product of the heads side by side.
+        b, h, i, r = x.shape
+        x = x.view(b, h // share, share, i, r).transpose(2, 3)
+        return x.reshape(b, h // share, i, share * r)
 
     def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
         # Scoring everything is one matmul; it beats gathering unless the candidates are few.

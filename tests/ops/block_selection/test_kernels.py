@@ -373,7 +373,7 @@ def test_towers_equal_the_scorers(share: int, kv_heads: int) -> None:
     with torch.no_grad():
         scorer.gain.fill_(1.7)
         queries, keys = randn(2, 37, 4, 24).double(), randn(2, 5, kv_heads, 24).double()
-        want = scorer.towers(queries, keys)
+        want = scorer.encode_queries(queries), scorer.encode_keys(keys)
         scorer.float()
         found = (
             tower_op(

@@ -1,0 +1,251 @@
+"""SelectorState: what a layer remembers of the tokens so far to choose blocks for the next ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.ops.token_rings import append_tokens
+
+# Tokens that the rings hold, in blocks: the newest token's block, the one before, and one more so
+# that a block of rejected tokens overwrites nothing that is needed again.
+RING_BLOCKS = 3
+
+
+@dataclass(eq=False)
+class Memory:
+    """The tensors of a state; the batch comes first in all of them.
+
+    Axis J counts blocks that there is room for. Tables by block have one entry more: entry
+    ``j + 1`` belongs to block j, entry 0 stands before the first.
+
+    Attributes:
+        lengths: ``(b,)`` int64: tokens of each sample.
+        queries: ``(b, ring, h, d)``: the latest queries, token t at place ``t % ring``.
+        keys: ``(b, ring, g, d)``: the latest keys, likewise.
+        codes: ``(b, p, J + 1, e)``: encoded key summaries.
+        unit_sums: ``(b, g, J + 1, d)`` float32: sums of the blocks' unit-norm means, up to and
+            with each block; g = 0 without an adaptive budget.
+        factors: ``(b, p, J + 1)``: each row's share of the base budget; p = 0 where no later
+            row asks for it.
+        earned: ``(b, p, J + 1)`` int64: running sums of the rows' shares.
+        given: ``(b, p, J + 1)`` int64: running sums of the rows' budgets.
+        counts: ``(b, p)`` int32: blocks that the newest token's row reads.
+        indices: ``(b, p, k)`` int32: their numbers.
+        bias: ``(b, p, k)`` float32: their logit bias, or k = 0.
+    """
+
+    lengths: Tensor
+    queries: Tensor
+    keys: Tensor
+    codes: Tensor
+    unit_sums: Tensor
+    factors: Tensor
+    earned: Tensor
+    given: Tensor
+    counts: Tensor
+    indices: Tensor
+    bias: Tensor
+
+    def window(self, name: str, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens from the rings.
+
+        Args:
+            name: ``"queries"`` or ``"keys"``.
+            first: ``(b,)`` the first token of each sample; may be negative.
+            count: Tokens to read.
+
+        Returns:
+            ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist.
+        """
+        ring: Tensor = getattr(self, name)
+        token = first[:, None] + torch.arange(count, device=ring.device)
+        slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
+        return ring.gather(1, slots), (token >= 0) & (token < self.lengths[:, None])
+
+
+# The axis along which each tensor grows with the blocks.
+_GROWING = {"codes": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2}
+
+
+class SelectorState:
+    """What :meth:`BlockSparseAdaptive.decode` keeps of one layer's past, beside the KV cache.
+
+    Block summaries (encoded for the scorer), running budgets, the latest queries and keys, and the
+    list of blocks that the newest tokens read: numbers for each block, not for each token. The
+    keys and values themselves stay with whoever owns them. A block is summarised while its tokens
+    arrive and never again; whatever is kept can be computed again from the rings, so that cropping
+    needs no copies.
+
+    Args:
+        max_tokens: Room for so many tokens per sample, allocated at once: shapes and addresses
+            then stay as they are, which CUDA graphs need. None: grows with the tokens.
+
+        compile: Fuse the many small steps of a choice with ``torch.compile``; needs
+            ``max_tokens``.
+
+    Raises:
+        ValueError: If ``max_tokens`` is not positive, or missing where it is needed.
+
+    Attributes:
+        starts: ``(batch,)`` integers or None: cache position of each sample's token 0.
+        num_tokens: Tokens of the longest sample, as far as the host knows. Replays of a CUDA graph
+            do not count; the tensors do.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+        >>> config = AdaptiveConfig(block_size=16, query_scope="past")
+        >>> layer = BlockSparseAdaptive(num_heads=4, head_dim=16, adaptive_config=config).eval()
+        >>> x, state = torch.randn(1, 100, 4, 16), SelectorState()
+        >>> out = layer.prefill(x, x, x, state)
+        >>> cache = torch.cat([x, torch.randn(1, 1, 4, 16)], 1)
+        >>> layer.decode(cache[:, -1:], cache, cache, state).shape, state.num_tokens
+        (torch.Size([1, 1, 4, 16]), 101)
+    """
+
+    def __init__(self, max_tokens: int | None = None, *, compile: bool = False) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be positive or None, got {max_tokens}.")
+        if compile and max_tokens is None:
+            raise ValueError(
+                "compile=True needs max_tokens: every length would be compiled by itself."
+            )
+        self.max_tokens, self.compile = max_tokens, compile
+        self.starts: Tensor | None = None
+        self.num_tokens = 0
+        # The most that num_tokens has been: what the rings were overwritten by.
+        self._most_tokens = 0
+        # Whether all samples are known to be equally long.
+        self.uniform = True
+        # Whether the list belongs to the newest token's row.
+        self.listed = False
+        self.memory: Memory | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(batch,)`` int64: tokens of each sample.
+
+        Raises:
+            RuntimeError: Before the first token.
+        """
+        return self.filled().lengths
+
+    def filled(self) -> Memory:
+        """The tensors.
+
+        Raises:
+            RuntimeError: Before the first token.
+        """
+        if self.memory is None:
+            raise RuntimeError("the state is empty; prefill or decode first.")
+        return self.memory
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that there is room for, J."""
+        return self.filled().given.shape[2] - 1
+
+    def grow(self, num_blocks: int, width: int) -> None:
+        """Makes room for blocks and for longer lists; what is kept stays.
+
+        Raises:
+            ValueError: If the room was fixed by ``max_tokens`` and is too small.
+        """
+        memory = self.filled()
+        missing, wider = num_blocks - self.num_blocks, width - memory.indices.shape[2]
+        if missing <= 0 and wider <= 0:
+            return
+        if self.max_tokens is not None:
+            raise ValueError(
+                f"the state has room for max_tokens={self.max_tokens} at the sparsity it was "
+                "filled with; make one with more, or with None to let it grow."
+            )
+        if missing > 0:
+            # Doubling, so that copies cost a constant per token.
+            missing = max(missing, self.num_blocks)
+            for name, axis in _GROWING.items():
+                setattr(memory, name, _longer(getattr(memory, name), axis, missing))
+        if wider > 0:
+            memory.indices = _longer(memory.indices, 2, wider)
+            if memory.bias.shape[2]:
+                memory.bias = _longer(memory.bias, 2, wider)
+
+    def append(self, query: Tensor, key: Tensor, *, cached: bool) -> None:
+        """Puts at most a block of new tokens into the rings and counts them.
+
+        Args:
+            query: ``(b, n, h, d)``.
+            key: ``(b, n, g, d)``, or with ``cached`` a cache that holds the new keys.
+            cached: Whether ``key`` is a cache.
+        """
+        memory = self.filled()
+        append_tokens(
+            memory.queries, memory.keys, memory.lengths, query, key, cached=cached,
+            starts=self.starts if cached else None,
+        )  # fmt: skip
+        self.count(self.num_tokens + query.shape[1])
+
+    def count(self, num_tokens: int) -> None:
+        """Sets ``num_tokens``."""
+        self.num_tokens = num_tokens
+        self._most_tokens = max(self._most_tokens, num_tokens)
+
+    def reorder(self, order: Tensor) -> None:
+        """Lets sample b continue from what sample ``order[b]`` was, as beam search does.
+
+        Args:
+            order: ``(batch,)`` integers.
+        """
+        memory = self.filled()
+        for item in fields(memory):
+            tensor = getattr(memory, item.name)
+            # In place: a CUDA graph knows the addresses.
+            tensor.copy_(tensor.index_select(0, order))
+        if self.starts is not None:
+            self.starts = self.starts.index_select(0, order)
+
+    def crop(self, length: int | Tensor) -> None:
+        """Forgets the tokens from ``length`` on, such as rejected ones of speculative decoding.
+
+        At most ``block_size`` tokens can be forgotten since the longest that a sample has been.
+
+        Args:
+            length: Tokens to keep: an int for all samples, or ``(batch,)`` integers. Shorter
+                samples stay as they are.
+
+        Raises:
+            ValueError: If more are to go than the rings hold (for ints: with tensors the host does
+                not know).
+        """
+        memory = self.filled()
+        if isinstance(length, int):
+            block_size = memory.queries.shape[1] // RING_BLOCKS
+            least = max(self._most_tokens - block_size, 0)
+            if length < least:
+                raise ValueError(
+                    f"length must be at least {least}: only block_size={block_size} tokens of "
+                    f"{self._most_tokens} can be forgotten, got {length}; reset and prefill "
+                    "instead."
+                )
+            memory.lengths.clamp_(max=length)
+            self.num_tokens = min(self.num_tokens, length)
+        else:
+            torch.minimum(memory.lengths, length.to(memory.lengths), out=memory.lengths)
+            self.uniform = False
+        self.listed = False
+
+    def reset(self) -> None:
+        """Forgets everything, and keeps the room."""
+        self.num_tokens = self._most_tokens = 0
+        self.uniform, self.listed, self.starts = True, False, None
+        if self.memory is not None:
+            self.memory.lengths.zero_()
+
+
+def _longer(x: Tensor, axis: int, extra: int) -> Tensor:
+    shape = list(x.shape)
+    shape[axis] = extra
+    return torch.cat([x, x.new_zeros(shape)], axis)

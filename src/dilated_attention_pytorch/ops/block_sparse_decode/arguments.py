@@ -1,0 +1,136 @@
+"""Checks what callers hand to the decode op and brings it into the form that backends take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeArguments:
+    """Checked arguments of one call.
+
+    Attributes:
+        query: ``(b, n, h, d)``.
+        key: ``(b, m, g, d)``; ``g`` divides ``h``.
+        value: ``(b, m, g, d)``.
+        counts: ``(b, p, n)`` int32; ``p`` is 1, ``g`` or ``h``.
+        indices: ``(b, p, n, k)`` int32.
+        lengths: ``(b,)`` integers.
+        starts: ``(b,)`` integers or None.
+        block_bias: ``(b, p, n, k)`` or None, in float32 (float64 for float64 inputs).
+        block_size: Tokens per block.
+        scale: Factor of the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    counts: Tensor
+    indices: Tensor
+    lengths: Tensor
+    starts: Tensor | None
+    block_bias: Tensor | None
+    block_size: int
+    scale: float
+
+    def limits(self) -> Tensor:
+        """Tokens that each query sees, ``(b, n)`` int64: its own position + 1, at least 0."""
+        n = self.query.shape[1]
+        steps = torch.arange(1 - n, 1, device=self.query.device)
+        limit = (self.lengths.long()[:, None] + steps).clamp(min=0)
+        room = self.key.shape[1] if self.starts is None else self.key.shape[1] - self.starts.long()
+        return torch.minimum(limit, torch.as_tensor(room, device=limit.device).view(-1, 1))
+
+
+def check_arguments(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    block_size: int,
+    scale: float | None,
+    block_bias: Tensor | None,
+) -> DecodeArguments:
+    """Validates and normalises; see ``block_sparse_decode`` for the meaning of each."""
+    check_qkv(query, key_cache, value_cache)
+    batch, new, num_heads, head_dim = query.shape
+    kv_heads = key_cache.shape[2]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key_cache, value_cache)):
+        raise ValueError(
+            "block_sparse_decode has no gradient: call it under torch.no_grad(), or use "
+            "block_sparse_attention to train."
+        )
+    _check_lists(kv_num_blocks, kv_indices, batch, new, num_heads, kv_heads, query.device)
+    if block_size < 1:
+        raise ValueError(f"block_size must be positive, got {block_size}.")
+    if lengths is None:
+        lengths = torch.full((batch,), key_cache.shape[1], device=query.device)
+    _check_per_sample("lengths", lengths, batch, query.device)
+    if starts is not None:
+        _check_per_sample("starts", starts, batch, query.device)
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+    elif isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    if block_bias is not None:
+        if block_bias.shape != kv_indices.shape:
+            raise ValueError(
+                f"block_bias must be shaped like kv_indices {tuple(kv_indices.shape)}, got "
+                f"{tuple(block_bias.shape)}."
+            )
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        block_bias = block_bias.to(wide)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key_cache, value_cache = (x.to(dtype) for x in (query, key_cache, value_cache))
+    return DecodeArguments(
+        query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths, starts, block_bias,
+        block_size, float(scale),
+    )  # fmt: skip
+
+
+def _check_lists(
+    counts: Tensor,
+    indices: Tensor,
+    batch: int,
+    new: int,
+    num_heads: int,
+    kv_heads: int,
+    device: torch.device,
+) -> None:
+    for name, x in (("kv_num_blocks", counts), ("kv_indices", indices)):
+        if x.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {x.dtype}; call .int() on it.")
+        if x.device != device:
+            raise ValueError(f"{name} must be on {device} like query, got {x.device}.")
+    heads = indices.shape[1] if indices.dim() == 4 else 0
+    fits = counts.shape == indices.shape[:3] and indices.shape[0] == batch
+    if not fits or indices.shape[2] != new or heads not in (1, kv_heads, num_heads):
+        raise ValueError(
+            f"kv_num_blocks must be (batch, heads, n) and kv_indices (batch, heads, n, k) with "
+            f"batch={batch}, n={new} and 1, {kv_heads} or {num_heads} heads, got "
+            f"{tuple(counts.shape)} and {tuple(indices.shape)}."
+        )
+
+
+def _check_per_sample(name: str, x: Tensor, batch: int, device: torch.device) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}.")
+    if tuple(x.shape) != (batch,):
+        raise ValueError(f"{name} must have shape {(batch,)}, got {tuple(x.shape)}.")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like query, got {x.device}.")

@@ -1,0 +1,96 @@
+"""The PyTorch backend: batched products over gathered blocks, a cache-sized chunk at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
+
+# Numbers of gathered keys at a time on the CPU: 2**18 float32 numbers are 1 MiB, so that the
+# products read them from the processor's cache and main memory is read once.
+_CHUNK_NUMBERS = {"cpu": 1 << 18}
+_CHUNK_NUMBERS_ELSEWHERE = 1 << 26
+
+
+def gather_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
+    """Computes output and lse as :func:`block_sparse_decode` defines them.
+
+    Does not wait for the device; lists shorter than the widest cost as much as the widest.
+    """
+    with torch.autocast(args.query.device.type, enabled=False):
+        return _decode(args)
+
+
+def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
+    """One row per list: the query heads of one token that share keys and list."""
+    batch, n, heads, dim = args.query.shape
+    kv_heads, lists = args.key.shape[2], args.counts.shape[1]
+    planes = max(kv_heads, lists)
+    wide = torch.float64 if args.query.dtype == torch.float64 else torch.float32
+    query = args.query.reshape(batch, n, planes, heads // planes, dim).to(wide) * args.scale
+    index, visible = _tokens(args, planes)
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
+    bias = None
+    if args.block_bias is not None:
+        bias = args.block_bias.repeat_interleave(args.block_size, -1)
+        bias = bias.repeat_interleave(planes // lists, 1)
+    limit = _CHUNK_NUMBERS.get(query.device.type, _CHUNK_NUMBERS_ELSEWHERE)
+    step = min(max(limit // max(n * index.shape[-1] * dim, 1), 1), planes)
+    keys, values = _Rows(args.key), _Rows(args.value)
+    head = torch.arange(planes, device=query.device) // (planes // kv_heads)
+    for b in range(batch):
+        for first in range(0, planes, step):
+            part = slice(first, first + step)
+            tokens = index[b, part]
+            q = query[b, :, part].transpose(0, 1)
+            logits = q @ keys.take(b, head[part], tokens).to(wide).transpose(-1, -2)
+            if bias is not None:
+                logits += bias[b, part, :, None]
+            logits.masked_fill_(~visible[b, part, :, None], -torch.inf)
+            high = logits.amax(-1, keepdim=True)
+            empty = high == -torch.inf
+            weights = logits.sub_(high.masked_fill_(empty, 0)).exp_()
+            total = weights.sum(-1, keepdim=True)
+            result = weights @ values.take(b, head[part], tokens).to(wide) / total
+            # A row without tokens has weights of 0, but 0 * nan and 0 / 0 are nan.
+            out[b, :, part] = result.masked_fill(empty, 0).transpose(0, 1)
+            lse[b, :, part] = (total.log() + high).squeeze(-1).transpose(0, 1)
+    return out.flatten(2, 3).to(args.query.dtype), lse.flatten(2).transpose(1, 2)
+
+
+def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor]:
+    """Cache positions of the kept tokens ``(b, planes, n, k * block_size)``, and which count."""
+    size, limits = args.block_size, args.limits()[:, None, :, None]
+    inside = torch.arange(size, device=args.indices.device)
+    token = (args.indices.long()[..., None] * size + inside).flatten(-2)
+    slot = torch.arange(token.shape[-1], device=token.device) // size
+    visible = (slot < args.counts[..., None]) & (token < limits)
+    # What does not count repeats the first token of the list, which is read if anything is.
+    token = torch.where(visible, token, token[..., :1])
+    if args.starts is not None:
+        token = token + args.starts.long().view(-1, 1, 1, 1)
+    token = token.clamp(0, max(args.key.shape[1] - 1, 0))
+    shape = (args.counts.shape[0], planes, *token.shape[2:])
+    repeat = planes // token.shape[1]
+    token, visible = (x.repeat_interleave(repeat, 1).view(shape) for x in (token, visible))
+    return token, visible
+
+
+class _Rows:
+    """A cache as rows of ``head_dim`` numbers, gathered without a copy of the cache."""
+
+    def __init__(self, x: Tensor) -> None:
+        dim = x.shape[3]
+        if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
+            x = x.contiguous()
+        self.strides = [x.stride(axis) // dim for axis in range(3)]
+        last = sum((n - 1) * s for n, s in zip(x.shape[:3], self.strides, strict=True))
+        self.rows = x.as_strided((last + 1 if x.numel() else 0, dim), (dim, 1))
+
+    def take(self, batch: int, heads: Tensor, tokens: Tensor) -> Tensor:
+        """Tokens ``(p, n, t)`` of heads ``(p,)`` of one sample as ``(p, n, t, d)``."""
+        base = heads * self.strides[2] + batch * self.strides[0]
+        place = tokens * self.strides[1] + base[:, None, None]
+        return self.rows.index_select(0, place.flatten()).view(*tokens.shape, -1)

@@ -1,0 +1,82 @@
+"""Appending to rings: one kernel on CUDA, indexing elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "dilated_attention_pytorch"
+# Looked up once: torch.compile cannot trace it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def append_tokens(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    cached: bool = False,
+    starts: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Writes new tokens into two rings and adds them to ``lengths``, in place.
+
+    Token t of a sample takes place ``t % ring``.
+
+    Args:
+        queries: ``(b, ring, h, d)``, contiguous.
+        keys: ``(b, ring, g, d)``, contiguous.
+        lengths: ``(b,)`` int64: tokens so far.
+        query: ``(b, n, h, d)``: the tokens that follow, at most ``ring``.
+        key: Their keys ``(b, n, g, d)``.
+        cached: ``key`` is a cache ``(b, capacity, g, d)`` that holds the new keys at their
+            position.
+        starts: ``(b,)`` integers: cache position of token 0. None: 0.
+        backend: ``"triton"``, ``"index"`` or ``"auto"``: Triton on CUDA.
+    """
+    on_gpu = query.device.type == "cuda" and _HAS_TRITON and query.dtype != torch.float64
+    if backend == "triton" or (backend == "auto" and on_gpu):
+        _append_op(queries, keys, lengths, query, key, cached, starts)
+        return
+    steps = torch.arange(query.shape[1], device=query.device)
+    token = lengths[:, None] + steps
+    if cached:
+        place = token if starts is None else token + starts.long()[:, None]
+        key = key.gather(1, place[..., None, None].expand(-1, -1, *key.shape[2:]))
+    slots = (token % queries.shape[1])[..., None, None]
+    for ring, x in ((queries, query), (keys, key)):
+        ring.scatter_(1, slots.expand(x.shape), x.to(ring.dtype))
+    lengths += query.shape[1]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::append_tokens", mutates_args=("queries", "keys", "lengths"))
+def _append_op(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    cached: bool,
+    starts: Tensor | None,
+) -> None:
+    # Triton is imported on first use: the package itself needs torch alone.
+    from dilated_attention_pytorch.ops.token_rings.triton_kernels import launch_append
+
+    launch_append(queries, keys, lengths, query, key, cached, starts)
+
+
+@_append_op.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    cached: bool,
+    starts: Tensor | None,
+) -> None:
+    return None

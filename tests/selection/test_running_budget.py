@@ -1,0 +1,92 @@
+"""Running budgets against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dilated_attention_pytorch.candidates import row_ranges
+from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.selection.running_budget import (
+    next_budget,
+    running_budget,
+    share_units,
+)
+
+
+def causal_rows(blocks: int, cuts: list[int] | None = None):
+    ids = None
+    if cuts is not None:
+        ids = torch.zeros(1, blocks, dtype=torch.int32)
+        for cut in cuts:
+            ids[:, cut:] += 1
+    mask = AttentionMask(blocks, blocks, True, document_ids=ids)
+    return row_ranges(mask, (1, 1), has_diagonal=True, device=torch.device("cpu"))
+
+
+def by_hand(keep: list[float], forced: list[int], limit: list[int], allowed: list[int]):
+    """Row after row: what was earned so far and not given, but never less than is forced."""
+    earned, given, out = 0.0, 0, []
+    for share, low, high, visible in zip(keep, forced, limit, allowed, strict=True):
+        earned += min(share * visible, high)
+        out.append(min(max(math.floor(earned + 0.5) - given, low), high))
+        given += out[-1]
+    return out
+
+
+@given(st.data())
+def test_equals_a_loop_and_one_row_after_another(data: st.DataObject) -> None:
+    blocks = data.draw(st.integers(1, 40))
+    # Eighths are exact in units of 2**-16.
+    eighths = data.draw(st.lists(st.integers(0, 8), min_size=blocks, max_size=blocks))
+    keep = torch.tensor(eighths).view(1, 1, -1) / 8
+    rows, most = causal_rows(blocks), data.draw(st.integers(0, 4))
+    limit = rows.num_allowed.long()
+    forced = limit.clamp(max=most)
+    _, got = running_budget(keep, forced, limit, rows)
+    lists = [x.flatten().tolist() for x in (keep, forced, limit, rows.num_allowed)]
+    assert got.flatten().tolist() == by_hand(*lists)
+    earned = share_units(keep, rows.num_allowed, limit).cumsum(-1)
+    given_so_far = 0
+    for i in range(blocks):
+        row = (earned[..., i], torch.tensor(given_so_far), forced[..., i], limit[..., i])
+        assert int(next_budget(*row)) == int(got[..., i])
+        given_so_far += int(got[..., i])
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])
+def test_every_beginning_that_is_long_enough_meets_the_share(share: float) -> None:
+    rows = causal_rows(400)
+    limit = rows.num_allowed.long()
+    _, budget = running_budget(torch.full((1, 1, 400), share), torch.ones_like(limit), limit, rows)
+    spent, seen = budget.cumsum(-1).flatten(), limit.cumsum(-1).flatten()
+    enough = seen * share >= torch.arange(1, 401)
+    assert enough[-1]
+    assert ((spent - seen * share).abs()[enough] <= 0.5 + 1e-4).all()
+
+
+def test_documents_are_budgeted_apart() -> None:
+    rows = causal_rows(30, [11, 19])
+    limit = rows.num_allowed.long()
+    keep = torch.full((1, 1, 30), 0.3)
+    _, got = running_budget(keep, limit.clamp(max=1), limit, rows)
+    for first, last in ((0, 11), (11, 19), (19, 30)):
+        alone = causal_rows(last - first)
+        limit = alone.num_allowed.long()
+        _, want = running_budget(keep[..., first:last], limit.clamp(max=1), limit, alone)
+        assert torch.equal(got[..., first:last], want)
+
+
+def test_exact_budgets_are_differentiable_in_the_share() -> None:
+    rows = causal_rows(5)
+    keep = torch.full((1, 1, 5), 0.5, requires_grad=True)
+    limit = rows.num_allowed.long()
+    exact, _ = running_budget(keep, limit.clamp(max=1), limit, rows)
+    exact.sum().backward()
+    # The first two rows are at what is forced (the second ties).
+    assert keep.grad is not None
+    assert keep.grad.flatten().tolist()[2:] == [3.0, 4.0, 5.0]
