@@ -1,5 +1,7 @@
 """Real text: the same bytes every time, and nothing held out that is trained on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from dilated_attention_pytorch.tasks.text import (
     TextError,
     TextWindows,
     load_text,
+    read_text,
     standard_library_files,
     validation_windows,
 )
@@ -103,3 +106,12 @@ def test_validation_windows_do_not_overlap():
     assert rows.shape == (7, 11)
     assert rows[:, :-1].flatten().unique().numel() == 70
     assert len(validation_windows(data, 10, 10_000)) == 24
+
+
+def test_read_text_joins_files_and_replaces_bad_bytes(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"second \xff")
+    (tmp_path / "a.txt").write_text("first")
+    assert read_text(tmp_path) == "first\n\nsecond \ufffd"
+    assert read_text(tmp_path / "a.txt") == "first"
+    with pytest.raises(TextError, match="no such text"):
+        read_text(tmp_path / "missing.txt")
