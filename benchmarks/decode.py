@@ -325,6 +325,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2, help="with --cpu")
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--batch", type=int, nargs="*")
     parser.add_argument("--out", type=Path)
@@ -336,7 +337,7 @@ def main() -> int:
         return 0
     device = "cpu" if arguments.cpu else "cuda"
     if arguments.cpu:
-        torch.set_num_threads(2)
+        torch.set_num_threads(arguments.threads)
     lengths = arguments.tokens or [
         2**n * 1024 for n in ((3, 4, 5, 6) if arguments.cpu else (3, 4, 5, 6, 7))
     ]
@@ -345,7 +346,7 @@ def main() -> int:
     about = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "block_size": BLOCK}
     record: dict[str, Any] = {"environment": environment(device), "setup": about, "rows": []}
     if arguments.cpu:
-        record["environment"] |= {"threads": 2, "load_average": os.getloadavg()[0]}
+        record["environment"] |= {"threads": arguments.threads, "load_average": os.getloadavg()[0]}
     for batch in batches:
         for tokens in lengths:
             setup = Setup(tokens, batch)
