@@ -11,12 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that follow from lengths. Triton would compile anew for each way of being 1 or a multiple
+# of 16, which with varying lengths is dozens of variants; the wide loads do not depend on them.
+VARYING = (
+    "length", "blocks", "num_rows", "columns", "num_keys", "words", "width", "tiles", "chunks",
+    "fixed_count", "explore", "v_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
+    "f_stride_b", "f_stride_h", "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
+    "s_stride_b", "s_stride_h", "s2_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
+)  # fmt: skip
+
 # Order-preserving integer keys of float32: -inf, and one below for what may not be chosen.
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def summary_kernel(
     x, x_stride_b, x_stride_h, x_stride_n,
     valid, v_stride_b, pool_query, out, place,
@@ -84,7 +93,7 @@ def _attention_weights(tile, u, inside):
     return weight / tl.where(total > 0, total, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def summary_grad_kernel(
     grad, place, x, x_stride_b, x_stride_h, x_stride_n,
     valid, v_stride_b, pool_query, grad_x, grad_pool,
@@ -154,7 +163,7 @@ def _unit(source, offset, ok, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     return tl.where((row == row) & (tl.abs(row) != float("inf")), row, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prefix_kernel(
     means, m_stride_b, m_stride_h, m_stride_j,
     prefix, totals, columns, chunks, heads,
@@ -229,7 +238,7 @@ def _likeness(
     return tl.where(known, clipped, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def budget_kernel(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     rows, r_stride_b, diagonal, d_stride_b, document, o_stride_b,
@@ -300,7 +309,7 @@ def budget_kernel(
     tl.store(exact + place, tl.minimum(tl.maximum(value, least), most), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def round_kernel(exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constexpr):
     """Integers whose running sums stay within half a block; one plane, one document."""
     plane = tl.cast(tl.program_id(0), tl.int64)
@@ -359,7 +368,7 @@ def _bits_to_uniform(bits):
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def choose_kernel(
     scores, s_stride_b, s_stride_h, s_stride_i,
     candidates, c_stride_b, c_stride_h, c_stride_i,
@@ -431,7 +440,7 @@ def choose_kernel(
         tl.store(scored + first + rest, (rest * 0).to(tl.uint8), mask=unused)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def bilinear_kernel(
     query, key, candidates, c_stride_b, c_stride_h, c_stride_i, scores,
     num_rows, columns, num_keys, tiles, heads,
@@ -459,7 +468,7 @@ def bilinear_kernel(
     tl.store(scores + (plane * num_rows + row) * columns + lane, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kept_query_grad_kernel(
     grad, key, indices, counts, grad_query, num_rows, num_keys, width,
     R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
@@ -486,7 +495,7 @@ def kept_query_grad_kernel(
     tl.store(target, total.to(grad_query.dtype.element_ty), mask=r < RANK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kept_key_grad_kernel(
     grad, query, offsets, slots, grad_key, num_rows, num_keys, width,
     R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
@@ -519,7 +528,7 @@ def _gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mlp_kernel(
     query, key, candidates, c_stride_b, c_stride_h, c_stride_i,
     bias, hidden, out_weight, gain, scores,
@@ -569,7 +578,7 @@ def mlp_kernel(
     tl.store(scores + (plane * num_rows + row) * columns + lane, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mark_kernel(indices, counts, marks, num_rows, columns, words, width, W: tl.constexpr):
     """Sets the bit of every tile of one row; 32 rows share a word, one word per column."""
     row = tl.program_id(0) % num_rows
@@ -593,7 +602,7 @@ def _ones(word):
     return (word + (word >> 16)) & 0x3F
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: tl.constexpr):
     """For every word of some columns the bits set in the words above it, and the columns' sums."""
     plane = tl.cast(tl.program_id(1), tl.int64)
@@ -613,7 +622,7 @@ def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: t
     tl.store(totals + plane * columns + column, carried, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def offset_kernel(totals, offsets, columns, C: tl.constexpr):
     """Where the list of each column of a plane starts."""
     plane = tl.cast(tl.program_id(0), tl.int64)
@@ -629,7 +638,7 @@ def offset_kernel(totals, offsets, columns, C: tl.constexpr):
         carried += tl.sum(number, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def place_kernel(
     indices, counts, marks, before, offsets, slots, num_rows, columns, words, width,
     W: tl.constexpr,
@@ -650,7 +659,7 @@ def place_kernel(
     tl.store(target, row * width + slot, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lattice_kernel(
     rows, r_stride_b, diagonal, d_stride_b, candidates, forced_count, limit,
     num_rows, heads, width, sinks, near, GROUPS: tl.constexpr, C: tl.constexpr,
