@@ -5,14 +5,17 @@
 
 Patterns are random with the same share of tiles for everybody, at each one's best block size.
 A step is forward + backward; ours counts the transpose of a fresh pattern and, in "ours", the
-selector's by-product (tile mass). Contenders of a setup take turns in one run; medians. Writes
+selector's by-product (tile mass). Contenders of a setup take turns, in a new order each round;
+medians. Writes
 ``results/gpu_attention.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -45,17 +48,19 @@ SWEEP = {
 }
 LARGEST = Setup(tokens=131072, sparsity=0.95)
 
+HAS_FLASH4 = importlib.util.find_spec("cutlass") is not None
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(setup: Setup, mass: bool) -> Attend:
-    """Our kernels, on a fresh pattern each time."""
+def ours(setup: Setup, mass: bool, backend: str = "triton") -> Attend:
+    """Our kernels (or FlashAttention-4 through our op), on a fresh pattern each time."""
     pattern = random_pattern(setup)
     probe = torch.zeros(pattern.kv_indices.shape, device="cuda", requires_grad=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = block_sparse_attention(
-            q, k, v, fresh(pattern), causal=setup.causal, backend="triton",
+            q, k, v, fresh(pattern), causal=setup.causal, backend=backend,
             mass_probe=probe if mass and q.requires_grad else None,
         )  # fmt: skip
         assert isinstance(out, Tensor)
@@ -115,6 +120,35 @@ def flex(setup: Setup, block_size: int) -> Attend:
     return attend
 
 
+def flash4(setup: Setup, sparse: bool) -> Attend:
+    """FlashAttention-4 itself: dense, or block-sparse at 128 with its lists made beforehand."""
+    from flash_attn.cute.interface import flash_attn_func
+
+    from dilated_attention_pytorch.ops.block_sparse_attention import flash
+
+    options: dict[str, Any] = {"causal": setup.causal}
+    if sparse:
+        pattern = random_pattern(setup, flash.BLOCK)
+        transpose = pattern.transpose()
+        query = torch.empty(1, setup.tokens, setup.heads, setup.head_dim, device="meta")
+        rows = flash.row_lists(query, pattern.kv_num_blocks, pattern.kv_indices, setup.causal)
+        columns = flash.column_lists(
+            query, pattern.kv_indices, transpose.offsets, transpose.slots, setup.causal
+        )
+        options = {
+            "mask_mod": flash.causal_mask() if setup.causal else None,
+            "block_sparse_tensors": flash.tiles(rows),
+            "block_sparse_tensors_bwd": flash.tiles(columns),
+            "pack_gqa": False,
+        }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
 def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
     """Everybody who takes part in a setup."""
     grouped = setup.heads != setup.kv_heads
@@ -123,8 +157,15 @@ def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
         "dense cuDNN": lambda: dense(setup, SDPBackend.CUDNN_ATTENTION),
         "FlexAttention, block 128": lambda: flex(setup, 128),
     }
+    if HAS_FLASH4:
+        found["dense FlashAttention-4"] = lambda: flash4(setup, sparse=False)
+        found["FlashAttention-4, block 128"] = lambda: flash4(setup, sparse=True)
     if quick:
         return found
+    if HAS_FLASH4 and setup.block_size == 128:
+        found["ours, flash"] = lambda: ours(setup, mass=True, backend="flash")
+        found["ours, flash_atomic"] = lambda: ours(setup, True, "flash_atomic")
+        found["ours, flash_atomic, without tile mass"] = lambda: ours(setup, False, "flash_atomic")
     found["ours, without tile mass"] = lambda: ours(setup, mass=False)
     found["dense flash"] = lambda: dense(setup, SDPBackend.FLASH_ATTENTION)
     if setup.block_size < 128:
@@ -187,9 +228,12 @@ def measure(setup: Setup, rounds: int, quick: bool = False) -> dict[str, Any]:
             runners[name][part] = call
     for part in ("forward", "step"):
         times: dict[str, list[float]] = {n: [] for n in runners if part in runners[n]}
+        order, shuffle = list(times), random.Random(0).shuffle
         for _ in range(rounds):
-            for name, values in times.items():
-                values.append(event_ms(runners[name][part]))
+            # The card's clock depends on who ran before: nobody always follows the same.
+            shuffle(order)
+            for name in order:
+                times[name].append(event_ms(runners[name][part]))
         for name, values in times.items():
             results[name][part] |= summary(values)
             results[name][part]["tflops"] = _tflops(setup, name, part, values)
@@ -218,6 +262,27 @@ def peak_gigabytes(setup: Setup) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
+def break_even(rounds: int) -> list[dict[str, Any]]:
+    """Step of ours against dense cuDNN at short lengths, block 64, sparsity 0.9."""
+    rows = []
+    for head_dim in (64, 128):
+        for tokens in (512, 1024, 2048, 4096):
+            setup = Setup(tokens=tokens, head_dim=head_dim)
+            calls = {
+                "ours": Runner(setup, ours(setup, mass=True)).step,
+                "dense cuDNN": Runner(setup, dense(setup, SDPBackend.CUDNN_ATTENTION)).step,
+            }
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for turn in range(rounds + 2):
+                for name, call in calls.items():
+                    taken = event_ms(call)
+                    if turn >= 2:
+                        times[name].append(taken)
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            rows.append({"head_dim": head_dim, "tokens": tokens, "step_ms": medians})
+    return rows
+
+
 def show(name: str, record: dict[str, Any]) -> None:
     """Prints a setup's rows."""
     print(name)
@@ -241,6 +306,9 @@ def main() -> int:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     record["peak_gigabytes"] = {"setup": asdict(LARGEST), "step": peak_gigabytes(LARGEST)}
     print(f"peak at {LARGEST.tokens} tokens: {record['peak_gigabytes']['step']:.2f} GiB")
+    record["break_even"] = break_even(arguments.rounds)
+    for row in record["break_even"]:
+        print(f"head_dim {row['head_dim']}, {row['tokens']} tokens: {row['step_ms']}")
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for name, setup in SWEEP.items() if arguments.sweep else ():
         record["sweep"][name] = measure(setup, arguments.rounds, quick=True)

@@ -58,9 +58,10 @@ def sparsity_of(tokens: int) -> float:
 def make_layer(
     sparsity: float, linear: bool, heads: int, kv_heads: int, dim: int, **more: Any
 ) -> Any:
-    """The adaptive layer with its default scorer."""
+    """The adaptive layer with its default scorer, set to keep ``1 - sparsity`` of random input."""
     torch.manual_seed(0)
-    config = AdaptiveConfig(base_sparsity=sparsity, **more)
+    # Unrelated content gets one and a half times the base budget.
+    config = AdaptiveConfig(base_sparsity=1 - (1 - sparsity) / 1.5, **more)
     segments, rates = (SEGMENTS, RATES) if linear else (None, None)
     return BlockSparseAdaptive(segments, rates, heads, dim, config, num_kv_heads=kv_heads)
 

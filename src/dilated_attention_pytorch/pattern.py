@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -51,6 +51,9 @@ class BlockPattern:
             attention under the same mask would read. None: all of them.
         check_values: Check the values as well as the shapes when constructed (waits for the
             device if the pattern is on a GPU).
+        complete_for: A token rule, the same for all samples, every allowed tile of which is
+            certainly kept, so that dense attention gives the same result. None: not known. Whoever
+            builds the pattern vouches for it; the values are not read.
 
     ``b`` is 1 (every sample alike) or the batch; ``h`` is 1 (all heads alike), ``num_kv_heads``
     (alike within a group) or ``num_heads``.
@@ -73,6 +76,7 @@ class BlockPattern:
     block_size: tuple[int, int] = (64, 64)
     kv_num_allowed: Tensor | None = None
     check_values: bool = field(default=True, repr=False)
+    complete_for: AttentionMask | None = field(default=None, repr=False)
     _transposed: list[PatternTranspose] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -229,6 +233,28 @@ class BlockPattern:
         dense = torch.zeros(b, h, i, self.num_key_blocks + 1, dtype=torch.bool, device=self.device)
         index = torch.where(self.slot_used(), self.kv_indices, self.num_key_blocks).long()
         return dense.scatter_(-1, index, True)[..., :-1]
+
+    @classmethod
+    def dense(
+        cls,
+        q_len: int,
+        kv_len: int,
+        *,
+        block_size: int | tuple[int, int] = 64,
+        device: torch.device | str = "cpu",
+    ) -> BlockPattern:
+        """The pattern that keeps every tile; ``complete_for`` says so.
+
+        Example:
+            >>> float(BlockPattern.dense(100, 200).sparsity)
+            0.0
+        """
+        size = (block_size, block_size) if isinstance(block_size, int) else block_size
+        rows, columns = ceil_div(q_len, size[0]), ceil_div(kv_len, size[1])
+        count = torch.full((1, 1, rows), columns, dtype=torch.int32, device=device)
+        index = torch.arange(columns, dtype=torch.int32, device=device).repeat(1, 1, rows, 1)
+        mask = AttentionMask(q_len, kv_len)
+        return cls(count, index, q_len, kv_len, size, check_values=False, complete_for=mask)
 
     @classmethod
     def from_dense(

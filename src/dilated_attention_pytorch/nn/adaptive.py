@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,18 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
-from dilated_attention_pytorch.selection.bounds import most_scored_blocks
+from dilated_attention_pytorch.selection.bounds import (
+    halvings,
+    most_scored_blocks,
+    most_visible_blocks,
+)
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
     round_budget,
     top_p_budget,
     water_level_budget,
 )
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k
+from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k, uniform_noise
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
@@ -41,18 +45,18 @@ class _Record:
     exact: Tensor | None = None
     allowed: Tensor | None = None
     rounded: Tensor | None = None
-    target: float = 0.0
+    target: Tensor | None = None
 
-    def density(self) -> Tensor:
-        """Share of the visible tiles that the budgets take, 0-dim."""
-        if self.exact is None or self.allowed is None:
+    def excess(self) -> Tensor:
+        """Share of the visible tiles that the budgets take, over the target, less 1: 0-dim."""
+        if self.exact is None or self.allowed is None or self.target is None:
             raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
         total = self.allowed.expand(self.exact.shape).sum().clamp(min=1)
         density = self.exact.sum() / total
         if self.rounded is not None:
             # The value is what was kept; the gradient is the stand-in's.
             density = density - density.detach() + self.rounded.sum() / total
-        return density
+        return density / self.target - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
         # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.
@@ -173,7 +177,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self.register_buffer("temperature", torch.tensor(float(config.temperature)))
         self.register_buffer("base_sparsity", torch.tensor(float(config.base_sparsity)))
         self.register_buffer("top_p", torch.tensor(float(config.top_p)))
-        self._densest = 1 - config.base_sparsity
+        self._note_densest(1 - config.base_sparsity)
         self._record = _Record()
 
     def extra_repr(self) -> str:
@@ -212,19 +216,31 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 f"{self.config.num_selected_blocks}; configure one of the two to schedule sparsity."
             )
         self.base_sparsity.fill_(value)
-        self._densest = 1 - value
+        self._note_densest(1 - value)
+
+    def _note_densest(self, share: float) -> None:
+        """Keeps what sizes are derived from beside the buffer, whose value may be on a device."""
+        self._densest = share
+        # torch.compile specialises on integers that it reads of a module, so that one is needed
+        # that seldom moves; a float that moves would become a symbol, and sizes with it.
+        self._halvings = halvings(share)
+        self._keeps_all = share == 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
         settings = {name: getattr(self, name) for name in ("temperature", "base_sparsity", "top_p")}
         super()._apply(fn, recurse)
         for name, value in settings.items():
+            if value.is_meta and not getattr(self, name).is_meta:
+                # Made without values: they are the config's.
+                value = torch.tensor(float(getattr(self.config, name)), device="cpu")
             # Moves with the layer but keeps its precision: 0.9 in bfloat16 is 0.8984.
             setattr(self, name, value.to(getattr(self, name).device))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._densest = 1 - float(self.base_sparsity)
+        if not self.base_sparsity.is_meta:
+            self._note_densest(1 - float(self.base_sparsity))
 
     def pattern_info(self, pattern: Any) -> dict[str, Any]:
         """Adds the ``"temperature"`` in force."""
@@ -270,6 +286,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return f"backend={self.backend!r} asks for the PyTorch path"
         if self.backend == "auto" and query.device.type != "cuda":
             return f"the PyTorch path runs on {query.device.type}"
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return "torch.func takes the PyTorch path"
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
         if config.budget == "top_p":
@@ -351,8 +369,8 @@ class BlockSparseAdaptive(BlockSparseLayer):
         return (-(p * p.clamp(min=1e-20).log()).sum(-1)).exp()
 
     def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
-        # The sums are left to get_sparsity_loss, which not every step calls.
-        self._record = _Record(exact, rows.num_allowed, rounded, self._densest)
+        """Notes the budgets; their sums are left to get_sparsity_loss, not of every step."""
+        self._record = _Record(exact, rows.num_allowed, rounded, 1 - self.base_sparsity)
 
     def get_sparsity_loss(self) -> Tensor:
         r"""How far the last forward pass was from ``base_sparsity``.
@@ -367,7 +385,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         Raises:
             RuntimeError: If no forward pass has run.
         """
-        return (self._record.density() / max(self._record.target, 1e-9) - 1).square()
+        return self._record.excess().square()
 
     def _bound(self, inputs: SelectionInputs, count: Tensor) -> int:
         """An upper bound of ``count``; on a GPU from the lengths alone, to wait for nothing."""
@@ -382,14 +400,28 @@ class BlockSparseAdaptive(BlockSparseLayer):
             return min(config.num_selected_blocks, width)
         if inputs.mask.per_sample or config.budget == "top_p":
             return width
+        mask, compiling = inputs.mask, torch.compiler.is_compiling()
         factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
+        share = 0.5**self._halvings if compiling else self._densest
+        keep = min(share * factor, 1.0)
+        if self.segment_lengths is None:
+            offset = mask.query_offset
+            # An int: with one offset per sample the width was returned above.
+            most = most_visible_blocks(
+                mask.q_len, mask.kv_len, mask.causal, cast(int, offset), self.block_size, keep
+            )
+            return min(width, most)
+        if compiling:
+            # Counting the lattice takes tensors, whose values would be symbols. Candidates of
+            # segments do not grow with the length, so this stays small.
+            return width
         return min(
             width,
             most_scored_blocks(
-                inputs.mask.q_len,
-                inputs.mask.kv_len,
-                inputs.mask.causal,
-                int(inputs.mask.query_offset),
+                mask.q_len,
+                mask.kv_len,
+                mask.causal,
+                int(mask.query_offset),
                 inputs.rows.has_diagonal,
                 self.block_size,
                 self.segment_lengths,
@@ -397,13 +429,13 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 self.pattern_heads,
                 config.num_local_blocks,
                 config.num_sink_blocks,
-                min(self._densest * factor, 1.0),
+                keep,
             ),
         )
 
     def _explore(self, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
         """Uniformly random blocks that were not chosen."""
-        lottery = torch.rand(chosen.shape, device=chosen.device, generator=inputs.generator)
+        lottery = uniform_noise(chosen, inputs.generator)
         extra = self.config.num_explore_blocks
         free = inputs.candidates.scored & ~chosen
         count = torch.full(chosen.shape[:3], extra, device=chosen.device)
@@ -438,7 +470,9 @@ class BlockSparseAdaptive(BlockSparseLayer):
         else:
             most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
             width = min(candidates.width, bound + config.num_explore_blocks + most_forced)
-        pattern, slots = self.build_pattern(inputs, everything, width)
+        complete = config.budget == "fixed" and config.num_selected_blocks is None
+        complete = complete and self._keeps_all
+        pattern, slots = self.build_pattern(inputs, everything, width, complete=complete)
         learning = self.training and torch.is_grad_enabled()
         used = pattern.slot_used()
         scored = candidates.scored.expand(scores.shape).gather(-1, slots) & used

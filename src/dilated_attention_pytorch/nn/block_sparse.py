@@ -20,6 +20,8 @@ from dilated_attention_pytorch.candidates import (
 )
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.nn.replay import ReplayGuard
+from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, make_mask
 from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending
@@ -175,9 +177,10 @@ class BlockSparseLayer(nn.Module, ABC):
                 chose for the same lengths (``info["pattern"]``): nothing is scored, and this
                 layer's selector gets no gradient. None: choose.
             return_pattern: Also return what was chosen.
-            generator: Source of the training-time randomness; None: torch's default. The fused
-                selection (CUDA) draws a seed from it, so its noise is another stream than the
-                PyTorch path's.
+            generator: Source of the training-time randomness; None: torch's default, which
+                ``torch.compile`` needs for one graph and activation checkpointing to replay. The
+                fused selection (CUDA) draws a seed from it, so its noise is another stream than
+                the PyTorch path's.
 
         Returns:
             The output, shaped like ``query``. With ``return_pattern`` also a dict:
@@ -188,6 +191,8 @@ class BlockSparseLayer(nn.Module, ABC):
             TypeError: If inputs are not floating point or mix dtypes.
             ValueError: If shapes or ``pattern`` do not fit the layer or each other, or
                 ``cross_attention`` comes with an argument that places queries on the key axis.
+            RuntimeError: In the backward pass, if activation checkpointing ran this again and
+                ``generator`` had moved on.
         """
         self._check(query, key, value)
         score_query = _stand_in("selector_query", selector_query, query)
@@ -217,6 +222,7 @@ class BlockSparseLayer(nn.Module, ABC):
             )
         one_sequence = q_len == kv_len and not cross_attention
         has_diagonal = is_causal or query_offset is not None or one_sequence
+        guard = None if generator is None else ReplayGuard(generator)
         if pattern is None:
             selection = self.select(
                 self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
@@ -233,6 +239,14 @@ class BlockSparseLayer(nn.Module, ABC):
             out = out[0]
         for observer in self.observers:
             observer(self, selection.pattern)
+        if guard is not None:
+            out = guard.watch(out)
+        if (
+            self.training
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            out = reach_all_parameters(out, self)
         if documents is not None:
             out = documents.restore(out)
         if key_lengths is not None and one_sequence:
@@ -288,8 +302,12 @@ class BlockSparseLayer(nn.Module, ABC):
             query_valid = key_valid if has_diagonal and mask.q_len == mask.kv_len else None
         return SelectionInputs(query, key, mask, rows, rule, query_valid, key_valid, generator)
 
+    def _all_are_candidates(self, inputs: SelectionInputs) -> bool:
+        """Whether every allowed tile is a candidate, and of the same ones in every sample."""
+        return self.segment_lengths is None and not inputs.mask.per_sample
+
     def build_pattern(
-        self, inputs: SelectionInputs, chosen: Tensor, width: int
+        self, inputs: SelectionInputs, chosen: Tensor, width: int, *, complete: bool = False
     ) -> tuple[BlockPattern, Tensor]:
         """Packs chosen candidates into a pattern.
 
@@ -297,6 +315,7 @@ class BlockSparseLayer(nn.Module, ABC):
             inputs: What :meth:`select` got.
             chosen: Booleans ``(b, h, i, c)``.
             width: Length of the lists, at least the most that a row chose.
+            complete: Whether every candidate is certainly chosen.
 
         Returns:
             The pattern, and the candidate ``(b, h, i, width)`` that each of its slots came from.
@@ -316,6 +335,7 @@ class BlockSparseLayer(nn.Module, ABC):
             (self.block_size, self.block_size),
             inputs.rows.num_allowed,
             check_values=False,
+            complete_for=inputs.mask if complete and self._all_are_candidates(inputs) else None,
         )
         return pattern, slots.long()
 

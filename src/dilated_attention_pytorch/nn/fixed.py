@@ -144,7 +144,8 @@ def fixed_selection(
         chosen = choose_top_k(scores, candidates.scored.expand(shape), count, most)
         chosen = chosen | candidates.forced
     width = _most(chosen.sum(-1), candidates.width)
-    return layer.build_pattern(inputs, chosen, width)[0]
+    complete = ranking is None or (num_selected_blocks is None and base_sparsity == 0)
+    return layer.build_pattern(inputs, chosen, width, complete=complete)[0]
 
 
 def _most(count: Tensor, width: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,9 +72,7 @@ def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    return Selection(
-        pattern, mass_probe=layer.mass_probe(kept, scored.view(torch.bool), pattern, levels)
-    )
+    return Selection(pattern, mass_probe=layer.mass_probe(kept, scored, pattern, levels))
 
 
 def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,11 @@ def score_candidates(
     layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """The towers of the bilinear form (None for the MLP) and all candidates' scores."""
-    from dilated_attention_pytorch.ops.block_selection.autograd import bilinear_op, mlp_op
+    from dilated_attention_pytorch.ops.block_selection.autograd import (
+        bilinear_op,
+        mlp_op,
+        tower_op,
+    )
 
     scorer = layer.scorer
     if scorer.kind == "mlp":
@@ -106,7 +109,13 @@ def score_candidates(
                 scorer.gain, layer.pattern_heads,
             )  # fmt: skip
         return None, scores
-    q, k = (x.float() for x in scorer.towers(queries, keys))
+    if not torch.is_grad_enabled() and not len(scorer.query_tower):
+        share = scorer.heads_per_pattern
+        factor = 1 / (math.sqrt(scorer.query_in.shape[-1]) * share)
+        q = tower_op(queries.transpose(1, 2), scorer.query_in, scorer.gain, factor, share)
+        k = tower_op(keys.transpose(1, 2), scorer.key_in, None, 1.0, share)
+    else:
+        q, k = (x.float() for x in scorer.towers(queries, keys))
     with torch.no_grad():
         if candidates is None:
             return (q, k), q.detach() @ k.detach().transpose(-1, -2)

@@ -138,7 +138,7 @@ def _choose(
         scores.detach(), candidates, spans, None, seed, temperature, config.hierarchy_keep, extra,
         width, True,
     )  # fmt: skip
-    return counts, indices, scored.view(torch.bool)
+    return counts, indices, scored
 
 
 def coarse_probes(

@@ -249,13 +249,19 @@ class MultiheadAdaptiveAttention(nn.Module):
 
     def _batch_first(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Brings the inputs to ``(batch, seq_len, dim)``; the same tensor stays the same."""
-        moved: dict[int, Tensor] = {}
-        for x in (query, key, value):
+
+        def move(x: Tensor) -> Tensor:
             if x.dim() == 2:
-                moved[id(x)] = x[None]
-            else:
-                moved[id(x)] = x if self.batch_first else x.transpose(0, 1)
-        return moved[id(query)], moved[id(key)], moved[id(value)]
+                return x[None]
+            return x if self.batch_first else x.transpose(0, 1)
+
+        moved = move(query)
+        # By identity of the tensors, not by id(), which torch.compile would hold against the
+        # next step's.
+        moved_key = moved if key is query else move(key)
+        if value is key:
+            return moved, moved_key, moved_key
+        return moved, moved_key, moved if value is query else move(value)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Projects to ``(batch, seq_len, heads, head_dim)`` each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -9,6 +10,47 @@ import torch
 from dilated_attention_pytorch.candidates import build_candidates, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.selection.budget import water_level_budget
+
+# Shares are counted in units of 2**-16: lengths can be symbols of torch.compile, whose integers
+# it follows better than its floats.
+_UNIT = 1 << 16
+
+
+def most_visible_blocks(
+    q_len: int, kv_len: int, causal: bool, query_offset: int, block_size: int, keep: float
+) -> int:
+    r"""The most blocks that a row may get at the share ``keep`` if it may choose all it sees.
+
+    A closed form: ``torch.compile`` traces it, with symbols in the place of lengths. The level μ
+    solves :math:`\sum_i \min(\mu, a_i) = \kappa \sum_i a_i` with a visible blocks per row. The left
+    side is concave in μ, so :math:`\mu \le \kappa \max_i a_i`. With a triangle, :math:`a_i = i` for
+    i from 1 to I, :math:`\mu \le lpha (I + 1/2) + 1/8` with
+    :math:`lpha = 1 - \sqrt{1 - \kappa}`. One more block for rounding.
+
+    Args:
+        q_len: Query tokens.
+        kv_len: Key tokens.
+        causal: Whether later keys are hidden.
+        query_offset: Key position of query 0.
+        block_size: Tokens per block.
+        keep: κ, in [0, 1].
+
+    Returns:
+        The bound, which may exceed the number of key blocks.
+    """
+    blocks = ceil_div(kv_len, block_size)
+    if causal and q_len == kv_len and query_offset == 0:
+        share = math.ceil((1 - math.sqrt(1 - keep)) * _UNIT)
+        return (share * (2 * blocks + 1) + _UNIT // 4) // (2 * _UNIT) + 2
+    return math.ceil(keep * _UNIT) * blocks // _UNIT + 2
+
+
+def halvings(share: float) -> int:
+    """How often 1 can be halved and still cover ``share``.
+
+    A schedule that moves ``share`` at every step seldom moves this.
+    """
+    return math.floor(-math.log2(share))
 
 
 @lru_cache(maxsize=256)

@@ -8,9 +8,20 @@ from torch import Tensor
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
+def uniform_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Samples from [0, 1) shaped like ``like``, in float32.
+
+    ``torch.compile`` traces this without a generator of one's own alone.
+    """
+    if generator is None:
+        # Even generator=None would break the graph.
+        return torch.rand(like.shape, device=like.device)
+    return torch.rand(like.shape, device=like.device, generator=generator)
+
+
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel samples shaped like ``like``, in float32."""
-    uniform = torch.rand(like.shape, device=like.device, generator=generator)
+    uniform = uniform_noise(like, generator)
     # Below 2**-24 nothing but 0 is drawn; the largest draw is 1 - 2**-24, so both logs are finite.
     return -(-uniform.clamp(min=2**-25).log()).log()
 

@@ -36,10 +36,13 @@ def mass_target_probe(scores: Tensor, scored: Tensor, weight: float, tiles_per_l
 
 class _MassTarget(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, scored: Tensor, weight: float) -> Tensor:
-        ctx.save_for_backward(scores, scored)
-        ctx.weight = weight
+    def forward(scores: Tensor, scored: Tensor, weight: float) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        scores, scored, ctx.weight = inputs
+        ctx.save_for_backward(scores, scored)
 
     @staticmethod
     @once_differentiable

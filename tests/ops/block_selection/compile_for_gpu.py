@@ -73,6 +73,8 @@ def main():
         )  # fmt: skip
         launch.launch_choose(choice, counts, lists, kept, flags)
     q, k = torch.zeros(B, H, Q, 32), torch.zeros(B, H, J, 32)
+    weight = torch.zeros(H, 2 * D, 32)
+    launch.launch_tower(torch.zeros(B, H, Q, 2 * D), weight, heat, 0.5, 2, torch.zeros(B, 1, Q, 64))
     launch.launch_bilinear(q, k, ints(B, H, Q, J), torch.zeros(B, H, Q, J))
     net = launch.Network(torch.zeros(2, H, 32), torch.zeros(1, H, 32, 32), torch.zeros(H, 32), heat)
     launch.launch_mlp(q, k, None, net, torch.zeros(B, H, Q, J))

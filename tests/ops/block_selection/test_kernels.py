@@ -27,6 +27,7 @@ from dilated_attention_pytorch.ops.block_selection.autograd import (
     lattice_op,
     mlp_op,
     round_op,
+    tower_op,
 )
 from dilated_attention_pytorch.ops.block_selection.interface import row_budget
 
@@ -373,3 +374,23 @@ def test_rounding(rows: int) -> None:
     mask = AttentionMask(rows, rows)
     ranges = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
     assert torch.equal(round_op(exact, FRACTION_BITS), round_budget(exact, ranges))
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_towers_equal_the_scorers(share: int, kv_heads: int) -> None:
+    scorer = ImportanceScorer(24, 4, hidden_dim=8, heads_per_pattern=share).double().to(DEVICE)
+    with torch.no_grad():
+        scorer.gain.fill_(1.7)
+        queries, keys = randn(2, 37, 4, 24).double(), randn(2, 5, kv_heads, 24).double()
+        want = scorer.towers(queries, keys)
+        scorer.float()
+        found = (
+            tower_op(
+                queries.float().transpose(1, 2), scorer.query_in, scorer.gain,
+                1 / (8**0.5 * share), share,
+            ),
+            tower_op(keys.float().transpose(1, 2), scorer.key_in, None, 1.0, share),
+        )  # fmt: skip
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)

@@ -43,7 +43,7 @@ def make(segments=None, rates=None, **settings):
 
 CASES = [
     {},
-    {"segments": [256, 512], "rates": [1, 2]},
+    {"segments": [512, 1024], "rates": [1, 1]},
     {"scorer": "mlp"},
     {"budget": "fixed", "num_selected_blocks": 3},
     {"pooling": ("mean", "attention")},

@@ -29,7 +29,7 @@ def summaries_op(
 ) -> tuple[Tensor, Tensor]:
     """Summaries ``(b, h, i, s)`` in float32 and where extremes lie (empty unless wanted).
 
-    ``pooling`` joins the names by commas; ``valid`` is uint8.
+    ``pooling`` joins the names by commas; ``valid`` is boolean.
     """
     how = launch.Pooling(tuple(pooling.split(",")), block_size)
     out, place = _empty_summaries(x, pooling, block_size, want_place)
@@ -138,9 +138,12 @@ def budget_op(
     max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real-valued budgets ``(b, p, i)``, their slope in the content's factor, the complexity."""
+    # A compiler may lay its own tensors out in another way than eager PyTorch.
     call = launch.BudgetInputs(
-        means, gain, offset, base_sparsity, rule, diagonal, document, forced, limit, filled,
-        rising, visible, has_diagonal, past, max_factor,
+        None if means is None else rows_of(means), gain, offset, base_sparsity,
+        rule.contiguous(), diagonal.contiguous(), document.contiguous(), forced.contiguous(),
+        limit.contiguous(), filled.contiguous(), rising.contiguous(), visible.contiguous(),
+        has_diagonal, past, max_factor,
     )  # fmt: skip
     exact, slope, complexity = _empty_budget(rule, batch, heads)
     launch.launch_budget(call, exact, slope, complexity)
@@ -199,14 +202,14 @@ budget_op.register_autograd(_budget_backward, setup_context=_keep_budget)
 @torch.library.custom_op(f"{NAMESPACE}::round_budget", mutates_args=())
 def round_op(exact: Tensor, bits: int) -> Tensor:
     """int32 budgets whose running sums follow the exact ones; one document."""
-    rounded = torch.empty_like(exact, dtype=torch.int32)
-    launch.launch_round(exact, rounded, bits)
+    rounded = exact.new_empty(exact.shape, dtype=torch.int32)
+    launch.launch_round(exact.contiguous(), rounded, bits)
     return rounded
 
 
 @round_op.register_fake
 def _(exact: Tensor, bits: int) -> Tensor:
-    return torch.empty_like(exact, dtype=torch.int32)
+    return exact.new_empty(exact.shape, dtype=torch.int32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::choose_blocks", mutates_args=())
@@ -222,10 +225,11 @@ def choose_op(
     width: int,
     want_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts, lists, and (if wanted) the kept tiles' scores and which were not forced, as uint8."""
+    """Counts, lists, and (if wanted) the kept tiles' scores and whether each was not forced."""
     call = launch.ChooseInputs(
-        scores, candidates, rule, budget, seed, temperature, fixed_count, explore
-    )
+        rows_of(scores), candidates, rule.contiguous(),
+        None if budget is None else budget.contiguous(), seed, temperature, fixed_count, explore,
+    )  # fmt: skip
     counts, indices, kept, scored = _empty_choice(scores, width, want_kept)
     launch.launch_choose(
         call, counts, indices, kept if want_kept else None, scored if want_kept else None
@@ -243,7 +247,7 @@ def _empty_choice(
         scores.new_empty((b, p, i), dtype=torch.int32),
         scores.new_empty(shape, dtype=torch.int32),
         scores.new_empty(side, dtype=torch.float32),
-        scores.new_empty(side, dtype=torch.uint8),
+        scores.new_empty(side, dtype=torch.bool),
     )
 
 
@@ -261,6 +265,30 @@ def _(
     want_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_choice(scores, width, want_kept)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scorer_tower", mutates_args=())
+def tower_op(
+    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int
+) -> Tensor:
+    """``(b, h / share, i, share * r)`` float32: first maps of summaries (b, g, i, s); no gradient.
+
+    With ``gain`` they are multiplied by it and by ``factor``.
+    """
+    out = _empty_tower(summaries, weight, share)
+    launch.launch_tower(rows_of(summaries), weight.contiguous(), gain, factor, share, out)
+    return out
+
+
+def _empty_tower(summaries: Tensor, weight: Tensor, share: int) -> Tensor:
+    heads, _, rank = weight.shape
+    shape = (summaries.shape[0], heads // share, summaries.shape[2], share * rank)
+    return summaries.new_empty(shape, dtype=torch.float32)
+
+
+@tower_op.register_fake
+def _(summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int) -> Tensor:
+    return _empty_tower(summaries, weight, share)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::candidate_products", mutates_args=())
@@ -401,7 +429,9 @@ def lattice_op(
     """Ascending candidates ``(1 or b, p, i, c)`` int32 (-1: none), forced and all per row."""
     candidates, forced, limit = _empty_lattice(rule, segments, rates, heads, sinks, near)
     groups = tuple(zip(segments, rates, strict=True))
-    launch.launch_lattice(rule, diagonal, groups, sinks, near, candidates, forced, limit)
+    launch.launch_lattice(
+        rule.contiguous(), diagonal.contiguous(), groups, sinks, near, candidates, forced, limit
+    )
     return candidates, forced, limit
 
 

@@ -78,7 +78,7 @@ def summarise(
     differentiable = x.requires_grad or (pool_query is not None and pool_query.requires_grad)
     out, _ = summaries_op(
         rows_of(x),
-        None if valid is None else valid.contiguous().view(torch.uint8),
+        None if valid is None else valid.contiguous(),
         pool_query.contiguous() if learned and pool_query is not None else None,
         ",".join(pooling),
         block_size,

@@ -17,12 +17,24 @@ VARYING = (
     "length", "blocks", "num_rows", "columns", "num_keys", "words", "width", "tiles", "chunks",
     "fixed_count", "explore", "v_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
     "f_stride_b", "f_stride_h", "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
-    "s_stride_b", "s_stride_h", "s2_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
+    "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
 )  # fmt: skip
 
 # Order-preserving integer keys of float32: -inf, and one below for what may not be chosen.
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
+
+
+@triton.jit
+def _first_best(best, first, tile, inside, step, T: tl.constexpr, PLACE: tl.constexpr):
+    """Running maximum over tokens, and the token that first reached it."""
+    filled = tl.where(inside[:, None], tile, float("-inf"))
+    here = tl.max(filled, 0)
+    if PLACE:
+        reached = (filled == here[None, :]) & inside[:, None]
+        token = tl.min(tl.where(reached, step[:, None], T), 0)
+        first = tl.where(here > best, token, first)
+    return tl.maximum(best, here), first
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -32,55 +44,76 @@ def summary_kernel(
     length, blocks, heads,
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
-    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr,
+    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """All poolings of one block and head; the four names are places in the output or -1."""
+    """All poolings of one block and head; the four names are places in the output or -1.
+
+    Tokens are read ``CHUNK`` at a time, so that few registers and no barriers hold up the reading,
+    which is all that this kernel waits for.
+    """
     # Heads run fastest: neighbouring programs read neighbouring memory.
     head = tl.program_id(0) % heads
     block = tl.program_id(0) // heads
     batch = tl.cast(tl.program_id(1), tl.int64)
-    step = tl.arange(0, T)
-    token = block * BLOCK + step
     column = tl.arange(0, D)
-    inside = (step < BLOCK) & (token < length)
-    if VALID:
-        inside = inside & (tl.load(valid + batch * v_stride_b + token, mask=inside, other=0) != 0)
-    source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
-    tile = tl.load(
-        source + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
-        mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    count = tl.sum(inside.to(tl.int32), 0)
-    plane_block = (batch * heads + head) * blocks + block
-    target = out + plane_block * (POOLINGS * HEAD_DIM) + column
-    kind = out.dtype.element_ty
     real = column < HEAD_DIM
-    if MEAN >= 0:
-        mean = tl.sum(tile, 0) / tl.maximum(count, 1)
-        tl.store(target + MEAN * HEAD_DIM, mean.to(kind), mask=real)
-    places = place + plane_block * (2 * HEAD_DIM) + column
-    if MAX >= 0:
-        filled = tl.where(inside[:, None], tile, float("-inf"))
-        best = tl.max(filled, 0)
-        if PLACE:
-            here = (filled == best[None, :]) & inside[:, None]
-            first = tl.min(tl.where(here, step[:, None], T), 0)
-            tl.store(places, first.to(tl.int16), mask=real)
-        best = tl.where(count > 0, best, 0.0)
-        tl.store(target + MAX * HEAD_DIM, best.to(kind), mask=real)
-    if MIN >= 0:
-        filled = tl.where(inside[:, None], tile, float("inf"))
-        best = tl.min(filled, 0)
-        if PLACE:
-            here = (filled == best[None, :]) & inside[:, None]
-            first = tl.min(tl.where(here, step[:, None], T), 0)
-            tl.store(places + HEAD_DIM, first.to(tl.int16), mask=real)
-        best = tl.where(count > 0, best, 0.0)
-        tl.store(target + MIN * HEAD_DIM, best.to(kind), mask=real)
+    source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
     if ATTENTION >= 0:
         u = tl.load(pool_query + head * HEAD_DIM + column, mask=real, other=0.0).to(tl.float32)
-        weight = _attention_weights(tile, u, inside)
-        pooled = tl.sum(weight[:, None] * tile, 0)
+    count = 0
+    total = tl.zeros([D], tl.float32)
+    highest = tl.full([D], float("-inf"), tl.float32)
+    lowest = tl.full([D], float("-inf"), tl.float32)
+    highest_at = tl.full([D], T, tl.int32)
+    lowest_at = tl.full([D], T, tl.int32)
+    pooled = tl.zeros([D], tl.float32)
+    peak = -3.0e38
+    weights = 0.0
+    for chunk in tl.static_range(0, T, CHUNK):
+        step = chunk + tl.arange(0, CHUNK)
+        token = block * BLOCK + step
+        inside = (step < BLOCK) & (token < length)
+        if VALID:
+            kept = tl.load(valid + batch * v_stride_b + token, mask=inside, other=0)
+            inside = inside & (kept != 0)
+        tile = tl.load(
+            source + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
+            mask=inside[:, None] & real[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        count += tl.sum(inside.to(tl.int32), 0)
+        if MEAN >= 0:
+            total += tl.sum(tile, 0)
+        if MAX >= 0:
+            highest, highest_at = _first_best(highest, highest_at, tile, inside, step, T, PLACE)
+        if MIN >= 0:
+            lowest, lowest_at = _first_best(lowest, lowest_at, -tile, inside, step, T, PLACE)
+        if ATTENTION >= 0:
+            logits = tl.where(inside, tl.sum(tile * u[None, :], 1), -3.0e38)
+            new_peak = tl.maximum(peak, tl.max(logits, 0))
+            weight = tl.where(inside, tl.exp(logits - new_peak), 0.0)
+            shrink = tl.exp(peak - new_peak)
+            pooled = pooled * shrink + tl.sum(weight[:, None] * tile, 0)
+            weights = weights * shrink + tl.sum(weight, 0)
+            peak = new_peak
+    plane_block = (batch * heads + head) * blocks + block
+    target = out + plane_block * (POOLINGS * HEAD_DIM) + column
+    places = place + plane_block * (2 * HEAD_DIM) + column
+    kind = out.dtype.element_ty
+    if MEAN >= 0:
+        mean = total / tl.maximum(count, 1)
+        tl.store(target + MEAN * HEAD_DIM, mean.to(kind), mask=real)
+    if MAX >= 0:
+        best = tl.where(count > 0, highest, 0.0)
+        tl.store(target + MAX * HEAD_DIM, best.to(kind), mask=real)
+        if PLACE:
+            tl.store(places, highest_at.to(tl.int16), mask=real)
+    if MIN >= 0:
+        best = tl.where(count > 0, -lowest, 0.0)
+        tl.store(target + MIN * HEAD_DIM, best.to(kind), mask=real)
+        if PLACE:
+            tl.store(places + HEAD_DIM, lowest_at.to(tl.int16), mask=real)
+    if ATTENTION >= 0:
+        pooled = pooled / tl.where(weights > 0, weights, 1.0)
         tl.store(target + ATTENTION * HEAD_DIM, pooled.to(kind), mask=real)
 
 
@@ -243,7 +276,7 @@ def budget_kernel(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     rows, r_stride_b, diagonal, d_stride_b, document, o_stride_b,
     forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h,
-    filled, e_stride_b, e_stride_h, rising, s_stride_b, s_stride_h, share, s2_stride_b,
+    filled, e_stride_b, e_stride_h, rising, t_stride_b, t_stride_h, share, a_stride_b,
     gain, offset, base_sparsity,
     exact, slope, complexity,
     num_rows, columns, chunks, heads, kv_heads, width,
@@ -283,7 +316,7 @@ def budget_kernel(
         keep = tl.minimum(keep * factor, 1.0)
     of = tl.load(document + batch * o_stride_b + row, mask=ok, other=0).to(tl.int64)
     steps = filled + batch * e_stride_b + head * e_stride_h + of * (width + 2)
-    goal = keep * tl.load(share + batch * s2_stride_b + of, mask=ok, other=0.0)
+    goal = keep * tl.load(share + batch * a_stride_b + of, mask=ok, other=0.0)
     # Binary search for the number of entries that do not exceed the goal.
     below = tl.zeros([ROWS], tl.int32)
     above = below + (width + 2)
@@ -296,7 +329,7 @@ def budget_kernel(
         above = tl.where(open_ & (reached == 0), middle, above)
     level = tl.minimum(tl.maximum(below - 1, 0), width)
     floor = tl.load(steps + level, mask=ok, other=0.0)
-    climbing = rising + batch * s_stride_b + head * s_stride_h + of * (width + 1)
+    climbing = rising + batch * t_stride_b + head * t_stride_h + of * (width + 1)
     rate = tl.load(climbing + level, mask=ok, other=0.0)
     part = tl.where(rate > 0, (goal - floor) / tl.maximum(rate, 1.0), 0.0)
     value = level.to(tl.float32) + part
@@ -304,7 +337,7 @@ def budget_kernel(
     most = tl.load(limit + batch * l_stride_b + head * l_stride_h + row, mask=ok, other=0)
     least, most = least.to(tl.float32), most.to(tl.float32)
     open_ = (value > least) & (value < most) & (rate > 0)
-    total = tl.load(share + batch * s2_stride_b + of, mask=ok, other=0.0)
+    total = tl.load(share + batch * a_stride_b + of, mask=ok, other=0.0)
     tl.store(slope + place, tl.where(open_, step * total / tl.maximum(rate, 1.0), 0.0), mask=ok)
     tl.store(exact + place, tl.minimum(tl.maximum(value, least), most), mask=ok)
 
@@ -438,6 +471,42 @@ def choose_kernel(
         tl.store(scored + first + slot, (forced == 0).to(tl.uint8), mask=take)
         tl.store(kept + first + rest, rest.to(tl.float32) * 0.0, mask=unused)
         tl.store(scored + first + rest, (rest * 0).to(tl.uint8), mask=unused)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def tower_kernel(
+    summaries, s_stride_b, s_stride_h, s_stride_i, weight, gain, out,
+    num_rows, heads, group, share, factor,
+    ROWS: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """First map of one head's summaries; heads that share a pattern lie side by side in ``out``."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1) % heads
+    batch = tl.cast(tl.program_id(1) // heads, tl.int64)
+    rank = tl.arange(0, R)
+    source = summaries + batch * s_stride_b + tl.cast(head // group, tl.int64) * s_stride_h
+    acc = tl.zeros([ROWS, R], tl.float32)
+    for start in tl.static_range(0, S, PART):
+        place = start + tl.arange(0, PART)
+        x = tl.load(
+            source + row.to(tl.int64)[:, None] * s_stride_i + place[None, :],
+            mask=(row < num_rows)[:, None] & (place < SIZE)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        w = tl.load(
+            weight + (head * SIZE + place)[:, None] * RANK + rank[None, :],
+            mask=(place < SIZE)[:, None] & (rank < RANK)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if GAIN:
+        acc = acc * (tl.load(gain).to(tl.float32) * factor)
+    plane = batch * (heads // share) + head // share
+    target = out + (plane * num_rows + row.to(tl.int64)) * (share * RANK) + head % share * RANK
+    tl.store(
+        target[:, None] + rank[None, :],
+        acc,
+        mask=(row < num_rows)[:, None] & (rank < RANK)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)

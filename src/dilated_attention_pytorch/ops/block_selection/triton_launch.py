@@ -13,6 +13,8 @@ from dilated_attention_pytorch.ops.block_selection import triton_kernels as kern
 
 # Columns whose unit means one program of the prefix sums adds up.
 _CHUNK = 32
+# Tokens that one warp summarises at a time.
+_TOKENS = 16
 # Slots or tiles of one row that a program reads at a time.
 _TILE = 64
 
@@ -65,7 +67,7 @@ def launch_summaries(
 
     Args:
         x: ``(b, n, h, d)``, last dimension contiguous.
-        valid: ``(1 or b, n)`` uint8 or None.
+        valid: ``(1 or b, n)`` booleans, contiguous, or None.
         pool_query: ``(h, d)`` contiguous or None.
         pooling: What to write.
         out: ``(b, h, i, s)``.
@@ -80,7 +82,7 @@ def launch_summaries(
             x, *_strides(x), *_per_sample(valid, x), x if pool_query is None else pool_query,
             out, out if place is None else place, length, blocks, heads,
             **pooling.constants(head_dim), VALID=valid is not None, PLACE=place is not None,
-            num_warps=pooling.num_warps(head_dim),
+            CHUNK=min(triton.next_power_of_2(pooling.block_size), _TOKENS), num_warps=1,
         )  # fmt: skip
 
 
@@ -262,11 +264,38 @@ def launch_choose(
             call.seed if noisy else call.rule,
             call.scores if call.temperature is None else call.temperature,
             counts, indices, indices if kept is None else kept,
-            indices if scored is None else scored,
+            indices if scored is None else scored.view(torch.uint8),
             rows, columns, heads, call.fixed_count, call.explore, width,
             C=c, W=triton.next_power_of_2(width), LISTS=listed, BUDGET=call.budget is not None,
             NOISE=noisy, EXPLORE=noisy and call.explore > 0, KEPT=kept is not None,
             num_warps=min(max(c // 512, 1), 32),
+        )  # fmt: skip
+
+
+def launch_tower(
+    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int, out: Tensor
+) -> None:
+    """Writes ``(b, h / share, i, share * r)``: first maps of ``summaries`` (b, g, i, s).
+
+    Args:
+        summaries: Last dimension contiguous.
+        weight: ``(h, s, r)`` contiguous.
+        gain: 0-dim factor besides ``factor``, or None: neither applies.
+        factor: See ``gain``.
+        share: Heads that share a pattern.
+        out: Contiguous float32.
+    """
+    if out.numel() == 0:
+        return
+    heads, size, rank = weight.shape
+    batch, kv_heads, rows, _ = summaries.shape
+    with _on(out.device):
+        kernels.tower_kernel[(triton.cdiv(rows, 32), batch * heads)](
+            summaries, *summaries.stride()[:3], weight, out if gain is None else gain, out,
+            rows, heads, heads // kv_heads, share, factor,
+            ROWS=32, S=triton.next_power_of_2(size), SIZE=size,
+            PART=min(max(triton.next_power_of_2(size), 16), 64),
+            R=max(triton.next_power_of_2(rank), 16), RANK=rank, GAIN=gain is not None, num_warps=4,
         )  # fmt: skip
 
 
@@ -433,7 +462,7 @@ def _steps(x: Tensor | None) -> tuple[int, int]:
 
 
 def _per_sample(valid: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
-    return (stand_in, 0) if valid is None else (valid, _step(valid))
+    return (stand_in, 0) if valid is None else (valid.view(torch.uint8), _step(valid))
 
 
 def _on(device: torch.device) -> Any:

@@ -104,10 +104,15 @@ def check_arguments(
     mass_probe = _check_per_slot("mass_probe", mass_probe, slots, query.device)
     if block_bias is not None:
         block_bias = block_bias.to(accumulate)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+    if autocasting(query.device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return Arguments(query, key, value, pattern, mask, float(scale), block_bias, mass_probe)
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for a device; there is none for tensors without values."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -126,8 +131,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}; call .float() on it.")
-    autocast = torch.is_autocast_enabled(query.device.type)
-    if not autocast and not query.dtype == key.dtype == value.dtype:
+    if not autocasting(query.device) and not query.dtype == key.dtype == value.dtype:
         raise TypeError(
             "query, key and value must share one dtype, got "
             f"{query.dtype}, {key.dtype}, {value.dtype}; cast them or use autocast."

@@ -10,8 +10,11 @@ from torch import Tensor
 from dilated_attention_pytorch.mask import document_bounds
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-
-NAMESPACE = "dilated_attention_pytorch"
+from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+    NAMESPACE,
+    Apply,
+    differentiable,
+)
 
 
 def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
@@ -32,7 +35,7 @@ def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
         transpose = pattern.transpose()
         starts, slots = transpose.offsets, transpose.slots
     per_sample = isinstance(mask.query_offset, Tensor)
-    out, lse = forward_op(
+    out, lse = _attend(
         _rows(query),
         _rows(args.key),
         _rows(args.value),
@@ -49,7 +52,7 @@ def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
         pattern.block_size[0],
         pattern.block_size[1],
         mask.causal,
-        0 if per_sample else int(mask.query_offset),
+        0 if per_sample else mask.query_offset,
         scale,
     )
     return out, lse
@@ -185,13 +188,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    run: Apply, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
     out, lse, *saved = ctx.saved_tensors
     want_bias, want_mass = ctx.needs_input_grad[5], ctx.needs_input_grad[6]
     grad_out = torch.zeros_like(out) if grad_out is None else _rows(grad_out.to(out.dtype))
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    dq, dk, dv, dbias, mass = backward_op(
+    dq, dk, dv, dbias, mass = run(
         grad_out, grad_lse, out, lse, *saved, *ctx.constants, want_bias, want_mass
     )
     return (
@@ -206,4 +211,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     )
 
 
-forward_op.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(forward_op, backward_op, _setup_context, _backward)

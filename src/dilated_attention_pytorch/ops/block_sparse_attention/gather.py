@@ -7,11 +7,10 @@ backward pass recomputes the probabilities of a chunk from the saved lse.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
@@ -26,50 +25,35 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 
 
-def gather_attention(args: Arguments) -> tuple[Tensor, Tensor]:
+def gather_forward(args: Arguments) -> tuple[Tensor, Tensor]:
     """Computes output and lse as :func:`block_sparse_attention` defines them.
 
     Memory beyond inputs and outputs: some chunks of ``size_q × keys read`` logits with the keys and
     values they belong to (and float32 copies of half-precision inputs). Waits for the device.
     """
-    out, lse = _GatherAttention.apply(
-        args.query, args.key, args.value, args.block_bias, args.mass_probe, args
-    )
-    return out, lse
+    # Autocast would run the float32 products in half precision.
+    with torch.autocast(args.query.device.type, enabled=False):
+        return _forward(args, _group(args))
 
 
-class _GatherAttention(torch.autograd.Function):
-    """Attention over a pattern's tiles; see the module."""
+def gather_backward(
+    args: Arguments,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of query, key, value, block bias and mass probe: those that are needed.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block_bias: Tensor | None,
-        mass_probe: Tensor | None,
-        args: Arguments,
-    ) -> tuple[Tensor, Tensor]:
-        # Autocast would run the float32 products in half precision.
-        with torch.autocast(query.device.type, enabled=False):
-            limit = _CHUNK_ELEMENTS.get(query.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-            rows = group_rows(args, limit)
-            out, lse = _forward(query, key, value, block_bias, args, rows)
-        ctx.save_for_backward(query, key, value, block_bias, lse)
-        ctx.rows = rows
-        # Without the tensors that are saved above, so that the graph does not keep them twice.
-        ctx.pattern, ctx.scale = args.pattern, args.scale
-        ctx.probe_dtype = None if mass_probe is None else mass_probe.dtype
-        ctx.set_materialize_grads(False)
-        return out, lse
+    Lists the tiles anew, which takes less than a hundredth of the pass. Waits for the device.
+    """
+    with torch.autocast(args.query.device.type, enabled=False):
+        return _backward(args, _group(args), lse, grad_out, grad_lse, needs)
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        query = ctx.saved_tensors[0]
-        with torch.autocast(query.device.type, enabled=False):
-            return (*_backward(ctx, grad_out, grad_lse), None)
+
+def _group(args: Arguments) -> RowGroups:
+    device = args.query.device.type
+    return group_rows(args, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE))
 
 
 class _Tokens:
@@ -214,16 +198,15 @@ class _Products:
         return out, total.log_().add_(highest).squeeze(-1)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_bias: Tensor | None,
-    args: Arguments,
-    rows: RowGroups,
-) -> tuple[Tensor, Tensor]:
-    b, n, h, _ = query.shape
-    x = _Products(query, key, value, block_bias, args.scale, args.pattern.block_size, rows)
+def _products(args: Arguments, rows: RowGroups) -> _Products:
+    return _Products(
+        args.query, args.key, args.value, args.block_bias, args.scale, args.pattern.block_size, rows
+    )
+
+
+def _forward(args: Arguments, rows: RowGroups) -> tuple[Tensor, Tensor]:
+    b, n, h, _ = args.query.shape
+    x = _products(args, rows)
     out = x.new_blocks(x.query)
     lse = out.new_empty(out.shape[:2])
     out[rows.empty], lse[rows.empty] = 0, -torch.inf
@@ -235,16 +218,21 @@ def _forward(
         out.index_copy_(0, group.rows, some_out)
         lse.index_copy_(0, group.rows, some_lse)
     lse = lse.view(b, h, ceil_div(n, x.size_q) * x.size_q)[:, :, :n]
-    return from_blocks(out, b, n, h, query.dtype), lse
+    return from_blocks(out, b, n, h, args.query.dtype), lse
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
-    """Gradients of query, key, value, block_bias and mass_probe."""
-    query, key, value, block_bias, lse = ctx.saved_tensors
-    rows, pattern = ctx.rows, ctx.pattern
+def _backward(
+    args: Arguments,
+    rows: RowGroups,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    query, key, value, pattern = args.query, args.key, args.value, args.pattern
     b, n, h, _ = query.shape
     m, num_kv_heads = key.shape[1:3]
-    x = _Products(query, key, value, block_bias, ctx.scale, pattern.block_size, rows)
+    x = _products(args, rows)
     # An expanded gradient, as of a sum, is slow to reduce.
     grad = torch.zeros_like(query) if grad_out is None else grad_out.contiguous()
     weight = _row_weights(grad, pattern.num_heads, x.size_q, x.query.rows.dtype)
@@ -255,7 +243,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> lis
     any_empty = bool(empty.any())
     if grad_lse is not None:
         grad_lse = _rows_to_blocks(grad_lse, x.size_q, 0).masked_fill_(empty, 0)[..., None]
-    needs_q, needs_k, needs_v, needs_bias, needs_mass = ctx.needs_input_grad[:5]
+    needs_q, needs_k, needs_v, needs_bias, needs_mass = needs
     dq = x.new_blocks(x.query)
     dk, dv = x.new_blocks(x.key, zero=True), x.new_blocks(x.value, zero=True)
     slots = pattern.kv_indices.numel()
@@ -284,9 +272,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> lis
             d_bias.index_add_(0, group.slots.flatten(), column.view(r * c, x.size_k).sum(-1))
         if needs_q:
             # The gathered output gradient is no longer needed.
-            dq.index_copy_(0, group.rows, torch.baddbmm(g, ds, k, beta=0, alpha=ctx.scale, out=g))
+            dq.index_copy_(0, group.rows, torch.baddbmm(g, ds, k, beta=0, alpha=args.scale, out=g))
         if needs_k:
-            torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=k)
+            torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=args.scale, out=k)
             dk.index_add_(0, group.keys.flatten(), k.view(r * c, *dk.shape[1:]))
     shape = pattern.kv_indices.shape
     return [
@@ -294,7 +282,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> lis
         from_blocks(dk, b, m, num_kv_heads, key.dtype) if needs_k else None,
         from_blocks(dv, b, m, num_kv_heads, value.dtype) if needs_v else None,
         d_bias.view(shape) if needs_bias else None,
-        mass.view(shape).to(ctx.probe_dtype) if needs_mass else None,
+        mass.view(shape) if needs_mass else None,
     ]
 
 

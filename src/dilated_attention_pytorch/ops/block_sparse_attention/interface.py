@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +13,21 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     Arguments,
     check_arguments,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.gather import gather_attention
+from dilated_attention_pytorch.ops.block_sparse_attention.dense import (
+    dense_attention,
+    dense_refusal,
+)
+from dilated_attention_pytorch.ops.block_sparse_attention.flash import (
+    flash_attention,
+    flash_refusal,
+)
+from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
+    gather_attention,
+)
 from dilated_attention_pytorch.ops.block_sparse_attention.reference import reference_attention
 from dilated_attention_pytorch.pattern import BlockPattern
 
-Backend = Callable[[Arguments], tuple[Tensor, Tensor]]
+Backend = Callable[[Arguments], tuple[Tensor, Tensor | None]]
 
 
 def _triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
@@ -28,8 +39,11 @@ def _triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
 
 BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
+    "dense": dense_attention,
     "gather": gather_attention,
     "triton": _triton_attention,
+    "flash": flash_attention,
+    "flash_atomic": partial(flash_attention, atomic=True),
 }
 
 
@@ -79,7 +93,10 @@ def block_sparse_attention(
             ``(batch, documents + 1)``: tokens see their own document only. None: one document.
         query_offset: Key position of query 0: an int or ``(batch,)`` integers. None:
             ``kv_len - q_len``.
-        backend: ``"auto"`` or a name in ``BACKENDS``; see :func:`explain_backend`.
+        backend: ``"auto"`` or a name in ``BACKENDS``; see :func:`explain_backend`. ``"auto"`` takes
+            PyTorch's dense attention if the pattern is known to keep every tile
+            (``BlockPattern.complete_for``) and neither ``block_bias``, ``mass_probe`` nor the lse
+            is asked for.
         return_lse: Also return the log-sum-exp of the logits.
 
     Returns:
@@ -113,12 +130,13 @@ def block_sparse_attention(
         cu_seqlens=cu_seqlens,
         query_offset=query_offset,
     )
-    name, _ = choose_backend(arguments, backend)
+    name, _ = choose_backend(arguments, backend, return_lse)
     out, lse = BACKENDS[name](arguments)
-    return (out, lse) if return_lse else out
+    # A backend without lse is not chosen where it is asked for.
+    return out if lse is None or not return_lse else (out, lse)
 
 
-def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
+def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False) -> tuple[str, str]:
     """Picks the backend and says why.
 
     Returns:
@@ -132,16 +150,23 @@ def choose_backend(arguments: Arguments, backend: str) -> tuple[str, str]:
             raise ValueError(
                 f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
             )
-        refusal = _triton_refusal(arguments) if backend == "triton" else None
+        if backend == "dense":
+            refusal = dense_refusal(arguments, return_lse)
+        else:
+            refusal = _REFUSALS[backend](arguments) if backend in _REFUSALS else None
         if refusal:
-            raise ValueError(f"backend='triton' cannot run this: {refusal}; use backend='auto'.")
+            raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto'.")
         return backend, "asked for by name"
+    if dense_refusal(arguments, return_lse) is None:
+        return "dense", "the pattern keeps every tile"
     device = arguments.query.device.type
     if device != "cuda":
         return "gather", f"the PyTorch path runs on {device}"
     refusal = _triton_refusal(arguments)
     if refusal:
         return "gather", f"the Triton kernels cannot run this: {refusal}"
+    if flash_refusal(arguments) is None:
+        return "flash", "FlashAttention-4's forward is faster here; the backward is ours"
     return "triton", "the fused kernels run on this GPU"
 
 
@@ -168,6 +193,14 @@ def _triton_refusal(arguments: Arguments) -> str | None:
     return None
 
 
+# What a backend cannot run; the others run everything.
+_REFUSALS = {
+    "triton": _triton_refusal,
+    "flash": flash_refusal,
+    "flash_atomic": flash_refusal,
+}
+
+
 def _interpreting() -> bool:
     from dilated_attention_pytorch.ops.block_sparse_attention.triton_kernels import INTERPRETED
 
@@ -188,6 +221,7 @@ def explain_backend(
     cu_seqlens: Tensor | None = None,
     query_offset: int | Tensor | None = None,
     backend: str = "auto",
+    return_lse: bool = False,
 ) -> str:
     """Says which backend :func:`block_sparse_attention` runs for the same arguments, and why.
 
@@ -211,4 +245,4 @@ def explain_backend(
         cu_seqlens=cu_seqlens,
         query_offset=query_offset,
     )
-    return ": ".join(choose_backend(arguments, backend))
+    return ": ".join(choose_backend(arguments, backend, return_lse))

@@ -348,7 +348,11 @@ def row_kernel(
 def _store_parts(target, place, per_row, WARPS: tl.constexpr):
     """Stores the sum over a tile's rows as one part per warp: warps that add together wait."""
     parts = tl.sum(tl.reshape(per_row, [WARPS, per_row.shape[0] // WARPS]), 1)
-    tl.store(target + place * WARPS + tl.arange(0, WARPS), parts)
+    # The addresses run along the lanes, of which the first stores. So the layout gives every warp
+    # its own part, and handing the parts over takes neither shared memory nor a barrier.
+    lane = tl.arange(0, 32)[None, :]
+    spread = tl.broadcast_to(parts[:, None], [WARPS, 32])
+    tl.store(target + place * WARPS + tl.arange(0, WARPS)[:, None] + lane, spread, lane == 0)
 
 
 @triton.jit
@@ -389,11 +393,11 @@ def query_kernel(
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr,
+    GRAD_Q: tl.constexpr, GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one query tile and its share of the by-products.
+    """dQ of one query tile and its share of the by-products; the mass alone without ``GRAD_Q``.
 
     These are computed here, not beside dK and dV, because here the rows' weights stay in place.
     """
@@ -433,17 +437,18 @@ def query_kernel(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
         PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
     )  # fmt: skip
-    g = _load_rows(
-        g_source, g_stride_b, g_stride_h, g_stride_n, batch, head, first, q_len,
-        PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
-    )  # fmt: skip
+    if GRAD_Q:
+        g = _load_rows(
+            g_source, g_stride_b, g_stride_h, g_stride_n, batch, head, first, q_len,
+            PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
+        )  # fmt: skip
+        acc = tl.zeros([PACK * ROWS, D], tl.float32)
     row = first + tl.arange(0, PACK * ROWS) % ROWS
     of_row = head + tl.arange(0, PACK * ROWS) // ROWS
     place = (batch64 * num_heads + of_row) * padded_len + row
     log_sum = tl.load(lse2 + place)
     centre = tl.load(delta + place)
     weight = tl.load(norm + place)
-    acc = tl.zeros([PACK * ROWS, D], tl.float32)
     PARTS: tl.constexpr = BLOCK_K // COLUMNS
     # One plane of by-products for each program and step that visits the same tile.
     plane = (batch64 * num_heads + head) // PACK * (BLOCK_Q // ROWS) + first % BLOCK_Q // ROWS
@@ -459,17 +464,21 @@ def query_kernel(
             k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
             1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
         )  # fmt: skip
-        v = _load_rows(
-            v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
-            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-        )  # fmt: skip
         bias = 0.0
         if BIAS:
             bias = tl.load(biases + slot) * LOG2E
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
-        ds = p * (dp - centre[:, None])
+        if GRAD_Q:
+            v = _load_rows(
+                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+            )  # fmt: skip
+            dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - centre[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        else:
+            ds = p
         _store_by_products(
             mass,
             grad_bias,
@@ -481,7 +490,6 @@ def query_kernel(
             GRAD_BIAS,
             WARPS,
         )
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * PARTS, num_stages=1):
             slot = step // PARTS
@@ -493,11 +501,6 @@ def query_kernel(
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
             k = _without_padding(k, column, key_limit)
-            v = _load_rows(
-                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            v = _without_padding(v, column, key_limit)
             bias = 0.0
             if BIAS:
                 bias = tl.load(biases + slot) * LOG2E
@@ -506,9 +509,18 @@ def query_kernel(
                 CAUSAL, DOCUMENTS,
             )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
-            ds = p * (dp - centre[:, None])
+            if GRAD_Q:
+                v = _load_rows(
+                    v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+                    1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+                )  # fmt: skip
+                v = _without_padding(v, column, key_limit)
+                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+                ds = p * (dp - centre[:, None])
+                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            else:
+                ds = p
             _store_by_products(
                 mass,
                 grad_bias,
@@ -520,11 +532,14 @@ def query_kernel(
                 GRAD_BIAS,
                 WARPS,
             )
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    _store_rows(
-        grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
-        PACK, ROWS, D, HEAD_DIM,
-    )  # fmt: skip
+    if GRAD_Q:
+        _store_rows(
+            grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
+            PACK, ROWS, D, HEAD_DIM,
+        )  # fmt: skip
+    if OVERLAP and query_tile + tl.program_id(1) + batch == 0:
+        # This kernel must not end before the one that it overlaps has.
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -615,9 +630,12 @@ def key_kernel(
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
     DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one key tile."""
+    if OVERLAP:
+        # The dQ kernel needs nothing of this one: it may fill the multiprocessors that fall idle.
+        tl.extra.cuda.gdc_launch_dependents()
     key_tile = tl.program_id(0)
     num_kv_heads = num_heads // GROUP
     batch = tl.program_id(1) // num_kv_heads

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels: layouts, launch configurations, the workspace of the gradients."""
+"""Launches the Triton kernels: layouts and the workspace of the gradients."""
 
 from __future__ import annotations
 
@@ -11,33 +11,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_kernels as kernels
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is launched.
-
-    Attributes:
-        rows: Query tokens of each packed head in a tile.
-        columns: Key tokens in a tile.
-        num_warps: Warps of a program.
-        num_stages: Tiles in flight from memory.
-        maxnreg: Registers of a thread, so that more programs share a multiprocessor. None: free.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Triton's launch options."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # Triton's interpreter does not know this option.
-        if self.maxnreg is not None and not kernels.INTERPRETED:
-            found["maxnreg"] = self.maxnreg
-        return found
+from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import (
+    LaunchConfig,
+    TileShape,
+    forward_config,
+    key_config,
+    mass_config,
+    query_config,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +58,12 @@ class Call:
     causal: bool
     offset: int
     scale: float
+
+    def tile(self) -> TileShape:
+        """What the launch configurations depend on."""
+        return TileShape(
+            self.block_q, self.block_k, self.padded_head_dim, self.query.dtype == torch.float32
+        )
 
     @property
     def group(self) -> int:
@@ -134,43 +121,13 @@ class Call:
         )
 
 
-def forward_config(call: Call) -> LaunchConfig:
-    """The launch (`benchmarks/results/tune_triton.json`) of the forward kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 64), min(call.block_k, 32), 4, 1)
-    rows, columns = min(call.block_q, 64), min(call.block_k, 64)
-    return LaunchConfig(rows, columns, 4, 3 if 64 < d <= 128 else 2)
-
-
-def query_config(call: Call) -> LaunchConfig:
-    """The launch (`benchmarks/results/tune_triton.json`) of the dQ kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows, columns = min(call.block_q, 64), min(call.block_k, 64 if d <= 128 else 32)
-    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2, 128 if d <= 64 else None)
-
-
-def key_config(call: Call) -> LaunchConfig:
-    """The launch (`benchmarks/results/tune_triton.json`) of the dK, dV kernel."""
-    d = call.padded_head_dim
-    if call.query.dtype == torch.float32:
-        return LaunchConfig(min(call.block_q, 32), min(call.block_k, 32), 4, 1)
-    rows = min(call.block_q, 64 if d <= 128 else 32)
-    columns = min(call.block_k, 64)
-    if d <= 64:
-        return LaunchConfig(rows, columns, 4, 3, 168)
-    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2 if d <= 128 else 1)
-
-
 def launch_forward(
     call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | None = None
 ) -> None:
     """Writes the output ``(b, n, h, d)`` and the lse ``(b, h, n)``, both preallocated."""
     if out.numel() == 0:
         return
-    config = config or forward_config(call)
+    config = config or forward_config(call.tile())
     batch, q_len, num_heads, _ = call.query.shape
     pack = call.pack(config.rows, 64)
     tiles = triton.cdiv(q_len, config.rows)
@@ -226,6 +183,7 @@ def launch_backward(
     *,
     config: LaunchConfig | None = None,
     config_query: LaunchConfig | None = None,
+    overlap: bool = True,
 ) -> None:
     """Writes all gradients.
 
@@ -240,16 +198,17 @@ def launch_backward(
         grads: Where to write.
         config: Launch of the dK, dV kernel.
         config_query: Launch of the dQ kernel.
+        overlap: Let the dQ kernel fill multiprocessors that the end of the dK, dV kernel leaves
+            idle (programmatic dependent launch, Hopper and later).
     """
-    batch, q_len, num_heads, head_dim = call.query.shape
+    batch, q_len, num_heads, _ = call.query.shape
     kv_len, num_kv_heads = call.key.shape[1:3]
     if q_len == 0 or kv_len == 0 or batch == 0:
         for tensor in (grads.query, grads.key, grads.value, grads.block_bias, grads.mass):
             if tensor is not None:
                 tensor.zero_()
         return
-    config = config or key_config(call)
-    d = call.padded_head_dim
+    config = config or key_config(call.tile())
     query_blocks, width = call.indices.shape[2:]
     padded_len = query_blocks * call.block_q
     pack = call.pack(config.rows, 64)
@@ -259,19 +218,13 @@ def launch_backward(
     value, tma_v = _source(call.value, 1, config.columns, call)
     tma, tma_q = tma_k and tma_v, tma_q and tma_g
     device = call.query.device
-
-    def per_row() -> Tensor:
-        return torch.empty(batch, num_heads, padded_len, dtype=torch.float32, device=device)
-
-    lse2, delta, norm = per_row(), per_row(), per_row()
+    rows = _row_pass(call, out, lse, grad_out, grad_lse)
+    lse2, delta, _ = rows
     constants = call.constants()
+    config_query = config_query or query_config(call.tile())
+    planes = _Planes.make(call, config_query, grads.block_bias is not None, grads.mass is not None)
+    overlap = overlap and not kernels.INTERPRETED and _capability(device) >= (9, 0)
     with _on(device):
-        kernels.row_kernel[(triton.cdiv(padded_len, 32), num_heads, batch)](
-            out, *_strides(out), grad_out, *_strides(grad_out),
-            lse, lse if grad_lse is None else grad_lse, lse2, delta, norm,
-            q_len, padded_len, num_heads,
-            ROWS=32, D=d, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None, num_warps=4,
-        )  # fmt: skip
         grid = (triton.cdiv(kv_len, config.columns), batch * num_kv_heads)
         kernels.key_kernel[grid](
             query if tma_q else call.query, *_strides(call.query),
@@ -285,23 +238,102 @@ def launch_backward(
             q_len, kv_len, padded_len, call.offset, call.scale,
             call.scale * kernels.LOG2E.value, num_heads, query_blocks, width,
             **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages, OVERLAP=overlap,
             **config.options(),
         )  # fmt: skip
-        _launch_query(call, grad_out, lse2, delta, norm, grads, config_query)
+        _launch_query(call, grad_out, rows, grads.query, planes, config_query, overlap)
+    planes.collect(call, rows[2], grads.block_bias, grads.mass)
+
+
+def launch_mass(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, mass: Tensor) -> None:
+    """Writes the tile mass alone, one product per tile; arguments as in :func:`launch_backward`."""
+    if out.numel() == 0 or mass.numel() == 0:
+        mass.zero_()
+        return
+    config = mass_config(call.tile())
+    rows = _row_pass(call, out, lse, grad_out, None)
+    planes = _Planes.make(call, config, False, True)
+    with _on(call.query.device):
+        _launch_query(call, grad_out, rows, None, planes, config, overlap=False)
+    planes.collect(call, rows[2], None, mass)
+
+
+def _row_pass(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward kernels need of every row: lse in base 2, delta, gradient norm."""
+    batch, q_len, num_heads, head_dim = call.query.shape
+    padded_len = call.indices.shape[2] * call.block_q
+    shape = (batch, num_heads, padded_len)
+    lse2, delta, norm = (lse.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    with _on(call.query.device):
+        kernels.row_kernel[(triton.cdiv(padded_len, 32), num_heads, batch)](
+            out, *_strides(out), grad_out, *_strides(grad_out),
+            lse, lse if grad_lse is None else grad_lse, lse2, delta, norm,
+            q_len, padded_len, num_heads,
+            ROWS=32, D=call.padded_head_dim, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None,
+            num_warps=4,
+        )  # fmt: skip
+    return lse2, delta, norm
+
+
+@dataclass(frozen=True, eq=False)
+class _Planes:
+    """Where the dQ kernel leaves parts of bias gradient and mass: one plane per visit of a tile.
+
+    Attributes:
+        block_bias: ``(b, planes, i, k, warps)`` float32 or None.
+        mass: Likewise.
+    """
+
+    block_bias: Tensor | None
+    mass: Tensor | None
+
+    @classmethod
+    def make(cls, call: Call, config: LaunchConfig, want_bias: bool, want_mass: bool) -> _Planes:
+        parts = (call.block_q // config.rows) * (call.block_k // config.columns)
+        batch, _, num_heads, _ = call.query.shape
+        planes = num_heads // call.pack(config.rows, 64) * parts
+        shape = (batch, planes, *call.indices.shape[2:], config.num_warps)
+
+        def zeros(wanted: bool) -> Tensor | None:
+            # Entries past a row's count are never visited.
+            return call.query.new_zeros(shape, dtype=torch.float32) if wanted else None
+
+        return cls(zeros(want_bias), zeros(want_mass))
+
+    def collect(
+        self, call: Call, norm: Tensor, block_bias: Tensor | None, mass: Tensor | None
+    ) -> None:
+        """Adds the planes of programs that visited the same tile; normalises the mass."""
+        batch, heads, blocks, width = call.indices.shape
+
+        def add(planes: Tensor) -> Tensor:
+            # Spelled out, since a pattern without tiles leaves nothing to infer a size from.
+            parts = (planes.shape[1] // heads, blocks, width, planes.shape[4])
+            return planes.view(batch, heads, *parts).sum((2, 5))
+
+        if block_bias is not None and self.block_bias is not None:
+            block_bias.copy_(add(self.block_bias))
+        if mass is not None and self.mass is not None:
+            rows = norm.view(batch, heads, -1, blocks, call.block_q).sum((2, 4))
+            tiny = torch.finfo(torch.float32).tiny
+            mass.copy_(add(self.mass) / rows.clamp(min=tiny)[..., None])
 
 
 def _launch_query(
     call: Call,
     grad_out: Tensor,
-    lse2: Tensor,
-    delta: Tensor,
-    norm: Tensor,
-    grads: Gradients,
-    config: LaunchConfig | None,
+    rows: tuple[Tensor, Tensor, Tensor],
+    grad_query: Tensor | None,
+    planes: _Planes,
+    config: LaunchConfig,
+    overlap: bool,
 ) -> None:
-    config = config or query_config(call)
+    """The dQ kernel; without ``grad_query`` it computes the planes alone."""
     batch, q_len, num_heads, _ = call.query.shape
+    target = call.query if grad_query is None else grad_query
+    stand_in = rows[0]
     pack = call.pack(config.rows, 64)
     tiles = triton.cdiv(q_len, config.rows)
     query, tma_q = _source(call.query, pack, config.rows, call)
@@ -309,48 +341,26 @@ def _launch_query(
     key, tma_k = _source(call.key, 1, config.columns, call)
     value, tma_v = _source(call.value, 1, config.columns, call)
     tma, tma_q = tma_k and tma_v, tma_q and tma_g
-    parts = (call.block_q // config.rows) * (call.block_k // config.columns)
-    shape = (batch, num_heads // pack * parts, *call.indices.shape[2:], config.num_warps)
-
-    def by_product(wanted: Tensor | None) -> Tensor:
-        # Zeros: entries past a row's count are never visited.
-        return norm if wanted is None else norm.new_zeros(shape)
-
-    grad_bias, mass = by_product(grads.block_bias), by_product(grads.mass)
+    options = config.options() | ({"launch_pdl": True} if overlap else {})
     kernels.query_kernel[(tiles, num_heads // pack, batch)](
         query if tma_q else call.query, *_strides(call.query),
         key if tma else call.key, *_strides(call.key),
         value if tma else call.value, *_strides(call.value),
         gradient if tma_q else grad_out, *_strides(grad_out),
-        grads.query, *_strides(grads.query), lse2, delta, norm, grad_bias, mass,
+        target, *_strides(target), *rows,
+        stand_in if planes.block_bias is None else planes.block_bias,
+        stand_in if planes.mass is None else planes.mass,
         call.counts, *call.counts.stride(),
         call.indices, *call.indices.stride()[:3],
         *call.mask_arguments(),
-        q_len, call.key.shape[1], lse2.shape[2], call.offset, call.scale,
+        q_len, call.key.shape[1], rows[0].shape[2], call.offset, call.scale,
         call.scale * kernels.LOG2E.value, num_heads, tiles, *call.indices.shape[2:],
         **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
-        GRAD_BIAS=grads.block_bias is not None, MASS=grads.mass is not None,
+        GRAD_Q=grad_query is not None, GRAD_BIAS=planes.block_bias is not None,
+        MASS=planes.mass is not None,
         WARPS=config.num_warps, TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
-        **config.options(),
+        OVERLAP=overlap, **options,
     )  # fmt: skip
-    _collect(call, grads, grad_bias, mass, norm)
-
-
-def _collect(call: Call, grads: Gradients, grad_bias: Tensor, mass: Tensor, norm: Tensor) -> None:
-    """Adds the planes of programs that visited the same tile; normalises the mass."""
-    batch, heads, blocks, width = call.indices.shape
-
-    def add_planes(planes: Tensor) -> Tensor:
-        # Spelled out, since a pattern without tiles leaves nothing to infer a size from.
-        parts = (planes.shape[1] // heads, blocks, width, planes.shape[4])
-        return planes.view(batch, heads, *parts).sum((2, 5))
-
-    if grads.block_bias is not None:
-        grads.block_bias.copy_(add_planes(grad_bias))
-    if grads.mass is not None:
-        rows = norm.view(batch, heads, -1, blocks, call.block_q).sum((2, 4))
-        tiny = torch.finfo(torch.float32).tiny
-        grads.mass.copy_(add_planes(mass) / rows.clamp(min=tiny)[..., None])
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

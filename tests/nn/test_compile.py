@@ -1,0 +1,198 @@
+"""Layers under torch.compile: one graph, no recompilation from step to step, equal to eager."""
+
+import pytest
+import torch
+
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    BlockSparseAdaptive,
+    BlockSparseFixed,
+    MultiheadAdaptiveAttention,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CPU_TRITON = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run there")
+# Attention backend, device, compiler.
+SETUPS = [
+    pytest.param("gather", "cpu", "aot_eager", id="gather"),
+    pytest.param("triton", "cpu", "aot_eager", id="triton-interpreted", marks=CPU_TRITON),
+    pytest.param("triton", "cuda", "inductor", id="triton-gpu", marks=GPU),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No graph of another test counts here."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    """Graphs compiled so far; with fullgraph=True each is a whole forward pass."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def small(backend, **changes):
+    torch.manual_seed(0)
+    config = AdaptiveConfig(block_size=16, base_sparsity=0.5, **changes)
+    return BlockSparseAdaptive(None, None, 2, 16, config, backend=backend)
+
+
+def tokens(length, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = [torch.randn(1, length, 2, 16, generator=generator).to(device) for _ in "qkv"]
+    return [y.requires_grad_() for y in x]
+
+
+def gradients(out, layer, inputs):
+    """Output and the gradients of inputs and parameters."""
+    wanted = [*inputs, *layer.parameters()]
+    return [
+        out,
+        *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True, materialize_grads=True),
+    ]
+
+
+@pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_layer_is_one_graph_and_equals_eager(backend, device, compiler, training):
+    # hard_sparsity: no noise, so that a training step can be compared.
+    layer = small(backend, hard_sparsity=True).to(device).train(training)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    exact = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {"rtol": 1e-4, "atol": 1e-4}
+    for step in range(3):
+        inputs = tokens(64, device, step)
+        got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
+        want = gradients(layer(*inputs, is_causal=True), layer, inputs)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, **exact)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
+def test_steps_of_training_with_schedules_do_not_recompile(backend, device, compiler):
+    layer = small(backend).to(device).train()
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for step in range(6):
+        layer.set_temperature(1.0 - 0.1 * step)
+        layer.set_base_sparsity(0.55 + 0.01 * step)
+        inputs = tokens(64, device, step)
+        loss = compiled(*inputs, is_causal=True).square().sum() + layer.get_sparsity_loss()
+        loss.backward()
+        optimizer.step()
+        assert layer.scorer.query_in.grad.isfinite().all()
+        assert layer.budget_gain.grad.isfinite().all()
+    assert graphs() == 1
+
+
+def test_a_warm_up_from_dense_takes_few_graphs():
+    layer = small("gather").train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = tokens(64, "cpu")
+    for step in range(19):
+        layer.set_base_sparsity(0.05 * step)
+        compiled(*inputs, is_causal=True)
+    assert graphs() <= 4
+
+
+@pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_another_length_recompiles_once_for_all_lengths(backend, device, compiler, causal):
+    layer = small(backend).to(device).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    for length in (64, 96, 112, 128, 160):
+        inputs = tokens(length, device)
+        want = layer(*inputs, is_causal=causal)
+        torch.testing.assert_close(compiled(*inputs, is_causal=causal), want, rtol=1e-5, atol=1e-5)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("estimator", ["mass", "gumbel", "soft", "straight_through"])
+@pytest.mark.parametrize("budget", ["adaptive", "fixed", "top_p"])
+def test_every_estimator_and_budget_is_one_graph(estimator, budget):
+    layer = small("gather", estimator=estimator, budget=budget).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = tokens(64, "cpu")
+    torch.manual_seed(1)
+    got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
+    torch.manual_seed(1)
+    want = gradients(layer(*inputs, is_causal=True), layer, inputs)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_lengths": torch.tensor([50])},
+        {"cu_seqlens": torch.tensor([0, 20, 60])},
+        {"query_offset": torch.tensor([3])},
+        {"cross_attention": True, "is_causal": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_padding_documents_and_offsets_are_one_graph(options):
+    layer = small("gather").eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = tokens(64, "cpu")
+    options = {"is_causal": True, **options}
+    want = layer(*inputs, **options)
+    torch.testing.assert_close(compiled(*inputs, **options), want, rtol=1e-5, atol=1e-5)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("kind", ["segments", "strided", "dense"])
+def test_segments_and_fixed_patterns_are_one_graph(kind):
+    if kind == "segments":
+        config = AdaptiveConfig(block_size=16, base_sparsity=0.5)
+        layer = BlockSparseAdaptive([32, 64], [1, 2], 2, 16, config).eval()
+    else:
+        sparsity = 0.0 if kind == "dense" else 0.5
+        layer = BlockSparseFixed(kind, 2, 16, base_sparsity=sparsity, block_size=16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (64, 96, 128):
+        inputs = tokens(length, "cpu")
+        want = layer(*inputs, is_causal=True)
+        torch.testing.assert_close(compiled(*inputs, is_causal=True), want, rtol=1e-5, atol=1e-5)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_multihead_layer_is_one_graph(backend, device, compiler, training):
+    torch.manual_seed(0)
+    config = AdaptiveConfig(block_size=16, base_sparsity=0.5)
+    layer = MultiheadAdaptiveAttention(32, 2, adaptive_config=config, backend=backend)
+    layer = layer.to(device).train(training)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    for step in range(3):
+        x = torch.randn(2, 64, 32, device=device, requires_grad=True)
+        padding = (torch.arange(64) >= torch.tensor([[64], [40 - step]])).to(device)
+        torch.manual_seed(step)
+        out, _ = compiled(x, x, x, key_padding_mask=padding, is_causal=True)
+        out.sum().backward()
+        if not training:
+            want, _ = layer(x, x, x, key_padding_mask=padding, is_causal=True)
+            torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_the_default_compiler_on_the_cpu():
+    layer = small("gather", hard_sparsity=True).train()
+    compiled = torch.compile(layer, fullgraph=True)
+    for length in (64, 96, 112):
+        inputs = tokens(length, "cpu")
+        got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
+        want = gradients(layer(*inputs, is_causal=True), layer, inputs)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert graphs() == 2
