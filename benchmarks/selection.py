@@ -224,7 +224,7 @@ def measure(calls: Calls, rounds: int) -> dict[str, Any]:
 
 
 def one_length(tokens: int, rounds: int, linear: bool, longest_step: int) -> dict[str, Any]:
-    """All calls of one length; what does not fit in memory is named as such."""
+    """All calls of one length."""
     torch.cuda.empty_cache()
     problem = Problem(tokens, linear)
     torch.cuda.reset_peak_memory_stats()
@@ -341,7 +341,13 @@ def on_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
             if linear and tokens < 8192:
                 continue
             rounds = arguments.rounds if tokens <= 65536 else 5
-            row = one_length(tokens, rounds, linear, longest_step=131072)
+            try:
+                row = one_length(tokens, rounds, linear, longest_step=131072)
+            except torch.OutOfMemoryError as error:
+                lost = {"tokens": tokens, "linear": linear, "error": str(error)[:200]}
+                record.setdefault("out_of_memory", []).append(lost)
+                print(lost, flush=True)
+                continue
             record["lengths"].append(row)
             show(row)
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")

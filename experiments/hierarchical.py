@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Phase:
     steps: int
 
 
-PHASES = (Phase(512, 64, 1200), Phase(2048, 16, 500), Phase(8192, 8, 600))
+PHASES = (Phase(512, 64, 1500), Phase(2048, 16, 800), Phase(8192, 8, 800))
 QUICK = (Phase(512, 4, 3), Phase(2048, 1, 2))
 
 
@@ -186,6 +186,7 @@ def execute(
         "pairs_per_row": pairs,
         "share_of_pairs": pairs / blocks,
         **evaluate(model, full, device, phases[-1].seq_len, batches),
+        "phases": [asdict(phase) for phase in phases],
         "curve": curve,
         "seconds": time.perf_counter() - start,
         "config": variant.config().to_dict(),
@@ -226,9 +227,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    out, phases, batches = arguments.out, PHASES, 8
+    out, batches = arguments.out, 8
+    phases = tuple(replace(x, steps=max(round(x.steps * arguments.scale), 1)) for x in PHASES)
     if arguments.quick:
         out, phases, batches = Path(tempfile.mkdtemp(prefix="hierarchical-")), QUICK, 1
         arguments.seeds = [0]

@@ -77,6 +77,16 @@ def test_summaries_of_half_precision_are_not_rounded(dtype: torch.dtype) -> None
     torch.testing.assert_close(grad, want.to(dtype), rtol=0.01, atol=0.01)
 
 
+def test_the_pool_query_learns_from_tokens_that_take_no_gradient() -> None:
+    x, u = randn(1, 40, 2, 8), randn(2, 8, seed=1).requires_grad_()
+    names = ("max", "attention")
+    found, wanted = (
+        torch.autograd.grad(f(x, 16, pooling=names, pool_query=u).square().sum(), u)[0]
+        for f in (summarise, block_summaries)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_first_of_equal_extremes_takes_the_gradient() -> None:
     x = torch.zeros(1, 16, 1, 4, device=DEVICE, requires_grad=True)
     summarise(x, 16, ("max", "min")).sum().backward()

@@ -74,14 +74,15 @@ def summarise(
     from dilated_attention_pytorch.ops.block_selection.autograd import rows_of, summaries_op
 
     extremes = "max" in pooling or "min" in pooling
-    learned = "attention" in pooling
+    learned = "attention" in pooling and pool_query is not None
+    differentiable = x.requires_grad or (pool_query is not None and pool_query.requires_grad)
     out, _ = summaries_op(
         rows_of(x),
         None if valid is None else valid.contiguous(),
         pool_query.contiguous() if learned and pool_query is not None else None,
         ",".join(pooling),
         block_size,
-        extremes and torch.is_grad_enabled() and x.requires_grad,
+        extremes and torch.is_grad_enabled() and differentiable,
     )
     return out.transpose(1, 2)
 

@@ -11,6 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that follow from lengths. Triton would compile anew for each way of being 1 or a multiple
+# of 16, which with varying lengths is dozens of variants; the wide loads do not depend on them.
+VARYING = (
+    "length", "blocks", "num_rows", "columns", "num_keys", "words", "width", "tiles", "chunks",
+    "fixed_count", "explore", "v_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
+    "f_stride_b", "f_stride_h", "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
+    "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
+)  # fmt: skip
+
 # Order-preserving integer keys of float32: -inf, and one below for what may not be chosen.
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
@@ -28,7 +37,7 @@ def _first_best(best, first, tile, inside, step, T: tl.constexpr, PLACE: tl.cons
     return tl.maximum(best, here), first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def summary_kernel(
     x, x_stride_b, x_stride_h, x_stride_n,
     valid, v_stride_b, pool_query, out, place,
@@ -117,7 +126,7 @@ def _attention_weights(tile, u, inside):
     return weight / tl.where(total > 0, total, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def summary_grad_kernel(
     grad, place, x, x_stride_b, x_stride_h, x_stride_n,
     valid, v_stride_b, pool_query, grad_x, grad_pool,
@@ -187,7 +196,7 @@ def _unit(source, offset, ok, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     return tl.where((row == row) & (tl.abs(row) != float("inf")), row, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prefix_kernel(
     means, m_stride_b, m_stride_h, m_stride_j,
     prefix, totals, columns, chunks, heads,
@@ -262,12 +271,12 @@ def _likeness(
     return tl.where(known, clipped, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def budget_kernel(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     rows, r_stride_b, diagonal, d_stride_b, document, o_stride_b,
     forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h,
-    filled, e_stride_b, e_stride_h, rising, s_stride_b, s_stride_h, share, s2_stride_b,
+    filled, e_stride_b, e_stride_h, rising, t_stride_b, t_stride_h, share, a_stride_b,
     gain, offset, base_sparsity,
     exact, slope, complexity,
     num_rows, columns, chunks, heads, kv_heads, width,
@@ -307,7 +316,7 @@ def budget_kernel(
         keep = tl.minimum(keep * factor, 1.0)
     of = tl.load(document + batch * o_stride_b + row, mask=ok, other=0).to(tl.int64)
     steps = filled + batch * e_stride_b + head * e_stride_h + of * (width + 2)
-    goal = keep * tl.load(share + batch * s2_stride_b + of, mask=ok, other=0.0)
+    goal = keep * tl.load(share + batch * a_stride_b + of, mask=ok, other=0.0)
     # Binary search for the number of entries that do not exceed the goal.
     below = tl.zeros([ROWS], tl.int32)
     above = below + (width + 2)
@@ -320,7 +329,7 @@ def budget_kernel(
         above = tl.where(open_ & (reached == 0), middle, above)
     level = tl.minimum(tl.maximum(below - 1, 0), width)
     floor = tl.load(steps + level, mask=ok, other=0.0)
-    climbing = rising + batch * s_stride_b + head * s_stride_h + of * (width + 1)
+    climbing = rising + batch * t_stride_b + head * t_stride_h + of * (width + 1)
     rate = tl.load(climbing + level, mask=ok, other=0.0)
     part = tl.where(rate > 0, (goal - floor) / tl.maximum(rate, 1.0), 0.0)
     value = level.to(tl.float32) + part
@@ -328,12 +337,12 @@ def budget_kernel(
     most = tl.load(limit + batch * l_stride_b + head * l_stride_h + row, mask=ok, other=0)
     least, most = least.to(tl.float32), most.to(tl.float32)
     open_ = (value > least) & (value < most) & (rate > 0)
-    total = tl.load(share + batch * s2_stride_b + of, mask=ok, other=0.0)
+    total = tl.load(share + batch * a_stride_b + of, mask=ok, other=0.0)
     tl.store(slope + place, tl.where(open_, step * total / tl.maximum(rate, 1.0), 0.0), mask=ok)
     tl.store(exact + place, tl.minimum(tl.maximum(value, least), most), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def round_kernel(exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constexpr):
     """Integers whose running sums stay within half a block; one plane, one document."""
     plane = tl.cast(tl.program_id(0), tl.int64)
@@ -392,7 +401,7 @@ def _bits_to_uniform(bits):
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def choose_kernel(
     scores, s_stride_b, s_stride_h, s_stride_i,
     candidates, c_stride_b, c_stride_h, c_stride_i,
@@ -464,10 +473,10 @@ def choose_kernel(
         tl.store(scored + first + rest, (rest * 0).to(tl.uint8), mask=unused)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def tower_kernel(
     summaries, s_stride_b, s_stride_h, s_stride_i, weight, gain, out,
-    rows, heads, group, share, factor,
+    num_rows, heads, group, share, factor,
     ROWS: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
     R: tl.constexpr, RANK: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
@@ -482,7 +491,7 @@ def tower_kernel(
         place = start + tl.arange(0, PART)
         x = tl.load(
             source + row.to(tl.int64)[:, None] * s_stride_i + place[None, :],
-            mask=(row < rows)[:, None] & (place < SIZE)[None, :], other=0.0,
+            mask=(row < num_rows)[:, None] & (place < SIZE)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         w = tl.load(
             weight + (head * SIZE + place)[:, None] * RANK + rank[None, :],
@@ -492,13 +501,15 @@ def tower_kernel(
     if GAIN:
         acc = acc * (tl.load(gain).to(tl.float32) * factor)
     plane = batch * (heads // share) + head // share
-    target = out + (plane * rows + row.to(tl.int64)) * (share * RANK) + head % share * RANK
+    target = out + (plane * num_rows + row.to(tl.int64)) * (share * RANK) + head % share * RANK
     tl.store(
-        target[:, None] + rank[None, :], acc, mask=(row < rows)[:, None] & (rank < RANK)[None, :]
+        target[:, None] + rank[None, :],
+        acc,
+        mask=(row < num_rows)[:, None] & (rank < RANK)[None, :],
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def bilinear_kernel(
     query, key, candidates, c_stride_b, c_stride_h, c_stride_i, scores,
     num_rows, columns, num_keys, tiles, heads,
@@ -526,7 +537,7 @@ def bilinear_kernel(
     tl.store(scores + (plane * num_rows + row) * columns + lane, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kept_query_grad_kernel(
     grad, key, indices, counts, grad_query, num_rows, num_keys, width,
     R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
@@ -553,7 +564,7 @@ def kept_query_grad_kernel(
     tl.store(target, total.to(grad_query.dtype.element_ty), mask=r < RANK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kept_key_grad_kernel(
     grad, query, offsets, slots, grad_key, num_rows, num_keys, width,
     R: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr,
@@ -586,7 +597,7 @@ def _gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mlp_kernel(
     query, key, candidates, c_stride_b, c_stride_h, c_stride_i,
     bias, hidden, out_weight, gain, scores,
@@ -636,7 +647,7 @@ def mlp_kernel(
     tl.store(scores + (plane * num_rows + row) * columns + lane, total, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def mark_kernel(indices, counts, marks, num_rows, columns, words, width, W: tl.constexpr):
     """Sets the bit of every tile of one row; 32 rows share a word, one word per column."""
     row = tl.program_id(0) % num_rows
@@ -660,7 +671,7 @@ def _ones(word):
     return (word + (word >> 16)) & 0x3F
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: tl.constexpr):
     """For every word of some columns the bits set in the words above it, and the columns' sums."""
     plane = tl.cast(tl.program_id(1), tl.int64)
@@ -680,7 +691,7 @@ def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: t
     tl.store(totals + plane * columns + column, carried, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def offset_kernel(totals, offsets, columns, C: tl.constexpr):
     """Where the list of each column of a plane starts."""
     plane = tl.cast(tl.program_id(0), tl.int64)
@@ -696,7 +707,7 @@ def offset_kernel(totals, offsets, columns, C: tl.constexpr):
         carried += tl.sum(number, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def place_kernel(
     indices, counts, marks, before, offsets, slots, num_rows, columns, words, width,
     W: tl.constexpr,
@@ -717,7 +728,7 @@ def place_kernel(
     tl.store(target, row * width + slot, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lattice_kernel(
     rows, r_stride_b, diagonal, d_stride_b, candidates, forced_count, limit,
     num_rows, heads, width, sinks, near, GROUPS: tl.constexpr, C: tl.constexpr,
