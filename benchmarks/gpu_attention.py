@@ -149,8 +149,8 @@ def flash4(setup: Setup, sparse: bool) -> Attend:
     return attend
 
 
-def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
-    """Everybody who takes part in a setup."""
+def contenders(setup: Setup, quick: bool, slow: bool = True) -> dict[str, Callable[[], Attend]]:
+    """Everybody who takes part in a setup; ``slow``: also those that lose to others of their kind."""
     grouped = setup.heads != setup.kv_heads
     found: dict[str, Callable[[], Attend]] = {
         "ours": lambda: ours(setup, mass=True),
@@ -167,8 +167,9 @@ def contenders(setup: Setup, quick: bool) -> dict[str, Callable[[], Attend]]:
         found["ours, flash_atomic"] = lambda: ours(setup, True, "flash_atomic")
         found["ours, flash_atomic, without tile mass"] = lambda: ours(setup, False, "flash_atomic")
     found["ours, without tile mass"] = lambda: ours(setup, mass=False)
-    found["dense flash"] = lambda: dense(setup, SDPBackend.FLASH_ATTENTION)
-    if setup.block_size < 128:
+    if slow:
+        found["dense flash"] = lambda: dense(setup, SDPBackend.FLASH_ATTENTION)
+    if slow and setup.block_size < 128:
         found[f"FlexAttention, block {setup.block_size}"] = lambda: flex(setup, setup.block_size)
     if grouped:
         ungrouped = replace(setup, kv_heads=setup.heads)
@@ -200,13 +201,13 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def measure(setup: Setup, rounds: int, quick: bool = False) -> dict[str, Any]:
+def measure(setup: Setup, rounds: int, quick: bool = False, slow: bool = True) -> dict[str, Any]:
     """Times all contenders of a setup in turns."""
     # Past eight compilations of one function the compiler gives up.
     torch.compiler.reset()
     results: dict[str, Any] = {}
     runners: dict[str, dict[str, Callable[[], None]]] = {}
-    for name, make in contenders(setup, quick).items():
+    for name, make in contenders(setup, quick, slow).items():
         own = replace(setup, kv_heads=setup.heads) if name == "ours, ungrouped" else setup
         results[name] = {}
         runner = Runner(own, make())
@@ -297,11 +298,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="leave out what loses anyway")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"environment": environment("cuda"), "bars": {}, "sweep": {}}
     for name, setup in BARS.items():
-        record["bars"][name] = measure(setup, arguments.rounds)
+        record["bars"][name] = measure(setup, arguments.rounds, slow=not arguments.quick)
         show(name, record["bars"][name])
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     record["peak_gigabytes"] = {"setup": asdict(LARGEST), "step": peak_gigabytes(LARGEST)}

@@ -159,15 +159,17 @@ def run_all(device: str, only: str | None = None) -> int:
     return failures
 
 
-def watch(tool: str, sanitizer: str, limit: float) -> dict[str, Any]:
+def watch(tool: str, sanitizer: str, limit: float, only: str | None) -> dict[str, Any]:
     """Runs this program under one tool of compute-sanitizer.
 
     Args:
         tool: ``"memcheck"`` or ``"racecheck"``.
         sanitizer: Path of the program.
         limit: Seconds.
+        only: The one dtype to run, or None: all.
     """
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
+    command += [] if only is None else ["--dtype", only]
     # Caching hands out parts of larger blocks, whose neighbours memcheck could not tell apart.
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     start = time.monotonic()
@@ -181,7 +183,9 @@ def watch(tool: str, sanitizer: str, limit: float) -> dict[str, Any]:
         code, lines = -1, [f"stopped after {limit} seconds"]
     found = [x for x in lines if x.startswith("=========")]
     verdicts = [x for x in lines if "runs, " in x or "stopped after" in x]
-    shown = [Path(sanitizer).name, *command[1:-2], "python", "benchmarks/sanitize.py"]
+    program = command.index(sys.executable)
+    shown = [Path(sanitizer).name, *command[1:program], "python", "benchmarks/sanitize.py"]
+    shown += command[program + 2 :]
     return {
         "tool": tool,
         "command": " ".join(shown),
@@ -195,7 +199,7 @@ def watch(tool: str, sanitizer: str, limit: float) -> dict[str, Any]:
     }
 
 
-def record(path: Path, sanitizer: str | None, limit: float) -> int:
+def record(path: Path, sanitizer: str | None, limit: float, only: str | None) -> int:
     """Runs alone and under every tool; writes the result. Returns the exit code."""
     program = sanitizer or shutil.which("compute-sanitizer")
     if program is None and Path("/usr/local/cuda/bin/compute-sanitizer").exists():
@@ -203,15 +207,15 @@ def record(path: Path, sanitizer: str | None, limit: float) -> int:
     if program is None:
         print("compute-sanitizer is not installed; give its path with --sanitizer.")
         return 2
-    if run_all("cuda"):
+    if run_all("cuda", only):
         return 1
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    results = [watch(tool, program, limit) for tool in TOOLS]
+    results = [watch(tool, program, limit, only) for tool in TOOLS]
     about = {
         **environment("cuda"),
         "compute_sanitizer": version.stdout.strip().splitlines()[-1:],
         "cases": [case.name for case in CASES],
-        "dtypes": [str(dtype) for dtype in TOLERANCE],
+        "dtypes": [str(dtype) for dtype in TOLERANCE] if only is None else [only],
     }
     path.write_text(json.dumps({"environment": about, "runs": results}, indent=1) + "\n")
     for result in results:
@@ -225,14 +229,14 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="start compute-sanitizer and write this JSON")
     parser.add_argument("--sanitizer", help="path of compute-sanitizer (default: search)")
     parser.add_argument("--limit", type=float, default=280, help="seconds for each tool")
-    parser.add_argument("--dtype", help="run alone in this one, e.g. float16, to share compiling")
+    parser.add_argument("--dtype", help="run in this one alone, e.g. float16")
     options = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and (options.record or not interpreted):
         print("sanitize.py needs a CUDA device; with TRITON_INTERPRET=1 it runs alone without one.")
         return 2
     if options.record:
-        return record(options.record, options.sanitizer, options.limit)
+        return record(options.record, options.sanitizer, options.limit, options.dtype)
     return 1 if run_all("cpu" if interpreted else "cuda", options.dtype) else 0
 
 
