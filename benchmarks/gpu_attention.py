@@ -150,7 +150,7 @@ def flash4(setup: Setup, sparse: bool) -> Attend:
 
 
 def contenders(setup: Setup, quick: bool, slow: bool = True) -> dict[str, Callable[[], Attend]]:
-    """Everybody who takes part in a setup; ``slow``: also those that lose to others of their kind."""
+    """Everybody in a setup; ``slow``: also those that lose to others of their kind."""
     grouped = setup.heads != setup.kv_heads
     found: dict[str, Callable[[], Attend]] = {
         "ours": lambda: ours(setup, mass=True),
