@@ -21,6 +21,7 @@ from dilated_attention_pytorch import (
     create_adaptive_block_sparse,
 )
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.row_budgets import row_budgets, scored_bound
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 
 HEADS, DIM, SIZE = 4, 8, 16
@@ -407,6 +408,6 @@ def test_the_bound_without_looking_at_values_is_never_exceeded(
         mask = make_mask(1, length, length, device=x.device, causal=causal)
         inputs: SelectionInputs = layer._inputs(x, x, mask, None, True, None)
         scores, means = layer.score(inputs)
-        wanted = layer._budget(inputs, scores, means)
+        wanted = row_budgets(layer, inputs, scores, means)
         count = (wanted - inputs.candidates.forced.sum(-1)).clamp(min=0)
-        assert layer._bound(inputs, count.to("meta")) >= int(count.max())
+        assert scored_bound(layer, inputs, count.to("meta")) >= int(count.max())

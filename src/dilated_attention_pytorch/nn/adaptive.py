@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.nn import decoding
 from dilated_attention_pytorch.nn.block_sparse import (
@@ -18,64 +15,33 @@ from dilated_attention_pytorch.nn.block_sparse import (
     Selection,
     SelectionInputs,
 )
-from dilated_attention_pytorch.nn.fused_selection import MAX_BUDGET_FACTOR, select_with_kernels
-from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes, narrow
+from dilated_attention_pytorch.nn.estimators import (
+    explore_blocks,
+    hard_selection,
+    soft_selection,
+)
+from dilated_attention_pytorch.nn.fused_selection import select_with_kernels
+from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
+from dilated_attention_pytorch.nn.row_budgets import DensityRecord, row_budgets, scored_bound
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_selection import kernel_refusal
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
-from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
 from dilated_attention_pytorch.scoring.training_free import antidiagonal_scores
 from dilated_attention_pytorch.selection.bounds import (
     halvings,
-    most_scored_blocks,
-    most_visible_blocks,
 )
 from dilated_attention_pytorch.selection.budget import (
-    content_complexity,
-    round_budget,
     top_p_budget,
-    water_level_budget,
 )
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k, uniform_noise
-from dilated_attention_pytorch.selection.mass_target import mass_target_probe
-from dilated_attention_pytorch.selection.running_budget import running_budget
+from dilated_attention_pytorch.selection.gumbel import gumbel_noise
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
     ThresholdTable,
-    threshold_budget,
 )
 from dilated_attention_pytorch.selection.top_k import choose_top_k
-
-
-@dataclasses.dataclass(eq=False)
-class _Record:
-    """What the last forward pass left for :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
-
-    exact: Tensor | None = None
-    allowed: Tensor | None = None
-    rounded: Tensor | None = None
-    target: Tensor | None = None
-
-    def excess(self) -> Tensor:
-        """Share of the visible tiles that the budgets take, over the target, less 1: 0-dim."""
-        if self.exact is None or self.allowed is None or self.target is None:
-            raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
-        total = self.allowed.expand(self.exact.shape).sum().clamp(min=1)
-        density = self.exact.sum() / total
-        if self.rounded is not None:
-            # The value is what was kept; the gradient is the stand-in's.
-            density = density - density.detach() + self.rounded.sum() / total
-        return density / self.target - 1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Record:
-        # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.
-        return _Record()
-
-    def __reduce__(self) -> tuple[type[_Record], tuple[()]]:
-        return _Record, ()
 
 
 class BlockSparseAdaptive(BlockSparseLayer):
@@ -188,7 +154,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
             self.register_buffer("thresholds", torch.zeros(0, 2, dtype=torch.float64))
         self._note_densest(1 - config.base_sparsity)
         self._table: ThresholdTable | None = None
-        self._record = _Record()
+        self._record = DensityRecord()
 
     def _new_scorer(self) -> ImportanceScorer:
         config = self.config
@@ -242,11 +208,11 @@ class BlockSparseAdaptive(BlockSparseLayer):
 
     def _note_densest(self, share: float) -> None:
         """Keeps what sizes are derived from beside the buffer, whose value may be on a device."""
-        self._densest = share
+        self.densest = share
         # torch.compile specialises on integers that it reads of a module, so that one is needed
         # that seldom moves; a float that moves would become a symbol, and sizes with it.
-        self._halvings = halvings(share)
-        self._keeps_all = share == 1
+        self.halvings = halvings(share)
+        self.keeps_all = share == 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseAdaptive:
         names = ["temperature", "base_sparsity", "top_p"]
@@ -298,20 +264,20 @@ class BlockSparseAdaptive(BlockSparseLayer):
         else:
             scores, key_means = self.score(inputs)
         candidates = inputs.candidates
-        budget = self._budget(inputs, scores, key_means)
+        budget = row_budgets(self, inputs, scores, key_means)
         forced = candidates.forced.sum(-1, dtype=torch.int32)
         count = (budget - forced).clamp(min=0)
-        bound = self._bound(inputs, count)
+        bound = scored_bound(self, inputs, count)
         ranked = scores.detach()
         if explore:
             noise = gumbel_noise(scores, inputs.generator)
             ranked = ranked + noise * self.effective_temperature().detach()
         chosen = choose_top_k(ranked, candidates.scored, count, bound)
         if explore and config.estimator == "soft":
-            return self._soft(inputs, scores, noise, count, bound)
+            return soft_selection(self, inputs, scores, noise, count, bound)
         if explore and config.num_explore_blocks:
-            chosen = chosen | self._explore(inputs, chosen)
-        return self._hard(inputs, scores, chosen, bound, levels)
+            chosen = chosen | explore_blocks(self, inputs, chosen)
+        return hard_selection(self, inputs, scores, chosen, bound, levels)
 
     def selection_refusal(self, inputs: SelectionInputs) -> str | None:
         """Why this selection takes the PyTorch path, or None if the fused kernels run it."""
@@ -402,7 +368,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
         self.thresholds = torch.tensor(rows, dtype=torch.float64, device=device)
         self._table = table
 
-    def _threshold_table(self) -> ThresholdTable:
+    def threshold_table(self) -> ThresholdTable:
         # Kept on the host: reading the buffer would wait for the device in every pass.
         if self._table is None:
             if len(self.thresholds) == 0:
@@ -434,80 +400,9 @@ class BlockSparseAdaptive(BlockSparseLayer):
         detached = key.detach()
         return keys, block_summaries(detached, self.block_size, pooling=("mean",), valid=valid)
 
-    def _budget(self, inputs: SelectionInputs, scores: Tensor, key_means: Tensor) -> Tensor:
-        """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
-        config, rows, candidates = self.config, inputs.rows, inputs.candidates
-        shape, width = scores.shape[:3], inputs.rule.width(rows)
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
-        if config.hierarchy:
-            # The budget depends on lengths alone, not on which super-blocks were kept.
-            limit = rows.num_allowed.long()
-        rounded = self.budget_by_score(scores, candidates, inputs.mask.kv_len)
-        if rounded is not None:
-            stand_in = rounded.float()
-            if config.budget == "top_p":
-                stand_in = self._soft_count(scores, candidates.scored) + forced
-            self.record_density(stand_in, rows, rounded)
-            return rounded
-        if config.num_selected_blocks is not None:
-            exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
-            exact = exact.expand(shape)
-        else:
-            keep = (1 - self.base_sparsity).expand(shape)
-            if config.budget == "adaptive":
-                keep = (keep * self.budget_factor(rows, key_means, inputs.mask.causal)).clamp(max=1)
-            if config.query_scope == "past" and inputs.mask.causal:
-                exact, rounded = running_budget(keep, forced, limit, rows)
-                self.record_density(exact, rows, None)
-                return rounded
-            exact = water_level_budget(keep, forced, limit, rows, width)
-        rounded = round_budget(exact, rows)
-        self.record_density(exact, rows, None)
-        return rounded
-
-    def budget_by_score(self, scores: Tensor, candidates: Candidates, kv_len: int) -> Tensor | None:
-        """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do."""
-        if self.config.budget == "top_p":
-            count = top_p_budget(scores, candidates.scored, self.top_p)
-        elif self.config.budget == "threshold":
-            threshold = self._threshold_table().at(kv_len)
-            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
-        else:
-            return None
-        return candidates.forced.sum(-1, dtype=torch.int32) + count
-
-    def budget_factor(self, rows: RowRange, key_means: Tensor, causal: bool) -> Tensor:
-        """Each row's share of the base budget, ``(b, pattern heads, i)``, by its content.
-
-        Args:
-            rows: Visible ranges.
-            key_means: From :meth:`pool_keys`.
-            causal: Whether later keys are hidden.
-        """
-        past = self.config.query_scope == "past" and causal
-        return self.factor_of(content_complexity(key_means, rows, past_only=past))
-
-    def factor_of(self, complexity: Tensor) -> Tensor:
-        """The share for a complexity ``(b, num_kv_heads, i)``; see :meth:`budget_factor`."""
-        heads = self.pattern_heads
-        if heads == 1:
-            complexity = complexity.mean(1, keepdim=True)
-        elif heads != self.num_kv_heads:
-            complexity = complexity.repeat_interleave(heads // self.num_kv_heads, 1)
-        factor = self.budget_offset[:, None] + self.budget_gain[:, None] * complexity
-        return factor.clamp(0, MAX_BUDGET_FACTOR)
-
-    def _soft_count(self, scores: Tensor, scored: Tensor) -> Tensor:
-        """A differentiable stand-in for the number of blocks that reach the share top_p."""
-        p = scores.masked_fill(~scored, torch.finfo(scores.dtype).min).softmax(-1)
-        p = p.masked_fill(~scored, 0)
-        # exp(entropy): how many equally scored blocks would be as spread out.
-        return (-(p * p.clamp(min=1e-20).log()).sum(-1)).exp()
-
     def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
         """Notes the budgets; their sums are left to get_sparsity_loss, not of every step."""
-        self._record = _Record(exact, rows.num_allowed, rounded, 1 - self.base_sparsity)
+        self._record = DensityRecord(exact, rows.num_allowed, rounded, 1 - self.base_sparsity)
 
     def get_sparsity_loss(self) -> Tensor:
         r"""How far the last forward pass was from ``base_sparsity``.
@@ -523,159 +418,6 @@ class BlockSparseAdaptive(BlockSparseLayer):
             RuntimeError: If no forward pass has run.
         """
         return self._record.excess().square()
-
-    def _bound(self, inputs: SelectionInputs, count: Tensor) -> int:
-        """An upper bound of ``count``; on a GPU from the lengths alone, to wait for nothing."""
-        if count.device.type == "cpu" and not torch.compiler.is_compiling():
-            return int(count.max()) if count.numel() else 0
-        return self.most_scored(inputs)
-
-    def most_scored(self, inputs: SelectionInputs) -> int:
-        """The most scored blocks that any row can get, from the lengths alone."""
-        config, width = self.config, inputs.rule.width(inputs.rows)
-        if config.query_scope == "past" and inputs.mask.causal:
-            return self.most_scored_of(-(-inputs.mask.kv_len // self.block_size), width)
-        if config.num_selected_blocks is not None:
-            return min(config.num_selected_blocks, width)
-        if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
-            return width
-        mask, compiling = inputs.mask, torch.compiler.is_compiling()
-        factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
-        share = 0.5**self._halvings if compiling else self._densest
-        keep = min(share * factor, 1.0)
-        if self.segment_lengths is None:
-            offset = mask.query_offset
-            # An int: with one offset per sample the width was returned above.
-            most = most_visible_blocks(
-                mask.q_len, mask.kv_len, mask.causal, cast(int, offset), self.block_size, keep
-            )
-            return min(width, most)
-        if compiling:
-            # Counting the lattice takes tensors, whose values would be symbols. Candidates of
-            # segments do not grow with the length, so this stays small.
-            return width
-        return min(
-            width,
-            most_scored_blocks(
-                mask.q_len,
-                mask.kv_len,
-                mask.causal,
-                int(mask.query_offset),
-                inputs.rows.has_diagonal,
-                self.block_size,
-                self.segment_lengths,
-                self.dilation_rates,
-                self.pattern_heads,
-                config.num_local_blocks,
-                config.num_sink_blocks,
-                keep,
-            ),
-        )
-
-    def most_scored_of(self, num_blocks: int, width: int) -> int:
-        """An upper bound of the scored blocks of a row that sees ``num_blocks``, by lengths alone.
-
-        For a row whose budget is a share of what it sees; ``width`` candidates are the most.
-        """
-        config = self.config
-        if config.num_selected_blocks is not None:
-            return min(config.num_selected_blocks, width)
-        if config.budget not in ("adaptive", "fixed"):
-            return width
-        factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
-        return min(width, math.ceil(min(self._densest * factor, 1.0) * num_blocks) + 1)
-
-    def _explore(self, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
-        """Uniformly random blocks that were not chosen."""
-        lottery = uniform_noise(chosen, inputs.generator)
-        extra = self.config.num_explore_blocks
-        free = inputs.candidates.scored & ~chosen
-        count = torch.full(chosen.shape[:3], extra, device=chosen.device)
-        return choose_top_k(lottery, free, count, extra)
-
-    def _soft(
-        self, inputs: SelectionInputs, scores: Tensor, noise: Tensor, count: Tensor, bound: int
-    ) -> Selection:
-        """All candidates, each gated by the logarithm of its relaxed top-k weight."""
-        scored = inputs.candidates.scored.expand(scores.shape)
-        logits = (scores + noise).masked_fill(~scored, -torch.inf)
-        count = torch.minimum(count, scored.sum(-1))
-        weights = relaxed_top_k(logits, count, bound, self.effective_temperature())
-        gate = weights.clamp(min=1e-8).log().masked_fill(~scored, 0)
-        everything = scored | inputs.candidates.forced
-        pattern, slots = self.build_pattern(inputs, everything, inputs.candidates.width)
-        return Selection(pattern, block_bias=gate.gather(-1, slots))
-
-    def _hard(
-        self,
-        inputs: SelectionInputs,
-        scores: Tensor,
-        chosen: Tensor,
-        bound: int,
-        levels: list[ChosenLevel],
-    ) -> Selection:
-        """Only the chosen blocks; the estimator decides how the scores hear of it."""
-        config, candidates = self.config, inputs.candidates
-        everything = chosen | candidates.forced
-        if everything.device.type == "cpu" and not torch.compiler.is_compiling():
-            width = int(everything.sum(-1).max()) if everything.numel() else 0
-        else:
-            most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
-            width = min(candidates.width, bound + config.num_explore_blocks + most_forced)
-        complete = config.budget == "fixed" and config.num_selected_blocks is None
-        complete = complete and self._keeps_all
-        pattern, slots = self.build_pattern(inputs, everything, width, complete=complete)
-        learning = self.training and torch.is_grad_enabled()
-        used = pattern.slot_used()
-        scored = candidates.scored.expand(scores.shape).gather(-1, slots) & used
-        if config.estimator == "mass":
-            if not learning or config.selector_weight == 0:
-                return Selection(pattern)
-            kept = scores.gather(-1, slots) / self.temperature_factor()
-            return Selection(pattern, mass_probe=self.mass_probe(kept, scored, pattern, levels))
-        passes_through = config.estimator == "straight_through" or config.hard_sparsity
-        if config.estimator == "soft" and not (self.training and config.hard_sparsity):
-            return Selection(pattern)
-        if passes_through and not learning:
-            return Selection(pattern)
-        bias = self.slot_bias(scores, candidates.scored, slots, scored)
-        if passes_through:
-            bias = bias - bias.detach()
-        return Selection(pattern, block_bias=bias)
-
-    def mass_probe(
-        self, kept: Tensor, scored: Tensor, pattern: BlockPattern, levels: list[ChosenLevel]
-    ) -> Tensor:
-        """What takes the tile mass to the scores of the kept tiles and of the coarse levels.
-
-        Args:
-            kept: ``(b, p, i, k)`` scores of the kept tiles over the learned temperature factor.
-            scored: Booleans: tiles that are not forced.
-            pattern: The kept tiles.
-            levels: Of the hierarchy; empty without.
-        """
-        weight, rows = self.config.selector_weight, kept.shape[0] * kept.shape[2]
-        probe = mass_target_probe(kept, scored, weight, rows)
-        if not levels:
-            return probe
-        factor = self.temperature_factor()
-        return probe + coarse_probes(
-            levels, pattern.kv_indices, scored, weight / max(rows, 1), factor
-        )
-
-    def slot_bias(self, scores: Tensor, allowed: Tensor, slots: Tensor, scored: Tensor) -> Tensor:
-        """Logit bias of the kept blocks, by how far their scores lie above the row's mean.
-
-        Args:
-            scores: ``(b, h, i, c)``.
-            allowed: Booleans that broadcast to it: which candidates may be chosen by score.
-            slots: int64 ``(b, h, i, k)``: the candidate in each slot.
-            scored: Booleans of that shape: slots that were chosen by score; others get 0.
-        """
-        allowed = allowed.expand(scores.shape)
-        mean = scores.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
-        bias = (scores.gather(-1, slots) - mean[..., None]).masked_fill(~scored, 0)
-        return bias / self.temperature_factor()
 
     @torch.no_grad()
     def prefill(

@@ -22,6 +22,13 @@ from dilated_attention_pytorch.candidates import (
     row_ranges,
 )
 from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.nn.estimators import slot_bias
+from dilated_attention_pytorch.nn.row_budgets import (
+    budget_by_score,
+    budget_factor,
+    factor_of,
+    most_scored_of,
+)
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode
@@ -111,7 +118,7 @@ def remember(
     keep = (1 - layer.base_sparsity).expand(1, layer.pattern_heads, blocks)
     if layer.config.budget == "adaptive":
         memory.unit_sums[:, :, 1 : blocks + 1] = _units(means).cumsum(2)
-        factor = layer.budget_factor(rows, means, causal=True)
+        factor = budget_factor(layer, rows, means, causal=True)
         if layer.config.query_scope == "block":
             memory.factors[:, :, 1 : blocks + 1] = factor
         keep = (keep * factor).clamp(max=1)
@@ -309,7 +316,7 @@ def _most_scored(layer: BlockSparseAdaptive, blocks: int, width: int) -> int:
     if layer.segment_lengths is not None and layer.config.query_scope == "block":
         # A level over rows with few candidates can exceed a row's own share.
         return width
-    return layer.most_scored_of(blocks, width)
+    return most_scored_of(layer, blocks, width)
 
 
 def _width(layer: BlockSparseAdaptive, blocks: int) -> int:
@@ -404,7 +411,7 @@ def _list_blocks(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> Non
     if _has_bias(layer):
         used = torch.arange(slots.shape[-1], device=slots.device) < memory.counts[..., None, None]
         kept = scored.expand(scores.shape).gather(-1, slots) & used
-        memory.bias.copy_(layer.slot_bias(scores, scored, slots, kept)[:, :, 0])
+        memory.bias.copy_(slot_bias(layer, scores, scored, slots, kept)[:, :, 0])
 
 
 def _row(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> _Row:
@@ -471,7 +478,7 @@ def _budget(
     config, candidates = layer.config, row.candidates
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    by_score = layer.budget_by_score(scores, candidates, blocks * layer.block_size)
+    by_score = budget_by_score(layer, scores, candidates, blocks * layer.block_size)
     if by_score is not None:
         return by_score
     if config.num_selected_blocks is not None:
@@ -479,7 +486,7 @@ def _budget(
         return budget.expand(scores.shape[:3])
     keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
     if complexity is not None:
-        factor = layer.factor_of(complexity)
+        factor = factor_of(layer, complexity)
         keep = (keep * factor).clamp(max=1)
         if config.query_scope == "block":
             row.put(memory.factors, 0, factor)

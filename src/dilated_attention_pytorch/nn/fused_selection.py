@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.estimators import mass_probe
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
+from dilated_attention_pytorch.nn.row_budgets import MAX_BUDGET_FACTOR, most_scored
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
@@ -21,9 +23,6 @@ from dilated_attention_pytorch.scoring.summaries import past_windows
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-
-# A row's share of the base budget never leaves this range, whatever gain and offset learn.
-MAX_BUDGET_FACTOR = 2.0
 
 
 def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
@@ -73,7 +72,7 @@ def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    return Selection(pattern, mass_probe=layer.mass_probe(kept, scored, pattern, levels))
+    return Selection(pattern, mass_probe=mass_probe(layer, kept, scored, pattern, levels))
 
 
 def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
@@ -179,7 +178,7 @@ def choose_blocks(
         )
         temperature = layer.effective_temperature().detach()
     most_forced = config.num_sink_blocks + inputs.rule.near_width(inputs.rows)
-    most = min(width, layer.most_scored(inputs) + extra + most_forced)
+    most = min(width, most_scored(layer, inputs) + extra + most_forced)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = choose_op(
         scores, candidates, intervals, budget, seed, temperature,
         config.num_selected_blocks or 0, extra, most, learning,

@@ -1,0 +1,124 @@
+"""From scores and a choice to what attention computes, and how the scores hear of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes
+from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.selection.gumbel import relaxed_top_k, uniform_noise
+from dilated_attention_pytorch.selection.mass_target import mass_target_probe
+from dilated_attention_pytorch.selection.top_k import choose_top_k
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+
+def soft_selection(
+    layer: BlockSparseAdaptive,
+    inputs: SelectionInputs,
+    scores: Tensor,
+    noise: Tensor,
+    count: Tensor,
+    bound: int,
+) -> Selection:
+    """All candidates, each gated by the logarithm of its relaxed top-k weight."""
+    scored = inputs.candidates.scored.expand(scores.shape)
+    logits = (scores + noise).masked_fill(~scored, -torch.inf)
+    count = torch.minimum(count, scored.sum(-1))
+    weights = relaxed_top_k(logits, count, bound, layer.effective_temperature())
+    gate = weights.clamp(min=1e-8).log().masked_fill(~scored, 0)
+    everything = scored | inputs.candidates.forced
+    pattern, slots = layer.build_pattern(inputs, everything, inputs.candidates.width)
+    return Selection(pattern, block_bias=gate.gather(-1, slots))
+
+
+def hard_selection(
+    layer: BlockSparseAdaptive,
+    inputs: SelectionInputs,
+    scores: Tensor,
+    chosen: Tensor,
+    bound: int,
+    levels: list[ChosenLevel],
+) -> Selection:
+    """Only the chosen blocks; the estimator decides how the scores hear of it."""
+    config, candidates = layer.config, inputs.candidates
+    everything = chosen | candidates.forced
+    if everything.device.type == "cpu" and not torch.compiler.is_compiling():
+        width = int(everything.sum(-1).max()) if everything.numel() else 0
+    else:
+        most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
+        width = min(candidates.width, bound + config.num_explore_blocks + most_forced)
+    complete = config.budget == "fixed" and config.num_selected_blocks is None
+    complete = complete and layer.keeps_all
+    pattern, slots = layer.build_pattern(inputs, everything, width, complete=complete)
+    learning = layer.training and torch.is_grad_enabled()
+    used = pattern.slot_used()
+    scored = candidates.scored.expand(scores.shape).gather(-1, slots) & used
+    if config.estimator == "mass":
+        if not learning or config.selector_weight == 0:
+            return Selection(pattern)
+        kept = scores.gather(-1, slots) / layer.temperature_factor()
+        return Selection(pattern, mass_probe=mass_probe(layer, kept, scored, pattern, levels))
+    passes_through = config.estimator == "straight_through" or config.hard_sparsity
+    if config.estimator == "soft" and not (layer.training and config.hard_sparsity):
+        return Selection(pattern)
+    if passes_through and not learning:
+        return Selection(pattern)
+    bias = slot_bias(layer, scores, candidates.scored, slots, scored)
+    if passes_through:
+        bias = bias - bias.detach()
+    return Selection(pattern, block_bias=bias)
+
+
+def mass_probe(
+    layer: BlockSparseAdaptive,
+    kept: Tensor,
+    scored: Tensor,
+    pattern: BlockPattern,
+    levels: list[ChosenLevel],
+) -> Tensor:
+    """What takes the tile mass to the scores of the kept tiles and of the coarse levels.
+
+    Args:
+        kept: ``(b, p, i, k)`` scores of the kept tiles over the learned temperature factor.
+        scored: Booleans: tiles that are not forced.
+        pattern: The kept tiles.
+        levels: Of the hierarchy; empty without.
+    """
+    weight, rows = layer.config.selector_weight, kept.shape[0] * kept.shape[2]
+    probe = mass_target_probe(kept, scored, weight, rows)
+    if not levels:
+        return probe
+    factor = layer.temperature_factor()
+    return probe + coarse_probes(levels, pattern.kv_indices, scored, weight / max(rows, 1), factor)
+
+
+def slot_bias(
+    layer: BlockSparseAdaptive, scores: Tensor, allowed: Tensor, slots: Tensor, scored: Tensor
+) -> Tensor:
+    """Logit bias of the kept blocks, by how far their scores lie above the row's mean.
+
+    Args:
+        scores: ``(b, h, i, c)``.
+        allowed: Booleans that broadcast to it: which candidates may be chosen by score.
+        slots: int64 ``(b, h, i, k)``: the candidate in each slot.
+        scored: Booleans of that shape: slots that were chosen by score; others get 0.
+    """
+    allowed = allowed.expand(scores.shape)
+    mean = scores.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1).clamp(min=1)
+    bias = (scores.gather(-1, slots) - mean[..., None]).masked_fill(~scored, 0)
+    return bias / layer.temperature_factor()
+
+
+def explore_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
+    """Uniformly random blocks that were not chosen."""
+    lottery = uniform_noise(chosen, inputs.generator)
+    extra = layer.config.num_explore_blocks
+    free = inputs.candidates.scored & ~chosen
+    count = torch.full(chosen.shape[:3], extra, device=chosen.device)
+    return choose_top_k(lottery, free, count, extra)

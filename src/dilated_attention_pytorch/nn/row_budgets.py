@@ -1,0 +1,202 @@
+"""How many blocks the rows of an adaptive layer may read, and the most that any can get."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.candidates import Candidates, RowRange
+from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.selection.bounds import most_scored_blocks, most_visible_blocks
+from dilated_attention_pytorch.selection.budget import (
+    content_complexity,
+    round_budget,
+    top_p_budget,
+    water_level_budget,
+)
+from dilated_attention_pytorch.selection.running_budget import running_budget
+from dilated_attention_pytorch.selection.threshold import threshold_budget
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+# A row's share of the base budget never leaves this range, whatever gain and offset learn.
+MAX_BUDGET_FACTOR = 2.0
+
+
+@dataclasses.dataclass(eq=False)
+class DensityRecord:
+    """What the last forward pass left for :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
+
+    exact: Tensor | None = None
+    allowed: Tensor | None = None
+    rounded: Tensor | None = None
+    target: Tensor | None = None
+
+    def excess(self) -> Tensor:
+        """Share of the visible tiles that the budgets take, over the target, less 1: 0-dim."""
+        if self.exact is None or self.allowed is None or self.target is None:
+            raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
+        total = self.allowed.expand(self.exact.shape).sum().clamp(min=1)
+        density = self.exact.sum() / total
+        if self.rounded is not None:
+            # The value is what was kept; the gradient is the stand-in's.
+            density = density - density.detach() + self.rounded.sum() / total
+        return density / self.target - 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DensityRecord:
+        # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.
+        return DensityRecord()
+
+    def __reduce__(self) -> tuple[type[DensityRecord], tuple[()]]:
+        return DensityRecord, ()
+
+
+def row_budgets(
+    layer: BlockSparseAdaptive, inputs: SelectionInputs, scores: Tensor, key_means: Tensor
+) -> Tensor:
+    """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
+    config, rows, candidates = layer.config, inputs.rows, inputs.candidates
+    shape, width = scores.shape[:3], inputs.rule.width(rows)
+    forced = candidates.forced.sum(-1)
+    limit = forced + candidates.scored.sum(-1)
+    if config.hierarchy:
+        # The budget depends on lengths alone, not on which super-blocks were kept.
+        limit = rows.num_allowed.long()
+    rounded = budget_by_score(layer, scores, candidates, inputs.mask.kv_len)
+    if rounded is not None:
+        stand_in = rounded.float()
+        if config.budget == "top_p":
+            stand_in = _soft_count(scores, candidates.scored) + forced
+        layer.record_density(stand_in, rows, rounded)
+        return rounded
+    if config.num_selected_blocks is not None:
+        exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
+        exact = exact.expand(shape)
+    else:
+        keep = (1 - layer.base_sparsity).expand(shape)
+        if config.budget == "adaptive":
+            keep = (keep * budget_factor(layer, rows, key_means, inputs.mask.causal)).clamp(max=1)
+        if config.query_scope == "past" and inputs.mask.causal:
+            exact, rounded = running_budget(keep, forced, limit, rows)
+            layer.record_density(exact, rows, None)
+            return rounded
+        exact = water_level_budget(keep, forced, limit, rows, width)
+    rounded = round_budget(exact, rows)
+    layer.record_density(exact, rows, None)
+    return rounded
+
+
+def budget_by_score(
+    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, kv_len: int
+) -> Tensor | None:
+    """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do."""
+    if layer.config.budget == "top_p":
+        count = top_p_budget(scores, candidates.scored, layer.top_p)
+    elif layer.config.budget == "threshold":
+        threshold = layer.threshold_table().at(kv_len)
+        count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+    else:
+        return None
+    return candidates.forced.sum(-1, dtype=torch.int32) + count
+
+
+def budget_factor(
+    layer: BlockSparseAdaptive, rows: RowRange, key_means: Tensor, causal: bool
+) -> Tensor:
+    """Each row's share of the base budget, ``(b, pattern heads, i)``, by its content.
+
+    Args:
+        rows: Visible ranges.
+        key_means: From :meth:`BlockSparseAdaptive.pool_keys`.
+        causal: Whether later keys are hidden.
+    """
+    past = layer.config.query_scope == "past" and causal
+    return factor_of(layer, content_complexity(key_means, rows, past_only=past))
+
+
+def factor_of(layer: BlockSparseAdaptive, complexity: Tensor) -> Tensor:
+    """The share for a complexity ``(b, num_kv_heads, i)``; see :func:`budget_factor`."""
+    heads = layer.pattern_heads
+    if heads == 1:
+        complexity = complexity.mean(1, keepdim=True)
+    elif heads != layer.num_kv_heads:
+        complexity = complexity.repeat_interleave(heads // layer.num_kv_heads, 1)
+    factor = layer.budget_offset[:, None] + layer.budget_gain[:, None] * complexity
+    return factor.clamp(0, MAX_BUDGET_FACTOR)
+
+
+def _soft_count(scores: Tensor, scored: Tensor) -> Tensor:
+    """A differentiable stand-in for the number of blocks that reach the share top_p."""
+    p = scores.masked_fill(~scored, torch.finfo(scores.dtype).min).softmax(-1)
+    p = p.masked_fill(~scored, 0)
+    # exp(entropy): how many equally scored blocks would be as spread out.
+    return (-(p * p.clamp(min=1e-20).log()).sum(-1)).exp()
+
+
+def scored_bound(layer: BlockSparseAdaptive, inputs: SelectionInputs, count: Tensor) -> int:
+    """An upper bound of ``count``; on a GPU from the lengths alone, to wait for nothing."""
+    if count.device.type == "cpu" and not torch.compiler.is_compiling():
+        return int(count.max()) if count.numel() else 0
+    return most_scored(layer, inputs)
+
+
+def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
+    """The most scored blocks that any row can get, from the lengths alone."""
+    config, width = layer.config, inputs.rule.width(inputs.rows)
+    if config.query_scope == "past" and inputs.mask.causal:
+        return most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
+    if config.num_selected_blocks is not None:
+        return min(config.num_selected_blocks, width)
+    if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
+        return width
+    mask, compiling = inputs.mask, torch.compiler.is_compiling()
+    factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
+    share = 0.5**layer.halvings if compiling else layer.densest
+    keep = min(share * factor, 1.0)
+    if layer.segment_lengths is None:
+        offset = mask.query_offset
+        # An int: with one offset per sample the width was returned above.
+        most = most_visible_blocks(
+            mask.q_len, mask.kv_len, mask.causal, cast(int, offset), layer.block_size, keep
+        )
+        return min(width, most)
+    if compiling:
+        # Counting the lattice takes tensors, whose values would be symbols. Candidates of
+        # segments do not grow with the length, so this stays small.
+        return width
+    return min(
+        width,
+        most_scored_blocks(
+            mask.q_len,
+            mask.kv_len,
+            mask.causal,
+            int(mask.query_offset),
+            inputs.rows.has_diagonal,
+            layer.block_size,
+            layer.segment_lengths,
+            layer.dilation_rates,
+            layer.pattern_heads,
+            config.num_local_blocks,
+            config.num_sink_blocks,
+            keep,
+        ),
+    )
+
+
+def most_scored_of(layer: BlockSparseAdaptive, num_blocks: int, width: int) -> int:
+    """An upper bound of the scored blocks of a row that sees ``num_blocks``, by lengths alone.
+
+    For a row whose budget is a share of what it sees; ``width`` candidates are the most.
+    """
+    config = layer.config
+    if config.num_selected_blocks is not None:
+        return min(config.num_selected_blocks, width)
+    if config.budget not in ("adaptive", "fixed"):
+        return width
+    factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
+    return min(width, math.ceil(min(layer.densest * factor, 1.0) * num_blocks) + 1)
