@@ -78,11 +78,11 @@ def head_statistics(recording: Recording) -> list[list[HeadStatistics]]:
     Example:
         >>> from dilated_attention_pytorch import BlockSparseFixed
         >>> from dilated_attention_pytorch.analysis import record
-        >>> layer = BlockSparseFixed("local", num_heads=2, head_dim=16, base_sparsity=0.5)
+        >>> layer = BlockSparseFixed("local", num_heads=2, head_dim=16, base_sparsity=0.75)
         >>> x = torch.randn(2, 1024, 2, 16)
         >>> head = head_statistics(record(layer, [x]))[0][1]
         >>> head.kind, head.diversity, round(head.sparsity, 2)
-        ('local', 0.0, 0.5)
+        ('local', 0.0, 0.75)
     """
     return [
         _layer_statistics(number, recording.layer(number))
