@@ -35,9 +35,7 @@ class Browser:
         program = shutil.which("chromium")
         if program is None:
             pytest.skip("needs Debian's chromium")
-        self._profile = tempfile.TemporaryDirectory(
-            prefix="chromium-", ignore_cleanup_errors=True
-        )
+        self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4.

@@ -25,6 +25,8 @@ SELECTIVE_SHARE = 1 / 4
 NEAR_FACTOR = 1.5
 # A fold needs as many repetitions of a period before it counts as one.
 _REPEATS = 3
+# Longer periods are not looked for.
+_LONGEST_PERIOD = 64
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _layer_statistics(number: int, records: Sequence[LayerRecord]) -> list[HeadS
         "sparsity": torch.stack([r.pattern.sparsity_per_head[0] for r in records]).mean(0),
         "diversity": torch.tensor(pattern_diversity(chosen)),
         "similarity": _mean([_similarity(x) for x in chosen]),
-        **_places(records, chosen),
+        **_places(records),
         "entropy": _mean([_entropy(r) for r in records]),
         "kept_mass": _mean([_row_mean(r, r.mass) for r in records]),
         "best_mass": _mean([_row_mean(r, r.best_mass) for r in records]),
@@ -137,37 +139,35 @@ def distance_profile(records: Sequence[LayerRecord]) -> Tensor:
     kept = torch.zeros(heads, longest, dtype=torch.float64)
     allowed = torch.zeros(longest, dtype=torch.float64)
     for record in records:
-        distance = _distances(record).flatten()
-        tiles = record.kept().flatten(1).double()
-        kept.scatter_add_(1, distance.expand(heads, -1), tiles)
-        allowed.scatter_add_(0, distance, visible_tiles(record.pattern).flatten().double())
+        used = record.pattern.slot_used()[0].flatten(1)
+        kept.scatter_add_(1, record.distances().flatten(1), used.double())
+        columns = torch.arange(record.pattern.num_key_blocks)
+        every = (own_blocks(record.pattern)[:, None] - columns).abs()
+        visible = visible_tiles(record.pattern)
+        allowed.scatter_add_(0, every.flatten(), visible.flatten().double())
     return kept / allowed.clamp(min=1)
 
 
-def _distances(record: LayerRecord) -> Tensor:
-    columns = torch.arange(record.pattern.num_key_blocks)
-    return (own_blocks(record.pattern)[:, None] - columns).abs()
-
-
-def _places(records: Sequence[LayerRecord], chosen: Sequence[Tensor]) -> dict[str, Tensor]:
+def _places(records: Sequence[LayerRecord]) -> dict[str, Tensor]:
     """Where the chosen tiles of selective rows lie."""
     heads = records[0].pattern.num_heads
     total, near, far = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
     apart_rows, sink_rows = torch.zeros_like(total), torch.zeros_like(total)
-    for record, every in zip(records, chosen, strict=True):
-        visible = visible_tiles(record.pattern)
-        distance = _distances(record).double()
-        count = every.sum(-1, keepdim=True)
-        selective = (count > 0) & (count <= SELECTIVE_SHARE * visible.sum(-1, keepdim=True))
-        tiles = every & selective
-        is_near = distance <= NEAR_FACTOR * count
-        reach = torch.where(visible, distance, 0).amax(-1, keepdim=True).clamp(min=1)
+    for record in records:
+        pattern = record.pattern
+        own, visible = own_blocks(pattern), visible_tiles(pattern)
+        columns = torch.arange(pattern.num_key_blocks)
+        reach = torch.where(visible, (own[:, None] - columns).abs(), 0).amax(-1).clamp(min=1)
+        tiles, distance = record.chosen_slots(), record.distances()
+        count = tiles.sum(-1)
+        selective = (count > 0) & (count <= SELECTIVE_SHARE * visible.sum(-1))
+        tiles = tiles & selective[..., None]
         total += tiles.sum((1, 2))
-        near += (tiles & is_near).sum((1, 2))
-        far += (tiles * (distance / reach)).sum((1, 2))
-        apart = selective[..., 0] & ~is_near[..., 0]
+        near += (tiles & (distance <= NEAR_FACTOR * count[..., None])).sum((1, 2))
+        far += (torch.where(tiles, distance, 0).sum(-1) / reach).sum(-1)
+        apart = selective & (own > NEAR_FACTOR * count)
         apart_rows += apart.sum(1)
-        sink_rows += (tiles[..., 0] & apart).sum(1)
+        sink_rows += ((tiles & (pattern.kv_indices[0] == 0)).any(-1) & apart).sum(1)
     return {
         "locality": near / total,
         "mean_distance": far / total,
@@ -213,8 +213,8 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 def _period(profile: Tensor) -> tuple[float, int]:
     """The share of a profile's variance that folding explains, and the smallest such period.
 
-    Distances from 2 to the last one in use; corrected for the number of phases, so that noise
-    explains nothing on average.
+    Distances from 2 to the last one in use, periods up to 64 blocks; corrected for the number of
+    phases, so that noise explains nothing on average.
     """
     used = (
         (profile > 0.1 * profile[2:].max()).nonzero() if len(profile) > 2 else profile.new_zeros(0)

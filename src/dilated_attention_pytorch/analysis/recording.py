@@ -60,15 +60,24 @@ class LayerRecord:
         """``(h, i, j)`` booleans: which tiles are read."""
         return self.pattern.to_dense()[0]
 
-    def chosen(self) -> Tensor:
-        """``(h, i, j)`` booleans: kept tiles that somebody chose.
+    def chosen_slots(self) -> Tensor:
+        """``(h, i, k)`` booleans: slots whose tile somebody chose.
 
         Without scores: all but the row's own block.
         """
-        kept = self.kept()
-        if self.scores is None:
-            return kept & ~own_tiles(self.pattern)
-        return self.spread(~self.scores.isnan())
+        pattern = self.pattern
+        used = pattern.slot_used()[0]
+        if self.scores is not None:
+            return used & ~self.scores.isnan()
+        return used & (pattern.kv_indices[0] != own_blocks(pattern)[:, None])
+
+    def chosen(self) -> Tensor:
+        """``(h, i, j)`` booleans: the tiles of :meth:`chosen_slots`."""
+        return self.spread(self.chosen_slots())
+
+    def distances(self) -> Tensor:
+        """``(h, i, k)`` int64: blocks between every slot's tile and the row's own block."""
+        return (own_blocks(self.pattern)[:, None] - self.pattern.kv_indices[0]).abs()
 
     def spread(self, values: Tensor) -> Tensor:
         """Moves values of slots ``(h, i, k)`` to their tiles ``(h, i, j)``; others get 0."""

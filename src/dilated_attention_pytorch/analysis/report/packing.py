@@ -9,8 +9,9 @@ endian, before deflate:
   scores (one byte a tile); share of kept tiles on a coarse grid (one byte a cell).
 
 Attention m is ``1 + 254 (log10 m + 4) / 4`` rounded, 0 below 1e-4; a score is its place between
-the head's lowest and highest from 1 to 255, 0 for a forced tile. Empty streams: not measured, or
-every tile is listed and no grid is needed.
+the head's lowest and highest from 1 to 255, 0 for a forced tile. Where not all tiles fit, values
+are rounded to 16 levels. Empty streams: not measured, or every tile is listed and no grid is
+needed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from dilated_attention_pytorch.analysis.recording import (
 _LIMITS = (None, 64, 32, 24, 16, 12, 8, 6, 5, 4, 3, 2, 1)
 # Cells per side of the coarse grid.
 GRID = 32
+# From one of 16 levels to the next, in 255.
+_COARSE = 17
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,15 @@ def pack_layer(record: LayerRecord, limit: int | None) -> str:
     used = pattern.slot_used()[0]
     listed = used if limit is None else _strongest(record, limit)
     heads, rows = used.shape[:2]
+    step = 1 if limit is None else _COARSE
     indices = pattern.kv_indices[0].numpy()[listed.numpy()]
     streams = [
         varints(pattern.kv_num_blocks[0].numpy().ravel()),
         varints(listed.sum(-1).numpy().ravel()),
         varints(_differences(indices, listed.sum(-1).numpy().ravel())),
-        b"" if record.mass is None else _mass_bytes(record.mass[listed]),
+        b"" if record.mass is None else _mass_bytes(record.mass[listed], step),
     ]
-    scores, bounds = _score_bytes(record, listed)
+    scores, bounds = _score_bytes(record, listed, step)
     streams += [scores, b"" if limit is None else _grid_bytes(record)]
     body = struct.pack("<II", heads, rows) + bounds.astype("<f4").tobytes()
     body += b"".join(struct.pack("<I", len(stream)) + stream for stream in streams)
@@ -141,12 +145,18 @@ def _strongest(record: LayerRecord, limit: int) -> Tensor:
     return torch.zeros_like(used).scatter_(-1, best, True) & used
 
 
-def _mass_bytes(mass: Tensor) -> bytes:
+def _mass_bytes(mass: Tensor, step: int) -> bytes:
     level = 1 + 254 * (mass.clamp(min=1e-12).log10() + 4) / 4
-    return level.round().clamp(0, 255).to(torch.uint8).numpy().tobytes()
+    return _levels(level, step).numpy().tobytes()
 
 
-def _score_bytes(record: LayerRecord, listed: Tensor) -> tuple[bytes, np.ndarray]:
+def _levels(level: Tensor, step: int) -> Tensor:
+    """Rounds 1 to 255 to every ``step``-th, from 255 down; below 1 becomes 0."""
+    steps = ((255 - level) / step).round()
+    return torch.where(level < 0.5, 0, (255 - step * steps).clamp(1, 255)).to(torch.uint8)
+
+
+def _score_bytes(record: LayerRecord, listed: Tensor, step: int) -> tuple[bytes, np.ndarray]:
     """Bytes of the listed tiles, and the lowest and highest score of each head."""
     heads = len(listed)
     if record.scores is None:
@@ -159,20 +169,22 @@ def _score_bytes(record: LayerRecord, listed: Tensor) -> tuple[bytes, np.ndarray
     nothing = hidden.all(1)
     low, high = low.masked_fill(nothing, 0), high.masked_fill(nothing, 0)
     place = (record.scores - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
-    level = (1 + 254 * place).round().nan_to_num(0.0).clamp(0, 255)
-    return level[listed].to(torch.uint8).numpy().tobytes(), torch.stack([low, high], 1).numpy()
+    level = (1 + 254 * place).nan_to_num(0.0)
+    bounds = torch.stack([low, high], 1).numpy()
+    return _levels(level[listed], step).numpy().tobytes(), bounds
 
 
 def _grid_bytes(record: LayerRecord) -> bytes:
-    """Share of the visible tiles of every cell that are kept: 0 none, 255 all."""
+    """Share of the visible tiles of every cell that are kept: 0 none, 255 all, 16 levels."""
     pattern = record.pattern
-    heads, rows, columns = len(record.kept()), pattern.num_query_blocks, pattern.num_key_blocks
+    heads, rows = pattern.num_heads, pattern.num_query_blocks
     row_cell = torch.arange(rows) * GRID // rows
-    column_cell = torch.arange(columns) * GRID // columns
-    cell = (row_cell[:, None] * GRID + column_cell).flatten()
+    column_cell = torch.arange(pattern.num_key_blocks) * GRID // pattern.num_key_blocks
+    cells = row_cell[:, None] * GRID + column_cell
+    index = row_cell[:, None] * GRID + column_cell[pattern.kv_indices[0].long()]
     kept = torch.zeros(heads, GRID * GRID)
-    kept.scatter_add_(1, cell.expand(heads, -1), record.kept().flatten(1).float())
+    kept.scatter_add_(1, index.flatten(1), pattern.slot_used()[0].flatten(1).float())
     visible = torch.zeros(GRID * GRID)
-    visible.scatter_add_(0, cell, visible_tiles(pattern).flatten().float())
-    share = kept / visible.clamp(min=1)
-    return (255 * share).ceil().to(torch.uint8).numpy().tobytes()
+    visible.scatter_add_(0, cells.flatten(), visible_tiles(pattern).flatten().float())
+    level = (15 * kept / visible.clamp(min=1)).ceil() * _COARSE
+    return level.to(torch.uint8).numpy().tobytes()

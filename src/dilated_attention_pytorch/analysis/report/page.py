@@ -185,7 +185,7 @@ def _findings(diagnosis: Diagnosis) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    marks = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "–"}
+    marks = {"pass": "✓", "warn": "!", "fail": "✗", "skip": "·"}
     remedy = f'<p class="remedy">{escape(finding.remedy)}</p>' if finding.remedy else ""
     return (
         f'<li class="finding {finding.verdict}"><span class="verdict">'
