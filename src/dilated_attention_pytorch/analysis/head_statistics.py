@@ -39,7 +39,8 @@ class HeadStatistics:
         layer: Number of the layer.
         head: Number of the head in its pattern.
         sparsity: 1 - tiles computed / tiles of dense attention under the same mask.
-        diversity: Mean Jaccard distance of the chosen tiles between samples: 0: always the same.
+        diversity: Mean Jaccard distance of the chosen tiles between samples of one length: 0:
+            always the same.
         similarity: Mean Jaccard similarity of the chosen tiles to the layer's other heads.
         locality: Share of near ones among the chosen tiles: within 1.5 k blocks in a row that
             chose k. This and the next two look at rows that choose at most a quarter of what they
@@ -96,7 +97,7 @@ def _layer_statistics(number: int, records: Sequence[LayerRecord]) -> list[HeadS
     chosen = [record.chosen() for record in records]
     columns = {
         "sparsity": torch.stack([r.pattern.sparsity_per_head[0] for r in records]).mean(0),
-        "diversity": torch.tensor(pattern_diversity(chosen)),
+        "diversity": _diversity(chosen),
         "similarity": _mean([_similarity(x) for x in chosen]),
         **_places(records),
         "entropy": _mean([_entropy(r) for r in records]),
@@ -173,6 +174,12 @@ def _places(records: Sequence[LayerRecord]) -> dict[str, Tensor]:
         "mean_distance": far / total,
         "sink_share": sink_rows / apart_rows,
     }
+
+
+def _diversity(chosen: Sequence[Tensor]) -> Tensor:
+    if len({x.shape for x in chosen}) == len(chosen):
+        return torch.full((len(chosen[0]),), math.nan)
+    return torch.tensor(pattern_diversity(list(chosen)))
 
 
 def _similarity(chosen: Tensor) -> Tensor:

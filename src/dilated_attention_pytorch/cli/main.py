@@ -43,7 +43,7 @@ def _report(name: str, error: Exception, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dilated_attention_pytorch.cli import demo, train
+    from dilated_attention_pytorch.cli import demo, diagnose_command, report_command, train
 
     parser = argparse.ArgumentParser(
         prog="dilated-attention",
@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
     train.add_parser(commands)
     demo.add_parser(commands)
+    report_command.add_parser(commands)
+    diagnose_command.add_parser(commands)
     return parser
 
 

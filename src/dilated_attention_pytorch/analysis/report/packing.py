@@ -69,8 +69,9 @@ def pack_recording(recording: Recording, max_bytes: int) -> PackedRecording:
     """
     layers = [layer for sample in recording.samples for layer in sample.layers]
     # A few layers tell the size of all well enough to skip limits that cannot fit.
-    probe = layers[:: max(1, len(layers) // 3)]
-    for limit in _LIMITS:
+    probe = layers[:: max(1, len(layers) // 2)]
+    most = max(int(layer.pattern.kv_num_blocks.max()) for layer in layers)
+    for limit in (limit for limit in _LIMITS if limit is None or limit < most):
         guess = sum(len(pack_layer(layer, limit)) for layer in probe) * len(layers) / len(probe)
         if guess > 1.1 * max_bytes:
             continue
