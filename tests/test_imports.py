@@ -39,7 +39,7 @@ OPTIONAL = {
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("pattern", "training", "integrations"),
+    "safetensors": ("pattern", "analysis", "training", "integrations"),
 }
 
 
