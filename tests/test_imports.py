@@ -36,6 +36,7 @@ OPTIONAL = {
     ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),
+    "lightning": ("integrations",),
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),

@@ -107,6 +107,9 @@ def plot_head_similarity(recording: Recording, *, layer: int = 0) -> Figure:
     axis = figure.subplots()
     image = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axis, label="Jaccard similarity")
+    if len(matrix) <= _MAX_LABELS:
+        axis.set_xticks(range(len(matrix)))
+        axis.set_yticks(range(len(matrix)))
     axis.set_xlabel("head")
     axis.set_ylabel("head")
     axis.set_title(recording.layer_names[layer])

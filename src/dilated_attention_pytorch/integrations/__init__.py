@@ -1,0 +1,1 @@
+"""Callbacks and adapters for other libraries; each module needs its own."""
