@@ -102,7 +102,7 @@ def test_monitor_measures_training_passes_and_writes() -> None:
     assert not model.layer.observers
     with pytest.raises(ValueError, match="every"):
         SparsityMonitor(schedules(), every=0)
-    with pytest.raises(ValueError, match="adaptive"):
+    with pytest.raises(ValueError, match="BlockSparseAdaptive"):
         monitor.start(nn.Linear(2, 2))
 
 
