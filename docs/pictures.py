@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dilated_attention_pytorch import fixed_pattern
 from dilated_attention_pytorch.analysis import plots, record
@@ -80,12 +81,13 @@ def pipeline(model: NeedleModel) -> Figure:
     (seen,) = passes
     scores = seen.layer.score(seen.inputs)[0][0, 0]
     scored = seen.inputs.candidates.scored.expand(1, 2, *scores.shape)[0, 0]
+    shares = scores.masked_fill(~scored, torch.finfo(scores.dtype).min).softmax(-1)
     kept = seen.pattern.to_dense()[0, 0]
     asked = (batch.answer[0] != -100).float()[None, :, None].expand(1, -1, 2)
     mass = layer_mass(seen, asked)[0, 0]
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     panels = (
-        (scores.masked_fill(~scored, torch.nan), "scores of the candidates"),
+        (shares.masked_fill(~scored, torch.nan), "softmax of the scores"),
         (torch.where(kept, 1.0, torch.nan), "kept blocks (ring: the answer)"),
         (mass.masked_fill(mass == 0, torch.nan), "dense attention of the questions"),
     )
@@ -96,6 +98,7 @@ def pipeline(model: NeedleModel) -> Figure:
         axis.plot(
             batch.target[0, 1:].tolist(), list(rows), "o", mfc="none", mec="#d55e00", ms=9, mew=1.4
         )
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("key block")
         axis.set_ylabel("query block")

@@ -42,8 +42,8 @@ python experiments/index.py      # writes this page anew
 
 `experiments/needle.py`. **Promise.** A selector can be trained together with the model, with soft,
 hard or straight-through selection. **Finding.** Only the default estimator, the target mass, finds
-the needle; the others stay near a fixed pattern or below, with the same budget. Scorers (bilinear or
-a network) do equally well, and the mean alone as a summary is not enough in two layers.
+the needle; the others stay near a fixed pattern or below, with the same budget. Scorers (bilinear
+or a network) do equally well, and the mean alone as a summary is not enough in two layers.
 
 ![Accuracy on the needle task](pictures/needle.png)
 
