@@ -147,6 +147,8 @@ def write_results(experiment: Experiment, runs: Runs, folder: Path) -> None:
 
 
 def _number(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -17,6 +17,7 @@ PAGE = HERE.parent / "docs" / "experiments.md"
 PICTURES = HERE.parent / "docs" / "pictures" / "experiments"
 # Scripts that describe an Experiment, in the order of the page.
 NAMES = (
+    "language_model",
     "input_dependent_sparsity",
     "head_specialisation",
     "annealing_speed",

@@ -63,7 +63,7 @@ def render_report(
     diagnosis: Diagnosis | None = None,
     charts: Sequence[Chart] = (),
     stability: Sequence[Sequence[float]] | None = None,
-    max_bytes: int = 9_500_000,
+    max_bytes: int = 9_800_000,
 ) -> str:
     """Renders a report.
 
@@ -173,9 +173,9 @@ def _statistics(
 def _profile(head: HeadStatistics) -> list[float]:
     """The distance profile, thinned to what a small chart can show."""
     profile = head.distance_profile
-    step = max(1, math.ceil(len(profile) / 128))
+    step = max(1, math.ceil(len(profile) / 64))
     return [
-        round(sum(profile[n : n + step]) / len(profile[n : n + step]), 4)
+        round(sum(profile[n : n + step]) / len(profile[n : n + step]), 3)
         for n in range(0, len(profile), step)
     ]
 
