@@ -59,11 +59,12 @@ class DistilledPatterns:
                 scale=layer.scale,
                 backend=layer.backend,
             ).train(layer.training)
-            device = next((p.device for p in layer.parameters()), None)
+            # A layer with a fixed pattern has no parameter that tells its device.
+            near = next((p.device for p in [*layer.parameters(), *out.parameters()]), "cpu")
             if layer is out:
-                return fixed.to(device)
+                return fixed.to(near)
             parent, _, own = name.rpartition(".")
-            setattr(out.get_submodule(parent), own, fixed.to(device))
+            setattr(out.get_submodule(parent), own, fixed.to(near))
         return out
 
     def save(self, path: str | Path) -> None:
