@@ -316,6 +316,19 @@ def test_a_large_model_stays_small_and_paints_at_once(tmp_path: Path) -> None:
         mass = layer.spread(layer.mass)[2, 700].clone()
         mass[700] = 2
         assert got == sorted(mass.topk(limit).indices.tolist())
+        # What the row reads is far away; the strongest block comes into view.
+        browser.evaluate("show({ layer: 3, head: 2 }).then(() => chooseRow(700))")
+        mass[700] = 0
+        label = browser.evaluate("document.querySelector('#jumps button').textContent")
+        best = int(label.split()[1])
+        # Sixteen levels, each 1.86 times the one below.
+        assert mass[best] > mass.max() / 1.9
+        browser.evaluate("document.querySelector('#jumps button').click()")
+        inside = (
+            f"(() => {{ const t = document.getElementById('text'), b = spans[{best}].offsetTop;"
+            "return b >= t.scrollTop && b <= t.scrollTop + t.clientHeight; })()"
+        )
+        assert browser.evaluate(inside)
         start = "performance.now()"
         before = browser.evaluate(start)
         browser.evaluate("show({ layer: 20, head: 7 })")

@@ -31,7 +31,7 @@ from dilated_attention_pytorch.pattern import BlockPattern
 _STATISTICS = (
     ("sparsity", "sparsity", "share of the tiles left out"),
     ("kept_mass", "attention kept", "share of dense attention that the kept tiles hold"),
-    ("best_mass", "attention, best choice", "the same for the best choice of as many tiles"),
+    ("best_mass", "attention at best", "the same for the best choice of as many tiles"),
     ("diversity", "diversity", "how much patterns differ between samples (Jaccard distance)"),
     ("similarity", "likeness of heads", "to the other heads of the layer (Jaccard similarity)"),
     ("locality", "locality", "share of near blocks among the chosen"),

@@ -146,7 +146,8 @@ function mark() {
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = false;
   context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  const line = Math.max(1.5, canvas.width / 400);
+  /* Two pixels of the screen, however large the canvas is shown. */
+  const line = (2 * canvas.width) / Math.max(canvas.clientWidth, 1);
   context.lineWidth = line;
   context.strokeStyle = root.getPropertyValue("--row");
   context.strokeRect(line / 2, chosen.row * scale - line / 2, canvas.width - line, scale + line);
@@ -211,6 +212,26 @@ const rowOf = (block) => {
   return row < 0 ? 0 : row;
 };
 
+function scrollTo(block) {
+  const text = $("text"), top = spans[block].offsetTop;
+  if (top < text.scrollTop || top > text.scrollTop + text.clientHeight - 40)
+    text.scrollTop = top - text.clientHeight / 2;
+}
+
+/* What a row reads may lie far away in a long text: buttons scroll there, the strongest first. */
+function offerJumps(row, own) {
+  const slots = [];
+  for (let n = list.starts[row]; n < list.starts[row + 1]; n++)
+    if (list.keys[n] !== own) slots.push(n);
+  if (list.mass) slots.sort((a, b) => list.mass[b] - list.mass[a]);
+  $("jumps").replaceChildren(...slots.slice(0, 12).map((n) => {
+    const words = list.mass ? ` (${massWords(list.mass[n])})` : "";
+    const button = make("button", { type: "button" }, `block ${list.keys[n]}${words}`);
+    button.addEventListener("click", () => scrollTo(list.keys[n]));
+    return button;
+  }));
+}
+
 function lightUp() {
   const { row } = chosen;
   const own = shape.own[row];
@@ -227,9 +248,8 @@ function lightUp() {
   spans[own].className = "here";
   spans[own].setAttribute("aria-selected", "true");
   $("text").setAttribute("aria-activedescendant", `block-${own}`);
-  const text = $("text"), top = spans[own].offsetTop;
-  if (top < text.scrollTop || top > text.scrollTop + text.clientHeight - 40)
-    text.scrollTop = top - text.clientHeight / 2;
+  scrollTo(own);
+  offerJumps(row, own);
   const shown = list.starts[row + 1] - list.starts[row];
   const of = shown < list.kept[row] ? `; the ${shown} strongest of ${list.kept[row]} are marked` : "";
   const names = read.length > 12 ? `${read.slice(0, 12).join(", ")} and ${read.length - 12} more`
