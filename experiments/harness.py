@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +120,23 @@ def _execute(execute: Execute, cell: Cell, seed: int, quick: bool, device: str) 
     return {**about, **result, "environment": environment(device)}
 
 
+def _results(
+    experiment: Experiment, tasks: Sequence[tuple[Cell, int]], quick: bool, device: str, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """Results as they come; in processes of their own if there are several jobs."""
+    if jobs == 1:
+        for cell, seed in tasks:
+            yield _execute(experiment.execute, cell, seed, quick, device)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [
+            pool.submit(_execute, experiment.execute, cell, seed, quick, device)
+            for cell, seed in tasks
+        ]
+        for future in as_completed(futures):
+            yield future.result()
+
+
 def write_results(experiment: Experiment, runs: Runs, folder: Path) -> None:
     """Writes page and plot."""
     order = [cell.name for cell in experiment.cells]
@@ -175,20 +192,13 @@ def run(experiment: Experiment, description: str | None = None) -> int:
         for seed in seeds or cell.seeds
         if (cell.name, seed) not in done
     ]
-    with ProcessPoolExecutor(parsed.jobs) as pool:
-        futures = [
-            pool.submit(_execute, experiment.execute, cell, seed, parsed.quick, parsed.device)
-            for cell, seed in tasks
-        ]
-        for number, future in enumerate(as_completed(futures), start=1):
-            result = future.result()
-            with (folder / "runs.jsonl").open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            shown = {key: result[key] for key in experiment.columns}
-            print(
-                f"[{number}/{len(tasks)}] {result['cell']} seed={result['seed']} {shown}",
-                flush=True,
-            )
+    results = _results(experiment, tasks, parsed.quick, parsed.device, parsed.jobs)
+    for number, result in enumerate(results, start=1):
+        with (folder / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        shown = {key: result[key] for key in experiment.columns}
+        done_now = f"[{number}/{len(tasks)}] {result['cell']} seed={result['seed']}"
+        print(done_now, shown, flush=True)
     write_results(experiment, load_runs(folder), folder)
     print(f"wrote {folder}/README.md and plot.png")
     return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,20 @@ NAMES = sorted(
 )
 
 
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_quick_mode(name: str, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, EXPERIMENTS / f"{name}.py", "--quick"],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+def test_quick_mode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick"])
+    harness = importlib.import_module("harness")
+    before = sorted((EXPERIMENTS / "results").rglob("*"))
+    assert harness.run(importlib.import_module(name).EXPERIMENT) == 0
+    assert sorted((EXPERIMENTS / "results").rglob("*")) == before
     (folder,) = tmp_path.glob(f"{name}-*")
     page = (folder / "README.md").read_text()
     assert "**Promise.**" in page
@@ -33,12 +38,25 @@ def test_quick_mode(name: str, tmp_path: Path) -> None:
     assert (folder / "plot.png").stat().st_size > 1000
 
 
+def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = importlib.import_module("harness")
+    experiment = importlib.import_module("input_dependent_sparsity").EXPERIMENT
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--seeds", "0", "--only", "constant"])
+    assert harness.run(experiment) == 0
+    (run,) = harness.load_runs(tmp_path / experiment.name)
+    recorded = harness.load_runs(EXPERIMENTS / "results" / experiment.name)
+    same = next(r for r in recorded if (r["cell"], r["seed"]) == ("constant", 0))
+    assert run["sparsity"] == pytest.approx(same["sparsity"], abs=1e-3)
+    # What is there already is not run again.
+    assert harness.run(experiment) == 0
+    assert len(harness.load_runs(tmp_path / experiment.name)) == 1
+
+
 def test_the_index_page_is_what_the_results_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    import index
-
+    index = importlib.import_module("index")
     assert sorted(index.NAMES) == NAMES
     monkeypatch.setattr(index, "PICTURES", tmp_path)
     assert index.PAGE.read_text() == index.render()
