@@ -159,6 +159,8 @@ def density(measures: Measures, history: History) -> Finding:
             for m in judged
         ],
     )
+    calibrate = any(m.layer.config.budget == "top_p" for m in judged)
+    hint = " Call calibrate_top_p() on sample data." if calibrate else ""
     # An adaptive budget may halve its share or take half as much again.
     high, low = max(ratios), min(ratios)
     if high > 1.6:
@@ -167,13 +169,13 @@ def density(measures: Measures, history: History) -> Finding:
             "blocks, or use a smaller block_size (forced blocks alone may exceed the budget of a "
             "short sequence)."
         )
-        return Finding("sparsity", question, "fail" if high > 2 else "warn", text, remedy)
+        return Finding("sparsity", question, "fail" if high > 2 else "warn", text, remedy + hint)
     if low < 0.45:
         remedy = (
             "Too sparse: lower base_sparsity, add get_sparsity_loss() to the loss, or use "
             'budget="fixed"; check the input for repeated or constant content.'
         )
-        return Finding("sparsity", question, "fail" if low < 0.4 else "warn", text, remedy)
+        return Finding("sparsity", question, "fail" if low < 0.4 else "warn", text, remedy + hint)
     return Finding("sparsity", question, "pass", text)
 
 
