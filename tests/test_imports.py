@@ -43,10 +43,11 @@ OPTIONAL = {
     "transformers": ("integrations",),
     "huggingface_hub": ("integrations",),
     "peft": ("integrations",),
+    "lightning": ("integrations",),
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("pattern", "training", "integrations"),
+    "safetensors": ("pattern", "analysis", "training", "integrations"),
 }
 
 

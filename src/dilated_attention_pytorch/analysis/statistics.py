@@ -48,7 +48,7 @@ class PatternStatistics:
         similarity: list[float] = []
         for number, samples in self._kept.items():
             ratios += torch.stack(self._sparsity[number]).flatten().tolist()
-            diversity += _diversity(samples)
+            diversity += pattern_diversity(samples)
             for kept in samples:
                 matrix = jaccard(kept.flatten(1))
                 pairs = combinations(range(len(matrix)), 2)
@@ -76,8 +76,15 @@ def jaccard(rows: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def _diversity(samples: list[Tensor]) -> list[float]:
-    """Per head: mean Jaccard distance between samples of one length (0 if there is only one)."""
+def pattern_diversity(samples: list[Tensor]) -> list[float]:
+    """Mean Jaccard distance between samples of one length, per head.
+
+    Args:
+        samples: Booleans ``(h, i, j)``, one for each sample.
+
+    Returns:
+        ``h`` numbers in [0, 1]: 0: always the same tiles, or no two samples of one length.
+    """
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for kept in samples:
         by_shape[kept.shape].append(kept)

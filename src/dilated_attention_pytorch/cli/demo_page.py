@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
 
+from dilated_attention_pytorch.analysis.report.page import read_asset, to_json
 from dilated_attention_pytorch.cli.demo_jobs import DemoSize
 
 _LABELS = {
@@ -38,10 +38,9 @@ def render_page(
     """
     text = next(iter(results.values()))["text"]
     return Template(_part("page.html")).substitute(
-        style=_part("page.css"),
-        script=_part("page.js"),
-        # "</script>" in the text shown must not end the element.
-        data=json.dumps(results, separators=(",", ":")).replace("<", "\\u003c"),
+        style=read_asset("base.css") + _part("page.css"),
+        script=read_asset("base.js") + _part("page.js"),
+        data=to_json(results),
         rows="".join(_row(row) for row in rows),
         needle_result=_needle_result(rows),
         text_result=_text_result(rows),

@@ -43,7 +43,15 @@ def _report(name: str, error: Exception, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dilated_attention_pytorch.cli import demo, distill, evaluate, train, tune
+    from dilated_attention_pytorch.cli import (
+        demo,
+        diagnose_command,
+        distill,
+        evaluate,
+        report_command,
+        train,
+        tune,
+    )
 
     parser = argparse.ArgumentParser(
         prog="dilated-attention",
@@ -56,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_parser(commands)
     tune.add_parser(commands)
     evaluate.add_parser(commands)
+    report_command.add_parser(commands)
+    diagnose_command.add_parser(commands)
     return parser
 
 

@@ -26,6 +26,8 @@ from dilated_attention_pytorch.models.transformer import (
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 _NOISE_TOKENS = 16
+TARGETS = ("anywhere", "previous", "periodic", "mixed")
+_PERIOD = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class NeedleTask:
         keys_per_block: Key tokens in every block.
         num_keys: Different keys; each occurs at most once in a sequence.
         num_values: Different values.
+        target: Where answers lie: ``"anywhere"`` before the question, in the ``"previous"`` block,
+            ``"periodic"``: four blocks back (in the first block where that is before the start),
+            or ``"mixed"``: one of the three at random, question by question.
     """
 
     seq_len: int = 512
@@ -45,9 +50,12 @@ class NeedleTask:
     keys_per_block: int = 2
     num_keys: int = 256
     num_values: int = 16
+    target: str = "anywhere"
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {TARGETS}, got {self.target!r}.")
         blocks = self.seq_len // self.block_size
         if self.seq_len % self.block_size or blocks < 2:
             raise ValueError(
@@ -84,6 +92,13 @@ class NeedleTask:
         # Block 0 has nothing before it; its query is not asked.
         earlier = torch.arange(blocks).clamp(min=1)
         target = (rand(size, blocks) * earlier).long()
+        if self.target != "anywhere":
+            places = [target, *((torch.arange(blocks) - d).clamp(min=0) for d in (1, _PERIOD))]
+            kinds = torch.stack([place.expand(size, -1) for place in places])
+            pick = torch.full((size, blocks), TARGETS.index(self.target))
+            if self.target == "mixed":
+                pick = torch.randint(0, len(places), (size, blocks), generator=generator)
+            target = kinds.gather(0, pick[None])[0]
         which = torch.randint(0, keys, (size, blocks), generator=generator)
         sample = torch.arange(size)[:, None]
         query = place[..., keys:]
@@ -174,6 +189,9 @@ class NeedleRun:
         attention: A name of :func:`build_attention`.
         config: Settings of the layer.
         num_layers: Transformer blocks.
+        num_heads: Heads.
+        segment_lengths: As in :class:`BlockSparseAdaptive`; for sparse attention.
+        dilation_rates: With ``segment_lengths``.
         steps: Optimiser steps.
         seed: Of weights and data.
         batch_size: Sequences per step.
@@ -181,6 +199,7 @@ class NeedleRun:
         scorer_learning_rate: Factor on it for the selectors.
         sparsity_warmup: Share of the steps over which the number of blocks falls from all to the
             configured sparsity, after as many dense steps; 0: sparse from the start.
+        annealing_share: Share of the steps over which the temperature falls.
         task: Sizes.
         device: Where to train.
         dtype: ``"float32"``, or ``"bfloat16"``: autocast.
@@ -191,12 +210,16 @@ class NeedleRun:
     attention: str
     config: AdaptiveConfig
     num_layers: int = 1
+    num_heads: int = 2
+    segment_lengths: tuple[int, ...] | None = None
+    dilation_rates: tuple[int, ...] | None = None
     steps: int = 2000
     seed: int = 0
     batch_size: int = 64
     learning_rate: float = 4e-3
     scorer_learning_rate: float = 1.0
     sparsity_warmup: float = 0.0
+    annealing_share: float = 0.5
     task: NeedleTask = NeedleTask()
     device: str = "cpu"
     dtype: str = "float32"
@@ -251,10 +274,22 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
     torch.manual_seed(run.seed)
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
-        return build_attention(run.attention, num_heads, head_dim, run.config, backend=run.backend)
+        return build_attention(
+            run.attention,
+            num_heads,
+            head_dim,
+            run.config,
+            segment_lengths=run.segment_lengths,
+            dilation_rates=run.dilation_rates,
+            backend=run.backend,
+        )
 
     model = NeedleModel(
-        run.task, make, num_layers=run.num_layers, layers_per_selection=run.layers_per_selection
+        run.task,
+        make,
+        num_heads=run.num_heads,
+        num_layers=run.num_layers,
+        layers_per_selection=run.layers_per_selection,
     )
     return model.to(run.device)
 
@@ -280,7 +315,7 @@ def train_needle(
             model,
             initial_temperature=run.config.temperature,
             final_temperature=run.config.min_temperature,
-            annealing_steps=max(run.steps // 2, 1),
+            annealing_steps=max(int(run.annealing_share * run.steps), 1),
             sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
             dense_steps=int(run.sparsity_warmup * run.steps),
         )
@@ -315,7 +350,8 @@ def evaluate_needle(
 ) -> tuple[float, float | None, float | None]:
     """Accuracy on held-out sequences, recall of the block with the answer, and sparsity.
 
-    Recall (of the last layer, averaged over heads) and sparsity are None for dense attention.
+    Recall (of the last layer, averaged over heads) and sparsity are None for dense attention,
+    recall also where the layer's blocks are not the task's.
     """
     model.eval()
     generator = torch.Generator().manual_seed(123)
@@ -330,12 +366,14 @@ def evaluate_needle(
         right += int((logits.argmax(-1) == answers).sum())
         total += answers.numel()
         if infos:
+            sparsities.append(float(infos[-1]["sparsity"].mean()))
+        # Only blocks of the task's own size hold an answer or not.
+        if infos and infos[-1]["pattern"].block_size == (run.task.block_size,) * 2:
             kept = infos[-1]["pattern"].to_dense()[:, :, 1:]
             index = batch.target[:, None, 1:, None].expand(-1, kept.shape[1], -1, -1)
             index = index.expand(len(batch.target), -1, -1, -1)
             kept = kept.expand(len(batch.target), -1, -1, -1)
             recalls.append(float(kept.gather(-1, index).float().mean()))
-            sparsities.append(float(infos[-1]["sparsity"].mean()))
-    if not recalls:
-        return right / total, None, None
-    return right / total, sum(recalls) / batches, sum(sparsities) / batches
+    accuracy = right / total
+    recall = sum(recalls) / batches if recalls else None
+    return accuracy, recall, sum(sparsities) / batches if sparsities else None

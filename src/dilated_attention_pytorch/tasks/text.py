@@ -117,6 +117,23 @@ def load_text(
     return data
 
 
+def read_bytes(path: Path, seq_len: int) -> Tensor:
+    """All bytes of one file, ``(bytes,)`` uint8.
+
+    Raises:
+        TextError: If it cannot be read or holds less than ``seq_len + 1`` bytes.
+    """
+    if not path.is_file():
+        raise TextError(f"no such text: {path}. Name a file that exists.")
+    content = _read(path)
+    if len(content) < seq_len + 1:
+        raise TextError(
+            f"too little text in {path}: {len(content):,} bytes, but seq_len={seq_len} needs at "
+            f"least {seq_len + 1:,}."
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
 class TextWindows:
     """Windows of the training bytes, every byte once per epoch, in an order that a seed fixes.
 

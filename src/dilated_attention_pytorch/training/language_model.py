@@ -137,6 +137,7 @@ class StepResult:
         sparsity: Of the tiles that this step computed, exploration included; None: dense.
         temperature: In force during the step; None without adaptive layers.
         seconds: Time of the step.
+        layer_sparsity: The sparsity of every sparse layer.
     """
 
     step: int
@@ -144,6 +145,7 @@ class StepResult:
     sparsity: float | None
     temperature: float | None
     seconds: float
+    layer_sparsity: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class LanguageModelTraining:
         self.model.train()
         batch = self.windows.next_batch(self.run.batch_size).to(self.run.device)
         with _Tiles(self.model) as tiles:
-            loss = _cross_entropy(self.model, batch)
+            loss = next_byte_loss(self.model, batch)
         total = loss
         if self.trainer is not None and self.run.sparsity_weight:
             total = loss + self.run.sparsity_weight * get_sparsity_loss(self.model)
@@ -240,7 +242,9 @@ class LanguageModelTraining:
         self.step_count += 1
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        return StepResult(self.step_count, value, tiles.sparsity, temperature, seconds)
+        return StepResult(
+            self.step_count, value, tiles.sparsity, temperature, seconds, tiles.layer_sparsity
+        )
 
     @torch.no_grad()
     def validate(self) -> ValidationResult:
@@ -249,7 +253,7 @@ class LanguageModelTraining:
         total = 0.0
         with _Tiles(self.model) as tiles:
             for rows in self.validation.split(self.run.batch_size):
-                total += _cross_entropy(self.model, rows.to(self.run.device)).item() * len(rows)
+                total += next_byte_loss(self.model, rows.to(self.run.device)).item() * len(rows)
         return ValidationResult(total / len(self.validation), tiles.sparsity)
 
     def state_dict(self) -> dict[str, Any]:
@@ -316,7 +320,8 @@ def build_language_model(run: LanguageModelRun) -> Transformer:
     return model.to(run.device)
 
 
-def _cross_entropy(model: nn.Module, windows: Tensor) -> Tensor:
+def next_byte_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Cross-entropy in nats per byte of ``(batch, seq_len + 1)`` windows."""
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
@@ -347,3 +352,10 @@ class _Tiles:
         if not self._kept:
             return None
         return 1 - int(torch.stack(self._kept).sum()) / int(torch.stack(self._allowed).sum())
+
+    @property
+    def layer_sparsity(self) -> tuple[float, ...]:
+        """The same for every forward pass of a sparse layer, in their order."""
+        if not self._kept:
+            return ()
+        return tuple((1 - torch.stack(self._kept) / torch.stack(self._allowed)).tolist())

@@ -89,9 +89,9 @@ class TrainingLoop:
         training: Model and optimiser.
         text: What it trains on.
         metrics: One line per ``log_every`` steps: ``step``, ``loss`` (mean of the steps since the
-            line before, nats per byte), ``sparsity``, ``temperature``, ``seconds``,
-            ``tokens_per_second``, and where it was measured ``validation_loss`` (nats per byte),
-            ``validation_bits_per_byte``, ``validation_sparsity``.
+            line before, nats per byte), ``sparsity``, ``layer_sparsity`` (a list), ``temperature``,
+            ``seconds``, ``tokens_per_second``, and where it was measured ``validation_loss`` (nats
+            per byte), ``validation_bits_per_byte``, ``validation_sparsity``.
     """
 
     def __init__(
@@ -236,6 +236,7 @@ class TrainingLoop:
             "step": result.step,
             "loss": sum(self._losses) / len(self._losses),
             "sparsity": result.sparsity,
+            "layer_sparsity": [round(x, 6) for x in result.layer_sparsity],
             "temperature": result.temperature,
             "seconds": round(self.training.seconds, 3),
             "tokens_per_second": round(tokens / self._seconds, 1),

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dilated_attention_pytorch.analysis.probe import call_model, evaluation_mode
 from dilated_attention_pytorch.analysis.statistics import PatternStatistics
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -192,17 +193,12 @@ class AdaptiveSparsityTrainer:
         if model is None:
             raise RuntimeError("no model is attached; call attach(model) first.")
         statistics = PatternStatistics(num_samples)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad(), observe_patterns(layers, statistics.add):
-                for batch in dataloader:
-                    _call(model, batch)
-                    if statistics.finish_batch():
-                        break
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        watch = observe_patterns(layers, statistics.add)
+        with evaluation_mode(model), torch.no_grad(), watch:
+            for batch in dataloader:
+                call_model(model, batch)
+                if statistics.finish_batch():
+                    break
         return statistics.summary()
 
     def _layers(self) -> list[BlockSparseAdaptive]:
@@ -221,14 +217,3 @@ class AdaptiveSparsityTrainer:
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:
     return [module for module in model.modules() if isinstance(module, BlockSparseAdaptive)]
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    elif isinstance(model, BlockSparseAdaptive) and isinstance(batch, Tensor):
-        model(batch, batch, batch)
-    else:
-        model(batch)

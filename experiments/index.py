@@ -1,0 +1,96 @@
+"""Writes ``docs/experiments.md`` from what lies in ``results/``.
+
+python experiments/index.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+from harness import RESULTS, load_runs
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "experiments.md"
+PICTURES = HERE.parent / "docs" / "pictures" / "experiments"
+# Scripts that describe an Experiment, in the order of the page.
+NAMES = (
+    "language_model",
+    "input_dependent_sparsity",
+    "head_specialisation",
+    "annealing_speed",
+    "regulariser",
+    "varied_and_uniform",
+    "sparsity_by_length",
+    "segments",
+    "block_sizes",
+    "distilled_patterns",
+)
+HEAD = """# Experiments
+
+One experiment per promise: a script in `experiments/`, its data in `experiments/results/`, and what
+came out, also where the promise does not hold. Every script has a `--quick` mode that takes seconds
+and keeps nothing; without it, it runs what is not there yet.
+
+```
+python experiments/head_specialisation.py --device cuda --jobs 8
+python experiments/index.py      # writes this page anew
+```
+
+## Which ways of choosing learn
+
+`experiments/needle.py`. **Promise.** A selector can be trained together with the model, with soft,
+hard or straight-through selection. **Finding.** Only the default estimator, the target mass, finds
+the needle; the others stay near a fixed pattern or below, with the same budget. Scorers (bilinear
+or a network) do equally well, and the mean alone as a summary is not enough in two layers.
+
+![Accuracy on the needle task](pictures/needle.png)
+
+Accuracy by seed, from `experiments/results/needle/table.md`:
+
+NEEDLE
+
+## Summaries of frozen queries and keys
+
+`experiments/frozen_summaries.py`. **Promise.** Block summaries represent a block well. **Finding.**
+On frozen queries and keys the mean does not; attention pooling, which learns what to look at, does.
+
+FROZEN
+"""
+
+
+def table(path: Path) -> str:
+    """The table of a recorded experiment."""
+    return path.read_text().strip()
+
+
+def section(name: str) -> str:
+    """One experiment: its page if it was run, its promise if not."""
+    experiment = importlib.import_module(name).EXPERIMENT
+    title = name.replace("_", " ").capitalize()
+    if name == "distilled_patterns":
+        title = "Average patterns as fixed ones"
+    folder = RESULTS / name
+    lines = [f"## {title}", "", f"`experiments/{name}.py`."]
+    if not load_runs(folder):
+        lines += [f"**Promise.** {experiment.promise} **Finding.** Not run yet.", ""]
+        return "\n".join(lines)
+    body = (folder / "README.md").read_text().partition("\n")[2].strip()
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "plot.png", PICTURES / f"{name}.png")
+    return "\n".join([*lines, "", body, "", f"![{title}](pictures/experiments/{name}.png)", ""])
+
+
+def render() -> str:
+    """The page."""
+    head = HEAD.replace("NEEDLE", table(RESULTS / "needle" / "table.md"))
+    head = head.replace("FROZEN", table(RESULTS / "frozen_summaries" / "table.md"))
+    return "\n".join([head, *(section(name) for name in NAMES)])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
+    print(f"wrote {PAGE.name}")
+    sys.exit(0)

@@ -1,0 +1,278 @@
+"""What one head does over a data set, in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.analysis.head_kinds import classify
+from dilated_attention_pytorch.analysis.recording import (
+    LayerRecord,
+    Recording,
+    own_blocks,
+    visible_tiles,
+)
+from dilated_attention_pytorch.analysis.statistics import jaccard, pattern_diversity
+
+# Places are judged in rows that choose at most this share of what they see: who may read nearly
+# everything reads near and far alike.
+SELECTIVE_SHARE = 1 / 4
+# A row that chose k tiles chose a near one if it lies within this many times k blocks.
+NEAR_FACTOR = 1.5
+# A fold needs as many repetitions of a period before it counts as one.
+_REPEATS = 3
+# Longer periods are not looked for.
+_LONGEST_PERIOD = 64
+
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """One head of one layer over all samples of a recording.
+
+    "Chosen" tiles are the kept ones that were not forced. NaN: not measured, or no such tile.
+
+    Attributes:
+        layer: Number of the layer.
+        head: Number of the head in its pattern.
+        sparsity: 1 - tiles computed / tiles of dense attention under the same mask.
+        diversity: Mean Jaccard distance of the chosen tiles between samples of one length: 0:
+            always the same.
+        similarity: Mean Jaccard similarity of the chosen tiles to the layer's other heads.
+        locality: Share of near ones among the chosen tiles: within 1.5 k blocks in a row that
+            chose k. This and the next two look at rows that choose at most a quarter of what they
+            see.
+        mean_distance: Mean distance of the chosen tiles, as a share of what the row can see.
+        sink_share: Share of the rows that choose the first block, where it is not near.
+        periodicity: Share of the distance profile's variance that a period explains, 0 to 1.
+        period: That period in blocks; 0: none.
+        entropy: Of the dense attention over the kept tiles, in nats; its exponential is the number
+            of tiles that are really used.
+        kept_mass: Share of the dense attention that the kept tiles hold.
+        best_mass: The share that the best choice of as many tiles would hold.
+        distance_profile: By distance in blocks (from 0 on): share of the visible tiles that are
+            kept.
+        kind: Of :data:`HEAD_KINDS`.
+    """
+
+    layer: int
+    head: int
+    sparsity: float
+    diversity: float
+    similarity: float
+    locality: float
+    mean_distance: float
+    sink_share: float
+    periodicity: float
+    period: int
+    entropy: float
+    kept_mass: float
+    best_mass: float
+    distance_profile: tuple[float, ...]
+    kind: str
+
+
+def head_statistics(recording: Recording) -> list[list[HeadStatistics]]:
+    """Statistics by layer and head.
+
+    Example:
+        >>> from dilated_attention_pytorch import BlockSparseFixed
+        >>> from dilated_attention_pytorch.analysis import record
+        >>> layer = BlockSparseFixed("local", num_heads=2, head_dim=16, base_sparsity=0.75)
+        >>> x = torch.randn(2, 1024, 2, 16)
+        >>> head = head_statistics(record(layer, [x]))[0][1]
+        >>> head.kind, head.diversity, round(head.sparsity, 2)
+        ('local', 0.0, 0.75)
+    """
+    return [
+        _layer_statistics(number, recording.layer(number))
+        for number in range(len(recording.layer_names))
+    ]
+
+
+def _layer_statistics(number: int, records: Sequence[LayerRecord]) -> list[HeadStatistics]:
+    chosen = [record.chosen() for record in records]
+    columns = {
+        "sparsity": torch.stack([r.pattern.sparsity_per_head[0] for r in records]).mean(0),
+        "diversity": _diversity(chosen),
+        "similarity": _mean([_similarity(x) for x in chosen]),
+        **_places(records),
+        "entropy": _mean([_entropy(r) for r in records]),
+        "kept_mass": _mean([_row_mean(r, r.mass) for r in records]),
+        "best_mass": _mean([_row_mean(r, r.best_mass) for r in records]),
+    }
+    profiles = distance_profile(records)
+    out = []
+    for head in range(records[0].pattern.num_heads):
+        values = {name: float(column[head]) for name, column in columns.items()}
+        profile = profiles[head]
+        values["periodicity"], period = _period(profile)
+        kind = classify(
+            diversity=values["diversity"],
+            locality=values["locality"],
+            sink_share=values["sink_share"],
+            periodicity=values["periodicity"],
+            mean_distance=values["mean_distance"],
+        )
+        out.append(
+            HeadStatistics(
+                layer=number,
+                head=head,
+                period=period,
+                distance_profile=tuple(profile.tolist()),
+                kind=kind,
+                **values,
+            )
+        )
+    return out
+
+
+def distance_profile(records: Sequence[LayerRecord]) -> Tensor:
+    """Share of the visible tiles that are kept, by distance: ``(h, distances)`` float64.
+
+    The distance is ``own block - key block``, its absolute value after the own block.
+    """
+    longest = max(r.pattern.num_key_blocks for r in records)
+    heads = records[0].pattern.num_heads
+    kept = torch.zeros(heads, longest, dtype=torch.float64)
+    allowed = torch.zeros(longest, dtype=torch.float64)
+    for record in records:
+        used = record.pattern.slot_used()[0].flatten(1)
+        kept.scatter_add_(1, record.distances().flatten(1), used.double())
+        columns = torch.arange(record.pattern.num_key_blocks)
+        every = (own_blocks(record.pattern)[:, None] - columns).abs()
+        visible = visible_tiles(record.pattern)
+        allowed.scatter_add_(0, every.flatten(), visible.flatten().double())
+    return kept / allowed.clamp(min=1)
+
+
+def _places(records: Sequence[LayerRecord]) -> dict[str, Tensor]:
+    """Where the chosen tiles of selective rows lie."""
+    heads = records[0].pattern.num_heads
+    total, near, far = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
+    apart_rows, sink_rows = torch.zeros_like(total), torch.zeros_like(total)
+    for record in records:
+        pattern = record.pattern
+        own, visible = own_blocks(pattern), visible_tiles(pattern)
+        columns = torch.arange(pattern.num_key_blocks)
+        reach = torch.where(visible, (own[:, None] - columns).abs(), 0).amax(-1).clamp(min=1)
+        tiles, distance = record.chosen_slots(), record.distances()
+        count = tiles.sum(-1)
+        selective = (count > 0) & (count <= SELECTIVE_SHARE * visible.sum(-1))
+        tiles = tiles & selective[..., None]
+        total += tiles.sum((1, 2))
+        near += (tiles & (distance <= NEAR_FACTOR * count[..., None])).sum((1, 2))
+        far += (torch.where(tiles, distance, 0).sum(-1) / reach).sum(-1)
+        apart = selective & (own > NEAR_FACTOR * count)
+        apart_rows += apart.sum(1)
+        sink_rows += ((tiles & (pattern.kv_indices[0] == 0)).any(-1) & apart).sum(1)
+    return {
+        "locality": near / total,
+        "mean_distance": far / total,
+        "sink_share": sink_rows / apart_rows,
+    }
+
+
+def _diversity(chosen: Sequence[Tensor]) -> Tensor:
+    if len({x.shape for x in chosen}) == len(chosen):
+        return torch.full((len(chosen[0]),), math.nan)
+    return torch.tensor(pattern_diversity(list(chosen)))
+
+
+def _similarity(chosen: Tensor) -> Tensor:
+    heads = len(chosen)
+    if heads == 1:
+        return torch.full((1,), math.nan)
+    return (head_similarity(chosen).sum(-1) - 1) / (heads - 1)
+
+
+def head_similarity(tiles: Tensor) -> Tensor:
+    """Jaccard similarity between heads, ``(h, i, j)`` booleans to ``(h, h)``."""
+    return jaccard(tiles.flatten(1))
+
+
+def _entropy(record: LayerRecord) -> Tensor:
+    heads = record.pattern.num_heads
+    if record.mass is None:
+        return torch.full((heads,), math.nan)
+    mass = record.mass.double().masked_fill(~record.pattern.slot_used()[0], 0)
+    p = mass / mass.sum(-1, keepdim=True).clamp(min=1e-12)
+    entropy = -(p * p.clamp(min=1e-12).log()).sum(-1)
+    return entropy.mean(-1)
+
+
+def _row_mean(record: LayerRecord, mass: Tensor | None) -> Tensor:
+    """Mean over the rows of a share of the attention."""
+    if mass is None:
+        return torch.full((record.pattern.num_heads,), math.nan)
+    if mass.dim() == 3:
+        mass = mass.masked_fill(~record.pattern.slot_used()[0], 0).sum(-1)
+    return mass.double().mean(-1)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([x.double() for x in values]).mean(0)
+
+
+def _period(profile: Tensor) -> tuple[float, int]:
+    """The share of a profile's variance that folding explains, and the smallest such period.
+
+    Distances from 2 to the last one in use, periods up to 64 blocks; corrected for the number of
+    phases, so that noise explains nothing on average.
+    """
+    used = (
+        (profile > 0.1 * profile[2:].max()).nonzero() if len(profile) > 2 else profile.new_zeros(0)
+    )
+    stop = int(used[-1]) + 1 if len(used) else 0
+    values = profile[2:stop]
+    count = len(values)
+    spread = float((values - values.mean()).square().sum()) if count else 0.0
+    if count < 2 * _REPEATS or spread < 1e-9:
+        return 0.0, 0
+    explained: dict[int, float] = {}
+    for period in range(2, count // _REPEATS + 1):
+        phase = torch.arange(count) % period
+        sums = torch.zeros(period, dtype=values.dtype).scatter_add_(0, phase, values)
+        sizes = torch.bincount(phase, minlength=period)
+        left = float((values - (sums / sizes)[phase]).square().sum()) / spread
+        explained[period] = 1 - left * (count - 1) / (count - period)
+    best = max(explained.values())
+    if best <= 0:
+        return 0.0, 0
+    # A multiple of a period explains as much as the period itself.
+    return best, min(p for p, share in explained.items() if share >= best - 0.02)
+
+
+def pattern_stability(earlier: Recording, later: Recording) -> list[list[float]]:
+    """How much of the patterns stayed between two moments of a training.
+
+    Args:
+        earlier: The samples, by the model of then.
+        later: The same samples, by the model of now.
+
+    Returns:
+        By layer and head: Jaccard similarity of the chosen tiles, averaged over the samples; 1:
+        nothing has changed.
+
+    Raises:
+        ValueError: If the recordings differ in samples, layers or heads.
+    """
+    if len(earlier.samples) != len(later.samples) or earlier.layer_names != later.layer_names:
+        raise ValueError("earlier and later must hold the same samples and layers.")
+    out = []
+    for number in range(len(later.layer_names)):
+        rows = []
+        for before, after in zip(earlier.layer(number), later.layer(number), strict=True):
+            a, b = before.chosen().flatten(1), after.chosen().flatten(1)
+            if a.shape != b.shape:
+                raise ValueError(
+                    f"earlier and later must hold the same samples, got {tuple(a.shape)} and "
+                    f"{tuple(b.shape)} tiles in layer {number}."
+                )
+            either = (a | b).sum(-1).double()
+            rows.append(torch.where(either > 0, (a & b).sum(-1) / either.clamp(min=1), 1.0))
+        out.append(_mean(rows).tolist())
+    return out

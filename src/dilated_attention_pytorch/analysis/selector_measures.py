@@ -1,0 +1,223 @@
+"""Measures one batch: what every selector chose, should have chosen, and learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.analysis.probe import (
+    LayerPass,
+    block_sparse_layers,
+    call_model,
+    evaluation_mode,
+    watch_layers,
+)
+from dilated_attention_pytorch.analysis.recorder import layer_mass, to_tiles
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.row_budgets import budget_factor
+from dilated_attention_pytorch.scoring.summaries import block_summaries
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SelectorMeasures:
+    """One adaptive layer on one batch; all tiles ``(b, h, i, j)`` of the patterns' heads.
+
+    Attributes:
+        name: Of the layer.
+        layer: The layer.
+        kept: Which tiles evaluation reads.
+        chosen: Which of them were chosen by their score.
+        scorable: Which tiles could be chosen.
+        by_mean_pooling: As many tiles per row, chosen by the product of mean-pooled queries and
+            keys.
+        mass: Dense attention by tile, rows weighted by their output gradient.
+        scores: Scores of the candidates, of any shape.
+        density: Tiles computed / tiles of dense attention.
+        budget_factors: The adaptive budget's share of the base budget by row; None: another budget.
+        largest_logit: Of dense attention, in absolute value.
+        finite_output: Whether the layer's output is finite.
+        gradient: Norm of the selector's gradient in a training step; None: no parameter got one.
+        finite_gradient: Whether every gradient of the layer is finite.
+    """
+
+    name: str
+    layer: BlockSparseAdaptive
+    kept: Tensor
+    chosen: Tensor
+    scorable: Tensor
+    by_mean_pooling: Tensor
+    mass: Tensor
+    scores: Tensor
+    density: float
+    budget_factors: Tensor | None
+    largest_logit: float
+    finite_output: bool
+    gradient: float | None
+    finite_gradient: bool
+
+    @property
+    def free(self) -> Tensor:
+        """``(b, h, i)`` booleans: rows that can choose some of their candidates and not all."""
+        count = self.chosen.sum(-1)
+        return (count > 0) & (count < self.scorable.sum(-1))
+
+    def free_choice(self) -> Tensor:
+        """The chosen tiles of free rows."""
+        return self.chosen & self.free[..., None]
+
+    def captured(self, tiles: Tensor) -> float:
+        """Share of the attention that free rows pay to their candidates and ``tiles`` hold."""
+        mass = self.mass * (self.scorable & self.free[..., None])
+        return float((mass * tiles).sum() / mass.sum().clamp(min=1e-12))
+
+    def captured_by_chance(self) -> float:
+        """What as many random candidates per row would hold on average."""
+        share = self.chosen.sum(-1, keepdim=True) / self.scorable.sum(-1, keepdim=True).clamp(min=1)
+        mass = self.mass * (self.scorable & self.free[..., None])
+        return float((mass * share).sum() / mass.sum().clamp(min=1e-12))
+
+
+def measure_selectors(
+    model: nn.Module, batch: Any, loss_function: LossFunction | None = None
+) -> list[SelectorMeasures]:
+    """Runs a batch once in evaluation and once in training mode, both with a backward pass.
+
+    Parameters, gradients, buffers, modes and random numbers are afterwards as before.
+
+    Args:
+        model: Holds adaptive layers.
+        batch: As :func:`call_model` takes it.
+        loss_function: Called with the model and the batch; returns the loss. None: the output's
+            ``loss`` if it has one, otherwise a fixed random projection of its first
+            floating-point tensor.
+
+    Raises:
+        ValueError: If the model holds no adaptive layer.
+    """
+    loss_of = default_loss if loss_function is None else loss_function
+    if not any(isinstance(x, BlockSparseAdaptive) for x in block_sparse_layers(model).values()):
+        raise ValueError("model must hold at least one BlockSparseAdaptive layer, got none.")
+    passes: list[LayerPass] = []
+
+    def keep(seen: LayerPass) -> None:
+        if isinstance(seen.layer, BlockSparseAdaptive):
+            if seen.output.requires_grad:
+                seen.output.retain_grad()
+            passes.append(seen)
+
+    with _untouched(model), torch.enable_grad():
+        with evaluation_mode(model), watch_layers(model, keep):
+            loss = loss_of(model, batch)
+            if loss.requires_grad:
+                loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.train()
+        loss = loss_of(model, batch)
+        if loss.requires_grad:
+            loss.backward()
+        with torch.no_grad():
+            return [_measure(seen) for seen in passes]
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """See :func:`measure_selectors`."""
+    result = call_model(model, batch)
+    loss = getattr(result, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    values = result if isinstance(result, tuple | list) else [getattr(result, "logits", result)]
+    output = next((x for x in values if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if output is None:
+        raise TypeError(
+            f"the model returned {type(result).__name__} without a loss or a floating-point tensor;"
+            " give loss_function."
+        )
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(output.shape, generator=generator).to(output)
+    return (output * direction).mean()
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _measure(seen: LayerPass) -> SelectorMeasures:
+    layer, pattern, inputs = seen.layer, seen.pattern, seen.inputs
+    if not isinstance(layer, BlockSparseAdaptive):
+        raise TypeError(f"only BlockSparseAdaptive has a selector, got {type(layer).__name__}.")
+    scores, key_means = layer.score(inputs)
+    shape = (*scores.shape[:3], pattern.num_key_blocks)
+    kept = pattern.to_dense().expand(shape)
+    scorable = to_tiles(
+        inputs.candidates.scored.expand(scores.shape), inputs.candidates.indices, shape[-1]
+    )
+    chosen = kept & scorable
+    gradient = seen.output.grad
+    weights = None if gradient is None else gradient.norm(dim=-1)
+    factors = None
+    if layer.config.budget == "adaptive" and layer.config.num_selected_blocks is None:
+        factors = budget_factor(layer, inputs.rows, key_means, inputs.mask.causal)
+    norms = [
+        parameter.grad.norm()
+        for name, parameter in layer.named_parameters()
+        if parameter.grad is not None and (name.startswith("scorer.") or name.endswith("_pool"))
+    ]
+    total = torch.stack(norms).norm() if norms else None
+    every = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+    scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
+    norms_q, norms_k = (float(x.float().norm(dim=-1).amax()) for x in (seen.query, seen.key))
+    return SelectorMeasures(
+        name=seen.name,
+        layer=layer,
+        kept=kept,
+        chosen=chosen,
+        scorable=scorable,
+        by_mean_pooling=_by_mean_pooling(seen, scorable, chosen),
+        mass=layer_mass(seen, weights),
+        scores=scores.masked_select(inputs.candidates.scored.expand(scores.shape)),
+        density=float(1 - pattern.sparsity),
+        budget_factors=factors,
+        # Cauchy and Schwarz: no logit is larger than the product of the norms.
+        largest_logit=norms_q * norms_k * scale,
+        finite_output=bool(seen.output.isfinite().all()),
+        gradient=None if total is None else float(total),
+        finite_gradient=all(bool(x.isfinite().all()) for x in every),
+    )
+
+
+def _by_mean_pooling(seen: LayerPass, scorable: Tensor, chosen: Tensor) -> Tensor:
+    """The best candidates by mean-pooled queries and keys, as many per row as were chosen."""
+    inputs, size = seen.inputs, seen.layer.block_size
+    q = block_summaries(inputs.query, size, pooling=("mean",), valid=inputs.query_valid)
+    k = block_summaries(inputs.key, size, pooling=("mean",), valid=inputs.key_valid)
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    product = q.float().transpose(1, 2) @ k.float().transpose(1, 2).transpose(-1, -2)
+    product = product.unflatten(1, (scorable.shape[1], -1)).mean(2)
+    order = product.masked_fill(~scorable, -torch.inf).argsort(-1, descending=True)
+    ranks = order.argsort(-1)
+    return scorable & (ranks < chosen.sum(-1, keepdim=True))

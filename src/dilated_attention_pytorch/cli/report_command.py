@@ -1,0 +1,60 @@
+"""``dilated-attention report``: one page that shows what a model reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dilated_attention_pytorch.analysis.report import render_report
+from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
+from dilated_attention_pytorch.cli.recorded import Examined, training_charts
+from dilated_attention_pytorch.training.checkpoint import write_atomically
+
+DEFAULT_OUT = "report.html"
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "report",
+        help="write a page that shows what a trained model reads",
+        description="Writes one self-contained HTML file: block maps over the text, statistics of "
+        "all heads, the diagnosis and the training curves of a run.",
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("run", type=Path, metavar="RUN", help="--out of dilated-attention train")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to look at (default: the held-out text)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=4, metavar="N", help="windows of it (default: 4)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(DEFAULT_OUT), metavar="FILE",
+        help=f"the page (default: {DEFAULT_OUT})",
+    )  # fmt: skip
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Records, diagnoses and writes the page."""
+    if parsed.samples < 1:
+        raise UsageError(f"--samples must be at least 1, got {parsed.samples}.")
+    examined = Examined.open(parsed.run, parsed.text, parsed.samples)
+    recording = examined.record()
+    page = render_report(
+        recording,
+        title=f"What the heads of {parsed.run.resolve().name} read",
+        diagnosis=examined.diagnose(),
+        charts=training_charts(examined.saved.history),
+        stability=examined.stability(recording),
+    )
+    try:
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(parsed.out, page.encode())
+    except OSError as error:
+        raise CommandError(f"cannot write {parsed.out}: {error.strerror}.") from error
+    Console().print(f"Open {parsed.out.resolve()} in a browser.", highlight=False, soft_wrap=True)
+    return OK

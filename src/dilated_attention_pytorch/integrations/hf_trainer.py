@@ -1,0 +1,81 @@
+"""AdaptiveSparsityCallback: schedules and metrics inside the Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from dilated_attention_pytorch.training.monitor import ScalarWriter, SparsityMonitor
+from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+
+
+class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
+    """Anneals the adaptive layers of a model that the Hugging Face ``Trainer`` trains.
+
+    Resuming needs nothing: the schedules follow the trainer's own count of steps. Metrics join
+    the lines of ``trainer.state.log_history`` and, if given, a TensorBoard writer.
+
+    Args:
+        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training.
+        every: Steps between two measurements.
+        writer: Such as ``torch.utils.tensorboard.SummaryWriter``.
+
+    Example:
+        ``Trainer(model, arguments, callbacks=[AdaptiveSparsityCallback()], ...).train()``
+    """
+
+    def __init__(
+        self,
+        trainer: AdaptiveSparsityTrainer | None = None,
+        *,
+        every: int = 10,
+        writer: ScalarWriter | None = None,
+    ) -> None:
+        self._given = trainer
+        self._every, self._writer = every, writer
+        self.monitor: SparsityMonitor | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        """Attaches the schedules at the step where the training begins or goes on."""
+        if model is None:
+            raise ValueError("the Trainer gave no model to its callbacks.")
+        trainer = self._given
+        if trainer is None:
+            trainer = AdaptiveSparsityTrainer(annealing_steps=max(1, state.max_steps // 4))
+        self.monitor = SparsityMonitor(trainer, every=self._every, writer=self._writer)
+        self.monitor.start(model, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Moves the schedules on; called once per optimiser step."""
+        if self.monitor is not None:
+            self.monitor.step()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Adds the latest measurement to the trainer's own line."""
+        if self.monitor is not None and state.log_history:
+            state.log_history[-1].update(self.monitor.latest)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Ends the measuring."""
+        if self.monitor is not None:
+            self.monitor.stop()

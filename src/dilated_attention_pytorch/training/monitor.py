@@ -1,0 +1,128 @@
+"""SparsityMonitor: schedules and metrics of the adaptive layers inside anybody's training loop."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
+from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+
+
+class ScalarWriter(Protocol):
+    """What is needed of TensorBoard's ``SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Writes one number."""
+
+
+class SparsityMonitor:
+    """Moves an :class:`AdaptiveSparsityTrainer` on and measures what training computes.
+
+    The callbacks of the Hugging Face Trainer and of Lightning are thin around it; a plain loop
+    calls :meth:`start`, :meth:`step` after every optimiser step, and :meth:`stop`.
+
+    Args:
+        trainer: The schedules; attached to the model by :meth:`start`.
+        every: Steps between two measurements, at least 1.
+        writer: Gets every measurement, such as ``torch.utils.tensorboard.SummaryWriter``.
+        prefix: Of the metrics' names.
+
+    Raises:
+        ValueError: If ``every`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import BlockSparseAdaptive
+        >>> layer = BlockSparseAdaptive(num_heads=2, head_dim=16)
+        >>> monitor = SparsityMonitor(AdaptiveSparsityTrainer(annealing_steps=2), every=1)
+        >>> monitor.start(layer)
+        >>> x = torch.randn(1, 1024, 2, 16)
+        >>> layer(x, x, x).square().mean().backward()
+        >>> sorted(monitor.step())
+        ['sparsity/layer', 'sparsity/mean', 'sparsity/temperature']
+        >>> monitor.stop()
+    """
+
+    def __init__(
+        self,
+        trainer: AdaptiveSparsityTrainer,
+        *,
+        every: int = 10,
+        writer: ScalarWriter | None = None,
+        prefix: str = "sparsity/",
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
+        self.trainer, self.every, self.writer, self.prefix = trainer, every, writer, prefix
+        self.latest: dict[str, float] = {}
+        self._counts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._watch = ExitStack()
+
+    def start(self, model: nn.Module, step: int | None = None) -> None:
+        """Attaches the schedules and begins to measure.
+
+        Args:
+            model: Holds adaptive layers.
+            step: Optimiser steps that were done before, when a training goes on. None: what the
+                trainer counted.
+
+        Raises:
+            ValueError: If the model holds no adaptive layer.
+        """
+        self.stop()
+        if step is not None:
+            self.trainer.current_step = step
+        self.trainer.attach(model)
+        layers = {
+            module: name or "layer"
+            for name, module in model.named_modules()
+            if isinstance(module, BlockSparseLayer)
+        }
+
+        def count(layer: BlockSparseLayer, pattern: BlockPattern) -> None:
+            if layer.training:
+                kept = pattern.kv_num_blocks.sum()
+                self._counts[layers[layer]] = kept, pattern.allowed_tiles.sum()
+
+        self._watch.enter_context(observe_patterns(list(layers), count))
+
+    def step(self) -> dict[str, float] | None:
+        """Call it after every optimiser step.
+
+        Returns:
+            Every ``every`` steps the temperature, the sparsity of every layer's last training
+            pass (random blocks included) and their mean; None in between. Reading them waits for
+            the device.
+        """
+        self.trainer.step()
+        if self.trainer.current_step % self.every:
+            return None
+        sparsity = {
+            name: 1 - float(kept) / max(float(allowed), 1.0)
+            for name, (kept, allowed) in self._counts.items()
+        }
+        metrics = {"temperature": self.trainer.temperature, **sparsity}
+        if sparsity:
+            metrics["mean"] = sum(sparsity.values()) / len(sparsity)
+        self.latest = {self.prefix + name: value for name, value in metrics.items()}
+        if self.writer is not None:
+            for tag, value in self.latest.items():
+                self.writer.add_scalar(tag, value, self.trainer.current_step)
+        return self.latest
+
+    def stop(self) -> None:
+        """Ends the measuring; the layers keep their temperature."""
+        self._watch.close()
+        self._counts.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedules' state, for a checkpoint."""
+        return self.trainer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`'s result."""
+        self.trainer.load_state_dict(state)

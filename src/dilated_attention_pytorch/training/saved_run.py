@@ -1,0 +1,99 @@
+"""A finished or stopped training run, read back from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dilated_attention_pytorch.models.transformer import Transformer
+from dilated_attention_pytorch.tasks.text import read_bytes, validation_windows
+from dilated_attention_pytorch.training.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from dilated_attention_pytorch.training.language_model import (
+    LanguageModelRun,
+    build_language_model,
+)
+from dilated_attention_pytorch.training.loop import (
+    CHECKPOINTS_NAME,
+    METRICS_NAME,
+    TextSettings,
+)
+from dilated_attention_pytorch.training.metrics import MetricsFile
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """What a run's folder holds.
+
+    Attributes:
+        folder: The folder.
+        step: Optimiser steps of the checkpoint.
+        run: The settings.
+        model: With the checkpoint's weights, on the CPU, in evaluation mode.
+        text_settings: What it trained on.
+        history: The lines of its metrics, up to the checkpoint.
+        earlier: Checkpoints before this one, oldest first.
+    """
+
+    folder: Path
+    step: int
+    run: LanguageModelRun
+    model: Transformer
+    text_settings: TextSettings
+    history: list[dict[str, Any]]
+    earlier: list[Path]
+
+    def held_out_windows(self, count: int, text: Path | None = None) -> Tensor:
+        """Windows to look at, ``(up to count, seq_len + 1)`` int64.
+
+        Args:
+            count: How many at most, evenly spread.
+            text: A file to cut them from. None: the run's own held-out text.
+
+        Raises:
+            TextError: If the text cannot be read or is too short.
+        """
+        seq_len = self.run.seq_len
+        if text is None:
+            data = self.text_settings.load(seq_len).validation
+        else:
+            # All of a given file is shown; it was not trained on.
+            data = read_bytes(text, seq_len)
+        return validation_windows(data, seq_len, count)
+
+
+def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
+    """Reads a run.
+
+    Args:
+        folder: The ``--out`` of ``dilated-attention train``.
+        checkpoint: Which one; None: the newest.
+
+    Raises:
+        CheckpointError: If there is no intact checkpoint.
+    """
+    path = newest_checkpoint(folder / CHECKPOINTS_NAME) if checkpoint is None else checkpoint
+    state = load_checkpoint(path)
+    saved = state["loop"]
+    run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
+    model = build_language_model(run)
+    model.load_state_dict(state["training"]["model"])
+    text = dict(saved["text"])
+    text["paths"] = None if text["paths"] is None else tuple(text["paths"])
+    metrics = MetricsFile(folder / METRICS_NAME)
+    lines = metrics.read() if metrics.path.is_file() else []
+    return SavedRun(
+        folder,
+        state["step"],
+        run,
+        model.eval(),
+        TextSettings(**text),
+        [line for line in lines if line["step"] <= state["step"]],
+        [p for p in list_checkpoints(path.parent) if p.name < path.name],
+    )

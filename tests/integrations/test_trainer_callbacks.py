@@ -1,0 +1,222 @@
+"""The callbacks inside real trainers: schedules, metrics, stopping and going on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    AdaptiveSparsityTrainer,
+    BlockSparseAdaptive,
+)
+from dilated_attention_pytorch.training.monitor import SparsityMonitor
+
+ROOT = Path(__file__).parents[2]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = AdaptiveConfig(block_size=16, base_sparsity=0.6, budget="fixed")
+        self.enter = nn.Linear(4, 16)
+        self.layer = BlockSparseAdaptive(num_heads=2, head_dim=8, adaptive_config=config)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.enter(x).unflatten(-1, (2, 8))
+        out = self.layer(x, x, x, is_causal=True).flatten(2)
+        return {"loss": out.square().mean(), "logits": out}
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        return {"x": torch.randn(128, 4, generator=generator), "labels": torch.zeros(())}
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.lines.append((tag, scalar_value, global_step))
+
+
+def schedules() -> AdaptiveSparsityTrainer:
+    return AdaptiveSparsityTrainer(
+        annealing_steps=8, dense_steps=2, sparsity_warmup_steps=4, initial_sparsity=0.0
+    )
+
+
+# By step: temperature and base sparsity in force after it.
+EXPECTED = []
+_layer = Model().layer
+_trainer = schedules()
+_trainer.attach(_layer)
+for _ in range(8):
+    _trainer.step()
+    EXPECTED.append((float(_layer.temperature), float(_layer.base_sparsity)))
+
+
+class Spy:
+    """Notes the layer's settings after every optimiser step."""
+
+    def __init__(self, layer: BlockSparseAdaptive) -> None:
+        self.layer, self.seen = layer, []
+
+    def note(self) -> None:
+        self.seen.append((float(self.layer.temperature), float(self.layer.base_sparsity)))
+
+
+def test_monitor_measures_training_passes_and_writes() -> None:
+    model, writer = Model(), Writer()
+    monitor = SparsityMonitor(schedules(), every=2, writer=writer)
+    monitor.start(model)
+    x = torch.randn(2, 128, 4)
+    results = []
+    for _ in range(4):
+        model(x)["loss"].backward()
+        model.eval()
+        model(x)
+        model.train()
+        results.append(monitor.step())
+    assert [x is None for x in results] == [True, False, True, False]
+    assert results[1]["sparsity/temperature"] == pytest.approx(EXPECTED[1][0])
+    # Dense for two steps: every tile is computed.
+    assert results[1]["sparsity/layer"] == 0
+    assert 0 < results[3]["sparsity/layer"] < 0.6
+    assert results[3]["sparsity/mean"] == results[3]["sparsity/layer"]
+    assert {step for _, _, step in writer.lines} == {2, 4}
+    assert len(writer.lines) == 6
+    monitor.stop()
+    assert not model.layer.observers
+    with pytest.raises(ValueError, match="every"):
+        SparsityMonitor(schedules(), every=0)
+    with pytest.raises(ValueError, match="BlockSparseAdaptive"):
+        monitor.start(nn.Linear(2, 2))
+
+
+def test_monitor_goes_on_where_it_was() -> None:
+    model, monitor = Model(), SparsityMonitor(schedules())
+    monitor.start(model)
+    for _ in range(3):
+        monitor.step()
+    other, again = Model(), SparsityMonitor(schedules())
+    again.load_state_dict(monitor.state_dict())
+    again.start(other)
+    assert float(other.layer.temperature) == pytest.approx(EXPECTED[2][0])
+    again.start(other, step=5)
+    assert float(other.layer.temperature) == pytest.approx(EXPECTED[4][0])
+
+
+@pytest.mark.slow
+def test_hugging_face_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from dilated_attention_pytorch.integrations.hf_trainer import AdaptiveSparsityCallback
+
+    def run(
+        steps: int, resume: bool, callback: Any = None, folder: str = "out"
+    ) -> tuple[Model, list[Any], Any]:
+        model = Model()
+        spy = Spy(model.layer)
+
+        class Note(transformers.TrainerCallback):
+            def on_step_end(self, *args: Any, **others: Any) -> None:
+                spy.note()
+
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, save_steps=3, logging_steps=1, report_to=[],
+            use_cpu=True, disable_tqdm=True, seed=0, lr_scheduler_type="constant",
+            remove_unused_columns=False,
+        )  # fmt: skip
+        own = AdaptiveSparsityCallback(schedules(), every=1) if callback is None else callback
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=Data(), callbacks=[own, Note()]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return model, spy.seen, trainer
+
+    whole, seen, trainer = run(6, False)
+    assert seen == EXPECTED[:6]
+    logged = [line for line in trainer.state.log_history if "sparsity/layer" in line]
+    assert logged[-1]["sparsity/temperature"] == pytest.approx(EXPECTED[5][0])
+    assert not whole.layer.observers
+    run(3, False, folder="two")
+    resumed, seen, _ = run(6, True, folder="two")
+    assert seen == EXPECTED[3:6]
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value)
+    # Without schedules of its own: a quarter of the training.
+    _, seen, _ = run(4, False, AdaptiveSparsityCallback(), "three")
+    assert [t for t, _ in seen] == pytest.approx([0.1] * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch", reason="needs lightning")
+    from dilated_attention_pytorch.integrations.lightning import AdaptiveSparsityCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+            self.spy = Spy(self.model.layer)
+
+        def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
+            return self.model(**batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Note(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Module, *args: Any) -> None:
+            if trainer.global_step > len(module.spy.seen) + module.skipped:
+                module.spy.note()
+
+    def run(steps: int, resume: Path | None) -> tuple[Module, Any]:
+        module = Module()
+        module.skipped = 0 if resume is None else 3
+        callback = AdaptiveSparsityCallback(schedules(), every=1)
+        trainer = pl.Trainer(
+            max_steps=steps, accumulate_grad_batches=2, callbacks=[callback, Note()],
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        batches = torch.utils.data.DataLoader(Data(), batch_size=1)
+        trainer.fit(
+            module, batches, ckpt_path=resume, **({} if resume is None else {"weights_only": False})
+        )
+        return module, trainer
+
+    whole, trainer = run(6, None)
+    assert whole.spy.seen == EXPECTED[:6]
+    assert trainer.callback_metrics["sparsity/temperature"].item() == pytest.approx(EXPECTED[5][0])
+    _, trainer = run(3, None)
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    resumed, _ = run(6, tmp_path / "three.ckpt")
+    assert resumed.spy.seen == EXPECTED[3:6]
+
+
+@pytest.mark.slow
+def test_the_plain_loop_runs_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples/plain_loop.py", "--tensorboard", tmp_path],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    steps = [line.split(":")[0] for line in result.stdout.splitlines()]
+    assert steps == ["step 10", "step 20", "step 30", "step 40"]
+    assert list(tmp_path.glob("events.out.*"))

@@ -1,0 +1,62 @@
+"""Every experiment runs in its quick mode, keeps nothing, and is on the index page."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+NAMES = sorted(
+    path.stem for path in EXPERIMENTS.glob("*.py") if "EXPERIMENT = Experiment(" in path.read_text()
+)
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_mode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick"])
+    harness = importlib.import_module("harness")
+    before = sorted((EXPERIMENTS / "results").rglob("*"))
+    assert harness.run(importlib.import_module(name).EXPERIMENT) == 0
+    assert sorted((EXPERIMENTS / "results").rglob("*")) == before
+    (folder,) = tmp_path.glob(f"{name}-*")
+    page = (folder / "README.md").read_text()
+    assert "**Promise.**" in page
+    assert "**Finding.**" in page
+    assert "nan" not in page
+    assert (folder / "plot.png").stat().st_size > 1000
+
+
+def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = importlib.import_module("harness")
+    experiment = importlib.import_module("input_dependent_sparsity").EXPERIMENT
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--seeds", "0", "--only", "constant"])
+    assert harness.run(experiment) == 0
+    (run,) = harness.load_runs(tmp_path / experiment.name)
+    recorded = harness.load_runs(EXPERIMENTS / "results" / experiment.name)
+    same = next(r for r in recorded if (r["cell"], r["seed"]) == ("constant", 0))
+    assert run["sparsity"] == pytest.approx(same["sparsity"], abs=1e-3)
+    # What is there already is not run again.
+    assert harness.run(experiment) == 0
+    assert len(harness.load_runs(tmp_path / experiment.name)) == 1
+
+
+def test_the_index_page_is_what_the_results_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    index = importlib.import_module("index")
+    assert sorted(index.NAMES) == NAMES
+    monkeypatch.setattr(index, "PICTURES", tmp_path)
+    assert index.PAGE.read_text() == index.render()
