@@ -1,7 +1,7 @@
 """Compiles every selection kernel for sm_90, down to machine code, on a machine without a GPU.
 
-The interpreter accepts more than the compiler does; ``test_kernel_compilation.py`` runs this in a process of
-its own. Launches are turned into compilations; the tensors' values are never looked at.
+The interpreter accepts more than the compiler does; ``test_kernel_compilation.py`` runs this in a
+process of its own. Launches are turned into compilations; the tensors' values are never looked at.
 """
 
 import torch
