@@ -43,8 +43,7 @@ def finding(runs: Runs) -> str:
         "Kinds of the four heads, by seed. "
         + ". ".join(words)
         + f". Heads share {average(runs, 'mixed', 'similarity'):.2f} of their blocks when the "
-        "questions are mixed. The selector sees content without positions, so a rule by distance "
-        "can only arise where the content gives it away."
+        "questions are mixed."
     )
 
 
