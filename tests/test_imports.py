@@ -17,7 +17,7 @@ PACKAGE = "dilated_attention_pytorch"
 ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
-    ("mask", "config"),
+    ("mask", "config", "tensor_file"),
     ("pattern",),
     ("candidates", "fixed_patterns", "scoring", "selection"),
     ("ops",),
@@ -47,7 +47,7 @@ OPTIONAL = {
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("pattern", "analysis", "training", "integrations"),
+    "safetensors": ("tensor_file", "pattern", "analysis", "training", "integrations"),
 }
 
 

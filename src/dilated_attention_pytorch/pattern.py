@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.tensor_file import read_tensor_file
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -371,21 +372,9 @@ class BlockPattern:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is something else or of a newer version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no pattern file at {path}.")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
-        if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != _FILE_VERSION:
-            raise ValueError(
-                f"{path} must be a block pattern of version {_FILE_VERSION}, got "
-                f"format={metadata.get('format')!r} version={metadata.get('version')!r}."
-            )
+        tensors, metadata = read_tensor_file(
+            path, kind="a block pattern", file_format=_FILE_FORMAT, version=_FILE_VERSION
+        )
         try:
             about = json.loads(metadata["about"])
             fields = (

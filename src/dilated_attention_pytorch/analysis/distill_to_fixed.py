@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.analysis.recording import Recording
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.distilled import BlockSparseDistilled
+from dilated_attention_pytorch.tensor_file import read_tensor_file
 
 _FILE_FORMAT = "dilated_attention_pytorch.distilled_patterns"
 _FILE_VERSION = "1"
@@ -85,21 +86,12 @@ class DistilledPatterns:
             FileNotFoundError: If there is no such file.
             ValueError: If it is something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no pattern file at {path}.")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
-        if metadata.get("format") != _FILE_FORMAT or metadata.get("version") != _FILE_VERSION:
-            raise ValueError(
-                f"{path} must hold distilled patterns of version {_FILE_VERSION}, got "
-                f"format={metadata.get('format')!r} version={metadata.get('version')!r}."
-            )
+        tensors, metadata = read_tensor_file(
+            path,
+            kind="distilled patterns",
+            file_format=_FILE_FORMAT,
+            version=_FILE_VERSION,
+        )
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {
