@@ -144,7 +144,10 @@ def test_wrong_usage_is_explained(tmp_path, text, capsys, options, code, words):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("options", [["--attention", "none"], ["--estimator", "x"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--attention", "none"], ["--estimator", "x"], ["--budget", "threshold"], ["--nonsense"]],
+)
 def test_the_parser_refuses_with_exit_code_2(options, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", *options])

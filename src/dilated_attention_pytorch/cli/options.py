@@ -88,7 +88,9 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
     _add(own, "num_layers", int, "depth of the scorer", config, flag="--scorer-layers",
          dest="config.num_layers")  # fmt: skip
     _add(own, "pooling", str, "block summaries", config, choices=POOLINGS, many=1)
-    _add(own, "budget", str, "how blocks are shared out", config, choices=BUDGETS)
+    # Thresholds are calibrated on a trained model; there are none to train with.
+    budgets = [name for name in BUDGETS if name != "threshold"]
+    _add(own, "budget", str, "how blocks are shared out", config, choices=budgets)
     _add(own, "top_p", float, "share to reach with --budget top_p", config)
     _add(own, "num_explore_blocks", int, "random extra blocks while training", config)
     _add(own, "temperature", float, "of the noise, at the start", config)
