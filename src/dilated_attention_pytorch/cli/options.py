@@ -89,7 +89,7 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
          dest="config.num_layers")  # fmt: skip
     _add(own, "pooling", str, "block summaries", config, choices=POOLINGS, many=1)
     # Thresholds are calibrated on a trained model; there are none to train with.
-    budgets = [name for name in BUDGETS if name != "threshold"]
+    budgets = tuple(name for name in BUDGETS if name != "threshold")
     _add(own, "budget", str, "how blocks are shared out", config, choices=budgets)
     _add(own, "top_p", float, "share to reach with --budget top_p", config)
     _add(own, "num_explore_blocks", int, "random extra blocks while training", config)
