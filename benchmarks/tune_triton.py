@@ -25,6 +25,7 @@ import torch
 from dilated_attention_pytorch import BlockPattern
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
 from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import LaunchConfig
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_setups import Setup, inputs, median_ms, random_pattern
@@ -59,7 +60,7 @@ QUERY = {
 class Job:
     """A call, its tensors and its transpose."""
 
-    call: launch.Call
+    call: Call
     pattern: BlockPattern
     out: torch.Tensor
     lse: torch.Tensor
@@ -70,7 +71,7 @@ class Job:
     def make(cls, setup: Setup) -> Job:
         q, k, v = inputs(setup)
         pattern = random_pattern(setup)
-        call = launch.Call(
+        call = Call(
             q, k, v, pattern.kv_num_blocks, pattern.kv_indices, None, None, None, None, None,
             setup.block_size, setup.block_size, setup.causal, 0, setup.head_dim**-0.5,
         )  # fmt: skip

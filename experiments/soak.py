@@ -93,10 +93,14 @@ def kernel_variants() -> int:
     if not torch.cuda.is_available():
         return 0
     from dilated_attention_pytorch.ops.block_selection import triton_kernels as selection
-    from dilated_attention_pytorch.ops.block_sparse_attention import triton_kernels as attention
+    from dilated_attention_pytorch.ops.block_sparse_attention import (
+        triton_backward,
+        triton_by_products,
+        triton_forward,
+    )
 
     total = 0
-    for module in (selection, attention):
+    for module in (selection, triton_forward, triton_backward, triton_by_products):
         for function in vars(module).values():
             caches = getattr(function, "device_caches", {})
             total += sum(len(cache[0]) for cache in caches.values())

@@ -33,8 +33,18 @@ OPTIONAL = {
     "triton": (
         "ops.block_selection.triton_kernels",
         "ops.block_selection.triton_launch",
-        "ops.block_sparse_attention.triton_kernels",
-        "ops.block_sparse_attention.triton_launch",
+        *(
+            f"ops.block_sparse_attention.{name}"
+            for name in (
+                "by_product_launch",
+                "triton_backward",
+                "triton_by_products",
+                "triton_call",
+                "triton_forward",
+                "triton_launch",
+                "triton_tiles",
+            )
+        ),
         "ops.block_sparse_decode.triton_kernels",
         "ops.block_sparse_decode.triton_launch",
         "ops.token_rings.triton_kernels",

@@ -15,6 +15,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
     Apply,
     differentiable,
 )
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
 
 
 def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ def forward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; ``mass_probe``, ``starts`` and ``slots`` matter to the gradient alone."""
-    call = launch.Call(
+    call = Call(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
         document_ids, bounds, block_q, block_k, causal, offset, scale,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def backward_op(
     want_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, block bias and mass probe (the last two may be empty)."""
-    call = launch.Call(
+    call = Call(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
         document_ids, bounds, block_q, block_k, causal, offset, scale,
     )  # fmt: skip

@@ -135,9 +135,11 @@ def flash_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and the tile mass (empty if not wanted)."""
     from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
+    from dilated_attention_pytorch.ops.block_sparse_attention.by_product_launch import launch_mass
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
 
     mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
-    call = launch.Call(
+    call = Call(
         query, key, value, kv_num_blocks, kv_indices, None, None, None, None, None,
         BLOCK, BLOCK, causal, 0, scale,
     )  # fmt: skip
@@ -156,7 +158,7 @@ def flash_backward_op(
         mask_mod=causal_mask() if causal else None, block_sparse_tensors=lists, dlse=grad_lse,
     )  # fmt: skip
     if want_mass:
-        launch.launch_mass(call, out, lse, grad_out, mass)
+        launch_mass(call, lse, grad_out, mass)
     return dq, dk, dv, mass
 
 

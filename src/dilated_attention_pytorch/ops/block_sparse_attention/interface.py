@@ -202,7 +202,7 @@ _REFUSALS = {
 
 
 def _interpreting() -> bool:
-    from dilated_attention_pytorch.ops.block_sparse_attention.triton_kernels import INTERPRETED
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import INTERPRETED
 
     return INTERPRETED
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dilated_attention_pytorch.ops.block_sparse_attention import triton_kernels as kernels
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LaunchConfig:
         """Triton's launch options."""
         found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         # Triton's interpreter does not know this option.
-        if self.maxnreg is not None and not kernels.INTERPRETED:
+        if self.maxnreg is not None and not INTERPRETED:
             found["maxnreg"] = self.maxnreg
         return found
 

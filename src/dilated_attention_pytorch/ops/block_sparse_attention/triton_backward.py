@@ -1,0 +1,422 @@
+"""The Triton backward kernels of block-sparse attention; names as in ``triton_tiles.py``.
+
+Gradients are deterministic without atomics: one program owns dK and dV of a key tile, another dQ
+of a query tile; both recompute the logits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products import (
+    store_by_products,
+)
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
+    LOG2E,
+    count_below,
+    document_of,
+    load_rows,
+    store_rows,
+    visible,
+    without_padding,
+)
+
+
+@triton.jit
+def row_kernel(
+    out, o_stride_b, o_stride_h, o_stride_n,
+    grad_out, g_stride_b, g_stride_h, g_stride_n,
+    lse, grad_lse, lse2, delta, norm,
+    q_len, padded_len, num_heads,
+    ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """What the backward kernels need of every query row; rows past the end get lse = +inf."""
+    first = tl.program_id(0) * ROWS
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    o = load_rows(
+        out, o_stride_b, o_stride_h, o_stride_n, batch, head, first, q_len,
+        1, ROWS, D, HEAD_DIM, False, True,
+    )  # fmt: skip
+    g = load_rows(
+        grad_out, g_stride_b, g_stride_h, g_stride_n, batch, head, first, q_len,
+        1, ROWS, D, HEAD_DIM, False, True,
+    )  # fmt: skip
+    row = first + tl.arange(0, ROWS)
+    plane = tl.cast(batch, tl.int64) * num_heads + head
+    read = plane * q_len + row
+    write = plane * padded_len + row
+    inside = row < q_len
+    log_sum = tl.load(lse + read, mask=inside, other=float("-inf"))
+    # +inf makes exp2(s - lse) zero: empty rows and rows past the end cost the kernels no mask.
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E)
+    tl.store(lse2 + write, log_sum, mask=row < padded_len)
+    dot = tl.sum(o * g, 1)
+    length = tl.sqrt(tl.sum(g * g, 1))
+    extra = tl.zeros([ROWS], tl.float32)
+    if GRAD_LSE:
+        extra = tl.load(grad_lse + read, mask=inside, other=0.0)
+    tl.store(delta + write, dot - extra, mask=row < padded_len)
+    tl.store(norm + write, length, mask=row < padded_len)
+
+
+@triton.jit
+def query_kernel(
+    q_source, q_stride_b, q_stride_h, q_stride_n,
+    k_source, k_stride_b, k_stride_h, k_stride_n,
+    v_source, v_stride_b, v_stride_h, v_stride_n,
+    g_source, g_stride_b, g_stride_h, g_stride_n,
+    grad_q, dq_stride_b, dq_stride_h, dq_stride_n,
+    lse2, delta, norm, grad_bias, mass,
+    counts, c_stride_b, c_stride_p, c_stride_i,
+    indices, i_stride_b, i_stride_p, i_stride_i,
+    block_bias, b_stride_b, b_stride_p, b_stride_i,
+    key_lengths, offsets, documents, bounds,
+    q_len, kv_len, padded_len, offset, scale, scale2, num_heads, query_tiles,
+    query_blocks, width,
+    GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    GRAD_BIAS: tl.constexpr, MASS: tl.constexpr, PARTS: tl.constexpr,
+    TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """dQ of one query tile and its share of the by-products.
+
+    These are computed here, not beside dK and dV, because here the rows' weights stay in place.
+    """
+    query_tile = query_tiles - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    head = tl.program_id(1) * PACK
+    batch = tl.program_id(2)
+    kv_head = head // GROUP
+    shared = head // HEADS_PER_PATTERN
+    first = query_tile * ROWS
+    block = first // BLOCK_Q
+    batch64 = tl.cast(batch, tl.int64)
+    shared64 = tl.cast(shared, tl.int64)
+    block64 = tl.cast(block, tl.int64)
+    count = tl.load(counts + batch64 * c_stride_b + shared64 * c_stride_p + block64 * c_stride_i)
+    entries = indices + batch64 * i_stride_b + shared64 * i_stride_p + block64 * i_stride_i
+    if BIAS:
+        biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p + block64 * b_stride_i
+    if OFFSETS:
+        offset = tl.load(offsets + batch).to(tl.int32)
+    key_limit = kv_len
+    if LENGTHS:
+        key_limit = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), kv_len)
+    low = 0
+    full = count
+    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+        unmasked_end = key_limit
+        if CAUSAL:
+            unmasked_end = tl.minimum(unmasked_end, first + offset + 1)
+        if DOCUMENTS:
+            last = tl.minimum(first + ROWS, q_len) - 1
+            start, end = document_of(documents, bounds, batch, first, last, q_len)
+            unmasked_end = tl.minimum(unmasked_end, end)
+            low = count_below(entries, count, 1, BLOCK_K, start)
+        full = count_below(entries, count, 1, BLOCK_K, unmasked_end - BLOCK_K + 1)
+        full = tl.maximum(full, low)
+    q = load_rows(
+        q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
+        PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
+    )  # fmt: skip
+    g = load_rows(
+        g_source, g_stride_b, g_stride_h, g_stride_n, batch, head, first, q_len,
+        PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
+    )  # fmt: skip
+    acc = tl.zeros([PACK * ROWS, D], tl.float32)
+    row = first + tl.arange(0, PACK * ROWS) % ROWS
+    of_row = head + tl.arange(0, PACK * ROWS) // ROWS
+    place = (batch64 * num_heads + of_row) * padded_len + row
+    log_sum = tl.load(lse2 + place)
+    centre = tl.load(delta + place)
+    weight = tl.load(norm + place)
+    VISITS: tl.constexpr = BLOCK_K // COLUMNS
+    # One plane of by-products for each program and step that visits the same tile.
+    plane = (batch64 * num_heads + head) // PACK * (BLOCK_Q // ROWS) + first % BLOCK_Q // ROWS
+    cells = tl.cast(query_blocks, tl.int64) * width
+    own = plane * VISITS * cells + block64 * width
+    upcoming = tl.load(entries + low, mask=low < full, other=0)
+    for step in tl.range(low * VISITS, full * VISITS, num_stages=STAGES):
+        slot = step // VISITS
+        start = upcoming * BLOCK_K + (step % VISITS) * COLUMNS
+        following = (step + 1) // VISITS
+        upcoming = tl.load(entries + following, mask=following < full, other=0)
+        k = load_rows(
+            k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
+            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+        )  # fmt: skip
+        bias = 0.0
+        if BIAS:
+            bias = tl.load(biases + slot) * LOG2E
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
+        v = load_rows(
+            v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+        )  # fmt: skip
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - centre[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        store_by_products(
+            mass,
+            grad_bias,
+            own + step % VISITS * cells + slot,
+            p,
+            ds,
+            weight,
+            MASS,
+            GRAD_BIAS,
+            PARTS,
+        )
+    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+        for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
+            slot = step // VISITS
+            slot = tl.where(slot < low, slot, slot + full - low)
+            start = tl.load(entries + slot) * BLOCK_K + (step % VISITS) * COLUMNS
+            column = start + tl.arange(0, COLUMNS)
+            k = load_rows(
+                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
+                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+            )  # fmt: skip
+            k = without_padding(k, column, key_limit)
+            bias = 0.0
+            if BIAS:
+                bias = tl.load(biases + slot) * LOG2E
+            ok = visible(
+                row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
+                CAUSAL, DOCUMENTS,
+            )  # fmt: skip
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
+            v = load_rows(
+                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+            )  # fmt: skip
+            v = without_padding(v, column, key_limit)
+            dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - centre[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            store_by_products(
+                mass,
+                grad_bias,
+                own + step % VISITS * cells + slot,
+                p,
+                ds,
+                weight,
+                MASS,
+                GRAD_BIAS,
+                PARTS,
+            )
+    store_rows(
+        grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
+        PACK, ROWS, D, HEAD_DIM,
+    )  # fmt: skip
+    if OVERLAP and query_tile + tl.program_id(1) + batch == 0:
+        # This kernel must not end before the one that it overlaps has.
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _key_tile(
+    dk,
+    dv,
+    k,
+    v,
+    q_source,
+    g_source,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    g_stride_b,
+    g_stride_h,
+    g_stride_n,
+    lse2,
+    delta,
+    batch,
+    head,
+    first,
+    bias,
+    q_len,
+    padded_len,
+    num_heads,
+    scale2,
+    column,
+    key_limit,
+    offset,
+    documents,
+    PACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA_Q: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds one query tile to dK and dV. Logits stand transposed, ``(m, n)``."""
+    q = load_rows(
+        q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
+        PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
+    )  # fmt: skip
+    g = load_rows(
+        g_source, g_stride_b, g_stride_h, g_stride_n, batch, head, first, q_len,
+        PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
+    )  # fmt: skip
+    lane = tl.arange(0, PACK * ROWS)
+    row = first + lane % ROWS
+    place = (tl.cast(batch, tl.int64) * num_heads + head + lane // ROWS) * padded_len + row
+    log_sum = tl.load(lse2 + place)
+    centre = tl.load(delta + place)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.exp2(s * scale2 + (bias - log_sum)[None, :])
+    if MASKED:
+        ok = visible(
+            row[None, :], column[:, None], batch, key_limit, offset, documents, q_len,
+            CAUSAL, DOCUMENTS,
+        )  # fmt: skip
+        p = tl.where(ok, p, 0.0)
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    ds = p * (dp - centre[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_kernel(
+    q_source, q_stride_b, q_stride_h, q_stride_n,
+    k_source, k_stride_b, k_stride_h, k_stride_n,
+    v_source, v_stride_b, v_stride_h, v_stride_n,
+    g_source, g_stride_b, g_stride_h, g_stride_n,
+    grad_k, dk_stride_b, dk_stride_h, dk_stride_n,
+    grad_v, dv_stride_b, dv_stride_h, dv_stride_n,
+    lse2, delta,
+    starts, t_stride_b, t_stride_p,
+    slots, s_stride_b, s_stride_p,
+    block_bias, b_stride_b, b_stride_p, b_stride_i,
+    key_lengths, offsets, documents, bounds,
+    q_len, kv_len, padded_len, offset, scale, scale2, num_heads, query_blocks, width,
+    GROUP: tl.constexpr, HEADS_PER_PATTERN: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one key tile."""
+    if OVERLAP:
+        # The dQ kernel needs nothing of this one: it may fill the multiprocessors that fall idle.
+        tl.extra.cuda.gdc_launch_dependents()
+    key_tile = tl.program_id(0)
+    num_kv_heads = num_heads // GROUP
+    batch = tl.program_id(1) // num_kv_heads
+    kv_head = tl.program_id(1) % num_kv_heads
+    start = key_tile * COLUMNS
+    block = start // BLOCK_K
+    batch64 = tl.cast(batch, tl.int64)
+    if OFFSETS:
+        offset = tl.load(offsets + batch).to(tl.int32)
+    key_limit = kv_len
+    if LENGTHS:
+        key_limit = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), kv_len)
+    column = start + tl.arange(0, COLUMNS)
+    k = load_rows(
+        k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
+        1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+    )  # fmt: skip
+    v = load_rows(
+        v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+        1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+    )  # fmt: skip
+    if LENGTHS:
+        k = without_padding(k, column, key_limit)
+        v = without_padding(v, column, key_limit)
+    # Queries [row_low, row_end) see all these keys.
+    row_low = 0
+    row_end = query_blocks * BLOCK_Q
+    if CAUSAL:
+        row_low = start + COLUMNS - 1 - offset
+    if DOCUMENTS:
+        last = tl.minimum(start + COLUMNS, kv_len) - 1
+        document_start, document_end = document_of(documents, bounds, batch, start, last, q_len)
+        row_low = tl.maximum(row_low, document_start)
+        row_end = document_end
+    if LENGTHS or not EVEN_KEYS:
+        row_end = tl.where(start + COLUMNS <= key_limit, row_end, 0)
+    dk = tl.zeros([COLUMNS, D], tl.float32)
+    dv = tl.zeros([COLUMNS, D], tl.float32)
+    # Heads that share one list are visited in one loop, the others one after another.
+    TOGETHER: tl.constexpr = GROUP // PACK if HEADS_PER_PATTERN % GROUP == 0 else 1
+    ROW_VISITS: tl.constexpr = BLOCK_Q // ROWS
+    VISITS: tl.constexpr = ROW_VISITS * TOGETHER
+    for member in tl.range(0, GROUP // PACK // TOGETHER):
+        head = kv_head * GROUP + member * PACK
+        shared64 = tl.cast(head // HEADS_PER_PATTERN, tl.int64)
+        ends = starts + batch64 * t_stride_b + shared64 * t_stride_p + block
+        begin = tl.load(ends)
+        count = tl.load(ends + 1) - begin
+        entries = slots + batch64 * s_stride_b + shared64 * s_stride_p + begin
+        if BIAS:
+            biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p
+        low = 0
+        full = count
+        if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+            low = count_below(entries, count, width, BLOCK_Q, row_low)
+            full = count_below(entries, count, width, BLOCK_Q, row_end - BLOCK_Q + 1)
+            full = tl.maximum(full, low)
+        upcoming = tl.load(entries + low, mask=low < full, other=0)
+        for step in tl.range(low * VISITS, full * VISITS, num_stages=STAGES):
+            entry = upcoming
+            following = (step + 1) // VISITS
+            upcoming = tl.load(entries + following, mask=following < full, other=0)
+            block_q = entry // width
+            first = block_q * BLOCK_Q + (step % ROW_VISITS) * ROWS
+            bias = 0.0
+            if BIAS:
+                bias = tl.load(biases + block_q.to(tl.int64) * b_stride_i + entry % width) * LOG2E
+            dk, dv = _key_tile(
+                dk, dv, k, v, q_source, g_source,
+                q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
+                lse2, delta,
+                batch, head + step % VISITS // ROW_VISITS * PACK, first,
+                bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
+                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
+                TMA_Q, UPCAST, PRECISION,
+            )  # fmt: skip
+        if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+            for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
+                place = step // VISITS
+                place = tl.where(place < low, place, place + full - low)
+                entry = tl.load(entries + place)
+                block_q = entry // width
+                first = block_q * BLOCK_Q + (step % ROW_VISITS) * ROWS
+                bias = 0.0
+                if BIAS:
+                    at = block_q.to(tl.int64) * b_stride_i + entry % width
+                    bias = tl.load(biases + at) * LOG2E
+                dk, dv = _key_tile(
+                    dk, dv, k, v, q_source, g_source,
+                    q_stride_b, q_stride_h, q_stride_n, g_stride_b, g_stride_h, g_stride_n,
+                    lse2, delta,
+                    batch, head + step % VISITS // ROW_VISITS * PACK, first,
+                    bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
+                    documents,
+                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
+                    TMA_Q, UPCAST, PRECISION,
+                )  # fmt: skip
+    store_rows(
+        grad_k, dk_stride_b, dk_stride_h, dk_stride_n, batch, kv_head, start, kv_len, dk * scale,
+        1, COLUMNS, D, HEAD_DIM,
+    )  # fmt: skip
+    store_rows(
+        grad_v, dv_stride_b, dv_stride_h, dv_stride_n, batch, kv_head, start, kv_len, dv,
+        1, COLUMNS, D, HEAD_DIM,
+    )  # fmt: skip
