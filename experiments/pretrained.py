@@ -43,6 +43,8 @@ MEASURED_ON = ("anarchism", "python3.11-doc")
 # Bytes of each text: the rest would only cost time.
 TEXT_BYTES = {"stdlib": 5_000_000, "anarchism": 3_000_000, "python3.11-doc": 3_000_000}
 RIVALS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
+# The selectors with their thresholds, and with the same number of blocks for every head.
+OWN = ("adapter", "adapter:fixed")
 BY_THRESHOLD = tuple(f"{name}:threshold" for name in RIVALS[1:])
 
 
@@ -192,7 +194,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     first = [
         (text, longest, method, sparsity)
         for sparsity in (0.8, 0.9)
-        for method in ("adapter", *RIVALS, *BY_THRESHOLD)
+        for method in (*OWN, *RIVALS, *BY_THRESHOLD)
         for text in MEASURED_ON
     ]
     if options.block_size != 64:
@@ -200,7 +202,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     curve = [
         (text, longest, method, sparsity)
         for sparsity in (0.5, 0.95, 0.7)
-        for method in ("adapter", *RIVALS, *BY_THRESHOLD)
+        for method in (*OWN, *RIVALS, *BY_THRESHOLD)
         for text in MEASURED_ON
     ]
     shorter = [
@@ -217,7 +219,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
 def with_needles(cell: tuple[str, int, str, float], longest: int) -> bool:
     """Whether retrieval is measured in a cell, too; it costs more than all the rest."""
     text, length, method, sparsity = cell
-    own = method in ("adapter", "sink_window", "antidiagonal", "oracle")
+    own = method in (*OWN, "sink_window", "antidiagonal", "oracle")
     return own and length == longest and text == MEASURED_ON[0] and sparsity == 0.9
 
 
@@ -259,7 +261,11 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     target = RUNS / f"evaluate-{options.block_size}{options.name}.jsonl"
     done = list(_read(target))
     seen = {(r["text"], r["length"], r["method"], r["sparsity"]) for r in done}
-    cells = [cell for cell in plan(options) if cell not in seen]
+    wanted = options.methods.split(",") if options.methods else None
+    cells = [
+        cell for cell in plan(options)
+        if cell not in seen and (wanted is None or cell[2] in wanted)
+    ]  # fmt: skip
     model = load_model(MODEL, device=options.device, dtype=options.weights)
     adapter = SelectorAdapter.from_pretrained(str(folder / "adapter"))
     tokenizer = load_tokenizer(MODEL)
@@ -358,16 +364,18 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for r in rows
             if (r["text"], r["length"], r["block_size"], r["sparsity"]) == key
         }
-        rivals = {m: x for m, x in ratio.items() if m != "adapter" and not m.startswith("oracle")}
-        if "adapter" not in ratio or not rivals:
+        rivals = {m: x for m, x in ratio.items() if not m.startswith(("adapter", "oracle"))}
+        if not any(x in ratio for x in OWN) or not rivals:
             continue
         best = min(rivals, key=rivals.__getitem__)
         entry = dict(zip(("text", "length", "block_size", "sparsity"), key, strict=True))
-        entry |= {"adapter": ratio["adapter"], "best_rival": best, "rival": rivals[best]}
-        for oracle in ("oracle", "oracle:threshold"):
-            if oracle in ratio and rivals[best] > ratio[oracle]:
+        entry |= {"best_rival": best, "rival": rivals[best]}
+        for own, oracle in zip(OWN, ("oracle:threshold", "oracle"), strict=True):
+            if own in ratio:
+                entry[own] = ratio[own]
+            if own in ratio and oracle in ratio and rivals[best] > ratio[oracle]:
                 gap = rivals[best] - ratio[oracle]
-                entry[f"closed_to_{oracle}"] = (rivals[best] - ratio["adapter"]) / gap
+                entry[f"{own}_closed"] = (rivals[best] - ratio[own]) / gap
         out.append(entry)
     return out
 
@@ -395,6 +403,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=0, help="0: the stage's own number")
     parser.add_argument("--windows", type=int, default=4, help="measured per text and length")
+    parser.add_argument("--methods", default="", help="measure these alone, with commas between")
     parser.add_argument("--lr", type=float, default=5e-3, help="of distillation")
     parser.add_argument("--target", default="mass", choices=("mass", "gradient"))
     parser.add_argument("--config", default="{}", help="JSON changes of the distilled config")

@@ -120,7 +120,7 @@ def test_distillation(target: str, dtype: str) -> None:
         training.step()
     after = training.validate()
     if target == "mass":
-        assert after["recall_0.8"] > before["recall_0.8"]
+        assert after["recall_0.5"] > before["recall_0.5"]
 
 
 @pytest.mark.parametrize("train", ["selectors", "all"])

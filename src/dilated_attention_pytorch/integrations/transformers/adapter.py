@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         base = base_identity(adapted.model, adapted.sites)
         return cls(dict(adapted.configs), tensors, base, versions)
+
+    def with_budget(self, budget: str) -> SelectorAdapter:
+        """The same selectors under another rule for how many blocks each row reads.
+
+        Args:
+            budget: As in :class:`AdaptiveConfig`, such as ``"fixed"``.
+        """
+        configs = {n: replace(config, budget=budget) for n, config in self.configs.items()}
+        return SelectorAdapter(configs, self.tensors, self.base, self.versions)
 
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:
         """Adapts a model with these selectors.

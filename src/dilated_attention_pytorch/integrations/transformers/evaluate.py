@@ -200,8 +200,10 @@ class Evaluation:
         self, text: str, length: int, method: str, sparsity: float
     ) -> Iterator[AdaptedModel]:
         s = self.settings
-        if method == ADAPTER and self.adapter is not None:
-            adapted = self.adapter.apply(self.model)
+        name, _, budget = method.partition(":")
+        if name == ADAPTER and self.adapter is not None:
+            adapter = self.adapter.with_budget(budget) if budget else self.adapter
+            adapted = adapter.apply(self.model)
             adapted.set_base_sparsity(sparsity)
         else:
             layers = None if self.adapter is None else self.adapter.configs

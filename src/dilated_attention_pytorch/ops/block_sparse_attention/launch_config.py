@@ -83,8 +83,8 @@ def key_config(tile: TileShape) -> LaunchConfig:
 
 
 def mass_config(tile: TileShape) -> LaunchConfig:
-    """The launch of the mass alone: reading keys is what it waits for, so it takes large tiles."""
+    """The launch (`docs/log.md`) of the mass alone: it waits for keys, so it takes large tiles."""
     if tile.full_precision:
         return query_config(tile)
-    rows, columns = min(tile.block_q, 128), min(tile.block_k, 128)
+    rows, columns = min(tile.block_q, 128 if tile.head_dim > 64 else 64), min(tile.block_k, 128)
     return LaunchConfig(rows, columns, 8 if rows == 128 else 4, 2)

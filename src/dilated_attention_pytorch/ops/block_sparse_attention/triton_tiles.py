@@ -131,43 +131,5 @@ def count_below(entries, count, divisor, factor, threshold):
     return total
 
 
-@triton.jit
-def exp2(x, PLAIN: tl.constexpr):
-    """``2**x`` for ``x <= 0``, one in four without the special function unit, unless ``PLAIN``.
-
-    Where a kernel does little else, its exponentials take as long as its product: the unit gives
-    16 a clock cycle. Every fourth is computed with multiplications (relative error 3e-6): the
-    power of two nearest below or above by its exponent, the rest by a polynomial.
-    """
-    if PLAIN:
-        return tl.exp2(x)
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 x, n, f, p;
-        .reg .b32 e, m;
-        ex2.approx.ftz.f32 $0, $4;
-        ex2.approx.ftz.f32 $1, $5;
-        ex2.approx.ftz.f32 $2, $6;
-        max.f32 x, $7, 0fC2FC0000;
-        add.rn.f32 n, x, 0f4B400000;
-        mov.b32 e, n;
-        add.rn.f32 n, n, 0fCB400000;
-        sub.rn.f32 f, x, n;
-        fma.rn.f32 p, f, 0f3C1CCBEB, 0f3D650A21;
-        fma.rn.f32 p, p, f, 0f3E76036D;
-        fma.rn.f32 p, p, f, 0f3F31706E;
-        fma.rn.f32 p, p, f, 0f3F7FFFF4;
-        shl.b32 e, e, 23;
-        mov.b32 m, p;
-        add.s32 $3, e, m;
-        }""",
-        "=r,=r,=r,=r,r,r,r,r",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=4,
-    )
-
-
 INTERPRETED = not isinstance(load_rows, triton.JITFunction)
 """Whether ``TRITON_INTERPRET=1`` was set when this file was imported: kernels run on the CPU."""
