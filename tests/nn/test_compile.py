@@ -10,7 +10,12 @@ from dilated_attention_pytorch import (
     MultiheadAdaptiveAttention,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # About how fast, not about what.
+    "ignore:\\s*Online softmax is disabled:UserWarning",
+)
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -108,18 +108,26 @@ def level_tables(forced: Tensor, limit: Tensor, rows: RowRange, max_limit: int) 
     document = rows.document.expand(shape)
     tables = (*shape[:2], rows.num_documents)
     device = rows.low.device
-    # rising[m]: rows that take one block more when the level rises from m to m + 1.
-    rising = torch.zeros(*tables, max_limit + 1, device=device)
-    flat = rising.view(*shape[:2], -1)
-    one = torch.ones(shape, device=device)
+    # rising[m]: rows that take one block more when the level rises from m to m + 1, which are those
+    # with forced <= m < limit. Counted in sorted keys that keep documents apart. (A scatter_add
+    # would do, but torch.compile for CUDA adds up lanes past the end where all indices are equal.)
     width = max_limit + 1
-    flat.scatter_add_(2, document * width + forced, one)
-    flat.scatter_add_(2, document * width + limit, -one)
-    rising = rising.cumsum(-1)
-    base = torch.zeros(tables, device=device).scatter_add_(2, document, forced.float())
-    total = torch.zeros(tables, device=device).scatter_add_(2, document, allowed.float())
+    levels = torch.arange(rows.num_documents * width, device=device)
+    levels = levels.expand(*shape[:2], -1).contiguous()
+    begun, ended = (
+        torch.searchsorted((document * width + x).sort(-1).values, levels, right=True)
+        for x in (forced, limit)
+    )
+    rising = (begun - ended).float().view(*tables, width)
+    base, total = (_by_document(x.float(), document, tables) for x in (forced, allowed))
     filled = torch.cat([base[..., None], base[..., None] + rising.cumsum(-1)], -1)
     return LevelTables(filled, rising, total)
+
+
+def _by_document(x: Tensor, document: Tensor, tables: tuple[int, ...]) -> Tensor:
+    if tables[2] == 1:
+        return x.sum(-1, keepdim=True)
+    return x.new_zeros(tables).scatter_add_(2, document, x)
 
 
 def water_level_budget(

@@ -20,6 +20,9 @@ CASES = [
     {"q_len": 20, "kv_len": 50, "causal": True, "query_offset": [3, 30]},
     {"q_len": 40, "kv_len": 40, "keep": 0.0},
     {"q_len": 40, "kv_len": 40, "scale": -0.4},
+    # Float32 divides these blocks into several tiles, of which the last has no program.
+    {"q_len": 70, "kv_len": 70, "block_size": 64},
+    {"q_len": 33, "kv_len": 70, "block_size": 32, "causal": True},
 ]
 
 
@@ -28,9 +31,11 @@ def compare(case, heads, dtype, device):
     options = dict(case)
     q_len, kv_len = options.pop("q_len"), options.pop("kv_len")
     generator = torch.Generator().manual_seed(0)
-    tiles = (-(-q_len // 16), -(-kv_len // 16))
+    size = options.pop("block_size", 16)
+    tiles = (-(-q_len // size), -(-kv_len // size))
     dense = torch.rand(2, heads, *tiles, generator=generator) < options.pop("keep", 0.6)
-    pattern = BlockPattern.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=16).to(device)
+    pattern = BlockPattern.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=size)
+    pattern = pattern.to(device)
     for name in ("key_lengths", "cu_seqlens", "query_offset"):
         if name in options:
             options[name] = torch.tensor(options[name], device=device)

@@ -35,10 +35,12 @@ class Parts:
     Entries past a row's count stay unwritten.
 
     Attributes:
+        config: Launch of the kernel that writes them.
         block_bias: ``(b, planes, i, k, parts)`` float32 or None.
         mass: Likewise.
     """
 
+    config: LaunchConfig
     block_bias: Tensor | None
     mass: Tensor | None
 
@@ -54,29 +56,33 @@ class Parts:
             call.query.new_empty(shape, dtype=torch.float32) if wanted else None
             for wanted in (want_bias, want_mass)
         )
-        return cls(bias, mass)
+        return cls(config, bias, mass)
 
     def collect(
         self, call: Call, norm: Tensor, block_bias: Tensor | None, mass: Tensor | None
     ) -> None:
         """Adds up the parts, and divides the mass by the rows' gradient norms ``(b, h, rows)``."""
         if block_bias is not None and self.block_bias is not None:
-            _collect(call, self.block_bias, norm, block_bias, share=False)
+            self._collect(call, self.block_bias, norm, block_bias, share=False)
         if mass is not None and self.mass is not None:
-            _collect(call, self.mass, norm, mass, share=True)
+            self._collect(call, self.mass, norm, mass, share=True)
 
-
-def _collect(call: Call, parts: Tensor, norm: Tensor, target: Tensor, *, share: bool) -> None:
-    batch, heads, blocks, width = call.indices.shape
-    if target.numel() == 0:
-        return
-    with on_device(norm.device):
-        kernels.collect_kernel[(blocks, batch * heads)](
-            parts, norm, target, call.counts, *call.counts.stride(),
-            heads, norm.shape[1], blocks, width, parts.shape[1] // heads, norm.shape[2],
-            HEADS_PER_PATTERN=call.heads_per_pattern, BLOCK_Q=call.block_q, PARTS=parts.shape[4],
-            SLOTS=min(max(triton.next_power_of_2(width), 16), 64), SHARE=share, num_warps=1,
-        )  # fmt: skip
+    def _collect(
+        self, call: Call, parts: Tensor, norm: Tensor, target: Tensor, *, share: bool
+    ) -> None:
+        batch, heads, blocks, width = call.indices.shape
+        if target.numel() == 0:
+            return
+        with on_device(norm.device):
+            kernels.collect_kernel[(blocks, batch * heads)](
+                parts, norm, target, call.counts, *call.counts.stride(),
+                heads, norm.shape[1], blocks, width, parts.shape[1] // heads,
+                call.query.shape[1], norm.shape[2],
+                HEADS_PER_PATTERN=call.heads_per_pattern, BLOCK_Q=call.block_q,
+                ROWS=self.config.rows, COLUMN_VISITS=call.block_k // self.config.columns,
+                PARTS=parts.shape[4], SLOTS=min(max(triton.next_power_of_2(width), 16), 64),
+                SHARE=share, num_warps=1,
+            )  # fmt: skip
 
 
 def launch_mass(call: Call, lse: Tensor, grad_out: Tensor, mass: Tensor) -> None:

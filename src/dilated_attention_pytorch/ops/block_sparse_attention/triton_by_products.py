@@ -130,9 +130,9 @@ def mass_kernel(
 @triton.jit
 def collect_kernel(
     parts, norm, target, counts, c_stride_b, c_stride_p, c_stride_i,
-    pattern_heads, num_heads, query_blocks, width, planes, padded_len,
-    HEADS_PER_PATTERN: tl.constexpr, BLOCK_Q: tl.constexpr, PARTS: tl.constexpr,
-    SLOTS: tl.constexpr, SHARE: tl.constexpr,
+    pattern_heads, num_heads, query_blocks, width, planes, q_len, padded_len,
+    HEADS_PER_PATTERN: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
+    COLUMN_VISITS: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Adds up the parts of one row of tiles; with ``SHARE`` relative to its gradient norms."""
     block = tl.program_id(0)
@@ -154,14 +154,20 @@ def collect_kernel(
         # The smallest normal number: a row without gradient has no mass.
         total = tl.maximum(tl.sum(norms, 0), 1.1754943508222875e-38)
     own = tl.cast(tl.program_id(1), tl.int64)
-    warp = tl.arange(0, PARTS)
+    part = tl.arange(0, PARTS)
     for start in range(0, width, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         # Entries past the count were never written.
-        used = (slot < count)[:, None] & (warp < PARTS)[None, :]
+        used = (slot < count)[:, None] & (part < PARTS)[None, :]
         found = tl.zeros([SLOTS, PARTS], tl.float32)
         for plane in range(planes):
+            # No program works on rows past the end.
+            first_row = block * BLOCK_Q + plane // COLUMN_VISITS % (BLOCK_Q // ROWS) * ROWS
             cell = ((own * planes + plane) * query_blocks + block) * width + slot
-            found += tl.load(parts + cell[:, None] * PARTS + warp[None, :], mask=used, other=0.0)
+            found += tl.load(
+                parts + cell[:, None] * PARTS + part[None, :],
+                mask=used & (first_row < q_len),
+                other=0.0,
+            )
         cell = (own * query_blocks + block) * width + slot
         tl.store(target + cell, tl.sum(found, 1) / total, mask=slot < width)
