@@ -16,6 +16,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
     summarise,
+    summarise_both,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
@@ -82,11 +83,10 @@ def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tup
     if config.query_scope == "past" and inputs.mask.causal:
         query, valid = past_windows(query, size, valid, inputs.mask.document_ids)
     learned = "attention" in config.pooling
-    queries = summarise(query, size, config.pooling, valid, layer.query_pool if learned else None)
-    keys = summarise(
-        inputs.key, size, config.pooling, inputs.key_valid, layer.key_pool if learned else None
+    pools = (layer.query_pool, layer.key_pool) if learned else None
+    return summarise_both(
+        query, inputs.key, size, config.pooling, (valid, inputs.key_valid), pools
     )
-    return queries, keys
 
 
 def score_candidates(
@@ -96,7 +96,7 @@ def score_candidates(
     from dilated_attention_pytorch.ops.block_selection.autograd import (
         bilinear_op,
         mlp_op,
-        tower_op,
+        towers_op,
     )
 
     # Other kinds take the PyTorch path.
@@ -113,8 +113,10 @@ def score_candidates(
     if not torch.is_grad_enabled() and not len(scorer.query_tower):
         share = scorer.heads_per_pattern
         factor = 1 / (math.sqrt(scorer.query_in.shape[-1]) * share)
-        q = tower_op(queries.transpose(1, 2), scorer.query_in, scorer.gain, factor, share)
-        k = tower_op(keys.transpose(1, 2), scorer.key_in, None, 1.0, share)
+        q, k = towers_op(
+            queries.transpose(1, 2), keys.transpose(1, 2), scorer.query_in, scorer.key_in,
+            scorer.gain, factor, share,
+        )  # fmt: skip
     else:
         q, k = scorer.encode_queries(queries).float(), scorer.encode_keys(keys).float()
     with torch.no_grad():

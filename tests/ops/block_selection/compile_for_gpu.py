@@ -51,7 +51,9 @@ def main():
     names = ("mean", "max", "min", "attention")
     how = launch.Pooling(names, 16)
     out, place = torch.zeros(B, H, Q, 4 * D), torch.zeros(B, H, Q, 2, D, dtype=torch.int16)
-    launch.launch_summaries(x, valid, pool, how, out, place)
+    tokens = launch.Tokens(x, valid, pool, out)
+    launch.launch_summaries(tokens, how, place)
+    launch.launch_summaries(tokens, how, second=tokens)
     launch.launch_summaries_grad(out, place, x, valid, pool, how, torch.zeros_like(x),
                                  torch.zeros(B, H, Q, D))  # fmt: skip
     rule, longs = ints(1, 5, Q), torch.zeros(1, Q, dtype=torch.int64)
@@ -74,7 +76,9 @@ def main():
         launch.launch_choose(choice, counts, lists, kept, flags)
     q, k = torch.zeros(B, H, Q, 32), torch.zeros(B, H, J, 32)
     weight = torch.zeros(H, 2 * D, 32)
-    launch.launch_tower(torch.zeros(B, H, Q, 2 * D), weight, heat, 0.5, 2, torch.zeros(B, 1, Q, 64))
+    both = torch.zeros(B, H, Q, 2 * D), torch.zeros(B, 1, J, 2 * D)
+    maps = torch.zeros(B, 1, Q, 64), torch.zeros(B, 1, J, 64)
+    launch.launch_towers(*both, weight, weight, heat, 0.5, maps)
     launch.launch_bilinear(q, k, ints(B, H, Q, J), torch.zeros(B, H, Q, J))
     net = launch.Network(torch.zeros(2, H, 32), torch.zeros(1, H, 32, 32), torch.zeros(H, 32), heat)
     launch.launch_mlp(q, k, None, net, torch.zeros(B, H, Q, J))

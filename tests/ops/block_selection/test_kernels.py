@@ -27,9 +27,9 @@ from dilated_attention_pytorch.ops.block_selection.autograd import (
     lattice_op,
     mlp_op,
     round_op,
-    tower_op,
+    towers_op,
 )
-from dilated_attention_pytorch.ops.block_selection.interface import row_budget
+from dilated_attention_pytorch.ops.block_selection.interface import row_budget, summarise_both
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,6 +64,21 @@ def test_summaries_take_strides_and_leave_padding_alone() -> None:
     want = block_summaries(x, 16, pooling=names, valid=valid)
     got = summarise(dirty.transpose(1, 2), 16, names, valid)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(64, 32), (50, 70)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_tensors_are_summarised_as_each_alone(lengths: tuple[int, int], padded: bool) -> None:
+    names = ("max", "attention", "mean", "min")
+    x, y = randn(2, lengths[0], 3, 20), randn(2, lengths[1], 2, 20, seed=1).transpose(0, 1)
+    y = y.contiguous().transpose(0, 1)
+    valid = [randn(2, n, seed=4) < 0.3 if padded else None for n in lengths]
+    pools = randn(3, 20, seed=2), randn(2, 20, seed=3)
+    with torch.no_grad():
+        both = summarise_both(x, y, 16, names, (valid[0], valid[1]), pools)
+        for got, t, v, u in zip(both, (x, y), valid, pools, strict=True):
+            want = block_summaries(t, 16, pooling=names, valid=v, pool_query=u)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -125,7 +140,7 @@ def lists_of(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize("columns", [3, 33, 70])
+@pytest.mark.parametrize("columns", [3, 33, 70, 304])
 def test_choice_equals_top_k_with_ties_and_odd_values(forced: bool, columns: int) -> None:
     rows, plane = 6, (2, 2)
     # Few distinct values: many ties.
@@ -385,12 +400,9 @@ def test_towers_equal_the_scorers(share: int, kv_heads: int) -> None:
         queries, keys = randn(2, 37, 4, 24).double(), randn(2, 5, kv_heads, 24).double()
         want = scorer.encode_queries(queries), scorer.encode_keys(keys)
         scorer.float()
-        found = (
-            tower_op(
-                queries.float().transpose(1, 2), scorer.query_in, scorer.gain,
-                1 / (8**0.5 * share), share,
-            ),
-            tower_op(keys.float().transpose(1, 2), scorer.key_in, None, 1.0, share),
+        found = towers_op(
+            queries.float().transpose(1, 2), keys.float().transpose(1, 2),
+            scorer.query_in, scorer.key_in, scorer.gain, 1 / (8**0.5 * share), share,
         )  # fmt: skip
     for x, y in zip(found, want, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)

@@ -14,21 +14,23 @@ import triton.language as tl
 # Numbers that follow from lengths. Triton would compile anew for each way of being 1 or a multiple
 # of 16, which with varying lengths is dozens of variants; the wide loads do not depend on them.
 VARYING = (
-    "length", "blocks", "num_rows", "columns", "num_keys", "words", "width", "tiles", "chunks",
+    "length", "blocks", "y_length", "y_blocks", "num_rows", "num_query_rows", "num_key_rows", "columns", "num_keys", "words", "width", "tiles", "chunks",
     "fixed_count", "explore", "v_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
     "f_stride_b", "f_stride_h", "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
     "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
 )  # fmt: skip
 
-# Order-preserving integer keys of float32: -inf, and one below for what may not be chosen.
-KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+# Integer keys that order like float32 end at those of -inf and inf: one below for what may not be
+# chosen, one above for what must be.
 KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
+KEY_OF_FORCED = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _first_best(best, first, tile, inside, step, T: tl.constexpr, PLACE: tl.constexpr):
+def _first_best(best, first, tile, inside, step, T: tl.constexpr, PLACE: tl.constexpr,
+                FULL: tl.constexpr):  # fmt: skip
     """Running maximum over tokens, and the token that first reached it."""
-    filled = tl.where(inside[:, None], tile, float("-inf"))
+    filled = tile if FULL else tl.where(inside[:, None], tile, float("-inf"))
     here = tl.max(filled, 0)
     if PLACE:
         reached = (filled == here[None, :]) & inside[:, None]
@@ -40,21 +42,40 @@ def _first_best(best, first, tile, inside, step, T: tl.constexpr, PLACE: tl.cons
 @triton.jit(do_not_specialize=VARYING)
 def summary_kernel(
     x, x_stride_b, x_stride_h, x_stride_n,
-    valid, v_stride_b, pool_query, out, place,
-    length, blocks, heads,
+    y, y_stride_b, y_stride_h, y_stride_n,
+    x_valid, x_valid_stride_b, y_valid, y_valid_stride_b, x_pool, y_pool, x_out, y_out, place,
+    length, blocks, heads, y_length, y_blocks, y_heads,
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
-    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr, CHUNK: tl.constexpr,
+    POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr, FULL: tl.constexpr,
+    PAIR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """All poolings of one block and head; the four names are places in the output or -1.
 
     Tokens are read ``CHUNK`` at a time, so that few registers and no barriers hold up the reading,
-    which is all that this kernel waits for.
+    which is all that this kernel waits for. With ``PAIR`` the programs after those of ``x``
+    summarise ``y``. ``FULL``: every block is complete and all tokens count.
     """
-    # Heads run fastest: neighbouring programs read neighbouring memory.
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads
+    program = tl.program_id(0)
     batch = tl.cast(tl.program_id(1), tl.int64)
+    valid, valid_stride_b, pool_query, out = x_valid, x_valid_stride_b, x_pool, x_out
+    if PAIR:
+        second = program >= heads * blocks
+        program = tl.where(second, program - heads * blocks, program)
+        x = tl.where(second, y, x)
+        x_stride_b = tl.where(second, y_stride_b, x_stride_b)
+        x_stride_h = tl.where(second, y_stride_h, x_stride_h)
+        x_stride_n = tl.where(second, y_stride_n, x_stride_n)
+        valid = tl.where(second, y_valid, valid)
+        valid_stride_b = tl.where(second, y_valid_stride_b, valid_stride_b)
+        pool_query = tl.where(second, y_pool, pool_query)
+        out = tl.where(second, y_out, out)
+        length = tl.where(second, y_length, length)
+        blocks = tl.where(second, y_blocks, blocks)
+        heads = tl.where(second, y_heads, heads)
+    # Heads run fastest: neighbouring programs read neighbouring memory.
+    head = program % heads
+    block = program // heads
     column = tl.arange(0, D)
     real = column < HEAD_DIM
     source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
@@ -74,19 +95,23 @@ def summary_kernel(
         token = block * BLOCK + step
         inside = (step < BLOCK) & (token < length)
         if VALID:
-            kept = tl.load(valid + batch * v_stride_b + token, mask=inside, other=0)
+            kept = tl.load(valid + batch * valid_stride_b + token, mask=inside, other=0)
             inside = inside & (kept != 0)
         tile = tl.load(
             source + token.to(tl.int64)[:, None] * x_stride_n + column[None, :],
-            mask=inside[:, None] & real[None, :], other=0.0,
+            mask=real[None, :] if FULL else inside[:, None] & real[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         count += tl.sum(inside.to(tl.int32), 0)
         if MEAN >= 0:
             total += tl.sum(tile, 0)
         if MAX >= 0:
-            highest, highest_at = _first_best(highest, highest_at, tile, inside, step, T, PLACE)
+            highest, highest_at = _first_best(
+                highest, highest_at, tile, inside, step, T, PLACE, FULL
+            )
         if MIN >= 0:
-            lowest, lowest_at = _first_best(lowest, lowest_at, -tile, inside, step, T, PLACE)
+            lowest, lowest_at = _first_best(
+                lowest, lowest_at, -tile, inside, step, T, PLACE, FULL
+            )
         if ATTENTION >= 0:
             logits = tl.where(inside, tl.sum(tile * u[None, :], 1), -3.0e38)
             new_peak = tl.maximum(peak, tl.max(logits, 0))
@@ -368,31 +393,79 @@ def round_kernel(exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constex
 @triton.jit
 def _order(score):
     """Integers that order like the floats; -0 equals 0, NaN equals -inf."""
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = score.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(score != score, KEY_OF_MINUS_INFINITY, key)
+    # -0 + 0 is 0.
+    bits = (tl.where(score == score, score, float("-inf")) + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _highest(key, count, lowest):
-    """The ``count`` highest keys, ties to the lower place: booleans. ``lowest`` is never taken.
+def _number(key):
+    """The float that :func:`_order` gave ``key``; infinities as large numbers."""
+    number = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(number, -3.0e38), 3.0e38)
+
+
+@triton.jit
+def _running_count(flag, C: tl.constexpr):
+    """How many flags (0 or 1) are set up to and including each place."""
+    # A scan costs five exchanges between threads for every 32 places: four parts are scanned
+    # at once, in the bytes of an integer.
+    PARTS: tl.constexpr = 4 if C >= 128 else 1
+    GROUPS: tl.constexpr = C // (32 * PARTS)
+    byte = tl.arange(0, PARTS) * 8
+    packed = tl.sum(tl.reshape(flag, (PARTS, GROUPS, 32)) << byte[:, None, None], 0)
+    inside = (tl.cumsum(packed, 1)[None, :, :] >> byte[:, None, None]) & 0xFF
+    whole = (tl.sum(packed, 1)[None, :] >> byte[:, None]) & 0xFF
+    whole = tl.reshape(whole, (PARTS * GROUPS,))
+    before = tl.reshape(tl.cumsum(whole, 0) - whole, (PARTS, GROUPS))
+    return tl.reshape(inside + before[:, :, None], (C,))
+
+
+@triton.jit
+def _highest(key, count, low, many, high, few, C: tl.constexpr, FLOATS: tl.constexpr):
+    """The ``count`` highest keys, ties to the lower place: booleans.
 
     Bisection on the value of the last one taken; it ends early when a cut fits exactly.
+    ``many >= count`` keys reach ``low``, and ``few <= count`` reach ``high``.
     """
-    low = tl.minimum(tl.min(key, 0), lowest)
-    high = tl.max(key, 0) + 1
+    low = tl.where(few == count, high, low)
+    high = tl.where(many == count, low, high)
+    reached = tl.where(many == count, count, few)
+    if FLOATS:
+        # Halving the floats' range skips the exponents that no score has. Outliers would make it
+        # slow, halving the keys' range takes 32 steps at most: so that has the last word.
+        floor = _number(low)
+        ceiling = _number(high - 1)
+        halvings = tl.where(low < high, 12, 0)
+        while halvings > 0:
+            mean = 0.5 * floor + 0.5 * ceiling
+            bits = mean.to(tl.int32, bitcast=True)
+            middle = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            between = (middle > low) & (middle < high)
+            middle = tl.where(between, middle, low + 1)
+            reached = tl.sum((key >= middle).to(tl.int32), 0)
+            enough = reached >= count
+            floor = tl.where(enough, mean, floor)
+            low = tl.where(enough, middle, low)
+            ceiling = tl.where(enough, ceiling, mean)
+            high = tl.where(enough, high, middle)
+            high = tl.where(reached == count, low, high)
+            halvings = tl.where(between & (low < high), halvings - 1, 0)
     while low + 1 < high:
         # The mean without overflow.
         middle = (low & high) + ((low ^ high) >> 1)
         reached = tl.sum((key >= middle).to(tl.int32), 0)
         high = tl.where(reached < count, middle, high)
         low = tl.where(reached >= count, middle, low)
-        high = tl.where(reached == count, low + 1, high)
-    above = key > low
-    tied = (key == low).to(tl.int32)
-    missing = count - tl.sum(above.to(tl.int32), 0)
-    return above | ((tied > 0) & (tl.cumsum(tied, 0) <= missing))
+        high = tl.where(reached == count, low, high)
+    chosen = key >= low
+    if reached != count:
+        # Only now may more keys reach the cut than are wanted.
+        above = key > low
+        tied = key == low
+        missing = count - tl.sum(above.to(tl.int32), 0)
+        chosen = above | (tied & (_running_count(tied.to(tl.int32), C) <= missing))
+    return chosen
 
 
 @triton.jit
@@ -409,31 +482,36 @@ def choose_kernel(
     counts, indices, kept, scored,
     num_rows, columns, heads, fixed_count, explore, width,
     C: tl.constexpr, W: tl.constexpr, LISTS: tl.constexpr, BUDGET: tl.constexpr,
-    NOISE: tl.constexpr, EXPLORE: tl.constexpr, KEPT: tl.constexpr,
+    NOISE: tl.constexpr, EXPLORE: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Top-k of one row, forced and random blocks; writes the packed ascending list."""
     row = tl.program_id(0) % num_rows
     plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
     batch = plane // heads
     head = plane % heads
-    lane = tl.arange(0, C)
-    exists = lane < columns
-    column = lane
-    if LISTS:
-        entries = candidates + batch * c_stride_b + head * c_stride_h
-        entries += tl.cast(row, tl.int64) * c_stride_i
-        column = tl.load(entries + lane, mask=exists, other=-1).to(tl.int32)
+    if EVEN:
+        # So that the compiler knows, and reads four scores at once.
+        columns = columns // 16 * 16
+    place = plane * num_rows + row
     rule = rows + batch * r_stride_b + row
     low = tl.load(rule)
     end = tl.load(rule + num_rows)
     sink_end = tl.load(rule + 2 * num_rows)
     near_first = tl.load(rule + 3 * num_rows)
     near_end = tl.load(rule + 4 * num_rows)
-    visible = exists & (column >= low) & (column < end)
-    forced = visible & ((column < sink_end) | ((column >= near_first) & (column < near_end)))
-    free = visible & (forced == 0)
+    wanted = fixed_count
+    if BUDGET:
+        wanted = tl.load(budget + place)
+    lane = tl.arange(0, C)
     source = scores + batch * s_stride_b + head * s_stride_h + tl.cast(row, tl.int64) * s_stride_i
-    score = tl.load(source + lane, mask=exists, other=0.0).to(tl.float32)
+    score = tl.load(source + lane, mask=lane < columns, other=0.0).to(tl.float32)
+    column = lane
+    if LISTS:
+        entries = candidates + batch * c_stride_b + head * c_stride_h
+        entries += tl.cast(row, tl.int64) * c_stride_i
+        column = tl.load(entries + lane, mask=lane < columns, other=-1).to(tl.int32)
+    else:
+        end = tl.minimum(end, columns)
     ranked = score
     if NOISE:
         plane_word = lane * 0 + (plane & 0x7FFFFFFF).to(tl.int32)
@@ -443,45 +521,77 @@ def choose_kernel(
         )
         uniform = _bits_to_uniform(gumbel_bits)
         ranked = score - tl.log(-tl.log(uniform)) * tl.load(temperature)
-    available = tl.sum(free.to(tl.int32), 0)
-    if BUDGET:
-        wanted = tl.load(budget + plane * num_rows + row) - tl.sum(forced.to(tl.int32), 0)
-        wanted = tl.maximum(wanted, 0)
+    end = tl.maximum(end, low)
+    near_end = tl.maximum(near_end, near_first)
+    # Of unsigned differences those of lower columns are large: one comparison for both ends.
+    visible = (column - low).to(tl.uint32) < (end - low).to(tl.uint32)
+    near = (column - near_first).to(tl.uint32) < (near_end - near_first).to(tl.uint32)
+    # Forced blocks rank above all others: one choice finds both.
+    key = tl.where((column < sink_end) | near, KEY_OF_FORCED, _order(ranked))
+    key = tl.where(visible, key, KEY_OF_FORBIDDEN)
+    if LISTS:
+        must = tl.sum((key == KEY_OF_FORCED).to(tl.int32), 0)
+        seen = tl.sum(visible.to(tl.int32), 0)
     else:
-        wanted = available * 0 + fixed_count
-    key = tl.where(free, _order(ranked), KEY_OF_FORBIDDEN)
-    chosen = _highest(key, tl.minimum(wanted, available), KEY_OF_FORBIDDEN)
+        sink_end = tl.minimum(tl.maximum(sink_end, low), end)
+        must = tl.minimum(near_end, end) - tl.maximum(near_first, sink_end)
+        must = sink_end - low + tl.maximum(must, 0)
+        seen = end - low
+    if BUDGET:
+        wanted = tl.maximum(wanted, must)
+    else:
+        wanted += must
+    # The highest key but for the forced ones, which wrap around, and the lowest of a visible column.
+    high = tl.max(key + 1, 0)
+    lowest = tl.min(tl.where(visible, key, KEY_OF_FORCED), 0)
+    chosen = _highest(key, tl.minimum(wanted, seen), lowest, seen, high, must, C, True)
     if EXPLORE:
-        left = free & (chosen == 0)
-        ticket = tl.where(left, (lottery_bits >> 1).to(tl.int32), -1)
-        extra = tl.minimum(tl.sum(left.to(tl.int32), 0), explore)
-        chosen = chosen | _highest(ticket, extra, -1)
-    every = (chosen | forced).to(tl.int32)
-    slot = tl.cumsum(every, 0) - 1
+        left = visible & (chosen == 0)
+        # One bit less than would fit: a cut lies above the highest ticket.
+        ticket = tl.where(left, (lottery_bits >> 2).to(tl.int32), -1)
+        rest = tl.sum(left.to(tl.int32), 0)
+        extra = tl.minimum(rest, explore)
+        chosen |= _highest(ticket, extra, 0, rest, tl.max(ticket, 0) + 1, 0, C, False)
+    every = chosen.to(tl.int32)
+    slot = _running_count(every, C) - 1
     take = (every > 0) & (slot < width)
     count = tl.minimum(tl.sum(every, 0), width)
-    tl.store(counts + plane * num_rows + row, count)
-    first = (plane * num_rows + row) * width
+    tl.store(counts + place, count)
+    first = place * width
     tl.store(indices + first + slot, column, mask=take)
     rest = tl.arange(0, W)
     unused = (rest >= count) & (rest < width)
     tl.store(indices + first + rest, rest * 0, mask=unused)
     if KEPT:
         tl.store(kept + first + slot, score, mask=take)
-        tl.store(scored + first + slot, (forced == 0).to(tl.uint8), mask=take)
+        tl.store(scored + first + slot, (key != KEY_OF_FORCED).to(tl.uint8), mask=take)
         tl.store(kept + first + rest, rest.to(tl.float32) * 0.0, mask=unused)
         tl.store(scored + first + rest, (rest * 0).to(tl.uint8), mask=unused)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def tower_kernel(
-    summaries, s_stride_b, s_stride_h, s_stride_i, weight, gain, out,
-    num_rows, heads, group, share, factor,
+    queries, q_stride_b, q_stride_h, q_stride_i, keys, k_stride_b, k_stride_h, k_stride_i,
+    query_weight, key_weight, gain, query_out, key_out,
+    num_query_rows, num_key_rows, heads, query_group, key_group, share, factor,
     ROWS: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, RANK: tl.constexpr, GAIN: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """First map of one head's summaries; heads that share a pattern lie side by side in ``out``."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """First maps of one head's summaries; heads that share a pattern lie side by side in the output.
+
+    The first programs take the queries, with the gain; the others the keys.
+    """
+    query_tiles = tl.cdiv(num_query_rows, ROWS)
+    tile = tl.program_id(0)
+    of_keys = tile >= query_tiles
+    row = tl.where(of_keys, tile - query_tiles, tile) * ROWS + tl.arange(0, ROWS)
+    num_rows = tl.where(of_keys, num_key_rows, num_query_rows)
+    summaries = tl.where(of_keys, keys, queries)
+    s_stride_b = tl.where(of_keys, k_stride_b, q_stride_b)
+    s_stride_h = tl.where(of_keys, k_stride_h, q_stride_h)
+    s_stride_i = tl.where(of_keys, k_stride_i, q_stride_i)
+    weight = tl.where(of_keys, key_weight, query_weight)
+    group = tl.where(of_keys, key_group, query_group)
     head = tl.program_id(1) % heads
     batch = tl.cast(tl.program_id(1) // heads, tl.int64)
     rank = tl.arange(0, R)
@@ -498,9 +608,9 @@ def tower_kernel(
             mask=(place < SIZE)[:, None] & (rank < RANK)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         acc = tl.dot(x, w, acc, input_precision="ieee")
-    if GAIN:
-        acc = acc * (tl.load(gain).to(tl.float32) * factor)
+    acc = acc * tl.where(of_keys, 1.0, tl.load(gain).to(tl.float32) * factor)
     plane = batch * (heads // share) + head // share
+    out = tl.where(of_keys, key_out, query_out)
     target = out + (plane * num_rows + row.to(tl.int64)) * (share * RANK) + head % share * RANK
     tl.store(
         target[:, None] + rank[None, :],

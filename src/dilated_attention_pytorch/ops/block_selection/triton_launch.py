@@ -55,34 +55,56 @@ class Pooling:
         return min(max(tile // 2048, 1), 16)
 
 
-def launch_summaries(
-    x: Tensor,
-    valid: Tensor | None,
-    pool_query: Tensor | None,
-    pooling: Pooling,
-    out: Tensor,
-    place: Tensor | None,
-) -> None:
-    """Writes summaries ``(b, h, i, s)`` and, for the gradient, where maxima and minima lie.
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What is summarised.
 
-    Args:
+    Attributes:
         x: ``(b, n, h, d)``, last dimension contiguous.
         valid: ``(1 or b, n)`` booleans, contiguous, or None.
         pool_query: ``(h, d)`` contiguous or None.
-        pooling: What to write.
-        out: ``(b, h, i, s)``.
-        place: ``(b, h, i, 2, d)`` int16 or None.
+        out: Summaries ``(b, h, i, s)``.
     """
-    if out.numel() == 0:
+
+    x: Tensor
+    valid: Tensor | None
+    pool_query: Tensor | None
+    out: Tensor
+
+
+def launch_summaries(
+    first: Tokens, pooling: Pooling, place: Tensor | None = None, second: Tokens | None = None
+) -> None:
+    """Writes summaries and, for the gradient, where maxima and minima lie.
+
+    Args:
+        first: Tokens.
+        pooling: What to write.
+        place: ``(b, h, i, 2, d)`` int16 or None.
+        second: Other tokens for the same launch, with ``valid`` or ``pool_query`` if and only if
+            ``first`` has them. Their extremes' places are not written.
+    """
+    parts = [first, second or first]
+    batch, _, _, head_dim = first.x.shape
+    programs = [part.out.shape[1] * part.out.shape[2] for part in parts]
+    if second is None:
+        programs[1] = 0
+    if batch == 0 or head_dim == 0 or sum(programs) == 0:
         return
-    batch, length, heads, head_dim = x.shape
-    blocks = out.shape[2]
-    with _on(x.device):
-        kernels.summary_kernel[(heads * blocks, batch)](
-            x, *_strides(x), *_per_sample(valid, x), x if pool_query is None else pool_query,
-            out, out if place is None else place, length, blocks, heads,
-            **pooling.constants(head_dim), VALID=valid is not None, PLACE=place is not None,
-            CHUNK=min(triton.next_power_of_2(pooling.block_size), _TOKENS), num_warps=1,
+    block = pooling.block_size
+    t = triton.next_power_of_2(block)
+    even = all(part.x.shape[1] % block == 0 for part in parts)
+    sizes = [(part.x.shape[1], part.out.shape[2], part.x.shape[2]) for part in parts]
+    with _on(first.x.device):
+        kernels.summary_kernel[(sum(programs), batch)](
+            *(value for part in parts for value in (part.x, *_strides(part.x))),
+            *(value for part in parts for value in _per_sample(part.valid, part.x)),
+            *(part.x if part.pool_query is None else part.pool_query for part in parts),
+            *(part.out for part in parts), first.out if place is None else place,
+            *sizes[0], *sizes[1],
+            **pooling.constants(head_dim), VALID=first.valid is not None, PLACE=place is not None,
+            FULL=first.valid is None and block == t and even, PAIR=second is not None,
+            CHUNK=min(t, _TOKENS), num_warps=1,
         )  # fmt: skip
 
 
@@ -268,34 +290,44 @@ def launch_choose(
             rows, columns, heads, call.fixed_count, call.explore, width,
             C=c, W=triton.next_power_of_2(width), LISTS=listed, BUDGET=call.budget is not None,
             NOISE=noisy, EXPLORE=noisy and call.explore > 0, KEPT=kept is not None,
+            EVEN=columns % 16 == 0, maxnreg=64 if c <= 512 else None,
             num_warps=min(max(c // 512, 1), 32),
         )  # fmt: skip
 
 
-def launch_tower(
-    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int, out: Tensor
+def launch_towers(
+    queries: Tensor,
+    keys: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gain: Tensor,
+    factor: float,
+    outs: tuple[Tensor, Tensor],
 ) -> None:
-    """Writes ``(b, h / share, i, share * r)``: first maps of ``summaries`` (b, g, i, s).
+    """Writes ``(b, h / share, i or j, share * r)``: first maps of both sides' summaries.
 
     Args:
-        summaries: Last dimension contiguous.
-        weight: ``(h, s, r)`` contiguous.
-        gain: 0-dim factor besides ``factor``, or None: neither applies.
-        factor: See ``gain``.
-        share: Heads that share a pattern.
-        out: Contiguous float32.
+        queries: ``(b, g, i, s)``, last dimension contiguous.
+        keys: ``(b, g', j, s)``, likewise.
+        query_weight: ``(h, s, r)`` contiguous.
+        key_weight: The same.
+        gain: 0-dim factor of the queries' maps.
+        factor: Another one.
+        outs: Contiguous float32.
     """
-    if out.numel() == 0:
+    heads, size, rank = query_weight.shape
+    batch, rows, num_keys = queries.shape[0], queries.shape[2], keys.shape[2]
+    tiles = triton.cdiv(rows, 32) + triton.cdiv(num_keys, 32)
+    if tiles == 0 or batch == 0:
         return
-    heads, size, rank = weight.shape
-    batch, kv_heads, rows, _ = summaries.shape
-    with _on(out.device):
-        kernels.tower_kernel[(triton.cdiv(rows, 32), batch * heads)](
-            summaries, *summaries.stride()[:3], weight, out if gain is None else gain, out,
-            rows, heads, heads // kv_heads, share, factor,
+    with _on(queries.device):
+        kernels.tower_kernel[(tiles, batch * heads)](
+            queries, *queries.stride()[:3], keys, *keys.stride()[:3],
+            query_weight, key_weight, gain, *outs, rows, num_keys, heads,
+            heads // queries.shape[1], heads // keys.shape[1], heads // outs[0].shape[1], factor,
             ROWS=32, S=triton.next_power_of_2(size), SIZE=size,
             PART=min(max(triton.next_power_of_2(size), 16), 64),
-            R=max(triton.next_power_of_2(rank), 16), RANK=rank, GAIN=gain is not None, num_warps=4,
+            R=max(triton.next_power_of_2(rank), 16), RANK=rank, num_warps=4,
         )  # fmt: skip
 
 
