@@ -84,9 +84,7 @@ def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tup
         query, valid = past_windows(query, size, valid, inputs.mask.document_ids)
     learned = "attention" in config.pooling
     pools = (layer.query_pool, layer.key_pool) if learned else None
-    return summarise_both(
-        query, inputs.key, size, config.pooling, (valid, inputs.key_valid), pools
-    )
+    return summarise_both(query, inputs.key, size, config.pooling, (valid, inputs.key_valid), pools)
 
 
 def score_candidates(

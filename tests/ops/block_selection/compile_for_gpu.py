@@ -4,6 +4,8 @@ The interpreter accepts more than the compiler does; ``test_kernel_compilation.p
 process of its own. Launches are turned into compilations; the tensors' values are never looked at.
 """
 
+import re
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -32,10 +34,16 @@ run = JITFunction.run
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"]
+    if options.get("launch_pdl"):
+        code = kernel.asm["ptx"]
+        touches = [m.start() for m in re.finditer(r"\b(ld|st|red|atom)\.global|cp\.async", code)]
+        assert touches
+        assert 0 < code.find("griddepcontrol.wait") < min(touches), self.fn.__name__
     print(self.fn.__name__)
 
 
 JITFunction.run = compile_only
+launch._capability = lambda device: (9, 0)
 
 
 B, H, N, D, Q, J, K = 1, 2, 128, 64, 8, 8, 4
@@ -85,6 +93,9 @@ def main():
     launch.launch_kept_grad(kept, q, k, counts, lists, ints(B, H, J + 1), ints(B, H, Q * K),
                             torch.zeros_like(q), torch.zeros_like(k))  # fmt: skip
     launch.launch_transpose(counts, lists, ints(B, H, J + 1), ints(B, H, Q * K))
+    many = 1100
+    launch.launch_transpose(ints(B, H, many), ints(B, H, many, K), ints(B, H, 513),
+                            ints(B, H, many * K))  # fmt: skip
     launch.launch_lattice(rule, longs, ((4, 1), (8, 2)), 1, 2, ints(1, H, Q, 11), ints(1, H, Q),
                           ints(1, H, Q))  # fmt: skip
 

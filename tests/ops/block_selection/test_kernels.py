@@ -259,6 +259,8 @@ def test_mlp_scores(layers: int, share: int, listed: bool) -> None:
 
 @pytest.mark.parametrize(("rows", "columns", "density"), [
     (1, 1, 1.0), (40, 70, 0.3), (33, 5, 0.9), (64, 64, 0.0), (65, 130, 0.1),
+    # More than one program takes the columns of a plane.
+    (530, 540, 0.02),
 ])  # fmt: skip
 def test_transpose_equals_sorting(rows: int, columns: int, density: float) -> None:
     dense = torch.rand(2, 2, rows, columns, generator=torch.Generator().manual_seed(0)) < density

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 # Numbers that follow from lengths. Triton would compile anew for each way of being 1 or a multiple
-# of 16, which with varying lengths is dozens of variants; the wide loads do not depend on them.
+# of 16, which with varying lengths is dozens of variants; the wide loads do not depend on them, but
+# for the scores' (EVEN).
 VARYING = (
-    "length", "blocks", "y_length", "y_blocks", "num_rows", "num_query_rows", "num_key_rows", "columns", "num_keys", "words", "width", "tiles", "chunks",
-    "fixed_count", "explore", "v_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
+    "length", "blocks", "y_length", "y_blocks", "num_rows", "num_query_rows", "num_key_rows",
+    "columns", "num_keys", "words", "width", "tiles", "steps", "fixed_count", "explore",
+    "v_stride_b", "x_valid_stride_b", "y_valid_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
     "f_stride_b", "f_stride_h", "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
     "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
 )  # fmt: skip
@@ -24,6 +26,18 @@ VARYING = (
 # chosen, one above for what must be.
 KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
 KEY_OF_FORCED = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _follow(PDL: tl.constexpr):
+    """Lets the next kernel be launched while this one runs, and waits for the one before.
+
+    With programmatic dependent launch a kernel starts before its predecessor has ended. Each waits
+    before it reads or writes anything, so that all earlier kernels have ended too.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -48,7 +62,7 @@ def summary_kernel(
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
     POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr, FULL: tl.constexpr,
-    PAIR: tl.constexpr, CHUNK: tl.constexpr,
+    PAIR: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All poolings of one block and head; the four names are places in the output or -1.
 
@@ -56,6 +70,7 @@ def summary_kernel(
     which is all that this kernel waits for. With ``PAIR`` the programs after those of ``x``
     summarise ``y``. ``FULL``: every block is complete and all tokens count.
     """
+    _follow(PDL)
     program = tl.program_id(0)
     batch = tl.cast(tl.program_id(1), tl.int64)
     valid, valid_stride_b, pool_query, out = x_valid, x_valid_stride_b, x_pool, x_out
@@ -109,9 +124,7 @@ def summary_kernel(
                 highest, highest_at, tile, inside, step, T, PLACE, FULL
             )
         if MIN >= 0:
-            lowest, lowest_at = _first_best(
-                lowest, lowest_at, -tile, inside, step, T, PLACE, FULL
-            )
+            lowest, lowest_at = _first_best(lowest, lowest_at, -tile, inside, step, T, PLACE, FULL)
         if ATTENTION >= 0:
             logits = tl.where(inside, tl.sum(tile * u[None, :], 1), -3.0e38)
             new_peak = tl.maximum(peak, tl.max(logits, 0))
@@ -224,62 +237,77 @@ def _unit(source, offset, ok, D: tl.constexpr, HEAD_DIM: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def prefix_kernel(
     means, m_stride_b, m_stride_h, m_stride_j,
-    prefix, totals, columns, chunks, heads,
-    CHUNK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    prefix, totals, columns, steps, heads,
+    PART: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Running sums of the unit means inside chunks of columns, and each chunk's total."""
+    _follow(PDL)
     chunk = tl.program_id(0)
     plane = tl.cast(tl.program_id(1), tl.int64)
-    step = tl.arange(0, CHUNK)
-    place = chunk * CHUNK + step
-    ok = place < columns
     source = means + plane // heads * m_stride_b + plane % heads * m_stride_h
-    unit = _unit(source, place.to(tl.int64) * m_stride_j, ok, D, HEAD_DIM)
     column = tl.arange(0, D)
-    real = (column < HEAD_DIM)[None, :]
-    target = prefix + (plane * columns + place)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(target, tl.cumsum(unit, 0), mask=ok[:, None] & real)
-    tl.store(
-        totals + (plane * chunks + chunk) * HEAD_DIM + column, tl.sum(unit, 0),
-        mask=column < HEAD_DIM,
+    real = column < HEAD_DIM
+    carried = tl.zeros([D], tl.float32)
+    for step in range(steps):
+        place = (chunk * steps + step) * PART + tl.arange(0, PART)
+        ok = place < columns
+        unit = _unit(source, place.to(tl.int64) * m_stride_j, ok, D, HEAD_DIM)
+        target = prefix + (plane * columns + place)[:, None] * HEAD_DIM + column[None, :]
+        running = carried[None, :] + tl.cumsum(unit, 0)
+        tl.store(target, running, mask=ok[:, None] & real[None, :])
+        carried += tl.sum(unit, 0)
+    tl.store(totals + (plane * CHUNKS + chunk) * HEAD_DIM + column, carried, mask=real)
+
+
+@triton.jit
+def _inside(prefix, first, index, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Sum of the unit means from the start of a column's chunk to before column ``index``."""
+    column = tl.arange(0, D)
+    return tl.load(
+        prefix + (first + index - 1)[:, None] * HEAD_DIM + column[None, :],
+        mask=(index > 0)[:, None] & (column < HEAD_DIM)[None, :], other=0.0,
     )  # fmt: skip
 
 
 @triton.jit
-def _running(prefix, totals, plane, index, columns, chunks, CHUNK: tl.constexpr,
-             D: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
-    """Sum of the unit means of columns ``[0, index)``; ``totals`` are summed over chunks."""
+def _between(
+    prefix, totals, plane, low, end, columns, steps,
+    PART: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Sums of the unit means of columns ``[low, end)``."""
+    low, end = tl.minimum(low, columns), tl.minimum(end, columns)
+    first = plane * columns
+    total = _inside(prefix, first, end, D, HEAD_DIM) - _inside(prefix, first, low, D, HEAD_DIM)
+    low_chunk = tl.maximum(low - 1, 0) // (steps * PART)
+    end_chunk = tl.maximum(end - 1, 0) // (steps * PART)
+    chunk = tl.arange(0, CHUNKS)
     column = tl.arange(0, D)
-    real = (column < HEAD_DIM)[None, :]
-    last = index - 1
-    inner = tl.load(
-        prefix + (plane * columns + last)[:, None] * HEAD_DIM + column[None, :],
-        mask=(index > 0)[:, None] & real, other=0.0,
+    there = (chunk * steps * PART < columns)[:, None] & (column < HEAD_DIM)[None, :]
+    of_chunks = tl.load(
+        totals + (plane * CHUNKS + chunk)[:, None] * HEAD_DIM + column[None, :],
+        mask=there, other=0.0,
     )  # fmt: skip
-    chunk = tl.maximum(last, 0) // CHUNK
-    before = tl.load(
-        totals + (plane * chunks + chunk - 1)[:, None] * HEAD_DIM + column[None, :],
-        mask=((index > 0) & (chunk > 0))[:, None] & real, other=0.0,
-    )  # fmt: skip
-    return inner + before
+    passed = (low_chunk[:, None] <= chunk[None, :]) & (chunk[None, :] < end_chunk[:, None])
+    # Flags are exact in TF32, and unit means finite: three products leave about float32's error.
+    return tl.dot(passed.to(tl.float32), of_chunks, total, input_precision="tf32x3")
 
 
 @triton.jit
 def _likeness(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
-    batch, head, kv_heads, low, end, near, columns, chunks,
-    CHUNK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    batch, head, kv_heads, low, end, near, columns, steps,
+    PART: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIAGONAL: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
     """Complexity of some rows under the keys of one head; see ``content_complexity``."""
     own = near - 1 if PAST else near
     stop = tl.minimum(end, near) if PAST else end
     stop = tl.maximum(stop, low)
-    plane = batch * kv_heads + head
-    total = _running(prefix, totals, plane, tl.minimum(stop, columns), columns, chunks, CHUNK, D,
-                     HEAD_DIM)  # fmt: skip
-    total -= _running(prefix, totals, plane, tl.minimum(low, columns), columns, chunks, CHUNK, D,
-                      HEAD_DIM)  # fmt: skip
+    total = _between(
+        prefix, totals, batch * kv_heads + head, low, stop, columns, steps,
+        PART, CHUNKS, D, HEAD_DIM,
+    )  # fmt: skip
     count = stop - low
     if DIAGONAL:
         inside = (own >= low) & (own < stop)
@@ -304,12 +332,14 @@ def budget_kernel(
     filled, e_stride_b, e_stride_h, rising, t_stride_b, t_stride_h, share, a_stride_b,
     gain, offset, base_sparsity,
     exact, slope, complexity,
-    num_rows, columns, chunks, heads, kv_heads, width,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_rows, columns, steps, heads, kv_heads, width,
+    ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr,
     STEPS: tl.constexpr, ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr, PAST: tl.constexpr,
-    MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr,
+    MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Real-valued budgets of ``ROWS`` rows of a plane; see ``water_level_budget``."""
+    _follow(PDL)
     plane = tl.program_id(1)
     batch = tl.cast(plane // heads, tl.int64)
     head = plane % heads
@@ -328,8 +358,8 @@ def budget_kernel(
         for extra in range(PER_HEAD):
             found += _likeness(
                 means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
-                batch, first + extra, kv_heads, low, end, near, columns, chunks,
-                CHUNK, D, HEAD_DIM, DIAGONAL, PAST,
+                batch, first + extra, kv_heads, low, end, near, columns, steps,
+                PART, CHUNKS, D, HEAD_DIM, DIAGONAL, PAST,
             )  # fmt: skip
         found = found / PER_HEAD
         tl.store(complexity + place, found, mask=ok)
@@ -340,7 +370,7 @@ def budget_kernel(
         step = tl.where(free & (keep * factor <= 1.0), keep, 0.0)
         keep = tl.minimum(keep * factor, 1.0)
     of = tl.load(document + batch * o_stride_b + row, mask=ok, other=0).to(tl.int64)
-    steps = filled + batch * e_stride_b + head * e_stride_h + of * (width + 2)
+    levels = filled + batch * e_stride_b + head * e_stride_h + of * (width + 2)
     goal = keep * tl.load(share + batch * a_stride_b + of, mask=ok, other=0.0)
     # Binary search for the number of entries that do not exceed the goal.
     below = tl.zeros([ROWS], tl.int32)
@@ -348,12 +378,12 @@ def budget_kernel(
     for _ in tl.static_range(STEPS):
         middle = (below + above) // 2
         inside = middle < width + 2
-        reached = inside & (tl.load(steps + middle, mask=ok & inside, other=0.0) <= goal)
+        reached = inside & (tl.load(levels + middle, mask=ok & inside, other=0.0) <= goal)
         open_ = below < above
         below = tl.where(open_ & reached, middle + 1, below)
         above = tl.where(open_ & (reached == 0), middle, above)
     level = tl.minimum(tl.maximum(below - 1, 0), width)
-    floor = tl.load(steps + level, mask=ok, other=0.0)
+    floor = tl.load(levels + level, mask=ok, other=0.0)
     climbing = rising + batch * t_stride_b + head * t_stride_h + of * (width + 1)
     rate = tl.load(climbing + level, mask=ok, other=0.0)
     part = tl.where(rate > 0, (goal - floor) / tl.maximum(rate, 1.0), 0.0)
@@ -368,8 +398,11 @@ def budget_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def round_kernel(exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constexpr):
+def round_kernel(
+    exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+):
     """Integers whose running sums stay within half a block; one plane, one document."""
+    _follow(PDL)
     plane = tl.cast(tl.program_id(0), tl.int64)
     lane = tl.arange(0, CHUNK)
     carried = tl.zeros([1], tl.int64)
@@ -483,8 +516,10 @@ def choose_kernel(
     num_rows, columns, heads, fixed_count, explore, width,
     C: tl.constexpr, W: tl.constexpr, LISTS: tl.constexpr, BUDGET: tl.constexpr,
     NOISE: tl.constexpr, EXPLORE: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Top-k of one row, forced and random blocks; writes the packed ascending list."""
+    _follow(PDL)
     row = tl.program_id(0) % num_rows
     plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
     batch = plane // heads
@@ -541,7 +576,7 @@ def choose_kernel(
         wanted = tl.maximum(wanted, must)
     else:
         wanted += must
-    # The highest key but for the forced ones, which wrap around, and the lowest of a visible column.
+    # Past the highest key but for the forced ones, which wrap around; the lowest visible one.
     high = tl.max(key + 1, 0)
     lowest = tl.min(tl.where(visible, key, KEY_OF_FORCED), 0)
     chosen = _highest(key, tl.minimum(wanted, seen), lowest, seen, high, must, C, True)
@@ -575,12 +610,13 @@ def tower_kernel(
     query_weight, key_weight, gain, query_out, key_out,
     num_query_rows, num_key_rows, heads, query_group, key_group, share, factor,
     ROWS: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
-    R: tl.constexpr, RANK: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First maps of one head's summaries; heads that share a pattern lie side by side in the output.
+    """First maps of one head's summaries; heads that share a pattern lie side by side.
 
     The first programs take the queries, with the gain; the others the keys.
     """
+    _follow(PDL)
     query_tiles = tl.cdiv(num_query_rows, ROWS)
     tile = tl.program_id(0)
     of_keys = tile >= query_tiles
@@ -758,17 +794,37 @@ def mlp_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def mark_kernel(indices, counts, marks, num_rows, columns, words, width, W: tl.constexpr):
-    """Sets the bit of every tile of one row; 32 rows share a word, one word per column."""
-    row = tl.program_id(0) % num_rows
-    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
-    slot = tl.arange(0, W)
-    place = plane * num_rows + row
-    used = slot < tl.load(counts + place)
-    j = tl.load(indices + place * width + slot, mask=used, other=0)
-    bit = ((j * 0 + 1).to(tl.uint32) << (row % 32).to(tl.uint32)).to(tl.int32, bitcast=True)
-    target = marks + (plane * words + row // 32) * columns + j
-    tl.atomic_or(target, bit, mask=used, sem="relaxed")
+def mark_kernel(
+    indices,
+    counts,
+    marks,
+    num_rows,
+    columns,
+    words,
+    width,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Sets the bits of 32 rows' tiles, which share one word per column, and clears the others."""
+    _follow(PDL)
+    word = tl.program_id(0) % words
+    plane = tl.cast(tl.program_id(0) // words, tl.int64)
+    target = marks + (plane * words + word) * columns
+    for start in range(0, columns, C):
+        column = start + tl.arange(0, C)
+        tl.store(target + column, column * 0, mask=column < columns)
+    # Other threads' zeros must not come after this one's bits.
+    tl.debug_barrier()
+    bit = tl.arange(0, 32)
+    place = plane * num_rows + word * 32 + bit
+    count = tl.load(counts + place, mask=word * 32 + bit < num_rows, other=0)
+    value = ((bit * 0 + 1).to(tl.uint32) << bit.to(tl.uint32)).to(tl.int32, bitcast=True)
+    for start in range(0, tl.max(count, 0), W):
+        slot = start + tl.arange(0, W)
+        used = slot[None, :] < count[:, None]
+        j = tl.load(indices + place[:, None] * width + slot[None, :], mask=used, other=0)
+        tl.atomic_or(target + j, j * 0 + value[:, None], mask=used, sem="relaxed")
 
 
 @triton.jit
@@ -781,9 +837,23 @@ def _ones(word):
     return (word + (word >> 16)) & 0x3F
 
 
+@triton.jit
+def _store_offsets(offsets, plane, columns, column, carried, number):
+    """Where the lists of some columns end; ``carried`` entries come before them."""
+    running = carried + tl.cumsum(number, 0)
+    tl.store(offsets + plane * (columns + 1) + 1 + column, running, mask=column < columns)
+
+
 @triton.jit(do_not_specialize=VARYING)
-def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: tl.constexpr):
-    """For every word of some columns the bits set in the words above it, and the columns' sums."""
+def rank_kernel(
+    marks, before, totals, offsets, columns, words,
+    WORDS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """For every word of some columns the bits set in the words above it, and the columns' sums.
+
+    ``WHOLE``: the program has all columns, and turns the sums into offsets.
+    """
+    _follow(PDL)
     plane = tl.cast(tl.program_id(1), tl.int64)
     column = tl.program_id(0) * C + tl.arange(0, C)
     ok = column < columns
@@ -798,40 +868,46 @@ def rank_kernel(marks, before, totals, columns, words, WORDS: tl.constexpr, C: t
         running = tl.cumsum(number, 0) - number + carried[None, :]
         tl.store(before + place, running, mask=here)
         carried += tl.sum(number, 0)
-    tl.store(totals + plane * columns + column, carried, mask=ok)
+    if WHOLE:
+        tl.store(offsets + plane * (columns + 1) + tl.arange(0, 1), tl.zeros([1], tl.int32))
+        _store_offsets(offsets, plane, columns, column, 0, carried)
+    else:
+        tl.store(totals + plane * columns + column, carried, mask=ok)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def offset_kernel(totals, offsets, columns, C: tl.constexpr):
+def offset_kernel(totals, offsets, columns, C: tl.constexpr, PDL: tl.constexpr):
     """Where the list of each column of a plane starts."""
+    _follow(PDL)
     plane = tl.cast(tl.program_id(0), tl.int64)
     lane = tl.arange(0, C)
     carried = tl.zeros([1], tl.int32)
     tl.store(offsets + plane * (columns + 1) + tl.arange(0, 1), carried)
     for start in range(0, columns, C):
         column = start + lane
-        ok = column < columns
-        number = tl.load(totals + plane * columns + column, mask=ok, other=0)
-        running = carried + tl.cumsum(number, 0)
-        tl.store(offsets + plane * (columns + 1) + 1 + column, running, mask=ok)
+        number = tl.load(totals + plane * columns + column, mask=column < columns, other=0)
+        _store_offsets(offsets, plane, columns, column, carried, number)
         carried += tl.sum(number, 0)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def place_kernel(
     indices, counts, marks, before, offsets, slots, num_rows, columns, words, width,
-    W: tl.constexpr,
+    ROWS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Writes each tile of one row to its place in the list of its column."""
-    row = tl.program_id(0) % num_rows
-    plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
-    slot = tl.arange(0, W)
+    """Writes each tile of some rows to its place in the list of its column."""
+    _follow(PDL)
+    tiles = tl.cdiv(num_rows, ROWS)
+    row = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    plane = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    slot = tl.arange(0, W)[None, :]
+    ok = row < num_rows
     place = plane * num_rows + row
-    used = slot < tl.load(counts + place)
+    used = ok & (slot < tl.load(counts + place, mask=ok, other=0))
     j = tl.load(indices + place * width + slot, mask=used, other=0)
     word = (plane * words + row // 32) * columns + j
     bits = tl.load(marks + word, mask=used, other=0).to(tl.uint32, bitcast=True)
-    earlier = ((j * 0 + 1).to(tl.uint32) << (row % 32).to(tl.uint32)) - 1
+    earlier = ((row * 0 + 1).to(tl.uint32) << (row % 32).to(tl.uint32)) - 1
     rank = tl.load(before + word, mask=used, other=0) + _ones(bits & earlier).to(tl.int32)
     start = tl.load(offsets + plane * (columns + 1) + j, mask=used, other=0)
     target = slots + plane * num_rows * width + start + rank

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
 
-# Columns whose unit means one program of the prefix sums adds up.
-_CHUNK = 32
+# Chunks of columns that the unit means are added up in, and columns that are read at a time.
+_CHUNKS, _PART = 16, 32
 # Tokens that one warp summarises at a time.
 _TOKENS = 16
 # Slots or tiles of one row that a program reads at a time.
@@ -104,7 +104,7 @@ def launch_summaries(
             *sizes[0], *sizes[1],
             **pooling.constants(head_dim), VALID=first.valid is not None, PLACE=place is not None,
             FULL=first.valid is None and block == t and even, PAIR=second is not None,
-            CHUNK=min(t, _TOKENS), num_warps=1,
+            CHUNK=min(t, _TOKENS), num_warps=1, **_overlap(first.x.device),
         )  # fmt: skip
 
 
@@ -189,22 +189,31 @@ def launch_budget(call: BudgetInputs, exact: Tensor, slope: Tensor, complexity: 
     if exact.numel() == 0:
         return
     device, means = exact.device, call.means
-    columns, chunks, kv_heads, head_dim = 1, 1, 1, 1
+    columns, kv_heads, head_dim = 1, 1, 1
     prefix = totals = exact
     if means is not None:
         _, kv_heads, columns, head_dim = means.shape
-        chunks = triton.cdiv(columns, _CHUNK)
         prefix = torch.empty(batch, kv_heads, columns, head_dim, device=device)
-        totals = torch.empty(batch, kv_heads, chunks, head_dim, device=device)
-    d = triton.next_power_of_2(head_dim)
+        totals = torch.empty(batch, kv_heads, _CHUNKS, head_dim, device=device)
+    steps = triton.cdiv(columns, _CHUNKS * _PART)
+    sizes = {
+        "PART": _PART, "CHUNKS": _CHUNKS, "D": triton.next_power_of_2(head_dim),
+        "HEAD_DIM": head_dim, "num_warps": 4,
+    }  # fmt: skip
     width = call.rising.shape[-1] - 1
     with _on(device):
         if means is not None:
-            kernels.prefix_kernel[(chunks, batch * kv_heads)](
-                means, *means.stride()[:3], prefix, totals, columns, chunks, kv_heads,
-                CHUNK=_CHUNK, D=d, HEAD_DIM=head_dim, num_warps=4,
-            )  # fmt: skip
-            totals = totals.cumsum(2)
+            kernels.prefix_kernel[(triton.cdiv(columns, steps * _PART), batch * kv_heads)](
+                means,
+                *means.stride()[:3],
+                prefix,
+                totals,
+                columns,
+                steps,
+                kv_heads,
+                **sizes,
+                **_overlap(device),
+            )
         kernels.budget_kernel[(triton.cdiv(rows, 16), batch * heads)](
             *((exact, 0, 0, 0) if means is None else (means, *means.stride()[:3])), prefix, totals,
             call.rule, _step(call.rule), call.diagonal, _step(call.diagonal),
@@ -214,11 +223,10 @@ def launch_budget(call: BudgetInputs, exact: Tensor, slope: Tensor, complexity: 
             exact if call.gain is None else call.gain,
             exact if call.offset is None else call.offset,
             call.base_sparsity, exact, slope, complexity,
-            rows, columns, chunks, heads, kv_heads, width,
-            ROWS=16, CHUNK=_CHUNK, D=d, HEAD_DIM=head_dim,
+            rows, columns, steps, heads, kv_heads, width, ROWS=16, **sizes,
             STEPS=(width + 2).bit_length(), ADAPTIVE=means is not None,
             DIAGONAL=call.has_diagonal, PAST=call.past, MAX_FACTOR=call.max_factor,
-            PER_HEAD=kv_heads if heads == 1 else 1, num_warps=4,
+            PER_HEAD=kv_heads if heads == 1 else 1, **_overlap(device),
         )  # fmt: skip
 
 
@@ -230,7 +238,7 @@ def launch_round(exact: Tensor, rounded: Tensor, bits: int) -> None:
     chunk = min(triton.next_power_of_2(rows), 2048)
     with _on(exact.device):
         kernels.round_kernel[(batch * heads,)](
-            exact, rounded, rows, BITS=bits, CHUNK=chunk, num_warps=4
+            exact, rounded, rows, BITS=bits, CHUNK=chunk, num_warps=4, **_overlap(exact.device)
         )
 
 
@@ -290,8 +298,10 @@ def launch_choose(
             rows, columns, heads, call.fixed_count, call.explore, width,
             C=c, W=triton.next_power_of_2(width), LISTS=listed, BUDGET=call.budget is not None,
             NOISE=noisy, EXPLORE=noisy and call.explore > 0, KEPT=kept is not None,
-            EVEN=columns % 16 == 0, maxnreg=64 if c <= 512 else None,
-            num_warps=min(max(c // 512, 1), 32),
+            EVEN=columns % 16 == 0,
+            # 32 programs of one warp fit on a multiprocessor, if their registers do.
+            maxnreg=64 if c <= 512 else None,
+            num_warps=min(max(c // 512, 1), 32), **_overlap(counts.device),
         )  # fmt: skip
 
 
@@ -328,6 +338,7 @@ def launch_towers(
             ROWS=32, S=triton.next_power_of_2(size), SIZE=size,
             PART=min(max(triton.next_power_of_2(size), 16), 64),
             R=max(triton.next_power_of_2(rank), 16), RANK=rank, num_warps=4,
+            **_overlap(queries.device),
         )  # fmt: skip
 
 
@@ -428,26 +439,32 @@ def launch_transpose(counts: Tensor, indices: Tensor, offsets: Tensor, slots: Te
         offsets.zero_()
         return
     words, device = triton.cdiv(rows, 32), indices.device
-    marks = torch.zeros(planes, words, columns, dtype=torch.int32, device=device)
+    marks = torch.empty(planes, words, columns, dtype=torch.int32, device=device)
     before = torch.empty_like(marks)
     totals = torch.empty(planes, columns, dtype=torch.int32, device=device)
-    w = triton.next_power_of_2(width)
-    warps = min(max(w // 256, 1), 8)
-    # Few columns a program, so that there are programs enough for the machine.
-    block, step = 32, min(triton.next_power_of_2(words), 64)
+    w, c = triton.next_power_of_2(width), triton.next_power_of_2(columns)
+    # One program for the columns of a plane while it is quick; otherwise few columns a program, so
+    # that there are programs enough for the machine.
+    whole = c * words <= 16384
+    block = c if whole else 32
+    step = min(triton.next_power_of_2(words), 8192 // block if whole else 64)
     with _on(device):
-        kernels.mark_kernel[(rows * planes,)](
-            indices, counts, marks, rows, columns, words, width, W=w, num_warps=warps
-        )
+        kernels.mark_kernel[(words * planes,)](
+            indices, counts, marks, rows, columns, words, width,
+            W=min(w, 64), C=min(c, 1024), num_warps=8, **_overlap(device),
+        )  # fmt: skip
         kernels.rank_kernel[(triton.cdiv(columns, block), planes)](
-            marks, before, totals, columns, words, WORDS=step, C=block, num_warps=4
-        )
-        kernels.offset_kernel[(planes,)](
-            totals, offsets, columns, C=min(triton.next_power_of_2(columns), 2048), num_warps=4
-        )
-        kernels.place_kernel[(rows * planes,)](
+            marks, before, totals, offsets, columns, words,
+            WORDS=step, C=block, WHOLE=whole, num_warps=8 if whole else 4, **_overlap(device),
+        )  # fmt: skip
+        if not whole:
+            kernels.offset_kernel[(planes,)](
+                totals, offsets, columns, C=min(c, 2048), num_warps=4, **_overlap(device)
+            )
+        block = max(1024 // w, 1)
+        kernels.place_kernel[(triton.cdiv(rows, block) * planes,)](
             indices, counts, marks, before, offsets, slots, rows, columns, words, width,
-            W=w, num_warps=warps,
+            ROWS=block, W=w, num_warps=min(max(block * w // 256, 1), 8), **_overlap(device),
         )  # fmt: skip
 
 
@@ -495,6 +512,20 @@ def _steps(x: Tensor | None) -> tuple[int, int]:
 
 def _per_sample(valid: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     return (stand_in, 0) if valid is None else (valid.view(torch.uint8), _step(valid))
+
+
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Arguments of kernels that are launched before their predecessor has ended.
+
+    They are short: most of what they would take alone is the way from one to the next.
+    """
+    if kernels.INTERPRETED or _capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _on(device: torch.device) -> Any:
