@@ -69,7 +69,7 @@ def main():
     call = launch.BudgetInputs(
         torch.zeros(B, H, J, D), torch.ones(H), torch.ones(H), torch.zeros(()), rule, longs, longs,
         ints(1, 1, Q), ints(1, 1, Q), torch.zeros(1, 1, 1, J + 2), torch.zeros(1, 1, 1, J + 1),
-        torch.zeros(1, 1), True, False, 2.0,
+        torch.zeros(1, 1), True, 2.0,
     )  # fmt: skip
     launch.launch_budget(call, exact, slope, complexity)
     launch.launch_round(exact, ints(B, H, Q), 16)
@@ -87,6 +87,7 @@ def main():
     both = torch.zeros(B, H, Q, 2 * D), torch.zeros(B, 1, J, 2 * D)
     maps = torch.zeros(B, 1, Q, 64), torch.zeros(B, 1, J, 64)
     launch.launch_towers(*both, weight, weight, heat, 0.5, maps)
+    launch.launch_products(q, k, torch.zeros(B, H, Q, J))
     launch.launch_bilinear(q, k, ints(B, H, Q, J), torch.zeros(B, H, Q, J))
     net = launch.Network(torch.zeros(2, H, 32), torch.zeros(1, H, 32, 32), torch.zeros(H, 32), heat)
     launch.launch_mlp(q, k, None, net, torch.zeros(B, H, Q, J))

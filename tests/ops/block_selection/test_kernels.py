@@ -26,6 +26,7 @@ from dilated_attention_pytorch.ops.block_selection.autograd import (
     kept_op,
     lattice_op,
     mlp_op,
+    products_op,
     round_op,
     towers_op,
 )
@@ -228,6 +229,14 @@ def test_products_of_listed_candidates_and_of_kept_tiles(rank: int) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [5, 48])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 130)])
+def test_products_of_all_pairs(rank: int, rows: int, columns: int) -> None:
+    q, k = randn(2, 2, rows, rank), randn(2, 2, columns, rank, seed=1)
+    want = q.double() @ k.double().transpose(-1, -2)
+    torch.testing.assert_close(products_op(q, k).double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("listed", [False, True])
@@ -327,10 +336,8 @@ def test_counting_forced_blocks(settings: dict, diagonal: bool) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
-@pytest.mark.parametrize("kind", ["plain", "lengths", "documents", "past"])
+@pytest.mark.parametrize("kind", ["plain", "lengths", "documents"])
 def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kind: str) -> None:
-    if kind == "past" and not causal:
-        pytest.skip("only causal rows look at the past alone")
     blocks, lengths, ids = 40, None, None
     if kind == "lengths":
         lengths = torch.tensor([40, 23], device=DEVICE)
@@ -348,12 +355,11 @@ def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kin
     gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
     offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
     base = torch.tensor(0.7, device=DEVICE)
-    past = kind == "past"
     rounded, exact = row_budget(
         rule, rows, spans, forced, limit, base, batch=2, means=means, gain=gain, offset=offset,
-        past=past, max_factor=2.0,
+        max_factor=2.0,
     )  # fmt: skip
-    complexity = content_complexity(means.transpose(1, 2), rows, past_only=past)
+    complexity = content_complexity(means.transpose(1, 2), rows)
     if heads == 1:
         complexity = complexity.mean(1, keepdim=True)
     elif heads > kv_heads:

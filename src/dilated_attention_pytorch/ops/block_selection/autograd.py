@@ -174,7 +174,6 @@ def budget_op(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    past: bool,
     max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real-valued budgets ``(b, p, i)``, their slope in the content's factor, the complexity."""
@@ -183,7 +182,7 @@ def budget_op(
         None if means is None else rows_of(means), gain, offset, base_sparsity,
         rule.contiguous(), diagonal.contiguous(), document.contiguous(), forced.contiguous(),
         limit.contiguous(), filled.contiguous(), rising.contiguous(), visible.contiguous(),
-        has_diagonal, past, max_factor,
+        has_diagonal, max_factor,
     )  # fmt: skip
     exact, slope, complexity = _empty_budget(rule, batch, heads)
     launch.launch_budget(call, exact, slope, complexity)
@@ -214,7 +213,6 @@ def _(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    past: bool,
     max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_budget(rule, batch, heads)
@@ -228,7 +226,7 @@ def _keep_budget(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _budget_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     slope, complexity = ctx.saved_tensors
-    none = (None,) * 14
+    none = (None,) * 13
     if grad is None or ctx.dtypes[0] is None:
         return None, None, None, *none
     pull = grad * slope
@@ -346,6 +344,19 @@ def _(
     share: int,
 ) -> tuple[Tensor, Tensor]:
     return _empty_tower(queries, query_weight, share), _empty_tower(keys, key_weight, share)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_products", mutates_args=())
+def products_op(query: Tensor, key: Tensor) -> Tensor:
+    """``(b, p, i, j)`` float32: rows of ``query`` times rows of ``key``; no gradient."""
+    scores = query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
+    launch.launch_products(query.contiguous(), key.contiguous(), scores)
+    return scores
+
+
+@products_op.register_fake
+def _(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::candidate_products", mutates_args=())

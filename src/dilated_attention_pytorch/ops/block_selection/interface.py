@@ -159,7 +159,6 @@ def row_budget(
     means: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
-    past: bool = False,
     max_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`water_level_budget` and :func:`round_budget`, scaled by ``content_complexity``.
@@ -176,7 +175,6 @@ def row_budget(
             ignores content.
         gain: ``(p,)``, with ``means``.
         offset: ``(p,)``, with ``means``.
-        past: As in :func:`content_complexity`.
         max_factor: Bound of ``offset + gain * complexity``.
 
     Returns:
@@ -191,7 +189,7 @@ def row_budget(
         None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
         rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
         tables.filled, tables.rising, tables.visible[:, 0].contiguous(),
-        batch, rule.num_heads, rows.has_diagonal, past, max_factor,
+        batch, rule.num_heads, rows.has_diagonal, max_factor,
     )  # fmt: skip
     if rows.num_documents > 1:
         return round_budget(exact, rows), exact

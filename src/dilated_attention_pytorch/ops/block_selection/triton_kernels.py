@@ -22,6 +22,8 @@ VARYING = (
     "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
 )  # fmt: skip
 
+# Three products of TF32 parts on tensor cores: about float32's error, in a fraction of its time.
+PRECISE = tl.constexpr("tf32x3")
 # Integer keys that order like float32 end at those of -inf and inf: one below for what may not be
 # chosen, one above for what must be.
 KEY_OF_FORBIDDEN = tl.constexpr(-2139095042)
@@ -289,8 +291,7 @@ def _between(
         mask=there, other=0.0,
     )  # fmt: skip
     passed = (low_chunk[:, None] <= chunk[None, :]) & (chunk[None, :] < end_chunk[:, None])
-    # Flags are exact in TF32, and unit means finite: three products leave about float32's error.
-    return tl.dot(passed.to(tl.float32), of_chunks, total, input_precision="tf32x3")
+    return tl.dot(passed.to(tl.float32), of_chunks, total, input_precision=PRECISE)
 
 
 @triton.jit
@@ -298,21 +299,19 @@ def _likeness(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     batch, head, kv_heads, low, end, near, columns, steps,
     PART: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIAGONAL: tl.constexpr, PAST: tl.constexpr,
+    DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Complexity of some rows under the keys of one head; see ``content_complexity``."""
-    own = near - 1 if PAST else near
-    stop = tl.minimum(end, near) if PAST else end
-    stop = tl.maximum(stop, low)
+    stop = tl.maximum(end, low)
     total = _between(
         prefix, totals, batch * kv_heads + head, low, stop, columns, steps,
         PART, CHUNKS, D, HEAD_DIM,
     )  # fmt: skip
     count = stop - low
     if DIAGONAL:
-        inside = (own >= low) & (own < stop)
+        inside = (near >= low) & (near < stop)
         source = means + batch * m_stride_b + tl.cast(head, tl.int64) * m_stride_h
-        mine = _unit(source, own.to(tl.int64) * m_stride_j, inside, D, HEAD_DIM)
+        mine = _unit(source, near.to(tl.int64) * m_stride_j, inside, D, HEAD_DIM)
         others = count - inside.to(tl.int32)
         likeness = tl.sum(mine * (total - mine), 1) / tl.maximum(others, 1)
         known = others > 0
@@ -335,7 +334,7 @@ def budget_kernel(
     num_rows, columns, steps, heads, kv_heads, width,
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STEPS: tl.constexpr, ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr, PAST: tl.constexpr,
+    STEPS: tl.constexpr, ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr,
     MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Real-valued budgets of ``ROWS`` rows of a plane; see ``water_level_budget``."""
@@ -359,7 +358,7 @@ def budget_kernel(
             found += _likeness(
                 means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
                 batch, first + extra, kv_heads, low, end, near, columns, steps,
-                PART, CHUNKS, D, HEAD_DIM, DIAGONAL, PAST,
+                PART, CHUNKS, D, HEAD_DIM, DIAGONAL,
             )  # fmt: skip
         found = found / PER_HEAD
         tl.store(complexity + place, found, mask=ok)
@@ -643,7 +642,7 @@ def tower_kernel(
             weight + (head * SIZE + place)[:, None] * RANK + rank[None, :],
             mask=(place < SIZE)[:, None] & (rank < RANK)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc = tl.dot(x, w, acc, input_precision=PRECISE)
     acc = acc * tl.where(of_keys, 1.0, tl.load(gain).to(tl.float32) * factor)
     plane = batch * (heads // share) + head // share
     out = tl.where(of_keys, key_out, query_out)
@@ -653,6 +652,38 @@ def tower_kernel(
         acc,
         mask=(row < num_rows)[:, None] & (rank < RANK)[None, :],
     )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def product_kernel(
+    query, key, scores, num_rows, num_keys,
+    R: tl.constexpr, RANK: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Products of some rows of ``query`` with some rows of ``key``."""
+    _follow(PDL)
+    if EVEN:
+        # So that the compiler knows, and writes several scores at once.
+        num_keys = num_keys // 16 * 16
+    tiles = tl.cdiv(num_keys, C)
+    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % tiles * C + tl.arange(0, C)
+    plane = tl.cast(tl.program_id(1), tl.int64)
+    of_row, of_column = (row < num_rows)[:, None], (column < num_keys)[:, None]
+    total = tl.zeros([ROWS, C], tl.float32)
+    for start in tl.static_range(0, R, PART):
+        r = start + tl.arange(0, PART)[None, :]
+        q = tl.load(
+            query + (plane * num_rows + row)[:, None] * RANK + r,
+            mask=of_row & (r < RANK), other=0.0,
+        )  # fmt: skip
+        k = tl.load(
+            key + (plane * num_keys + column)[:, None] * RANK + r,
+            mask=of_column & (r < RANK), other=0.0,
+        )  # fmt: skip
+        total = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), total, input_precision=PRECISE)
+    target = scores + (plane * num_rows + row)[:, None] * num_keys + column[None, :]
+    tl.store(target, total, mask=of_row & (column < num_keys)[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -162,7 +162,6 @@ class BudgetInputs:
         rising: ``(1 or b, 1 or p, documents, width + 1)`` float32.
         visible: ``(1 or b, documents)`` float32.
         has_diagonal: Whether rows have a block of their own among the columns.
-        past: Take the block before it.
         max_factor: Bound of the content's factor.
     """
 
@@ -179,7 +178,6 @@ class BudgetInputs:
     rising: Tensor
     visible: Tensor
     has_diagonal: bool
-    past: bool
     max_factor: float
 
 
@@ -225,7 +223,7 @@ def launch_budget(call: BudgetInputs, exact: Tensor, slope: Tensor, complexity: 
             call.base_sparsity, exact, slope, complexity,
             rows, columns, steps, heads, kv_heads, width, ROWS=16, **sizes,
             STEPS=(width + 2).bit_length(), ADAPTIVE=means is not None,
-            DIAGONAL=call.has_diagonal, PAST=call.past, MAX_FACTOR=call.max_factor,
+            DIAGONAL=call.has_diagonal, MAX_FACTOR=call.max_factor,
             PER_HEAD=kv_heads if heads == 1 else 1, **_overlap(device),
         )  # fmt: skip
 
@@ -327,7 +325,8 @@ def launch_towers(
     """
     heads, size, rank = query_weight.shape
     batch, rows, num_keys = queries.shape[0], queries.shape[2], keys.shape[2]
-    tiles = triton.cdiv(rows, 32) + triton.cdiv(num_keys, 32)
+    tile = 64
+    tiles = triton.cdiv(rows, tile) + triton.cdiv(num_keys, tile)
     if tiles == 0 or batch == 0:
         return
     with _on(queries.device):
@@ -335,10 +334,27 @@ def launch_towers(
             queries, *queries.stride()[:3], keys, *keys.stride()[:3],
             query_weight, key_weight, gain, *outs, rows, num_keys, heads,
             heads // queries.shape[1], heads // keys.shape[1], heads // outs[0].shape[1], factor,
-            ROWS=32, S=triton.next_power_of_2(size), SIZE=size,
+            ROWS=tile, S=triton.next_power_of_2(size), SIZE=size,
             PART=min(max(triton.next_power_of_2(size), 16), 64),
             R=max(triton.next_power_of_2(rank), 16), RANK=rank, num_warps=4,
             **_overlap(queries.device),
+        )  # fmt: skip
+
+
+def launch_products(query: Tensor, key: Tensor, scores: Tensor) -> None:
+    """Writes ``(b, p, i, j)``: all products of ``query`` (b, p, i, r) and ``key`` (b, p, j, r),
+    both contiguous."""
+    batch, heads, rows, rank = query.shape
+    if scores.numel() == 0:
+        return
+    keys = key.shape[2]
+    part = min(max(triton.next_power_of_2(rank), 16), 32)
+    tile = 128
+    tiles = triton.cdiv(rows, 64) * triton.cdiv(keys, tile)
+    with _on(query.device):
+        kernels.product_kernel[(tiles, batch * heads)](
+            query, key, scores, rows, keys, R=triton.cdiv(rank, part) * part, RANK=rank, PART=part,
+            ROWS=64, C=tile, EVEN=keys % 16 == 0, num_warps=4, **_overlap(query.device),
         )  # fmt: skip
 
 
