@@ -2,6 +2,8 @@
 
     python benchmarks/selection.py              # one GPU, bfloat16, 16 heads of 128, block 64
     python benchmarks/selection.py --cpu        # linear candidates on the CPU, to 131,072 tokens
+    # One length, without gradient, in seconds:
+    python benchmarks/selection.py --shortest 32768 --longest 32768 --forward --out forward.json
 
 On the GPU: time of each stage, of the whole selection, of attention, of dense attention (cuDNN;
 extrapolated with the square of the length beyond the longest that is measured) and of the whole
@@ -223,8 +225,10 @@ def measure(calls: Calls, rounds: int) -> dict[str, Any]:
     return record
 
 
-def one_length(tokens: int, rounds: int, linear: bool, longest_step: int) -> dict[str, Any]:
-    """All calls of one length."""
+def one_length(
+    tokens: int, rounds: int, linear: bool, longest_step: int, forward: bool
+) -> dict[str, Any]:
+    """All calls of one length; with ``forward`` those without gradient, and no dense attention."""
     torch.cuda.empty_cache()
     problem = Problem(tokens, linear)
     torch.cuda.reset_peak_memory_stats()
@@ -233,6 +237,8 @@ def one_length(tokens: int, rounds: int, linear: bool, longest_step: int) -> dic
         "tokens": tokens, "sparsity": problem.sparsity, "linear": linear, "kept": problem.kept,
         "peak_gigabytes_forward": torch.cuda.max_memory_allocated() / 2**30, "times": times,
     }  # fmt: skip
+    if forward:
+        return record
     few = 3 if tokens > 65536 else rounds
     if tokens <= longest_step:
         times |= measure(problem.step_calls(), few)
@@ -342,7 +348,7 @@ def on_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
                 continue
             rounds = arguments.rounds if tokens <= 65536 else 5
             try:
-                row = one_length(tokens, rounds, linear, longest_step=131072)
+                row = one_length(tokens, rounds, linear, 131072, arguments.forward)
             except torch.OutOfMemoryError as error:
                 lost = {"tokens": tokens, "linear": linear, "error": str(error)[:200]}
                 record.setdefault("out_of_memory", []).append(lost)
@@ -351,6 +357,8 @@ def on_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
             record["lengths"].append(row)
             show(row)
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.forward:
+        return record
     if not arguments.skip_sharing:
         record["sharing"] = shared(arguments.rounds)
         print(json.dumps(record["sharing"], indent=1))
@@ -394,6 +402,9 @@ def main() -> int:
     parser.add_argument("--shortest", type=int, default=LENGTHS[0])
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     parser.add_argument("--skip-sharing", action="store_true")
+    parser.add_argument(
+        "--forward", action="store_true", help="leave out training, dense attention and sharing"
+    )
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     name = "selection_cpu.json" if arguments.cpu else "selection.json"

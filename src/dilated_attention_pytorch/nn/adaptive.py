@@ -203,6 +203,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
                 "base_sparsity has no effect with num_selected_blocks="
                 f"{self.config.num_selected_blocks}; configure one of the two to schedule sparsity."
             )
+        self._record.settle()
         self.base_sparsity.fill_(value)
         self._note_densest(1 - value)
 
@@ -402,7 +403,7 @@ class BlockSparseAdaptive(BlockSparseLayer):
 
     def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
         """Notes the budgets; their sums are left to get_sparsity_loss, not of every step."""
-        self._record = DensityRecord(exact, rows.num_allowed, rounded, 1 - self.base_sparsity)
+        self._record = DensityRecord(exact, rows.num_allowed, rounded, self.base_sparsity)
 
     def get_sparsity_loss(self) -> Tensor:
         r"""How far the last forward pass was from ``base_sparsity``.

@@ -16,10 +16,10 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
     summarise,
+    summarise_both,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
-from dilated_attention_pytorch.scoring.summaries import past_windows
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -78,15 +78,10 @@ def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
 def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
     """Summaries of the query and of the key blocks, ``(b, i or j, heads, s)``."""
     config, size = layer.config, layer.block_size
-    query, valid = inputs.query, inputs.query_valid
-    if config.query_scope == "past" and inputs.mask.causal:
-        query, valid = past_windows(query, size, valid, inputs.mask.document_ids)
     learned = "attention" in config.pooling
-    queries = summarise(query, size, config.pooling, valid, layer.query_pool if learned else None)
-    keys = summarise(
-        inputs.key, size, config.pooling, inputs.key_valid, layer.key_pool if learned else None
-    )
-    return queries, keys
+    pools = (layer.query_pool, layer.key_pool) if learned else None
+    valid = inputs.query_valid, inputs.key_valid
+    return summarise_both(inputs.query, inputs.key, size, config.pooling, valid, pools)
 
 
 def score_candidates(
@@ -96,7 +91,8 @@ def score_candidates(
     from dilated_attention_pytorch.ops.block_selection.autograd import (
         bilinear_op,
         mlp_op,
-        tower_op,
+        products_op,
+        towers_op,
     )
 
     # Other kinds take the PyTorch path.
@@ -113,13 +109,15 @@ def score_candidates(
     if not torch.is_grad_enabled() and not len(scorer.query_tower):
         share = scorer.heads_per_pattern
         factor = 1 / (math.sqrt(scorer.query_in.shape[-1]) * share)
-        q = tower_op(queries.transpose(1, 2), scorer.query_in, scorer.gain, factor, share)
-        k = tower_op(keys.transpose(1, 2), scorer.key_in, None, 1.0, share)
+        q, k = towers_op(
+            queries.transpose(1, 2), keys.transpose(1, 2), scorer.query_in, scorer.key_in,
+            scorer.gain, factor, share,
+        )  # fmt: skip
     else:
         q, k = scorer.encode_queries(queries).float(), scorer.encode_keys(keys).float()
     with torch.no_grad():
         if candidates is None:
-            return (q, k), q.detach() @ k.detach().transpose(-1, -2)
+            return (q, k), products_op(q.detach(), k.detach())
         return (q, k), bilinear_op(q.detach(), k.detach(), candidates)
 
 
@@ -150,7 +148,7 @@ def allot_budget(
     rounded, exact = row_budget(
         inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
         means=means, gain=gain, offset=offset,
-        past=config.query_scope == "past" and inputs.mask.causal, max_factor=MAX_BUDGET_FACTOR,
+        max_factor=MAX_BUDGET_FACTOR,
     )  # fmt: skip
     layer.record_density(exact, rows, None)
     return rounded

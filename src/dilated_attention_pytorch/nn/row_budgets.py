@@ -35,18 +35,23 @@ class DensityRecord:
     exact: Tensor | None = None
     allowed: Tensor | None = None
     rounded: Tensor | None = None
-    target: Tensor | None = None
+    sparsity: Tensor | None = None
 
     def excess(self) -> Tensor:
         """Share of the visible tiles that the budgets take, over the target, less 1: 0-dim."""
-        if self.exact is None or self.allowed is None or self.target is None:
+        if self.exact is None or self.allowed is None or self.sparsity is None:
             raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
         total = self.allowed.expand(self.exact.shape).sum().clamp(min=1)
         density = self.exact.sum() / total
         if self.rounded is not None:
             # The value is what was kept; the gradient is the stand-in's.
             density = density - density.detach() + self.rounded.sum() / total
-        return density / self.target - 1
+        return density / (1 - self.sparsity) - 1
+
+    def settle(self) -> None:
+        """Keeps the sparsity that was to be met, before the buffer that holds it changes."""
+        if self.sparsity is not None:
+            self.sparsity = self.sparsity.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DensityRecord:
         # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.

@@ -4,6 +4,8 @@ The interpreter accepts more than the compiler does; ``test_kernel_compilation.p
 process of its own. Launches are turned into compilations; the tensors' values are never looked at.
 """
 
+import re
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -32,10 +34,16 @@ run = JITFunction.run
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     assert kernel.asm["cubin"]
+    if options.get("launch_pdl"):
+        code = kernel.asm["ptx"]
+        touches = [m.start() for m in re.finditer(r"\b(ld|st|red|atom)\.global|cp\.async", code)]
+        assert touches
+        assert 0 < code.find("griddepcontrol.wait") < min(touches), self.fn.__name__
     print(self.fn.__name__)
 
 
 JITFunction.run = compile_only
+launch._capability = lambda device: (9, 0)
 
 
 B, H, N, D, Q, J, K = 1, 2, 128, 64, 8, 8, 4
@@ -51,7 +59,9 @@ def main():
     names = ("mean", "max", "min", "attention")
     how = launch.Pooling(names, 16)
     out, place = torch.zeros(B, H, Q, 4 * D), torch.zeros(B, H, Q, 2, D, dtype=torch.int16)
-    launch.launch_summaries(x, valid, pool, how, out, place)
+    tokens = launch.Tokens(x, valid, pool, out)
+    launch.launch_summaries(tokens, how, place)
+    launch.launch_summaries(tokens, how, second=tokens)
     launch.launch_summaries_grad(out, place, x, valid, pool, how, torch.zeros_like(x),
                                  torch.zeros(B, H, Q, D))  # fmt: skip
     rule, longs = ints(1, 5, Q), torch.zeros(1, Q, dtype=torch.int64)
@@ -59,7 +69,7 @@ def main():
     call = launch.BudgetInputs(
         torch.zeros(B, H, J, D), torch.ones(H), torch.ones(H), torch.zeros(()), rule, longs, longs,
         ints(1, 1, Q), ints(1, 1, Q), torch.zeros(1, 1, 1, J + 2), torch.zeros(1, 1, 1, J + 1),
-        torch.zeros(1, 1), True, False, 2.0,
+        torch.zeros(1, 1), True, 2.0,
     )  # fmt: skip
     launch.launch_budget(call, exact, slope, complexity)
     launch.launch_round(exact, ints(B, H, Q), 16)
@@ -74,13 +84,19 @@ def main():
         launch.launch_choose(choice, counts, lists, kept, flags)
     q, k = torch.zeros(B, H, Q, 32), torch.zeros(B, H, J, 32)
     weight = torch.zeros(H, 2 * D, 32)
-    launch.launch_tower(torch.zeros(B, H, Q, 2 * D), weight, heat, 0.5, 2, torch.zeros(B, 1, Q, 64))
+    both = torch.zeros(B, H, Q, 2 * D), torch.zeros(B, 1, J, 2 * D)
+    maps = torch.zeros(B, 1, Q, 64), torch.zeros(B, 1, J, 64)
+    launch.launch_towers(*both, weight, weight, heat, 0.5, maps)
+    launch.launch_products(q, k, torch.zeros(B, H, Q, J))
     launch.launch_bilinear(q, k, ints(B, H, Q, J), torch.zeros(B, H, Q, J))
     net = launch.Network(torch.zeros(2, H, 32), torch.zeros(1, H, 32, 32), torch.zeros(H, 32), heat)
     launch.launch_mlp(q, k, None, net, torch.zeros(B, H, Q, J))
     launch.launch_kept_grad(kept, q, k, counts, lists, ints(B, H, J + 1), ints(B, H, Q * K),
                             torch.zeros_like(q), torch.zeros_like(k))  # fmt: skip
     launch.launch_transpose(counts, lists, ints(B, H, J + 1), ints(B, H, Q * K))
+    many = 1100
+    launch.launch_transpose(ints(B, H, many), ints(B, H, many, K), ints(B, H, 513),
+                            ints(B, H, many * K))  # fmt: skip
     launch.launch_lattice(rule, longs, ((4, 1), (8, 2)), 1, 2, ints(1, H, Q, 11), ints(1, H, Q),
                           ints(1, H, Q))  # fmt: skip
 

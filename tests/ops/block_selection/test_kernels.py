@@ -26,10 +26,11 @@ from dilated_attention_pytorch.ops.block_selection.autograd import (
     kept_op,
     lattice_op,
     mlp_op,
+    products_op,
     round_op,
-    tower_op,
+    towers_op,
 )
-from dilated_attention_pytorch.ops.block_selection.interface import row_budget
+from dilated_attention_pytorch.ops.block_selection.interface import row_budget, summarise_both
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -64,6 +65,21 @@ def test_summaries_take_strides_and_leave_padding_alone() -> None:
     want = block_summaries(x, 16, pooling=names, valid=valid)
     got = summarise(dirty.transpose(1, 2), 16, names, valid)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(64, 32), (50, 70)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_tensors_are_summarised_as_each_alone(lengths: tuple[int, int], padded: bool) -> None:
+    names = ("max", "attention", "mean", "min")
+    x, y = randn(2, lengths[0], 3, 20), randn(2, lengths[1], 2, 20, seed=1).transpose(0, 1)
+    y = y.contiguous().transpose(0, 1)
+    valid = [randn(2, n, seed=4) < 0.3 if padded else None for n in lengths]
+    pools = randn(3, 20, seed=2), randn(2, 20, seed=3)
+    with torch.no_grad():
+        both = summarise_both(x, y, 16, names, (valid[0], valid[1]), pools)
+        for got, t, v, u in zip(both, (x, y), valid, pools, strict=True):
+            want = block_summaries(t, 16, pooling=names, valid=v, pool_query=u)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -125,7 +141,7 @@ def lists_of(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize("columns", [3, 33, 70])
+@pytest.mark.parametrize("columns", [3, 33, 70, 304])
 def test_choice_equals_top_k_with_ties_and_odd_values(forced: bool, columns: int) -> None:
     rows, plane = 6, (2, 2)
     # Few distinct values: many ties.
@@ -213,6 +229,14 @@ def test_products_of_listed_candidates_and_of_kept_tiles(rank: int) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [5, 48])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 130)])
+def test_products_of_all_pairs(rank: int, rows: int, columns: int) -> None:
+    q, k = randn(2, 2, rows, rank), randn(2, 2, columns, rank, seed=1)
+    want = q.double() @ k.double().transpose(-1, -2)
+    torch.testing.assert_close(products_op(q, k).double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("listed", [False, True])
@@ -244,6 +268,8 @@ def test_mlp_scores(layers: int, share: int, listed: bool) -> None:
 
 @pytest.mark.parametrize(("rows", "columns", "density"), [
     (1, 1, 1.0), (40, 70, 0.3), (33, 5, 0.9), (64, 64, 0.0), (65, 130, 0.1),
+    # More than one program takes the columns of a plane.
+    (530, 540, 0.02),
 ])  # fmt: skip
 def test_transpose_equals_sorting(rows: int, columns: int, density: float) -> None:
     dense = torch.rand(2, 2, rows, columns, generator=torch.Generator().manual_seed(0)) < density
@@ -310,10 +336,8 @@ def test_counting_forced_blocks(settings: dict, diagonal: bool) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
-@pytest.mark.parametrize("kind", ["plain", "lengths", "documents", "past"])
+@pytest.mark.parametrize("kind", ["plain", "lengths", "documents"])
 def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kind: str) -> None:
-    if kind == "past" and not causal:
-        pytest.skip("only causal rows look at the past alone")
     blocks, lengths, ids = 40, None, None
     if kind == "lengths":
         lengths = torch.tensor([40, 23], device=DEVICE)
@@ -331,12 +355,11 @@ def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kin
     gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
     offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
     base = torch.tensor(0.7, device=DEVICE)
-    past = kind == "past"
     rounded, exact = row_budget(
         rule, rows, spans, forced, limit, base, batch=2, means=means, gain=gain, offset=offset,
-        past=past, max_factor=2.0,
+        max_factor=2.0,
     )  # fmt: skip
-    complexity = content_complexity(means.transpose(1, 2), rows, past_only=past)
+    complexity = content_complexity(means.transpose(1, 2), rows)
     if heads == 1:
         complexity = complexity.mean(1, keepdim=True)
     elif heads > kv_heads:
@@ -385,12 +408,9 @@ def test_towers_equal_the_scorers(share: int, kv_heads: int) -> None:
         queries, keys = randn(2, 37, 4, 24).double(), randn(2, 5, kv_heads, 24).double()
         want = scorer.encode_queries(queries), scorer.encode_keys(keys)
         scorer.float()
-        found = (
-            tower_op(
-                queries.float().transpose(1, 2), scorer.query_in, scorer.gain,
-                1 / (8**0.5 * share), share,
-            ),
-            tower_op(keys.float().transpose(1, 2), scorer.key_in, None, 1.0, share),
+        found = towers_op(
+            queries.float().transpose(1, 2), keys.float().transpose(1, 2),
+            scorer.query_in, scorer.key_in, scorer.gain, 1 / (8**0.5 * share), share,
         )  # fmt: skip
     for x, y in zip(found, want, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)

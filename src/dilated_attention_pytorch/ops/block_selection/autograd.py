@@ -33,7 +33,8 @@ def summaries_op(
     """
     how = launch.Pooling(tuple(pooling.split(",")), block_size)
     out, place = _empty_summaries(x, pooling, block_size, want_place)
-    launch.launch_summaries(x, valid, pool_query, how, out, place if want_place else None)
+    tokens = launch.Tokens(x, valid, pool_query, out)
+    launch.launch_summaries(tokens, how, place if want_place else None)
     return out, place
 
 
@@ -117,6 +118,45 @@ def _summaries_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...
 summaries_op.register_autograd(_summaries_backward, setup_context=_keep_summaries)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::block_summaries_of_both", mutates_args=())
+def both_summaries_op(
+    x: Tensor,
+    y: Tensor,
+    x_valid: Tensor | None,
+    y_valid: Tensor | None,
+    x_pool: Tensor | None,
+    y_pool: Tensor | None,
+    pooling: str,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`summaries_op` of two tensors in one launch; no gradient.
+
+    Both or neither have ``valid``, likewise a pool query; dtype, batch and head_dim are equal.
+    """
+    how = launch.Pooling(tuple(pooling.split(",")), block_size)
+    outs = [_empty_summaries(t, pooling, block_size, False)[0] for t in (x, y)]
+    launch.launch_summaries(
+        launch.Tokens(x, x_valid, x_pool, outs[0]), how,
+        second=launch.Tokens(y, y_valid, y_pool, outs[1]),
+    )  # fmt: skip
+    return outs[0], outs[1]
+
+
+@both_summaries_op.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    x_valid: Tensor | None,
+    y_valid: Tensor | None,
+    x_pool: Tensor | None,
+    y_pool: Tensor | None,
+    pooling: str,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    x_out, y_out = (_empty_summaries(t, pooling, block_size, False)[0] for t in (x, y))
+    return x_out, y_out
+
+
 @torch.library.custom_op(f"{NAMESPACE}::row_budget", mutates_args=())
 def budget_op(
     means: Tensor | None,
@@ -134,7 +174,6 @@ def budget_op(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    past: bool,
     max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real-valued budgets ``(b, p, i)``, their slope in the content's factor, the complexity."""
@@ -143,7 +182,7 @@ def budget_op(
         None if means is None else rows_of(means), gain, offset, base_sparsity,
         rule.contiguous(), diagonal.contiguous(), document.contiguous(), forced.contiguous(),
         limit.contiguous(), filled.contiguous(), rising.contiguous(), visible.contiguous(),
-        has_diagonal, past, max_factor,
+        has_diagonal, max_factor,
     )  # fmt: skip
     exact, slope, complexity = _empty_budget(rule, batch, heads)
     launch.launch_budget(call, exact, slope, complexity)
@@ -174,7 +213,6 @@ def _(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    past: bool,
     max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_budget(rule, batch, heads)
@@ -188,7 +226,7 @@ def _keep_budget(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _budget_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     slope, complexity = ctx.saved_tensors
-    none = (None,) * 14
+    none = (None,) * 13
     if grad is None or ctx.dtypes[0] is None:
         return None, None, None, *none
     pull = grad * slope
@@ -267,17 +305,26 @@ def _(
     return _empty_choice(scores, width, want_kept)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scorer_tower", mutates_args=())
-def tower_op(
-    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int
-) -> Tensor:
-    """``(b, h / share, i, share * r)`` float32: first maps of summaries (b, g, i, s); no gradient.
+@torch.library.custom_op(f"{NAMESPACE}::scorer_towers", mutates_args=())
+def towers_op(
+    queries: Tensor,
+    keys: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gain: Tensor,
+    factor: float,
+    share: int,
+) -> tuple[Tensor, Tensor]:
+    """``(b, h / share, i or j, share * r)`` float32: first maps of summaries (b, g, i or j, s).
 
-    With ``gain`` they are multiplied by it and by ``factor``.
+    The queries' are multiplied by ``gain`` and by ``factor``. No gradient.
     """
-    out = _empty_tower(summaries, weight, share)
-    launch.launch_tower(rows_of(summaries), weight.contiguous(), gain, factor, share, out)
-    return out
+    outs = _empty_tower(queries, query_weight, share), _empty_tower(keys, key_weight, share)
+    launch.launch_towers(
+        rows_of(queries), rows_of(keys), query_weight.contiguous(), key_weight.contiguous(),
+        gain, factor, outs,
+    )  # fmt: skip
+    return outs
 
 
 def _empty_tower(summaries: Tensor, weight: Tensor, share: int) -> Tensor:
@@ -286,9 +333,30 @@ def _empty_tower(summaries: Tensor, weight: Tensor, share: int) -> Tensor:
     return summaries.new_empty(shape, dtype=torch.float32)
 
 
-@tower_op.register_fake
-def _(summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int) -> Tensor:
-    return _empty_tower(summaries, weight, share)
+@towers_op.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gain: Tensor,
+    factor: float,
+    share: int,
+) -> tuple[Tensor, Tensor]:
+    return _empty_tower(queries, query_weight, share), _empty_tower(keys, key_weight, share)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::all_products", mutates_args=())
+def products_op(query: Tensor, key: Tensor) -> Tensor:
+    """``(b, p, i, j)`` float32: rows of ``query`` times rows of ``key``; no gradient."""
+    scores = query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
+    launch.launch_products(query.contiguous(), key.contiguous(), scores)
+    return scores
+
+
+@products_op.register_fake
+def _(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::candidate_products", mutates_args=())

@@ -87,6 +87,38 @@ def summarise(
     return out.transpose(1, 2)
 
 
+def summarise_both(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    pooling: tuple[str, ...],
+    valid: tuple[Tensor | None, Tensor | None],
+    pool_queries: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`summarise` of queries and keys; without gradient in one launch where that is possible.
+
+    Args:
+        query: ``(batch, seq_len, num_heads, head_dim)``.
+        key: The same, of any length and number of heads.
+        block_size: Tokens per block.
+        pooling: Poolings to concatenate.
+        valid: Of the queries and of the keys, as in :func:`summarise`.
+        pool_queries: Likewise, with ``"attention"``.
+    """
+    from dilated_attention_pytorch.ops.block_selection.autograd import both_summaries_op, rows_of
+
+    pools = (None, None) if pool_queries is None else pool_queries
+    alike = (valid[0] is None) == (valid[1] is None) and query.dtype == key.dtype
+    if torch.is_grad_enabled() or not alike:
+        queries = summarise(query, block_size, pooling, valid[0], pools[0])
+        return queries, summarise(key, block_size, pooling, valid[1], pools[1])
+    both = both_summaries_op(
+        rows_of(query), rows_of(key), *(None if v is None else v.contiguous() for v in valid),
+        *(None if u is None else u.contiguous() for u in pools), ",".join(pooling), block_size,
+    )  # fmt: skip
+    return both[0].transpose(1, 2), both[1].transpose(1, 2)
+
+
 def find_candidates(
     rule: CandidateRule, rows: RowRange, intervals: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -127,7 +159,6 @@ def row_budget(
     means: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
-    past: bool = False,
     max_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`water_level_budget` and :func:`round_budget`, scaled by ``content_complexity``.
@@ -144,7 +175,6 @@ def row_budget(
             ignores content.
         gain: ``(p,)``, with ``means``.
         offset: ``(p,)``, with ``means``.
-        past: As in :func:`content_complexity`.
         max_factor: Bound of ``offset + gain * complexity``.
 
     Returns:
@@ -159,7 +189,7 @@ def row_budget(
         None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
         rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
         tables.filled, tables.rising, tables.visible[:, 0].contiguous(),
-        batch, rule.num_heads, rows.has_diagonal, past, max_factor,
+        batch, rule.num_heads, rows.has_diagonal, max_factor,
     )  # fmt: skip
     if rows.num_documents > 1:
         return round_budget(exact, rows), exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
 
-# Columns whose unit means one program of the prefix sums adds up.
-_CHUNK = 32
+# Chunks of columns that the unit means are added up in, and columns that are read at a time.
+_CHUNKS, _PART = 16, 32
 # Tokens that one warp summarises at a time.
 _TOKENS = 16
 # Slots or tiles of one row that a program reads at a time.
@@ -55,34 +56,56 @@ class Pooling:
         return min(max(tile // 2048, 1), 16)
 
 
-def launch_summaries(
-    x: Tensor,
-    valid: Tensor | None,
-    pool_query: Tensor | None,
-    pooling: Pooling,
-    out: Tensor,
-    place: Tensor | None,
-) -> None:
-    """Writes summaries ``(b, h, i, s)`` and, for the gradient, where maxima and minima lie.
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What is summarised.
 
-    Args:
+    Attributes:
         x: ``(b, n, h, d)``, last dimension contiguous.
         valid: ``(1 or b, n)`` booleans, contiguous, or None.
         pool_query: ``(h, d)`` contiguous or None.
-        pooling: What to write.
-        out: ``(b, h, i, s)``.
-        place: ``(b, h, i, 2, d)`` int16 or None.
+        out: Summaries ``(b, h, i, s)``.
     """
-    if out.numel() == 0:
+
+    x: Tensor
+    valid: Tensor | None
+    pool_query: Tensor | None
+    out: Tensor
+
+
+def launch_summaries(
+    first: Tokens, pooling: Pooling, place: Tensor | None = None, second: Tokens | None = None
+) -> None:
+    """Writes summaries and, for the gradient, where maxima and minima lie.
+
+    Args:
+        first: Tokens.
+        pooling: What to write.
+        place: ``(b, h, i, 2, d)`` int16 or None.
+        second: Other tokens for the same launch, with ``valid`` or ``pool_query`` if and only if
+            ``first`` has them. Their extremes' places are not written.
+    """
+    parts = [first, second or first]
+    batch, _, _, head_dim = first.x.shape
+    programs = [part.out.shape[1] * part.out.shape[2] for part in parts]
+    if second is None:
+        programs[1] = 0
+    if batch == 0 or head_dim == 0 or sum(programs) == 0:
         return
-    batch, length, heads, head_dim = x.shape
-    blocks = out.shape[2]
-    with _on(x.device):
-        kernels.summary_kernel[(heads * blocks, batch)](
-            x, *_strides(x), *_per_sample(valid, x), x if pool_query is None else pool_query,
-            out, out if place is None else place, length, blocks, heads,
-            **pooling.constants(head_dim), VALID=valid is not None, PLACE=place is not None,
-            CHUNK=min(triton.next_power_of_2(pooling.block_size), _TOKENS), num_warps=1,
+    block = pooling.block_size
+    t = triton.next_power_of_2(block)
+    even = all(part.x.shape[1] % block == 0 for part in parts)
+    sizes = [(part.x.shape[1], part.out.shape[2], part.x.shape[2]) for part in parts]
+    with _on(first.x.device):
+        kernels.summary_kernel[(sum(programs), batch)](
+            *(value for part in parts for value in (part.x, *_strides(part.x))),
+            *(value for part in parts for value in _per_sample(part.valid, part.x)),
+            *(part.x if part.pool_query is None else part.pool_query for part in parts),
+            *(part.out for part in parts), first.out if place is None else place,
+            *sizes[0], *sizes[1],
+            **pooling.constants(head_dim), VALID=first.valid is not None, PLACE=place is not None,
+            FULL=first.valid is None and block == t and even, PAIR=second is not None,
+            CHUNK=min(t, _TOKENS), num_warps=1, **_overlap(first.x.device),
         )  # fmt: skip
 
 
@@ -140,7 +163,6 @@ class BudgetInputs:
         rising: ``(1 or b, 1 or p, documents, width + 1)`` float32.
         visible: ``(1 or b, documents)`` float32.
         has_diagonal: Whether rows have a block of their own among the columns.
-        past: Take the block before it.
         max_factor: Bound of the content's factor.
     """
 
@@ -157,7 +179,6 @@ class BudgetInputs:
     rising: Tensor
     visible: Tensor
     has_diagonal: bool
-    past: bool
     max_factor: float
 
 
@@ -167,22 +188,31 @@ def launch_budget(call: BudgetInputs, exact: Tensor, slope: Tensor, complexity: 
     if exact.numel() == 0:
         return
     device, means = exact.device, call.means
-    columns, chunks, kv_heads, head_dim = 1, 1, 1, 1
+    columns, kv_heads, head_dim = 1, 1, 1
     prefix = totals = exact
     if means is not None:
         _, kv_heads, columns, head_dim = means.shape
-        chunks = triton.cdiv(columns, _CHUNK)
         prefix = torch.empty(batch, kv_heads, columns, head_dim, device=device)
-        totals = torch.empty(batch, kv_heads, chunks, head_dim, device=device)
-    d = triton.next_power_of_2(head_dim)
+        totals = torch.empty(batch, kv_heads, _CHUNKS, head_dim, device=device)
+    steps = triton.cdiv(columns, _CHUNKS * _PART)
+    sizes = {
+        "PART": _PART, "CHUNKS": _CHUNKS, "D": triton.next_power_of_2(head_dim),
+        "HEAD_DIM": head_dim, "num_warps": 4,
+    }  # fmt: skip
     width = call.rising.shape[-1] - 1
     with _on(device):
         if means is not None:
-            kernels.prefix_kernel[(chunks, batch * kv_heads)](
-                means, *means.stride()[:3], prefix, totals, columns, chunks, kv_heads,
-                CHUNK=_CHUNK, D=d, HEAD_DIM=head_dim, num_warps=4,
-            )  # fmt: skip
-            totals = totals.cumsum(2)
+            kernels.prefix_kernel[(triton.cdiv(columns, steps * _PART), batch * kv_heads)](
+                means,
+                *means.stride()[:3],
+                prefix,
+                totals,
+                columns,
+                steps,
+                kv_heads,
+                **sizes,
+                **_overlap(device),
+            )
         kernels.budget_kernel[(triton.cdiv(rows, 16), batch * heads)](
             *((exact, 0, 0, 0) if means is None else (means, *means.stride()[:3])), prefix, totals,
             call.rule, _step(call.rule), call.diagonal, _step(call.diagonal),
@@ -192,11 +222,10 @@ def launch_budget(call: BudgetInputs, exact: Tensor, slope: Tensor, complexity: 
             exact if call.gain is None else call.gain,
             exact if call.offset is None else call.offset,
             call.base_sparsity, exact, slope, complexity,
-            rows, columns, chunks, heads, kv_heads, width,
-            ROWS=16, CHUNK=_CHUNK, D=d, HEAD_DIM=head_dim,
+            rows, columns, steps, heads, kv_heads, width, ROWS=16, **sizes,
             STEPS=(width + 2).bit_length(), ADAPTIVE=means is not None,
-            DIAGONAL=call.has_diagonal, PAST=call.past, MAX_FACTOR=call.max_factor,
-            PER_HEAD=kv_heads if heads == 1 else 1, num_warps=4,
+            DIAGONAL=call.has_diagonal, MAX_FACTOR=call.max_factor,
+            PER_HEAD=kv_heads if heads == 1 else 1, **_overlap(device),
         )  # fmt: skip
 
 
@@ -208,7 +237,7 @@ def launch_round(exact: Tensor, rounded: Tensor, bits: int) -> None:
     chunk = min(triton.next_power_of_2(rows), 2048)
     with _on(exact.device):
         kernels.round_kernel[(batch * heads,)](
-            exact, rounded, rows, BITS=bits, CHUNK=chunk, num_warps=4
+            exact, rounded, rows, BITS=bits, CHUNK=chunk, num_warps=4, **_overlap(exact.device)
         )
 
 
@@ -268,34 +297,65 @@ def launch_choose(
             rows, columns, heads, call.fixed_count, call.explore, width,
             C=c, W=triton.next_power_of_2(width), LISTS=listed, BUDGET=call.budget is not None,
             NOISE=noisy, EXPLORE=noisy and call.explore > 0, KEPT=kept is not None,
-            num_warps=min(max(c // 512, 1), 32),
+            EVEN=columns % 16 == 0,
+            # 32 programs of one warp fit on a multiprocessor, if their registers do.
+            maxnreg=64 if c <= 512 else None,
+            num_warps=min(max(c // 512, 1), 32), **_overlap(counts.device),
         )  # fmt: skip
 
 
-def launch_tower(
-    summaries: Tensor, weight: Tensor, gain: Tensor | None, factor: float, share: int, out: Tensor
+def launch_towers(
+    queries: Tensor,
+    keys: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    gain: Tensor,
+    factor: float,
+    outs: tuple[Tensor, Tensor],
 ) -> None:
-    """Writes ``(b, h / share, i, share * r)``: first maps of ``summaries`` (b, g, i, s).
+    """Writes ``(b, h / share, i or j, share * r)``: first maps of both sides' summaries.
 
     Args:
-        summaries: Last dimension contiguous.
-        weight: ``(h, s, r)`` contiguous.
-        gain: 0-dim factor besides ``factor``, or None: neither applies.
-        factor: See ``gain``.
-        share: Heads that share a pattern.
-        out: Contiguous float32.
+        queries: ``(b, g, i, s)``, last dimension contiguous.
+        keys: ``(b, g', j, s)``, likewise.
+        query_weight: ``(h, s, r)`` contiguous.
+        key_weight: The same.
+        gain: 0-dim factor of the queries' maps.
+        factor: Another one.
+        outs: Contiguous float32.
     """
-    if out.numel() == 0:
+    heads, size, rank = query_weight.shape
+    batch, rows, num_keys = queries.shape[0], queries.shape[2], keys.shape[2]
+    tile = 64
+    tiles = triton.cdiv(rows, tile) + triton.cdiv(num_keys, tile)
+    if tiles == 0 or batch == 0:
         return
-    heads, size, rank = weight.shape
-    batch, kv_heads, rows, _ = summaries.shape
-    with _on(out.device):
-        kernels.tower_kernel[(triton.cdiv(rows, 32), batch * heads)](
-            summaries, *summaries.stride()[:3], weight, out if gain is None else gain, out,
-            rows, heads, heads // kv_heads, share, factor,
-            ROWS=32, S=triton.next_power_of_2(size), SIZE=size,
+    with _on(queries.device):
+        kernels.tower_kernel[(tiles, batch * heads)](
+            queries, *queries.stride()[:3], keys, *keys.stride()[:3],
+            query_weight, key_weight, gain, *outs, rows, num_keys, heads,
+            heads // queries.shape[1], heads // keys.shape[1], heads // outs[0].shape[1], factor,
+            ROWS=tile, S=triton.next_power_of_2(size), SIZE=size,
             PART=min(max(triton.next_power_of_2(size), 16), 64),
-            R=max(triton.next_power_of_2(rank), 16), RANK=rank, GAIN=gain is not None, num_warps=4,
+            R=max(triton.next_power_of_2(rank), 16), RANK=rank, num_warps=4,
+            **_overlap(queries.device),
+        )  # fmt: skip
+
+
+def launch_products(query: Tensor, key: Tensor, scores: Tensor) -> None:
+    """Writes ``(b, p, i, j)``: all products of ``query`` (b, p, i, r) and ``key`` (b, p, j, r),
+    both contiguous."""
+    batch, heads, rows, rank = query.shape
+    if scores.numel() == 0:
+        return
+    keys = key.shape[2]
+    part = min(max(triton.next_power_of_2(rank), 16), 32)
+    tile = 128
+    tiles = triton.cdiv(rows, 64) * triton.cdiv(keys, tile)
+    with _on(query.device):
+        kernels.product_kernel[(tiles, batch * heads)](
+            query, key, scores, rows, keys, R=triton.cdiv(rank, part) * part, RANK=rank, PART=part,
+            ROWS=64, C=tile, EVEN=keys % 16 == 0, num_warps=4, **_overlap(query.device),
         )  # fmt: skip
 
 
@@ -396,26 +456,32 @@ def launch_transpose(counts: Tensor, indices: Tensor, offsets: Tensor, slots: Te
         offsets.zero_()
         return
     words, device = triton.cdiv(rows, 32), indices.device
-    marks = torch.zeros(planes, words, columns, dtype=torch.int32, device=device)
+    marks = torch.empty(planes, words, columns, dtype=torch.int32, device=device)
     before = torch.empty_like(marks)
     totals = torch.empty(planes, columns, dtype=torch.int32, device=device)
-    w = triton.next_power_of_2(width)
-    warps = min(max(w // 256, 1), 8)
-    # Few columns a program, so that there are programs enough for the machine.
-    block, step = 32, min(triton.next_power_of_2(words), 64)
+    w, c = triton.next_power_of_2(width), triton.next_power_of_2(columns)
+    # One program for the columns of a plane while it is quick; otherwise few columns a program, so
+    # that there are programs enough for the machine.
+    whole = c * words <= 16384
+    block = c if whole else 32
+    step = min(triton.next_power_of_2(words), 8192 // block if whole else 64)
     with _on(device):
-        kernels.mark_kernel[(rows * planes,)](
-            indices, counts, marks, rows, columns, words, width, W=w, num_warps=warps
-        )
+        kernels.mark_kernel[(words * planes,)](
+            indices, counts, marks, rows, columns, words, width,
+            W=min(w, 64), C=min(c, 1024), num_warps=8, **_overlap(device),
+        )  # fmt: skip
         kernels.rank_kernel[(triton.cdiv(columns, block), planes)](
-            marks, before, totals, columns, words, WORDS=step, C=block, num_warps=4
-        )
-        kernels.offset_kernel[(planes,)](
-            totals, offsets, columns, C=min(triton.next_power_of_2(columns), 2048), num_warps=4
-        )
-        kernels.place_kernel[(rows * planes,)](
+            marks, before, totals, offsets, columns, words,
+            WORDS=step, C=block, WHOLE=whole, num_warps=8 if whole else 4, **_overlap(device),
+        )  # fmt: skip
+        if not whole:
+            kernels.offset_kernel[(planes,)](
+                totals, offsets, columns, C=min(c, 2048), num_warps=4, **_overlap(device)
+            )
+        block = max(1024 // w, 1)
+        kernels.place_kernel[(triton.cdiv(rows, block) * planes,)](
             indices, counts, marks, before, offsets, slots, rows, columns, words, width,
-            W=w, num_warps=warps,
+            ROWS=block, W=w, num_warps=min(max(block * w // 256, 1), 8), **_overlap(device),
         )  # fmt: skip
 
 
@@ -463,6 +529,21 @@ def _steps(x: Tensor | None) -> tuple[int, int]:
 
 def _per_sample(valid: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     return (stand_in, 0) if valid is None else (valid.view(torch.uint8), _step(valid))
+
+
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Arguments of kernels that are launched before their predecessor has ended.
+
+    They are short: most of what they would take alone is the way from one to the next.
+    """
+    if kernels.INTERPRETED or _capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _on(device: torch.device) -> Any:

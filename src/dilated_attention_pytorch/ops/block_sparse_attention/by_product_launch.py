@@ -25,7 +25,8 @@ from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import LO
 def parts_of(config: LaunchConfig, pack: int) -> int:
     """Parts in which a program stores the sum over a tile of ``pack`` heads."""
     # Elsewhere warps divide the columns, so that none has the sum of its rows.
-    return config.num_warps if pack * config.rows == 16 * config.num_warps else 1
+    own_rows = config.num_warps % 4 == 0 and pack * config.rows == 16 * config.num_warps
+    return config.num_warps if own_rows else 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,121 @@
+"""Kernels that turn the lists of rows into lists of columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dilated_attention_pytorch.ops.block_selection.triton_kernels.shared import VARYING, follow
+
+
+@triton.jit(do_not_specialize=VARYING)
+def mark_kernel(
+    indices, counts, marks, num_rows, columns, words, width,
+    W: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Sets the bits of 32 rows' tiles, which share one word per column, and clears the others."""
+    follow(PDL)
+    word = tl.program_id(0) % words
+    plane = tl.cast(tl.program_id(0) // words, tl.int64)
+    target = marks + (plane * words + word) * columns
+    for start in range(0, columns, C):
+        column = start + tl.arange(0, C)
+        tl.store(target + column, column * 0, mask=column < columns)
+    # Other threads' zeros must not come after this one's bits.
+    tl.debug_barrier()
+    bit = tl.arange(0, 32)
+    place = plane * num_rows + word * 32 + bit
+    count = tl.load(counts + place, mask=word * 32 + bit < num_rows, other=0)
+    value = ((bit * 0 + 1).to(tl.uint32) << bit.to(tl.uint32)).to(tl.int32, bitcast=True)
+    for start in range(0, tl.max(count, 0), W):
+        slot = start + tl.arange(0, W)
+        used = slot[None, :] < count[:, None]
+        j = tl.load(indices + place[:, None] * width + slot[None, :], mask=used, other=0)
+        tl.atomic_or(target + j, j * 0 + value[:, None], mask=used, sem="relaxed")
+
+
+@triton.jit
+def _ones(word):
+    """How many bits of unsigned words are set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+@triton.jit
+def _store_offsets(offsets, plane, columns, column, carried, number):
+    """Where the lists of some columns end; ``carried`` entries come before them."""
+    running = carried + tl.cumsum(number, 0)
+    tl.store(offsets + plane * (columns + 1) + 1 + column, running, mask=column < columns)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def rank_kernel(
+    marks, before, totals, offsets, columns, words,
+    WORDS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """For every word of some columns the bits set in the words above it, and the columns' sums.
+
+    ``WHOLE``: the program has all columns, and turns the sums into offsets.
+    """
+    follow(PDL)
+    plane = tl.cast(tl.program_id(1), tl.int64)
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    ok = column < columns
+    carried = tl.zeros([C], tl.int32)
+    step = tl.arange(0, WORDS)
+    for start in range(0, words, WORDS):
+        word = start + step
+        place = (plane * words + word)[:, None] * columns + column[None, :]
+        here = (word < words)[:, None] & ok[None, :]
+        bits = tl.load(marks + place, mask=here, other=0).to(tl.uint32, bitcast=True)
+        number = _ones(bits).to(tl.int32)
+        running = tl.cumsum(number, 0) - number + carried[None, :]
+        tl.store(before + place, running, mask=here)
+        carried += tl.sum(number, 0)
+    if WHOLE:
+        tl.store(offsets + plane * (columns + 1) + tl.arange(0, 1), tl.zeros([1], tl.int32))
+        _store_offsets(offsets, plane, columns, column, 0, carried)
+    else:
+        tl.store(totals + plane * columns + column, carried, mask=ok)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def offset_kernel(totals, offsets, columns, C: tl.constexpr, PDL: tl.constexpr):
+    """Where the list of each column of a plane starts."""
+    follow(PDL)
+    plane = tl.cast(tl.program_id(0), tl.int64)
+    lane = tl.arange(0, C)
+    carried = tl.zeros([1], tl.int32)
+    tl.store(offsets + plane * (columns + 1) + tl.arange(0, 1), carried)
+    for start in range(0, columns, C):
+        column = start + lane
+        number = tl.load(totals + plane * columns + column, mask=column < columns, other=0)
+        _store_offsets(offsets, plane, columns, column, carried, number)
+        carried += tl.sum(number, 0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def place_kernel(
+    indices, counts, marks, before, offsets, slots, num_rows, columns, words, width,
+    ROWS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Writes each tile of some rows to its place in the list of its column."""
+    follow(PDL)
+    tiles = tl.cdiv(num_rows, ROWS)
+    row = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    plane = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    slot = tl.arange(0, W)[None, :]
+    ok = row < num_rows
+    place = plane * num_rows + row
+    used = ok & (slot < tl.load(counts + place, mask=ok, other=0))
+    j = tl.load(indices + place * width + slot, mask=used, other=0)
+    word = (plane * words + row // 32) * columns + j
+    bits = tl.load(marks + word, mask=used, other=0).to(tl.uint32, bitcast=True)
+    earlier = ((row * 0 + 1).to(tl.uint32) << (row % 32).to(tl.uint32)) - 1
+    rank = tl.load(before + word, mask=used, other=0) + _ones(bits & earlier).to(tl.int32)
+    start = tl.load(offsets + plane * (columns + 1) + j, mask=used, other=0)
+    target = slots + plane * num_rows * width + start + rank
+    tl.store(target, row * width + slot, mask=used)
