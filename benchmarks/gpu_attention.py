@@ -299,13 +299,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--quick", action="store_true", help="leave out what loses anyway")
+    parser.add_argument(
+        "--setups", nargs="+", choices=[*BARS], help="these alone, and no more (default: all)"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"environment": environment("cuda"), "bars": {}, "sweep": {}}
-    for name, setup in BARS.items():
+    for name in arguments.setups or BARS:
+        setup = BARS[name]
         record["bars"][name] = measure(setup, arguments.rounds, slow=not arguments.quick)
         show(name, record["bars"][name])
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.setups:
+        return 0
     record["peak_gigabytes"] = {"setup": asdict(LARGEST), "step": peak_gigabytes(LARGEST)}
     print(f"peak at {LARGEST.tokens} tokens: {record['peak_gigabytes']['step']:.2f} GiB")
     record["break_even"] = break_even(arguments.rounds)
