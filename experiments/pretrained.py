@@ -123,8 +123,9 @@ def train(job: Any, folder: Path, stop: Callable[[], bool], changes: str) -> Non
             shown = time.perf_counter()
             print(f"step {loop.training.step_count}: {result}", flush=True)
     print(json.dumps({"step": loop.training.step_count, **loop.latest}), flush=True)
+    # A run that was stopped shows what it has so far.
+    loop.training.save(folder)
     if loop.training.done:
-        loop.training.save(folder)
         shutil.rmtree(folder / "checkpoints")
         (folder / "done.json").write_text(
             json.dumps({"seconds": loop.training.seconds, "job": job.to_dict(), **loop.latest})
@@ -270,7 +271,8 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     adapter = SelectorAdapter.from_pretrained(str(folder / "adapter"))
     tokenizer = load_tokenizer(MODEL)
     plain = evaluation(model, tokenizer, options, adapter)
-    needles = evaluation(model, tokenizer, options, adapter, (0.1, 0.5, 0.9))
+    depths = () if options.no_needles else (0.1, 0.5, 0.9)
+    needles = evaluation(model, tokenizer, options, adapter, depths)
     print(f"{len(cells)} cells to measure, {len(done)} done", flush=True)
     for cell in cells:
         if stop():
@@ -403,6 +405,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=0, help="0: the stage's own number")
     parser.add_argument("--windows", type=int, default=4, help="measured per text and length")
+    parser.add_argument("--no-needles", action="store_true", help="measure no retrieval")
     parser.add_argument("--methods", default="", help="measure these alone, with commas between")
     parser.add_argument("--lr", type=float, default=5e-3, help="of distillation")
     parser.add_argument("--target", default="mass", choices=("mass", "gradient"))
