@@ -76,7 +76,13 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             budget: As in :class:`AdaptiveConfig`, such as ``"fixed"``.
         """
         configs = {n: replace(config, budget=budget) for n, config in self.configs.items()}
-        return SelectorAdapter(configs, self.tensors, self.base, self.versions)
+        # Thresholds belong to one budget; everything else stays.
+        tensors = {
+            name: value
+            for name, value in self.tensors.items()
+            if budget == "threshold" or not name.endswith(".thresholds")
+        }
+        return SelectorAdapter(configs, tensors, self.base, self.versions)
 
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:
         """Adapts a model with these selectors.

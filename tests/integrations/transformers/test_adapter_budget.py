@@ -1,0 +1,29 @@
+"""An adapter under another budget than it was distilled for."""
+
+import pytest
+
+pytest.importorskip("transformers", reason="the transformers package is not installed")
+
+import torch
+from tiny_models import tiny_model
+
+from dilated_attention_pytorch.integrations.transformers import SelectorAdapter, adapt
+from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    distilled_config,
+)
+from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+
+
+def test_the_same_scores_give_every_row_the_same_share():
+    model = tiny_model("llama")
+    tokens = torch.randint(0, model.config.vocab_size, (256,))
+    with adapt(model, distilled_config(block_size=16, base_sparsity=0.5)) as adapted:
+        calibrate(adapted, tokens, 0.5, lengths=(128, 256), windows=1)
+        adapter = SelectorAdapter.of(adapted)
+    with adapter.with_budget("fixed").apply(model) as adapted:
+        assert {config.budget for config in adapted.configs.values()} == {"fixed"}
+        with CountTiles(adapted) as tiles:
+            model(tokens[None])
+    assert tiles.sparsity == pytest.approx(0.5, abs=0.02)
+    assert {config.budget for config in adapter.configs.values()} == {"threshold"}
