@@ -159,8 +159,10 @@ def density(measures: Measures, history: History) -> Finding:
             for m in judged
         ],
     )
-    calibrate = any(m.layer.config.budget == "top_p" for m in judged)
-    hint = " Call calibrate_top_p() on sample data." if calibrate else ""
+    budgets = {m.layer.config.budget for m in judged}
+    hint = " Call calibrate_top_p() on sample data." if "top_p" in budgets else ""
+    if "threshold" in budgets:
+        hint += " Calibrate the thresholds on text like this one."
     # An adaptive budget may halve its share or take half as much again.
     high, low = max(ratios), min(ratios)
     if high > 1.6:

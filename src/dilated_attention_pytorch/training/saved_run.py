@@ -11,6 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.models.transformer import Transformer
 from dilated_attention_pytorch.tasks.text import read_bytes, validation_windows
 from dilated_attention_pytorch.training.checkpoint import (
+    CheckpointError,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -76,10 +77,15 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
         checkpoint: Which one; None: the newest.
 
     Raises:
-        CheckpointError: If there is no intact checkpoint.
+        CheckpointError: If there is no intact checkpoint, or another command wrote it.
     """
     path = newest_checkpoint(folder / CHECKPOINTS_NAME) if checkpoint is None else checkpoint
     state = load_checkpoint(path)
+    if "loop" not in state:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of dilated-attention train. What distill and tune make is "
+            "an adapter, which they write when they finish (--resume)."
+        )
     saved = state["loop"]
     run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
     model = build_language_model(run)
