@@ -16,7 +16,7 @@ from dilated_attention_pytorch.analysis import Diagnosis, Recording
 from dilated_attention_pytorch.analysis.report import Chart
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.training.checkpoint import list_checkpoints
-from dilated_attention_pytorch.training.loop import CHECKPOINTS_NAME
+from dilated_attention_pytorch.training.folder_loop import CHECKPOINTS_NAME
 
 
 class Examined(ABC):

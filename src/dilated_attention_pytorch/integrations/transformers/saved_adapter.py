@@ -13,15 +13,12 @@ from dilated_attention_pytorch.integrations.transformers.adapter import (
     AdapterError,
     SelectorAdapter,
 )
-from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
+from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob, PretrainedLoop
 from dilated_attention_pytorch.integrations.transformers.lora import load_lora
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
-from dilated_attention_pytorch.training.checkpoint import load_checkpoint, newest_checkpoint
-from dilated_attention_pytorch.training.loop import CHECKPOINTS_NAME, METRICS_NAME
+from dilated_attention_pytorch.integrations.transformers.tune import LORA_NAME, MODEL_NAME
+from dilated_attention_pytorch.training.folder_loop import METRICS_NAME
 from dilated_attention_pytorch.training.metrics import MetricsFile
-
-# What a run of ``tune`` may write beside its adapter.
-LORA_NAME, MODEL_NAME = "lora", "model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +96,8 @@ class SavedAdapter:
             TextError: If its text cannot be read any more.
             ValueError: If the model of the run has no tokenizer.
         """
-        run = self.folder.resolve().parent
-        state = load_checkpoint(newest_checkpoint(run / CHECKPOINTS_NAME))
-        return PretrainedJob.from_dict(state["job"]).tokens().validation
+        state = PretrainedLoop.read_newest(self.folder.resolve().parent)
+        return PretrainedJob.from_dict(state[PretrainedLoop.KEY]).tokens().validation
 
     @property
     def seq_len(self) -> int | None:

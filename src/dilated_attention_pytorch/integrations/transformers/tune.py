@@ -28,6 +28,8 @@ from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 
 TRAINED = ("selectors", "lora", "all")
 ATTENTION = ("sparse", "dense")
+# Folders of what was trained.
+ADAPTER_NAME, LORA_NAME, MODEL_NAME = "adapter", "lora", "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +160,11 @@ class Tuning(PretrainedTraining):
                 self.adapted, self.windows.data, self.run.base_sparsity,
                 lengths=default_lengths(self.run.seq_len),
             )  # fmt: skip
-            save_adapter(self.adapted, folder / "adapter")
+            save_adapter(self.adapted, folder / ADAPTER_NAME)
         if self.lora is not None:
-            self.lora.save_pretrained(folder / "lora")
+            self.lora.save_pretrained(folder / LORA_NAME)
         if self.run.train == "all":
-            self._save_model(folder / "model")
+            self._save_model(folder / MODEL_NAME)
 
     def _save_model(self, folder: Path) -> None:
         """The model alone: selectors are an adapter of their own."""
