@@ -73,6 +73,12 @@ def gradient(measures: Measures, history: History) -> Finding:
     text = "norm by layer: " + ", ".join(f"{x:.2e}" for x in norms)
     silent = [m.name for m, x in zip(measures, norms, strict=True) if x == 0]
     if silent:
+        if not any(bool(m.free.any()) for m in measures if m.name in silent):
+            remedy = (
+                f"The rows of {', '.join(silent)} have no choice: forced blocks take their budget. "
+                "Use a lower base_sparsity, smaller blocks or longer sequences."
+            )
+            return Finding("gradient", question, "fail", text, remedy)
         remedy = (
             f"Nothing reaches {', '.join(silent)}: train in train() mode with gradients on, keep "
             "selector_weight above 0, leave the scorer's parameters unfrozen and let the rows "
