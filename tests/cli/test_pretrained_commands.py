@@ -198,6 +198,8 @@ def test_errors_say_what_to_do(
     assert "method must be one of" in found
     found = refused(capsys, ["distill", "--resume", "--out", str(distilled), "--steps", "9"], 2)
     assert "leave ['steps'] out" in found
+    found = refused(capsys, ["train", "--resume", "--out", str(distilled)], 1)
+    assert "is not a checkpoint of dilated-attention train" in found
     found = refused(capsys, ["distill", *folder, *text, "--out", str(distilled), *DISTILL], 2)
     assert "already holds a run" in found
 
