@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dilated_attention_pytorch.analysis import Diagnosis
 from dilated_attention_pytorch.cli.errors import FAILURE, OK, CommandError
-from dilated_attention_pytorch.cli.examined import add_options, at_work, open_examined
+from dilated_attention_pytorch.cli.examine_options import add_options, at_work, open_examined
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 

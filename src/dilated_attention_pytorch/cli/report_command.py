@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dilated_attention_pytorch.analysis.report import render_report
 from dilated_attention_pytorch.cli.errors import OK, CommandError
-from dilated_attention_pytorch.cli.examined import add_options, at_work, open_examined
+from dilated_attention_pytorch.cli.examine_options import add_options, at_work, open_examined
 from dilated_attention_pytorch.training.checkpoint import write_atomically
 
 DEFAULT_OUT = "report.html"
