@@ -48,6 +48,12 @@ def test_examples_run_one_after_another(
         exec(compile(code, f"{page.name}, example {number + 1}", "exec"), names)
 
 
+def commands(text: str) -> list[str]:
+    """What follows the program's name, with lines that go on joined."""
+    joined = text.replace("\\\n", "")
+    return re.findall(r"^dilated-attention (.*)$", joined, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", WITH_A_MODEL, ids=lambda p: p.stem)
 def test_the_way_from_a_model_folder(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -65,7 +71,7 @@ def test_the_way_from_a_model_folder(
     for number, (python, code) in enumerate(STEP.findall(page.read_text())):
         if python:
             exec(compile(code, f"{page.name}, block {number + 1}", "exec"), names)
-        for line in re.findall(r"^dilated-attention (.*)$", "" if python else code, re.MULTILINE):
+        for line in commands("" if python else code):
             command, *arguments = shlex.split(line)
             status = main([command, *arguments, *SMALLER[command].split()])
             # A selector that was taught for two steps may fail its diagnosis.
@@ -76,7 +82,7 @@ def test_the_way_from_a_model_folder(
 
 @pytest.mark.parametrize("page", [*PAGES, README], ids=lambda p: p.stem)
 def test_commands_parse(page: Path) -> None:
-    for line in re.findall(r"^dilated-attention (.*)$", page.read_text(), re.MULTILINE):
+    for line in commands(page.read_text()):
         _parser().parse_args(shlex.split(line, comments=True))
 
 
