@@ -139,7 +139,7 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
         distilled_config,
     )
-    from dilated_attention_pytorch.training.loop import LoopSettings
+    from dilated_attention_pytorch.training.folder_loop import LoopSettings
 
     folder = RUNS / f"distill-{options.block_size}{options.name}"
     if (folder / "done.json").is_file():
@@ -162,7 +162,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Tunes selectors and weights at one sparsity, or the dense baseline."""
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
     from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
-    from dilated_attention_pytorch.training.loop import LoopSettings
+    from dilated_attention_pytorch.training.folder_loop import LoopSettings
 
     dense = options.attention == "dense"
     folder = RUNS / tuned_name(options)

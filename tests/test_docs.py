@@ -1,4 +1,7 @@
-"""The examples of the documentation run as written, its commands parse, its pictures are there."""
+"""The documentation's examples run as written, its commands parse, its pictures are there.
+
+On the pages about pretrained models the commands run as well, on a tiny model and with fewer steps.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from dilated_attention_pytorch.cli.main import _parser
+from dilated_attention_pytorch.cli.main import _parser, main
+from tiny_models import save_tiny
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 README = DOCS.parent / "README.md"
+# Their commands and examples build on each other and on a folder "my-model".
+WITH_A_MODEL = (DOCS / "convert.md", README)
+STEP = re.compile(r"^```(python)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TRAINED = "--steps 2 --seq-len 256 --block-size 16 --base-sparsity 0.6"
+SMALLER = {
+    "distill": TRAINED + " --num-prototypes 2",
+    "tune": TRAINED,
+    "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --needles 1 "
+    "--repeats 0 --rivals mean_pool",
+    "report": "--samples 1",
+    "diagnose": "--samples 2",
+}
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in [*PAGES, README] if EXAMPLE.search(p.read_text())], ids=lambda p: p.stem
+    "page",
+    [p for p in [*PAGES, README] if EXAMPLE.search(p.read_text()) and p not in WITH_A_MODEL],
+    ids=lambda p: p.stem,
 )
 def test_examples_run_one_after_another(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -30,9 +48,41 @@ def test_examples_run_one_after_another(
         exec(compile(code, f"{page.name}, example {number + 1}", "exec"), names)
 
 
+def commands(text: str) -> list[str]:
+    """What follows the program's name, with lines that go on joined."""
+    joined = text.replace("\\\n", "")
+    return re.findall(r"^dilated-attention (.*)$", joined, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", WITH_A_MODEL, ids=lambda p: p.stem)
+def test_the_way_from_a_model_folder(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("rich", "transformers", "peft"):
+        pytest.importorskip(package, reason="needs the extras [cli,hf,peft]")
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "my-model")
+    (tmp_path / "texts").mkdir()
+    for name in ("texts/a.txt", "texts/b.txt", "book.txt"):
+        lines = "".join(f"line {n} of {name}, as every line here.\n" for n in range(120))
+        (tmp_path / name).write_text(lines)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for number, (python, code) in enumerate(STEP.findall(page.read_text())):
+        if python:
+            exec(compile(code, f"{page.name}, block {number + 1}", "exec"), names)
+        for line in commands("" if python else code):
+            command, *arguments = shlex.split(line)
+            status = main([command, *arguments, *SMALLER[command].split()])
+            # A selector that was taught for two steps may fail its diagnosis.
+            assert status == 0 or command == "diagnose", capsys.readouterr().err
+    assert (tmp_path / "runs/tune/lora").is_dir()
+    assert names
+
+
 @pytest.mark.parametrize("page", [*PAGES, README], ids=lambda p: p.stem)
 def test_commands_parse(page: Path) -> None:
-    for line in re.findall(r"^dilated-attention (.*)$", page.read_text(), re.MULTILINE):
+    for line in commands(page.read_text()):
         _parser().parse_args(shlex.split(line, comments=True))
 
 

@@ -63,15 +63,44 @@ def tokens(batch: int = 2, length: int = 90, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
 
 
-def save_tiny(folder: Any, family: str = "llama", **changes: Any) -> Any:
-    """Saves a tiny model with a tokenizer of single bytes; returns the folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_pair_tokenizer(text: str, size: int) -> Any:
+    """Merges of bytes learned from a text, as GPT-2, Llama 3 and Qwen have; 256: single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def sentence_piece_tokenizer() -> Any:
+    """Letters with a mark for spaces, and bytes for the rest, as Llama 2 and Mistral have."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "▁abcdefghijklmnopqrstuvwxyzD,!"
+    pieces = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), *letters]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def save_tiny(folder: Any, family: str = "llama", **changes: Any) -> Any:
+    """Saves a tiny model with a tokenizer of single bytes; returns the folder."""
     tiny_model(family, vocab_size=256, **changes).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    byte_pair_tokenizer("", 256).save_pretrained(folder)
     return folder

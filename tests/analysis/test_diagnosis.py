@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, BlockSparseFixed
 from dilated_attention_pytorch.analysis.checks import CHECKS, selection_quality
-from dilated_attention_pytorch.analysis.diagnosis import diagnose
-from dilated_attention_pytorch.analysis.selector_measures import measure_selectors
+from dilated_attention_pytorch.analysis.diagnosis import Diagnosis, diagnose
+from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
 from dilated_attention_pytorch.tasks.needle import (
     NeedleModel,
     NeedleRun,
@@ -263,3 +263,41 @@ def test_models_that_cannot_be_diagnosed() -> None:
     packed["key"] = packed["value"] = packed["query"]
     with pytest.raises(ValueError, match="cu_seqlens"):
         diagnose(bare(), packed)
+
+
+def test_measures_of_several_batches_join_to_those_of_one(model: NeedleModel) -> None:
+    parts = [TASK.batch(2, torch.Generator().manual_seed(n)) for n in (1, 2)]
+    measured = [measure_selectors(model, part) for part in parts]
+    (joined,) = join_measures(measured)
+    (first,), (second,) = measured
+    for name in ("kept", "chosen", "scorable", "by_mean_pooling", "mass", "scores"):
+        both = torch.cat([getattr(first, name), getattr(second, name)])
+        assert torch.equal(getattr(joined, name), both), name
+    assert joined.name == first.name
+    assert joined.density == pytest.approx((first.density + second.density) / 2)
+    assert joined.gradient == pytest.approx((first.gradient + second.gradient) / 2)
+    assert joined.largest_logit == max(first.largest_logit, second.largest_logit)
+    bad = replace(second, finite_output=False, gradient=None)
+    (joined,) = join_measures([[first], [bad]])
+    assert not joined.finite_output
+    assert joined.gradient == first.gradient
+
+
+def test_a_check_that_makes_no_sense_says_so(model: NeedleModel) -> None:
+    attention(model).set_temperature(1.0)
+    measures = measure_selectors(model, BATCH)
+    assert Diagnosis.of(measures)["temperature"].verdict == "warn"
+    found = Diagnosis.of(measures, inapplicable={"temperature": "nothing is annealed"})
+    assert found["temperature"].verdict == "skip"
+    assert found["temperature"].evidence == "nothing is annealed"
+    assert found["temperature"].remedy == ""
+    assert found["gradient"] == Diagnosis.of(measures)["gradient"]
+
+
+def test_rows_without_a_choice_are_named_as_the_cause() -> None:
+    layer = bare(num_sink_blocks=1, budget="fixed", base_sparsity=0.9, num_explore_blocks=0)
+    finding = diagnose(layer, torch.randn(2, 256, 2, 16))["gradient"]
+    assert finding.verdict == "fail"
+    assert "forced blocks take their budget" in finding.remedy
+    (measures,) = measure_selectors(layer, torch.randn(2, 256, 2, 16))
+    assert not measures.free.any()

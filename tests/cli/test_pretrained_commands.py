@@ -20,6 +20,9 @@ DISTILL = ["--steps", "4", "--seq-len", "128", "--block-size", "16", "--base-spa
            "--num-prototypes", "2", "--validate-every", "2", "--checkpoint-every", "2",
            "--log-every", "1"]  # fmt: skip
 
+EVALUATE = ["--lengths", "256", "--sparsities", "0.5", "--rivals", "none", "--windows", "1",
+            "--depths", "-1", "--repeats", "0", "--json", "--text"]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,14 +127,37 @@ def test_tune_starts_from_the_adapter(
     assert summary["steps"] == 2
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter.json").is_file()
-    # The tuned weights are the adapter's new base.
+    # The tuned weights are the adapter's new base, and come with their tokenizer.
     evaluate = [
         "evaluate", "--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter"),
-        "--text", str(texts / "a.txt"), "--lengths", "256", "--sparsities", "0.5", "--rivals",
-        "none", "--windows", "1", "--depths", "-1", "--repeats", "0", "--json",
+        *EVALUATE, str(texts / "a.txt"),
     ]  # fmt: skip
+    assert main(evaluate) == 0
+    (tmp_path / "model" / "tokenizer.json").unlink()
     assert main(evaluate) == 1
     assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_low_rank_changes_are_evaluated(
+    distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    arguments = [
+        "tune", "--model", str(model), "--text", str(texts), "--adapter",
+        str(distilled / "adapter"), "--out", str(tmp_path), "--steps", "2", "--seq-len", "128",
+        "--base-sparsity", "0.5", "--base-learning-rate", "0.1", "--block-size", "16", "--json",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    capsys.readouterr()
+    evaluate = ["evaluate", "--model", str(model), "--adapter", str(tmp_path / "adapter"),
+                *EVALUATE, str(texts / "a.txt")]  # fmt: skip
+    found = []
+    for lora in ([], ["--lora", str(tmp_path / "lora")]):
+        assert main([*evaluate, *lora]) == 0
+        found.append(json.loads(capsys.readouterr().out)["dense"][0]["perplexity"])
+    assert abs(found[0] / found[1] - 1) > 0.01
+    assert main([*evaluate, "--lora", str(texts)]) == 1
+    assert "cannot load low-rank changes" in capsys.readouterr().err
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
@@ -172,6 +198,8 @@ def test_errors_say_what_to_do(
     assert "method must be one of" in found
     found = refused(capsys, ["distill", "--resume", "--out", str(distilled), "--steps", "9"], 2)
     assert "leave ['steps'] out" in found
+    found = refused(capsys, ["train", "--resume", "--out", str(distilled)], 1)
+    assert "is not a checkpoint of dilated-attention train" in found
     found = refused(capsys, ["distill", *folder, *text, "--out", str(distilled), *DISTILL], 2)
     assert "already holds a run" in found
 

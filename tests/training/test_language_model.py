@@ -11,12 +11,13 @@ import torch
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.training.checkpoint import list_checkpoints, load_checkpoint
+from dilated_attention_pytorch.training.folder_loop import LoopSettings
 from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
     TrainingError,
 )
-from dilated_attention_pytorch.training.loop import LoopSettings, TextSettings, TrainingLoop
+from dilated_attention_pytorch.training.loop import TextSettings, TrainingLoop
 
 CONFIG = AdaptiveConfig(block_size=8, base_sparsity=0.5, query_scope="past", hidden_dim=4)
 RUN = LanguageModelRun(

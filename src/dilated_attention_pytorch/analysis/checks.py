@@ -73,6 +73,12 @@ def gradient(measures: Measures, history: History) -> Finding:
     text = "norm by layer: " + ", ".join(f"{x:.2e}" for x in norms)
     silent = [m.name for m, x in zip(measures, norms, strict=True) if x == 0]
     if silent:
+        if not any(bool(m.free.any()) for m in measures if m.name in silent):
+            remedy = (
+                f"The rows of {', '.join(silent)} have no choice: forced blocks take their budget. "
+                "Use a lower base_sparsity, smaller blocks or longer sequences."
+            )
+            return Finding("gradient", question, "fail", text, remedy)
         remedy = (
             f"Nothing reaches {', '.join(silent)}: train in train() mode with gradients on, keep "
             "selector_weight above 0, leave the scorer's parameters unfrozen and let the rows "
@@ -159,8 +165,10 @@ def density(measures: Measures, history: History) -> Finding:
             for m in judged
         ],
     )
-    calibrate = any(m.layer.config.budget == "top_p" for m in judged)
-    hint = " Call calibrate_top_p() on sample data." if calibrate else ""
+    budgets = {m.layer.config.budget for m in judged}
+    hint = " Call calibrate_top_p() on sample data." if "top_p" in budgets else ""
+    if "threshold" in budgets:
+        hint += " Calibrate the thresholds on text like this one."
     # An adaptive budget may halve its share or take half as much again.
     high, low = max(ratios), min(ratios)
     if high > 1.6:

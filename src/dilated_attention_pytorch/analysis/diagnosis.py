@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from dilated_attention_pytorch.analysis.checks import CHECKS, Finding
-from dilated_attention_pytorch.analysis.selector_measures import LossFunction, measure_selectors
+from dilated_attention_pytorch.analysis.selector_measures import (
+    LossFunction,
+    SelectorMeasures,
+    measure_selectors,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,31 @@ class Diagnosis:
     """
 
     findings: tuple[Finding, ...]
+
+    @classmethod
+    def of(
+        cls,
+        measures: Sequence[SelectorMeasures],
+        history: Sequence[Mapping[str, Any]] = (),
+        inapplicable: Mapping[str, str] | None = None,
+    ) -> Diagnosis:
+        """Judges measures of selectors.
+
+        Args:
+            measures: By layer, as :func:`measure_selectors` gives them.
+            history: See :func:`diagnose`.
+            inapplicable: Why a check makes no sense here, by its name; it is skipped with that
+                reason.
+        """
+        reasons = inapplicable or {}
+        findings = []
+        for check in CHECKS:
+            finding = check(measures, history)
+            reason = reasons.get(finding.check)
+            if reason is not None:
+                finding = replace(finding, verdict="skip", evidence=reason, remedy="")
+            findings.append(finding)
+        return cls(tuple(findings))
 
     @property
     def healthy(self) -> bool:
@@ -80,5 +109,4 @@ def diagnose(
         >>> found["temperature"].verdict, found["finite"].verdict
         ('warn', 'pass')
     """
-    measures = measure_selectors(model, batch, loss_function)
-    return Diagnosis(tuple(check(measures, history) for check in CHECKS))
+    return Diagnosis.of(measure_selectors(model, batch, loss_function), history)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +125,43 @@ def measure_selectors(
             loss.backward()
         with torch.no_grad():
             return [_measure(seen) for seen in passes]
+
+
+def join_measures(parts: Sequence[Sequence[SelectorMeasures]]) -> list[SelectorMeasures]:
+    """Measures of several batches of equal lengths as of one, where they do not fit at once.
+
+    Args:
+        parts: By batch and layer.
+
+    Returns:
+        By layer: tiles and scores of all samples, mean densities and gradients, the largest
+        logit.
+    """
+    return [_joined(layer) for layer in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[SelectorMeasures]) -> SelectorMeasures:
+    def tiles(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    factors = [part.budget_factors for part in parts if part.budget_factors is not None]
+    gradients = [part.gradient for part in parts if part.gradient is not None]
+    return SelectorMeasures(
+        name=parts[0].name,
+        layer=parts[0].layer,
+        kept=tiles("kept"),
+        chosen=tiles("chosen"),
+        scorable=tiles("scorable"),
+        by_mean_pooling=tiles("by_mean_pooling"),
+        mass=tiles("mass"),
+        scores=tiles("scores"),
+        density=sum(part.density for part in parts) / len(parts),
+        budget_factors=torch.cat(factors) if factors else None,
+        largest_logit=max(part.largest_logit for part in parts),
+        finite_output=all(part.finite_output for part in parts),
+        gradient=sum(gradients) / len(gradients) if gradients else None,
+        finite_gradient=all(part.finite_gradient for part in parts),
+    )
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
+from dilated_attention_pytorch.cli.folder_command import named_options
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
-    named,
     require_transformers,
 )
 from dilated_attention_pytorch.training.checkpoint import write_atomically
@@ -35,6 +35,9 @@ def add_parser(commands: Any) -> None:
     add_model_and_text(parser, required=True)
     parser.add_argument(
         "--adapter", metavar="DIR", help="what distill wrote; without it rivals alone"
+    )
+    parser.add_argument(
+        "--lora", metavar="DIR", help="low-rank changes that tune wrote beside its adapter"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write results.json and perplexity.png there"
@@ -104,6 +107,7 @@ def _build(parsed: argparse.Namespace) -> Any:
         block_size_of,
         settings_from,
     )
+    from dilated_attention_pytorch.integrations.transformers.lora import load_lora
     from dilated_attention_pytorch.integrations.transformers.tokens import (
         load_model,
         load_tokenizer,
@@ -111,7 +115,7 @@ def _build(parsed: argparse.Namespace) -> Any:
     )
     from dilated_attention_pytorch.tasks.text import read_text
 
-    options = named(parsed)
+    options = named_options(parsed)
     adapter = None
     if parsed.adapter is not None:
         adapter = SelectorAdapter.read(parsed.adapter)
@@ -129,6 +133,8 @@ def _build(parsed: argparse.Namespace) -> Any:
     tokenizer = load_tokenizer(parsed.model)
     texts = {Path(path).stem: tokenize(tokenizer, read_text(path)) for path in parsed.text}
     model = load_model(parsed.model, device=parsed.device, dtype=parsed.dtype)
+    if parsed.lora is not None:
+        load_lora(model, parsed.lora)
     return Evaluation(model, tokenizer, texts, settings, adapter)
 
 

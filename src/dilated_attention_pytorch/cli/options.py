@@ -18,8 +18,9 @@ from dilated_attention_pytorch.config import (
 )
 from dilated_attention_pytorch.models.transformer import ATTENTION_NAMES
 from dilated_attention_pytorch.selection.budget import get_adaptive_sparsity
+from dilated_attention_pytorch.training.folder_loop import LoopSettings
 from dilated_attention_pytorch.training.language_model import LanguageModelRun
-from dilated_attention_pytorch.training.loop import LoopSettings, TextSettings
+from dilated_attention_pytorch.training.loop import TextSettings
 from dilated_attention_pytorch.training.schedules import SCHEDULES
 
 _RUN = LanguageModelRun()
@@ -135,16 +136,6 @@ def _add(
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def named_options(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The options that the user named; lists as tuples."""
-    skipped = {"command", "name", "out", "resume", "json"}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-        if name not in skipped
-    }
 
 
 def build_settings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
@@ -114,22 +113,25 @@ def _add(
     )  # fmt: skip
 
 
-def build_job(kind: type, options: Mapping[str, Any]) -> Any:
+def build_job(kind: str, options: Mapping[str, Any]) -> Any:
     """The job that the options describe.
 
     Args:
-        kind: ``DistillRun`` or ``TuneRun``.
+        kind: ``"distill"`` or ``"tune"``.
         options: What the user named.
 
     Raises:
         UsageError: If a value is out of range or ``--model`` or ``--text`` is missing.
     """
+    from dilated_attention_pytorch.integrations.transformers.distill import DistillRun
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
     from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
         distilled_config,
     )
-    from dilated_attention_pytorch.training.loop import LoopSettings
+    from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
+    from dilated_attention_pytorch.training.folder_loop import LoopSettings
 
+    settings: type[DistillRun | TuneRun] = DistillRun if kind == "distill" else TuneRun
     values = dict(options)
     for name in ("model", "text"):
         if name not in values:
@@ -140,14 +142,14 @@ def build_job(kind: type, options: Mapping[str, Any]) -> Any:
         }
         if "base_sparsity" in values:
             config["base_sparsity"] = values["base_sparsity"]
-            if "base_sparsity" not in {f.name for f in dataclasses.fields(kind)}:
+            if "base_sparsity" not in {f.name for f in dataclasses.fields(settings)}:
                 values.pop("base_sparsity")
         intervals = LoopSettings(**_take(values, LoopSettings))
         job = {
             name: values.pop(name) for name in ("validation_share", "max_bytes") if name in values
         }
         model, text = values.pop("model"), tuple(values.pop("text"))
-        run = kind(config=distilled_config(**config), **values)
+        run = settings(config=distilled_config(**config), **values)
         return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
@@ -156,27 +158,3 @@ def build_job(kind: type, options: Mapping[str, Any]) -> Any:
 def _take(values: dict[str, Any], kind: type) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(kind)]
     return {name: values.pop(name) for name in names if name in values}
-
-
-def named(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The options that the user named; lists as tuples."""
-    skipped = {"command", "name", "out", "resume", "json"}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parsed).items()
-        if name not in skipped
-    }
-
-
-def add_run_folder(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds ``--out``, ``--resume`` and ``--json``."""
-    parser.add_argument(
-        "--out", type=Path, default=Path(default), metavar="DIR",
-        help=f"where metrics, checkpoints and the result go (default: {default})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, with its settings"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the summary as JSON (progress goes to stderr)"
-    )

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from dilated_attention_pytorch.analysis.report import render_report
-from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
-from dilated_attention_pytorch.cli.recorded import Examined, training_charts
+from dilated_attention_pytorch.cli.errors import OK, CommandError
+from dilated_attention_pytorch.cli.examine_options import add_options, at_work, open_examined
 from dilated_attention_pytorch.training.checkpoint import write_atomically
 
 DEFAULT_OUT = "report.html"
@@ -22,16 +22,10 @@ def add_parser(commands: Any) -> None:
         "report",
         help="write a page that shows what a trained model reads",
         description="Writes one self-contained HTML file: block maps over the text, statistics of "
-        "all heads, the diagnosis and the training curves of a run.",
+        "all heads, the diagnosis and the training curves of a run or of an adapter.",
     )
     parser.set_defaults(command=run)
-    parser.add_argument("run", type=Path, metavar="RUN", help="--out of dilated-attention train")
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="text to look at (default: the held-out text)"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=4, metavar="N", help="windows of it (default: 4)"
-    )
+    add_options(parser, samples=4)
     parser.add_argument(
         "--out", type=Path, default=Path(DEFAULT_OUT), metavar="FILE",
         help=f"the page (default: {DEFAULT_OUT})",
@@ -40,17 +34,16 @@ def add_parser(commands: Any) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Records, diagnoses and writes the page."""
-    if parsed.samples < 1:
-        raise UsageError(f"--samples must be at least 1, got {parsed.samples}.")
-    examined = Examined.open(parsed.run, parsed.text, parsed.samples)
-    recording = examined.record()
-    page = render_report(
-        recording,
-        title=f"What the heads of {parsed.run.resolve().name} read",
-        diagnosis=examined.diagnose(),
-        charts=training_charts(examined.saved.history),
-        stability=examined.stability(recording),
-    )
+    examined = open_examined(parsed)
+    with at_work("computing what is read, and what dense attention would read"):
+        recording = examined.record()
+        page = render_report(
+            recording,
+            title=f"What the heads of {examined.name} read",
+            diagnosis=None if examined.unlearned else examined.diagnose(),
+            charts=examined.charts(),
+            stability=examined.stability(recording),
+        )
     try:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(parsed.out, page.encode())

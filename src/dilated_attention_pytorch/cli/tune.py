@@ -5,15 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
-
-from dilated_attention_pytorch.cli.pretrained_options import (
-    add_model_and_text,
-    add_run_folder,
-    add_run_options,
-    add_selector_options,
-)
-from dilated_attention_pytorch.cli.pretrained_run import run_job
+from dilated_attention_pytorch.cli.pretrained_command import PretrainedCommand, add_job_options
 
 
 def add_parser(commands: Any) -> None:
@@ -26,8 +18,7 @@ def add_parser(commands: Any) -> None:
         "step; --resume goes on exactly.",
     )
     parser.set_defaults(command=run)
-    add_model_and_text(parser, required=False)
-    add_run_folder(parser, "runs/tune")
+    add_job_options(parser, "runs/tune")
     for flag, choices, what in (
         ("train", ("selectors", "lora", "all"), "what is trained (default: lora)"),
         ("attention", ("sparse", "dense"), "dense: the baseline (default: sparse)"),
@@ -47,16 +38,19 @@ def add_parser(commands: Any) -> None:
             f"--{flag}", type=kind, metavar="N" if kind is int else "X",
             default=argparse.SUPPRESS, help=what,
         )  # fmt: skip
-    add_run_options(parser)
-    add_selector_options(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Tunes; returns the exit code."""
-    from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
+    return TuneCommand(parsed).run()
 
-    def finish(loop: Any, console: Console) -> dict[str, Any]:
-        names = ("adapter", "lora", "model")
-        return {name: str(parsed.out / name) for name in names if (parsed.out / name).is_dir()}
 
-    return run_job(parsed, TuneRun, finish)
+class TuneCommand(PretrainedCommand):
+    """Writes what was trained."""
+
+    KIND = "tune"
+
+    def results(self, loop: Any) -> dict[str, str]:
+        """The folders that are there."""
+        out, names = self.parsed.out, ("adapter", "lora", "model")
+        return {name: str(out / name) for name in names if (out / name).is_dir()}

@@ -74,9 +74,15 @@ def narrow(
         sizes.append(sizes[-1] * size)
         blocks.append(ceil_div(blocks[-1], size))
         summaries.append(coarse_summaries(summaries[-1], size, config.pooling))
-    candidates: Tensor | None = None
     levels: list[ChosenLevel] = []
+
+    def inside(level: int) -> Tensor:
+        """Blocks of a level inside the super-blocks that the level above has kept."""
+        above = levels[-1]
+        return children(above.counts, above.indices, config.hierarchy[level], blocks[level])
+
     for level in reversed(range(1, len(sizes))):
+        candidates = inside(level) if levels else None
         scores = layer.coarse_scorers[level - 1](queries, summaries[level], candidates)
         spans = coarse_intervals(intervals, sizes[level])
         width = _width(layer, inputs, sizes[level], scores.shape[-1], explore)
@@ -90,9 +96,7 @@ def narrow(
             place = slot * step + indices % step
         found = scores.gather(-1, place)
         levels.append(ChosenLevel(sizes[level], counts, indices, found, scored))
-        candidates = children(counts, indices, config.hierarchy[level - 1], blocks[level - 1])
-    assert candidates is not None
-    return candidates, levels
+    return inside(0), levels
 
 
 def _width(

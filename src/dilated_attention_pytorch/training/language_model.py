@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +20,10 @@ from dilated_attention_pytorch.models.transformer import (
     build_attention,
     scorer_parameters,
 )
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
-from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
 from dilated_attention_pytorch.training.losses import get_sparsity_loss
+from dilated_attention_pytorch.training.tile_count import TileCount
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 
@@ -182,6 +181,7 @@ class LanguageModelTraining:
         torch.set_num_threads(run.threads)
         torch.manual_seed(run.seed)
         self.model = build_language_model(run)
+        self.sparse_layers = [m for m in self.model.modules() if isinstance(m, BlockSparseLayer)]
         self.windows = TextWindows(text.train, run.seq_len, run.seed)
         self.validation = validation_windows(text.validation, run.seq_len, run.validation_sequences)
         self._selectors = scorer_parameters(self.model)
@@ -219,7 +219,7 @@ class LanguageModelTraining:
         temperature = None if self.trainer is None else self.trainer.temperature
         self.model.train()
         batch = self.windows.next_batch(self.run.batch_size).to(self.run.device)
-        with _Tiles(self.model) as tiles:
+        with TileCount(self.sparse_layers) as tiles:
             loss = next_byte_loss(self.model, batch)
         total = loss
         if self.trainer is not None and self.run.sparsity_weight:
@@ -251,7 +251,7 @@ class LanguageModelTraining:
         """Measures on the held-out text, in evaluation mode; changes nothing."""
         self.model.eval()
         total = 0.0
-        with _Tiles(self.model) as tiles:
+        with TileCount(self.sparse_layers) as tiles:
             for rows in self.validation.split(self.run.batch_size):
                 total += next_byte_loss(self.model, rows.to(self.run.device)).item() * len(rows)
         return ValidationResult(total / len(self.validation), tiles.sparsity)
@@ -324,38 +324,3 @@ def next_byte_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Cross-entropy in nats per byte of ``(batch, seq_len + 1)`` windows."""
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
-class _Tiles:
-    """Counts the tiles that a model computes while open."""
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
-        self._watch = observe_patterns(layers, self._add) if layers else nullcontext()
-        self._kept: list[Tensor] = []
-        self._allowed: list[Tensor] = []
-
-    def _add(self, layer: BlockSparseLayer, pattern: BlockPattern) -> None:
-        self._kept.append(pattern.kv_num_blocks.sum())
-        self._allowed.append(pattern.allowed_tiles.sum())
-
-    def __enter__(self) -> _Tiles:
-        self._watch.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._watch.__exit__(*error)
-
-    @property
-    def sparsity(self) -> float | None:
-        """``1 - tiles computed / tiles of dense attention``; None if no layer is sparse."""
-        if not self._kept:
-            return None
-        return 1 - int(torch.stack(self._kept).sum()) / int(torch.stack(self._allowed).sum())
-
-    @property
-    def layer_sparsity(self) -> tuple[float, ...]:
-        """The same for every forward pass of a sparse layer, in their order."""
-        if not self._kept:
-            return ()
-        return tuple((1 - torch.stack(self._kept) / torch.stack(self._allowed)).tolist())

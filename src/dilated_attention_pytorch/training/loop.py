@@ -1,31 +1,19 @@
-"""Runs a language model's training in a folder: metrics, checkpoints, stopping and going on."""
+"""A language model's training in a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.tasks.text import TextData, load_text
-from dilated_attention_pytorch.training.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
+from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
 from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
     StepResult,
-    ValidationResult,
 )
-from dilated_attention_pytorch.training.metrics import MetricsFile
-
-METRICS_NAME = "metrics.jsonl"
-CHECKPOINTS_NAME = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,75 +33,33 @@ class TextSettings:
             seq_len=seq_len,
         )
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """How often to do what, in steps.
-
-    Attributes:
-        log_every: Write a line of metrics.
-        validate_every: Measure on the held-out text; also before the first step and at the end.
-        checkpoint_every: Write a checkpoint; also before the first step and at the end.
-    """
-
-    log_every: int = 10
-    validate_every: int = 100
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TextSettings:
+        """Builds settings from what a checkpoint holds of them."""
+        paths = values["paths"]
+        return cls(**{**values, "paths": None if paths is None else tuple(paths)})
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What happened in a step.
-
-    Attributes:
-        result: Of the step.
-        tokens_per_second: Of the step.
-        validation: If it was measured now.
-    """
-
-    result: StepResult
-    tokens_per_second: float
-    validation: ValidationResult | None
-
-
-class TrainingLoop:
+class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
     """A run in a folder; build it with :meth:`start` or :meth:`resume`.
 
-    Attributes:
-        training: Model and optimiser.
-        text: What it trains on.
-        metrics: One line per ``log_every`` steps: ``step``, ``loss`` (mean of the steps since the
-            line before, nats per byte), ``sparsity``, ``layer_sparsity`` (a list), ``temperature``,
-            ``seconds``, ``tokens_per_second``, and where it was measured ``validation_loss`` (nats
-            per byte), ``validation_bits_per_byte``, ``validation_sparsity``.
+    Beside those of :class:`FolderLoop` its metrics hold ``sparsity``, ``layer_sparsity`` (a list)
+    and ``temperature``, and where it was measured ``validation_loss`` (nats per byte, like
+    ``loss``), ``validation_bits_per_byte`` and ``validation_sparsity``.
     """
+
+    KEY, COMMAND = "loop", "dilated-attention train"
 
     def __init__(
         self,
         folder: Path,
         run: LanguageModelRun,
         text_settings: TextSettings,
-        settings: LoopSettings,
+        intervals: LoopSettings,
     ) -> None:
-        self.folder, self.settings, self.text_settings = folder, settings, text_settings
-        self.text = text_settings.load(run.seq_len)
-        self.training = LanguageModelTraining(run, self.text)
-        self.metrics = MetricsFile(folder / METRICS_NAME)
-        self.latest_validation: ValidationResult | None = None
-        # Losses and seconds since the last line of metrics.
-        self._losses: list[float] = []
-        self._seconds = 0.0
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.folder / CHECKPOINTS_NAME
+        self.text_settings = text_settings
+        text = text_settings.load(run.seq_len)
+        super().__init__(folder, intervals, text, LanguageModelTraining(run, text))
 
     @classmethod
     def start(
@@ -121,7 +67,7 @@ class TrainingLoop:
         folder: Path,
         run: LanguageModelRun,
         text_settings: TextSettings,
-        settings: LoopSettings,
+        intervals: LoopSettings,
     ) -> TrainingLoop:
         """A new run; writes the first line of metrics and the checkpoint of step 0.
 
@@ -129,17 +75,9 @@ class TrainingLoop:
             FileExistsError: If the folder already holds a run.
             TextError: If the text cannot be used.
         """
-        if list_checkpoints(folder / CHECKPOINTS_NAME):
-            raise FileExistsError(
-                f"{folder} already holds a run. Add --resume to go on with it, or choose another "
-                "--out."
-            )
-        loop = cls(folder, run, text_settings, settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        loop.metrics.start()
-        loop.latest_validation = loop.training.validate()
-        loop.metrics.append({"step": 0, **_validation_values(loop.latest_validation)})
-        loop.save()
+        cls.check_new(folder)
+        loop = cls(folder, run, text_settings, intervals)
+        loop.begin()
         return loop
 
     @classmethod
@@ -162,89 +100,47 @@ class TrainingLoop:
             ValueError: If ``changes`` differ from the run's settings.
             TextError: If the text cannot be used any more.
         """
-        path = newest_checkpoint(folder / CHECKPOINTS_NAME)
-        state = load_checkpoint(path)
-        saved = state["loop"]
+        state = cls.read_newest(folder)
+        saved = state[cls.KEY]
         _check_same(flat_settings(saved), changes or {})
-        text = dict(saved["text"])
-        text["paths"] = None if text["paths"] is None else tuple(text["paths"])
         intervals = dict(saved["intervals"])
         if checkpoint_every is not None:
             intervals["checkpoint_every"] = checkpoint_every
         loop = cls(
             folder,
             LanguageModelRun.from_dict(saved["run"]),
-            TextSettings(**text),
+            TextSettings.from_dict(saved["text"]),
             LoopSettings(**intervals),
         )
-        if loop.text.fingerprint() != saved["fingerprint"]:
-            raise CheckpointError(
-                f"the text ({loop.text.source}) has changed since {path} was written; going on "
-                "would not give the same result. Restore it, or start a new run with another "
-                "--out."
-            )
-        loop.training.load_state_dict(state["training"])
-        loop._losses, loop._seconds = list(saved["losses"]), saved["seconds"]
-        loop.metrics.rewind(loop.training.step_count)
-        remove_unfinished(loop.checkpoints)
+        loop.go_on(state)
         return loop
 
-    def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
-        """Trains on, and yields after every step.
-
-        Args:
-            should_stop: Asked after every step; True: save and return.
-        """
-        training, settings = self.training, self.settings
-        while not training.done:
-            result = training.step()
-            self._losses.append(result.loss)
-            self._seconds += result.seconds
-            step, last = result.step, training.done
-            validation = None
-            if last or step % settings.validate_every == 0:
-                validation = self.latest_validation = training.validate()
-            if last or step % settings.log_every == 0 or validation is not None:
-                self._log(result, validation)
-            tokens = training.run.batch_size * training.run.seq_len
-            yield Progress(result, tokens / result.seconds, validation)
-            stop = should_stop()
-            if stop or last or step % settings.checkpoint_every == 0:
-                self.save()
-            if stop:
-                return
-
-    def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
-        self.metrics.sync()
-        training = self.training
-        loop = {
-            "run": training.run.to_dict(),
+    def settings(self) -> dict[str, Any]:
+        """Run, text and intervals."""
+        return {
+            "run": self.training.run.to_dict(),
             "text": _plain(asdict(self.text_settings)),
-            "intervals": asdict(self.settings),
-            "fingerprint": self.text.fingerprint(),
-            "losses": list(self._losses),
-            "seconds": self._seconds,
+            "intervals": asdict(self.intervals),
         }
-        state = {"loop": loop, "training": training.state_dict()}
-        return save_checkpoint(self.checkpoints, training.step_count, state)
 
-    def _log(self, result: StepResult, validation: ValidationResult | None) -> None:
-        run = self.training.run
-        tokens = len(self._losses) * run.batch_size * run.seq_len
-        line: dict[str, Any] = {
-            "step": result.step,
-            "loss": sum(self._losses) / len(self._losses),
+    def measure(self) -> dict[str, Any]:
+        """The held-out loss, and the sparsity with which it was reached."""
+        found = self.training.validate()
+        return {
+            "validation_loss": found.loss,
+            "validation_bits_per_byte": found.bits_per_byte,
+            "validation_sparsity": found.sparsity,
+        }
+
+    def values(self, result: StepResult) -> dict[str, Any]:
+        """All that a step tells."""
+        return {
+            "loss": result.loss,
+            "seconds": result.seconds,
             "sparsity": result.sparsity,
             "layer_sparsity": [round(x, 6) for x in result.layer_sparsity],
             "temperature": result.temperature,
-            "seconds": round(self.training.seconds, 3),
-            "tokens_per_second": round(tokens / self._seconds, 1),
         }
-        if validation is not None:
-            line |= _validation_values(validation)
-        self.metrics.append(line)
-        self._losses, self._seconds = [], 0.0
 
 
 def flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,11 +172,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _validation_values(validation: ValidationResult) -> dict[str, Any]:
-    return {
-        "validation_loss": validation.loss,
-        "validation_bits_per_byte": validation.bits_per_byte,
-        "validation_sparsity": validation.sparsity,
-    }

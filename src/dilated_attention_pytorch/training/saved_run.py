@@ -11,19 +11,17 @@ from torch import Tensor
 from dilated_attention_pytorch.models.transformer import Transformer
 from dilated_attention_pytorch.tasks.text import read_bytes, validation_windows
 from dilated_attention_pytorch.training.checkpoint import (
+    CheckpointError,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
 )
+from dilated_attention_pytorch.training.folder_loop import CHECKPOINTS_NAME, METRICS_NAME
 from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     build_language_model,
 )
-from dilated_attention_pytorch.training.loop import (
-    CHECKPOINTS_NAME,
-    METRICS_NAME,
-    TextSettings,
-)
+from dilated_attention_pytorch.training.loop import TextSettings, TrainingLoop
 from dilated_attention_pytorch.training.metrics import MetricsFile
 
 
@@ -76,16 +74,19 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
         checkpoint: Which one; None: the newest.
 
     Raises:
-        CheckpointError: If there is no intact checkpoint.
+        CheckpointError: If there is no intact checkpoint, or another command wrote it.
     """
     path = newest_checkpoint(folder / CHECKPOINTS_NAME) if checkpoint is None else checkpoint
     state = load_checkpoint(path)
-    saved = state["loop"]
+    if TrainingLoop.KEY not in state:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of dilated-attention train. What distill and tune make is "
+            "an adapter, which they write when they finish (--resume)."
+        )
+    saved = state[TrainingLoop.KEY]
     run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
     model = build_language_model(run)
     model.load_state_dict(state["training"]["model"])
-    text = dict(saved["text"])
-    text["paths"] = None if text["paths"] is None else tuple(text["paths"])
     metrics = MetricsFile(folder / METRICS_NAME)
     lines = metrics.read() if metrics.path.is_file() else []
     return SavedRun(
@@ -93,7 +94,7 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
         state["step"],
         run,
         model.eval(),
-        TextSettings(**text),
+        TextSettings.from_dict(saved["text"]),
         [line for line in lines if line["step"] <= state["step"]],
         [p for p in list_checkpoints(path.parent) if p.name < path.name],
     )

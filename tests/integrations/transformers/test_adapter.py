@@ -104,3 +104,16 @@ def test_the_ordinary_mixin_saves_and_loads(tmp_path: Path) -> None:
     with load_adapter(model, tmp_path / "b") as adapted, torch.no_grad():
         adapted.selectors[1].set_base_sparsity(0.7)
         assert torch.equal(model(tokens()).logits, logits)
+
+
+def test_selectors_without_weights_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = tiny_model()
+    config = TrainingFreeConfig(method="mean_pool", block_size=16, base_sparsity=0.5)
+    with adapt(model, config) as adapted, torch.no_grad():
+        logits = model(tokens()).logits
+        save_adapter(adapted, tmp_path)
+    assert SelectorAdapter.read(tmp_path).configs == {0: config, 1: config}
+    # Everything is in adapter.json; the mixin's own settings file would only confuse.
+    assert not (tmp_path / "config.json").exists()
+    with load_adapter(model, tmp_path), torch.no_grad():
+        assert torch.equal(model(tokens()).logits, logits)

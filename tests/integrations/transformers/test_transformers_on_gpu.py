@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_models import tiny_model, tokens
+from tiny_models import byte_pair_tokenizer, tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
@@ -17,6 +17,10 @@ from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.integrations.transformers import adapt
 from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
 from dilated_attention_pytorch.integrations.transformers.distill import Distillation, DistillRun
+from dilated_attention_pytorch.integrations.transformers.examine import (
+    diagnose_adapted,
+    record_adapted,
+)
 from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
     distilled_config,
 )
@@ -136,3 +140,24 @@ def test_tuning(train: str) -> None:
         training.step()
     if train == "all":
         assert training.validate()["validation_loss"] < before
+
+
+def test_what_is_recorded_and_diagnosed_is_what_the_cpu_gives() -> None:
+    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    windows = TEXT.train[: 2 * 257].view(2, 257).long()
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        with adapt(tiny_model().to(device), config) as adapted:
+            adapted.freeze_base()
+            calibrate(adapted, TEXT.train, 0.5, lengths=(256,), windows=2)
+            recording = record_adapted(adapted, windows[:, :-1], byte_pair_tokenizer("", 256))
+            found.append((recording, diagnose_adapted(adapted, windows)))
+    (here, on_cpu), (there, on_gpu) = found
+    for a, b in zip(here.samples, there.samples, strict=True):
+        assert a.tokens == b.tokens
+        for layer, other in zip(a.layers, b.layers, strict=True):
+            assert (layer.kept() == other.kept()).float().mean() > 0.95
+    assert on_cpu["gradient"].verdict == on_gpu["gradient"].verdict == "pass"
+    assert on_cpu["temperature"] == on_gpu["temperature"]
+    assert on_gpu["finite"].verdict == "pass"

@@ -35,7 +35,8 @@ class AdapterError(ValueError):
     """An adapter is missing, damaged or of another base; the message says what to do."""
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen: the mixin sets an attribute of its own before the fields are there.
+@dataclass(eq=False)
 class SelectorAdapter(  # type: ignore[call-arg, misc]
     ModelHubMixin,  # type: ignore[misc]
     library_name="dilated_attention_pytorch",
@@ -56,6 +57,10 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Keeps the mixin from writing a config.json of what it takes for settings."""
+        self._hub_mixin_config = None
 
     @classmethod
     def of(cls, adapted: AdaptedModel) -> SelectorAdapter:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.integrations.transformers.distill import Distillation, DistillRun
-from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
-    PretrainedTraining,
-)
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     TokenText,
     load_model,
     load_tokenizer,
     load_tokens,
 )
-from dilated_attention_pytorch.integrations.transformers.tune import TuneRun, Tuning
-from dilated_attention_pytorch.training.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
-from dilated_attention_pytorch.training.loop import CHECKPOINTS_NAME, METRICS_NAME, LoopSettings
-from dilated_attention_pytorch.training.metrics import MetricsFile
+from dilated_attention_pytorch.integrations.transformers.tune import MODEL_NAME, TuneRun, Tuning
+from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +84,19 @@ class PretrainedJob:
         return Tuning(self.run, model, text)
 
 
-class PretrainedLoop:
+class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
     """A job in a folder; build it with :meth:`start` or :meth:`resume`.
 
     Attributes:
         job: What is done.
-        training: Model and optimiser.
-        metrics: Lines with ``step``, ``loss`` (mean since the line before), ``seconds``,
-            ``tokens_per_second``, and where it was measured what ``training.validate()`` gives.
-        latest: The latest such measurement.
     """
 
-    def __init__(self, folder: Path, job: PretrainedJob) -> None:
-        self.folder, self.job = folder, job
-        self.text = job.tokens()
-        self.training: Distillation | Tuning = job.training(self.text)
-        self.metrics = MetricsFile(folder / METRICS_NAME)
-        self.latest: dict[str, float] = {}
-        self._losses: list[float] = []
-        self._seconds = 0.0
+    KEY, COMMAND = "job", "dilated-attention distill or tune"
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.folder / CHECKPOINTS_NAME
+    def __init__(self, folder: Path, job: PretrainedJob) -> None:
+        self.job = job
+        text = job.tokens()
+        super().__init__(folder, job.intervals, text, job.training(text))
 
     @classmethod
     def start(cls, folder: Path, job: PretrainedJob) -> PretrainedLoop:
@@ -128,17 +105,9 @@ class PretrainedLoop:
         Raises:
             FileExistsError: If the folder already holds a run.
         """
-        if list_checkpoints(folder / CHECKPOINTS_NAME):
-            raise FileExistsError(
-                f"{folder} already holds a run. Add --resume to go on with it, or choose another "
-                "--out."
-            )
+        cls.check_new(folder)
         loop = cls(folder, job)
-        folder.mkdir(parents=True, exist_ok=True)
-        loop.metrics.start()
-        loop.latest = loop.training.validate()
-        loop.metrics.append({"step": 0, **loop.latest})
-        loop.save()
+        loop.begin()
         return loop
 
     @classmethod
@@ -148,72 +117,25 @@ class PretrainedLoop:
         Raises:
             CheckpointError: If there is no intact checkpoint, or the text has changed.
         """
-        path = newest_checkpoint(folder / CHECKPOINTS_NAME)
-        state = load_checkpoint(path)
-        if "job" not in state:
-            raise CheckpointError(f"{path} is not a checkpoint of distill or tune.")
-        loop = cls(folder, PretrainedJob.from_dict(state["job"]))
-        if loop.text.fingerprint() != state["fingerprint"]:
-            raise CheckpointError(
-                f"the text ({loop.text.source}) has changed since {path} was written; going on "
-                "would not give the same result. Restore it, or start a new run with another "
-                "--out."
-            )
-        loop.training.load_state_dict(state["training"])
-        loop.latest = dict(state["latest"])
-        loop._losses, loop._seconds = list(state["losses"]), state["loss_seconds"]
-        loop.metrics.rewind(loop.training.step_count)
-        remove_unfinished(loop.checkpoints)
+        state = cls.read_newest(folder)
+        loop = cls(folder, PretrainedJob.from_dict(state[cls.KEY]))
+        loop.go_on(state)
         return loop
 
-    def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, float]]:
-        """Trains on, and yields after every step: ``loss``, ``seconds``, ``tokens_per_second``.
+    def settings(self) -> dict[str, Any]:
+        """The job."""
+        return self.job.to_dict()
 
-        Args:
-            should_stop: Asked after every step; True: save and return.
-        """
-        training, every = self.training, self.job.intervals
-        while not training.done:
-            result = training.step()
-            self._losses.append(result["loss"])
-            self._seconds += result["seconds"]
-            step, last = training.step_count, training.done
-            measured = last or step % every.validate_every == 0
-            if measured:
-                self.latest = training.validate()
-            if measured or step % every.log_every == 0:
-                self._log(self.latest if measured else {})
-            tokens = training.run.batch_size * training.run.seq_len
-            yield {**result, "tokens_per_second": tokens / result["seconds"]}
-            stop = should_stop()
-            if stop or last or step % every.checkpoint_every == 0:
-                self.save()
-            if stop:
-                return
+    def measure(self) -> dict[str, Any]:
+        """What the training validates."""
+        return self.training.validate()
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
-        self.metrics.sync()
-        state = {
-            "job": self.job.to_dict(),
-            "fingerprint": self.text.fingerprint(),
-            "latest": self.latest,
-            "losses": list(self._losses),
-            "loss_seconds": self._seconds,
-            "training": self.training.state_dict(),
-        }
-        return save_checkpoint(self.checkpoints, self.training.step_count, state)
+    def values(self, result: Mapping[str, float]) -> dict[str, Any]:
+        """Loss and seconds."""
+        return dict(result)
 
-    def _log(self, measured: Mapping[str, float]) -> None:
-        training: PretrainedTraining = self.training
-        tokens = len(self._losses) * training.run.batch_size * training.run.seq_len
-        self.metrics.append(
-            {
-                "step": training.step_count,
-                "loss": sum(self._losses) / len(self._losses),
-                "seconds": round(training.seconds, 3),
-                "tokens_per_second": round(tokens / self._seconds, 1),
-                **measured,
-            }
-        )
-        self._losses, self._seconds = [], 0.0
+    def save_result(self) -> None:
+        """Writes what was made: an adapter, and low-rank changes or a model with its tokenizer."""
+        self.training.save(self.folder)
+        if (self.folder / MODEL_NAME).is_dir():
+            load_tokenizer(self.job.model).save_pretrained(self.folder / MODEL_NAME)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.analysis.probe import evaluation_mode
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
@@ -88,11 +89,5 @@ def observe_selection(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; gives every module its mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad():
+        yield

@@ -17,6 +17,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
 )
+from dilated_attention_pytorch.integrations.transformers.lora import add_lora
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
 from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
     PretrainedRun,
@@ -27,7 +28,8 @@ from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 
 TRAINED = ("selectors", "lora", "all")
 ATTENTION = ("sparse", "dense")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Folders of what was trained.
+ADAPTER_NAME, LORA_NAME, MODEL_NAME = "adapter", "lora", "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class Tuning(PretrainedTraining):
         run = self.run
         self.lora: Any = None
         if run.train == "lora":
-            self.lora = _with_lora(self.model, run.lora_rank)
+            self.lora = add_lora(self.model, run.lora_rank)
         adapted = None
         if run.attention == "sparse":
             if run.adapter is not None:
@@ -158,11 +160,11 @@ class Tuning(PretrainedTraining):
                 self.adapted, self.windows.data, self.run.base_sparsity,
                 lengths=default_lengths(self.run.seq_len),
             )  # fmt: skip
-            save_adapter(self.adapted, folder / "adapter")
+            save_adapter(self.adapted, folder / ADAPTER_NAME)
         if self.lora is not None:
-            self.lora.save_pretrained(folder / "lora")
+            self.lora.save_pretrained(folder / LORA_NAME)
         if self.run.train == "all":
-            self._save_model(folder / "model")
+            self._save_model(folder / MODEL_NAME)
 
     def _save_model(self, folder: Path) -> None:
         """The model alone: selectors are an adapter of their own."""
@@ -172,15 +174,6 @@ class Tuning(PretrainedTraining):
             if f".{SELECTOR}." not in name
         }
         self.model.save_pretrained(folder, state_dict=weights)
-
-
-def _with_lora(model: Any, rank: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("train='lora' needs peft: pip install peft.") from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(_PROJECTIONS))
-    return get_peft_model(model, config)
 
 
 def next_token_loss(model: Any, batch: Tensor) -> Tensor:

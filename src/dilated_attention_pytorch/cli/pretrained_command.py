@@ -1,0 +1,106 @@
+"""What ``distill`` and ``tune`` share: a job on a pretrained model, in a folder."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, ClassVar
+
+from rich.table import Table
+
+from dilated_attention_pytorch.cli.errors import UsageError
+from dilated_attention_pytorch.cli.folder_command import (
+    FolderCommand,
+    add_run_folder,
+    named_options,
+    summary_table,
+)
+from dilated_attention_pytorch.cli.pretrained_options import (
+    add_model_and_text,
+    add_run_options,
+    add_selector_options,
+    build_job,
+    require_transformers,
+)
+from dilated_attention_pytorch.training.folder_loop import Progress
+
+
+class PretrainedCommand(FolderCommand):
+    """Trains on a pretrained model; subclasses say what, and what they write."""
+
+    REMEDY = "lower --batch-size or --seq-len, or use --dtype bfloat16"
+    KIND: ClassVar[str]
+
+    def open(self) -> Any:
+        """Starts or resumes; a resumed job takes no settings."""
+        require_transformers()
+        from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
+
+        options = named_options(self.parsed)
+        if self.parsed.resume:
+            if options:
+                raise UsageError(
+                    f"--resume takes the settings of the run: leave {sorted(options)} out."
+                )
+            return PretrainedLoop.resume(self.parsed.out)
+        try:
+            return PretrainedLoop.start(self.parsed.out, build_job(self.KIND, options))
+        except FileExistsError as error:
+            raise UsageError(str(error)) from error
+
+    def results(self, loop: Any) -> dict[str, str]:
+        """Further lines of the summary: what a finished job has written."""
+        return {}
+
+    def about(self, loop: Any) -> str:
+        """Sizes of what is trained and of the text."""
+        count = sum(p.numel() for p in loop.training.trained())
+        return (
+            f"{count:,} parameters to train, on {loop.text.source}: {len(loop.text.train):,} "
+            f"tokens ({len(loop.text.validation):,} held out)"
+        )
+
+    def state(self, progress: Progress) -> str:
+        """Loss and speed."""
+        return f"loss {progress.result['loss']:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+
+    def measured(self, values: dict[str, Any]) -> str:
+        """All values."""
+        return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+    def summary(self, loop: Any) -> dict[str, Any]:
+        """Measurements, time and files; writes the result of a finished job."""
+        training = loop.training
+        summary = {
+            "finished": training.done,
+            "steps": training.step_count,
+            "steps_planned": training.run.steps,
+            "seconds": round(training.seconds, 1),
+            "trained_parameters": sum(p.numel() for p in training.trained()),
+            **loop.latest,
+            "metrics": str(loop.metrics.path),
+        }
+        if training.done:
+            loop.save_result()
+            summary |= self.results(loop)
+        return summary
+
+    def table(self, summary: dict[str, Any]) -> Table:
+        """Name by name."""
+        table = summary_table(self.parsed.name.capitalize())
+        for key, value in summary.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else f"{value}"
+            table.add_row(key.replace("_", " "), shown)
+        return table
+
+
+def add_job_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Adds the options that both commands have.
+
+    Args:
+        parser: Of the command.
+        folder: Default of ``--out``.
+    """
+    add_model_and_text(parser, required=False)
+    add_run_folder(parser, folder)
+    add_run_options(parser)
+    add_selector_options(parser)

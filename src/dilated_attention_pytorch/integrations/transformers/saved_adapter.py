@@ -1,0 +1,121 @@
+"""An adapter read back from its folder, with the base model and the run that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
+from dilated_attention_pytorch.integrations.transformers.adapter import (
+    AdapterError,
+    SelectorAdapter,
+)
+from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob, PretrainedLoop
+from dilated_attention_pytorch.integrations.transformers.lora import load_lora
+from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
+from dilated_attention_pytorch.integrations.transformers.tune import LORA_NAME, MODEL_NAME
+from dilated_attention_pytorch.training.folder_loop import METRICS_NAME
+from dilated_attention_pytorch.training.metrics import MetricsFile
+
+
+@dataclass(frozen=True, eq=False)
+class SavedAdapter:
+    """What the folder of an adapter holds, and what lies around it.
+
+    Attributes:
+        folder: Of the adapter.
+        adapter: The selectors.
+        base: Folder of the base model.
+        lora: Folder of the low-rank changes that were tuned with them; None: there are none.
+        history: Lines of the metrics of the run that wrote it; empty: not known.
+    """
+
+    folder: Path
+    adapter: SelectorAdapter
+    base: str
+    lora: Path | None
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path, model: str | None = None) -> SavedAdapter:
+        """Reads an adapter and finds its base.
+
+        Args:
+            folder: Of the adapter.
+            model: Folder of the base model. None: the weights that were tuned with the adapter,
+                or the folder that it was made from.
+
+        Raises:
+            AdapterError: If the adapter cannot be read, was not calibrated, or there is no base.
+        """
+        adapter = SelectorAdapter.read(folder)
+        for number, config in adapter.configs.items():
+            if config.budget == "threshold" and not len(adapter.tensors[f"{number}.thresholds"]):
+                raise AdapterError(
+                    f"layer {number} of the adapter in {folder} has no thresholds: call "
+                    "integrations.transformers.calibrate.calibrate before save_adapter."
+                )
+        around = folder.resolve().parent
+        metrics = MetricsFile(around / METRICS_NAME)
+        return cls(
+            folder,
+            adapter,
+            _find_base(folder, adapter) if model is None else model,
+            around / LORA_NAME if (around / LORA_NAME).is_dir() else None,
+            metrics.read() if metrics.path.is_file() else [],
+        )
+
+    def load(self, device: str = "cpu") -> AdaptedModel:
+        """The base model with the adapter, its weights frozen, in evaluation mode.
+
+        Raises:
+            AdapterError: If the base is another one.
+            ValueError: If it cannot be loaded or adapted.
+        """
+        model = load_model(self.base, device=device)
+        if self.lora is not None:
+            load_lora(model, self.lora)
+        return self.adapter.apply(model).freeze_base()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the base model.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        return load_tokenizer(self.base)
+
+    def held_out(self) -> Tensor:
+        """The tokens that the run which wrote the adapter has held out, int32.
+
+        Raises:
+            CheckpointError: If no run lies around the adapter.
+            TextError: If its text cannot be read any more.
+            ValueError: If the model of the run has no tokenizer.
+        """
+        state = PretrainedLoop.read_newest(self.folder.resolve().parent)
+        return PretrainedJob.from_dict(state[PretrainedLoop.KEY]).tokens().validation
+
+    @property
+    def seq_len(self) -> int | None:
+        """The longest window that thresholds were calibrated at; None: there are none."""
+        lengths = [
+            int(rows[-1, 0])
+            for name, rows in self.adapter.tensors.items()
+            if name.endswith(".thresholds") and len(rows)
+        ]
+        return max(lengths, default=None)
+
+
+def _find_base(folder: Path, adapter: SelectorAdapter) -> str:
+    tuned = folder.resolve().parent / MODEL_NAME
+    if tuned.is_dir():
+        return str(tuned)
+    name = adapter.base.get("name") or ""
+    if name and Path(name).is_dir():
+        return str(name)
+    known = f"was made for {name!r}, which is no folder here" if name else "does not name its base"
+    raise AdapterError(f"the adapter in {folder} {known}; give the base model's folder (--model).")

@@ -1,0 +1,163 @@
+"""How an adaptive layer rates pairs of blocks: summaries, scorers, and a sampled tile mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
+from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
+from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
+from dilated_attention_pytorch.scoring.training_free import antidiagonal_scores
+
+
+class ScoringLayer(BlockSparseLayer):
+    """A block-sparse layer with a scorer; :class:`BlockSparseAdaptive` says what of.
+
+    Args:
+        config: Settings.
+        segment_lengths: As there.
+        dilation_rates: As there.
+        num_heads: As there.
+        head_dim: As there.
+        num_kv_heads: As there.
+        scale: As there.
+        backend: As there.
+
+    Raises:
+        ValueError: If sizes are not positive or do not fit.
+    """
+
+    def __init__(
+        self,
+        config: AdaptiveConfig,
+        *,
+        segment_lengths: Sequence[int] | None,
+        dilation_rates: Sequence[int] | None,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None,
+        scale: float | None,
+        backend: str,
+    ) -> None:
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        pattern_heads = num_heads
+        if config.share_across_heads:
+            pattern_heads = 1
+        elif config.share_within_kv_group:
+            pattern_heads = kv_heads
+        super().__init__(
+            segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            block_size=config.block_size,
+            pattern_heads=pattern_heads,
+            num_local_blocks=config.num_local_blocks,
+            num_sink_blocks=config.num_sink_blocks,
+            scale=scale,
+            backend=backend,
+        )
+        self.config = config
+        self.scorer: ImportanceScorer | PrototypeScorer
+        if config.scorer == "prototypes":
+            self.scorer = PrototypeScorer(
+                num_heads, head_dim, kv_heads, num_prototypes=config.num_prototypes, scale=scale,
+                heads_per_pattern=num_heads // pattern_heads,
+            )  # fmt: skip
+        else:
+            self.scorer = self._new_scorer()
+        if config.hierarchy and self.segment_lengths is not None:
+            raise ValueError(
+                "hierarchy chooses among all blocks and segment_lengths limits them; give one."
+            )
+        self.coarse_scorers = nn.ModuleList(self._new_scorer() for _ in config.hierarchy)
+        if "attention" in config.pooling and config.scorer != "prototypes":
+            self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
+            self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
+        if config.sample_stride is not None:
+            self.sample_gain = nn.Parameter(torch.zeros(pattern_heads))
+
+    def _new_scorer(self) -> ImportanceScorer:
+        config = self.config
+        return ImportanceScorer(
+            self.head_dim * len(config.pooling),
+            self.num_heads,
+            kind=config.scorer,
+            hidden_dim=config.hidden_dim,
+            num_layers=config.num_layers,
+            share_across_heads=config.share_across_heads,
+            heads_per_pattern=self.num_heads // self.pattern_heads,
+        )
+
+    def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
+        scores, means = self._learned_scores(inputs)
+        if self.config.sample_stride is None:
+            return scores, means
+        sampled = antidiagonal_scores(
+            inputs.query.detach(), inputs.key.detach(), inputs.mask,
+            block_size=self.block_size, stride=self.config.sample_stride,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            query_valid=inputs.query_valid, key_valid=inputs.key_valid,
+        )  # fmt: skip
+        if sampled.shape[1] != self.pattern_heads:
+            sampled = sampled.unflatten(1, (self.pattern_heads, -1)).mean(2)
+        indices = inputs.candidates.indices
+        if indices is not None:
+            index = indices.clamp(0, sampled.shape[-1] - 1).expand(*sampled.shape[:3], -1)
+            sampled = sampled.gather(-1, index)
+        return scores + self.sample_gain[:, None, None] * sampled, means
+
+    def _learned_scores(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        if isinstance(self.scorer, PrototypeScorer):
+            query, valid = self._scope(inputs)
+            scores = self.scorer(
+                query, inputs.key, self.block_size, inputs.candidates.indices,
+                query_valid=valid, key_valid=inputs.key_valid,
+            )  # fmt: skip
+            return scores, self._key_means(inputs)
+        queries, keys, means = self.summaries(inputs)
+        return self.scorer(queries, keys, inputs.candidates.indices), means
+
+    def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Summaries of query and key blocks, and the key blocks' means."""
+        queries = self.pool_queries(*self._scope(inputs))
+        return (queries, *self.pool_keys(inputs.key, inputs.key_valid))
+
+    def _scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
+        """The query tokens that each row may be judged by, and which of them are real."""
+        query, valid = inputs.query, inputs.query_valid
+        if self.config.query_scope == "past" and inputs.mask.causal:
+            return past_windows(query, self.block_size, valid, inputs.mask.document_ids)
+        return query, valid
+
+    def _key_means(self, inputs: SelectionInputs) -> Tensor:
+        return block_summaries(
+            inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
+        )
+
+    def pool_queries(self, query: Tensor, valid: Tensor | None) -> Tensor:
+        """Summaries ``(b, i, num_heads, s)`` of blocks of queries ``(b, n, num_heads, d)``."""
+        pool = self.query_pool if "attention" in self.config.pooling else None
+        return block_summaries(
+            query, self.block_size, pooling=self.config.pooling, valid=valid, pool_query=pool
+        )
+
+    def pool_keys(self, key: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summaries ``(b, j, g, s)`` of blocks of keys ``(b, m, g, d)``, and their means."""
+        pooling = self.config.pooling
+        keys = block_summaries(
+            key, self.block_size, pooling=pooling, valid=valid,
+            pool_query=self.key_pool if "attention" in pooling else None,
+        )  # fmt: skip
+        if "mean" in pooling:
+            start = pooling.index("mean") * self.head_dim
+            return keys, keys[..., start : start + self.head_dim]
+        detached = key.detach()
+        return keys, block_summaries(detached, self.block_size, pooling=("mean",), valid=valid)
