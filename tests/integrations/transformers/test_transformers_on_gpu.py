@@ -119,12 +119,11 @@ def test_distillation(target: str, dtype: str) -> None:
         target=target,
     )  # fmt: skip
     training = Distillation(run, on_gpu(), TEXT)
-    before = training.validate()
-    for _ in range(40):
-        training.step()
-    after = training.validate()
+    losses = [training.step()["loss"] for _ in range(40)]
+    assert set(training.validate()) >= {"recall_0.5", "kept_mass_0.5"}
     if target == "mass":
-        assert after["recall_0.5"] > before["recall_0.5"]
+        # The other loss is the frozen language model's.
+        assert sum(losses[-5:]) < sum(losses[:5])
 
 
 @pytest.mark.parametrize("train", ["selectors", "all"])
