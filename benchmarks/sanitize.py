@@ -2,7 +2,7 @@
 
     python benchmarks/sanitize.py                        # alone: compares with float64
     compute-sanitizer --tool memcheck python benchmarks/sanitize.py
-    python benchmarks/sanitize.py --record benchmarks/results/sanitizer.json
+    python benchmarks/sanitize.py --dtype float16 --record benchmarks/results/sanitizer_float16.json
 
 With ``--record`` it runs alone first (which also compiles the kernels), then under memcheck and
 racecheck, and writes commands, summaries and versions. Exit codes: 0 clean; 1 a result disagrees

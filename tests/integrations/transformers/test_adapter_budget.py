@@ -5,7 +5,6 @@ import pytest
 pytest.importorskip("transformers", reason="the transformers package is not installed")
 
 import torch
-from tiny_models import tiny_model
 
 from dilated_attention_pytorch.integrations.transformers import SelectorAdapter, adapt
 from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
@@ -13,6 +12,7 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
     distilled_config,
 )
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+from tiny_models import tiny_model
 
 
 def test_the_same_scores_give_every_row_the_same_share():
