@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn import decoding
+from dilated_attention_pytorch.nn.decoding import choice
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 
 SIZE, HEADS, KV_HEADS, DIM = 8, 4, 2, 8
@@ -184,6 +184,60 @@ def test_rejected_tokens_leave_no_trace(scope: str) -> None:
 
 
 @torch.no_grad()
+def test_beams_become_more_or_fewer() -> None:
+    layer, (q, k, v) = make_layer(), tokens(60, batch=3)
+    want = layer(q, k, v, is_causal=True)
+    state = SelectorState()
+    layer.prefill(q[:, :50], k[:, :50], v[:, :50], state)
+    order = torch.arange(3)
+    for n, move in ((50, [0, 0, 1, 1, 2, 2]), (51, [5, 1])):
+        move = torch.tensor(move)
+        state.reorder(move)
+        order = order[move]
+        now = [x[order] for x in (q[:, n : n + 1], k[:, : n + 1], v[:, : n + 1])]
+        torch.testing.assert_close(layer.decode(*now, state)[:, 0], want[order, n])
+
+
+@pytest.mark.parametrize("name", ["adaptive", "fixed", "forced"])
+@torch.no_grad()
+def test_a_state_goes_on_from_a_chunk_that_somebody_else_attended(name: str) -> None:
+    """Of 40 tokens the last 25 come at once; the queries of the first 15 stay known."""
+    layer, (q, k, v) = make_layer(name), tokens(100)
+    want = layer(q, k, v, is_causal=True)
+    for middle in (15, 36):
+        state = SelectorState()
+        layer.prefill(q[:, :middle], k[:, :middle], v[:, :middle], state)
+        offset = torch.tensor([middle, middle])
+        layer.remember(q[:, middle:40], k[:, :40], state, query_offset=offset)
+        out = layer.decode(q[:, 40:], k, v, state)
+        torch.testing.assert_close(out, want[:, 40:])
+
+
+@pytest.mark.parametrize("scope", ["past", "block"])
+@torch.no_grad()
+def test_a_cache_whose_queries_are_gone(scope: str) -> None:
+    """Unknown queries are left out; as soon as a window is complete nothing is missing."""
+    layer, (q, k, v) = make_layer(scope=scope), tokens(90)
+    outs = []
+    for _ in range(2):
+        state = SelectorState()
+        layer.remember(q[:, 49:50], k[:, :50], state, query_offset=torch.tensor([49, 49]))
+        unknown = torch.arange(3 * SIZE) != 49 % (3 * SIZE)
+        if outs:
+            state.filled().queries[:, unknown] = torch.nan
+        steps = [layer.decode(q[:, n : n + 1], k, v, state) for n in range(50, 90)]
+        outs.append(torch.cat(steps, 1))
+    assert torch.equal(*outs)
+    want = decode_all(layer, (q, k, v), 50, [1] * 40)[:, 50:]
+    # The window of the row from 56 on is 49 to 56.
+    torch.testing.assert_close(outs[0][:, 6:], want[:, 6:])
+    # What is cropped before the first known query comes again with its own.
+    state.filled().known.fill_(88)
+    state.crop(84)
+    assert state.filled().known.tolist() == [84, 84]
+
+
+@torch.no_grad()
 def test_crop_refuses_what_the_rings_do_not_hold_and_reset_empties() -> None:
     layer, (q, k, v) = make_layer(), tokens(60)
     state = SelectorState()
@@ -310,10 +364,8 @@ def test_a_compiled_choice_is_the_same(
     name: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph, traced once; the compiler's own back end would take half a minute here."""
-    traced = torch.compile(
-        decoding._list_blocks, fullgraph=True, dynamic=False, backend="aot_eager"
-    )
-    monkeypatch.setattr(decoding, "_compiled_list_blocks", lambda: traced)
+    traced = torch.compile(choice.list_blocks, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(choice, "_compiled_list_blocks", lambda: traced)
     layer, (q, k, v) = make_layer(name, scope), tokens(120)
     outs = []
     for compiled in (False, True):

@@ -99,8 +99,13 @@ def block_sparse_decode(
         query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths=lengths, starts=starts,
         block_size=block_size, scale=scale, block_bias=block_bias,
     )  # fmt: skip
-    out, lse = BACKENDS[choose_backend(arguments, backend)](arguments)
+    out, lse = run_decode(arguments, backend)
     return (out, lse) if return_lse else out
+
+
+def run_decode(arguments: DecodeArguments, backend: str) -> tuple[Tensor, Tensor]:
+    """Output and lse of checked arguments; see :func:`block_sparse_decode`."""
+    return BACKENDS[choose_backend(arguments, backend)](arguments)
 
 
 def choose_backend(arguments: DecodeArguments, backend: str) -> str:
