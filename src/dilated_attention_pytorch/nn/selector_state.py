@@ -234,12 +234,11 @@ class SelectorState:
         """
         memory = self.filled()
         if isinstance(length, int):
-            block_size = memory.queries.shape[1] // RING_BLOCKS
-            least = max(self._most_tokens - block_size, 0)
+            least = self.num_tokens - self.retractable
             if length < least:
                 raise ValueError(
-                    f"length must be at least {least}: only block_size={block_size} tokens of "
-                    f"{self._most_tokens} can be forgotten, got {length}; reset and prefill "
+                    f"length must be at least {least}: only block_size={self._block_size} tokens "
+                    f"of {self._most_tokens} can be forgotten, got {length}; reset and prefill "
                     "instead."
                 )
             memory.lengths.clamp_(max=length)
@@ -247,9 +246,35 @@ class SelectorState:
         else:
             torch.minimum(memory.lengths, length.to(memory.lengths), out=memory.lengths)
             self.uniform = False
+        self._after_cropping()
+
+    @property
+    def retractable(self) -> int:
+        """The most tokens that :meth:`retract` can take back."""
+        return self.num_tokens - max(self._most_tokens - self._block_size, 0)
+
+    def retract(self, count: int) -> None:
+        """Forgets the newest ``count`` tokens of every sample, or all that a sample has.
+
+        Raises:
+            ValueError: If they are more than ``retractable``.
+        """
+        memory = self.filled()
+        if not 0 <= count <= self.retractable:
+            raise ValueError(f"count must lie in [0, {self.retractable}], got {count}.")
+        memory.lengths.sub_(count).clamp_(min=0)
+        self.num_tokens -= count
+        self._after_cropping()
+
+    def _after_cropping(self) -> None:
+        memory = self.filled()
         # Tokens that come again bring their queries.
         torch.minimum(memory.known, memory.lengths, out=memory.known)
         self.listed = False
+
+    @property
+    def _block_size(self) -> int:
+        return self.filled().queries.shape[1] // RING_BLOCKS
 
     def reset(self) -> None:
         """Forgets everything, and keeps the room."""
