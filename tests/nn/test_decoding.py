@@ -146,6 +146,32 @@ def test_samples_of_different_lengths(scope: str, max_tokens: int | None, left: 
         torch.testing.assert_close(torch.cat(got[b])[None], alone)
 
 
+@pytest.mark.parametrize("name", ["adaptive", "gumbel"])
+@torch.no_grad()
+def test_chunks_of_samples_of_different_lengths(name: str) -> None:
+    """Left padding: every sample begins blocks at places of its own."""
+    layer, (q, k, v) = make_layer(name), tokens(100, batch=3)
+    starts = torch.tensor([0, 5, 17])
+    outs = []
+    for sizes in ([60], [1] * 60, [17, 3, 40]):
+        state = SelectorState()
+        compact = [
+            torch.stack([x[b].roll(-int(n), 0) for b, n in enumerate(starts)])[:, :40]
+            for x in (q[:, :40], k[:, :40], v[:, :40])
+        ]
+        layer.prefill(*compact, state, key_lengths=40 - starts, starts=starts)
+        done, parts = 40, []
+        for size in sizes:
+            now = slice(done, done + size)
+            parts.append(layer.decode(q[:, now], k, v, state))
+            done += size
+        outs.append(torch.cat(parts, 1))
+    for b, n in enumerate(starts):
+        want = layer(*(x[b, None, n:] for x in (q, k, v)), is_causal=True)[0, 40 - n :]
+        for out in outs:
+            torch.testing.assert_close(out[b], want)
+
+
 @torch.no_grad()
 def test_beams_change_places() -> None:
     layer, (q, k, v) = make_layer(), tokens(120, batch=3)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.nn.decoding.choice import choose as choose_blocks
@@ -17,6 +17,9 @@ from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+# So few tokens of samples of different lengths choose one by one, to wait for nothing.
+MANY = 16
 
 
 def decode(
@@ -47,10 +50,8 @@ def decode(
     if state.memory is None:
         allocate(layer, state, score_query, key_cache, new)
     _check_new(state, score_query, selector_key, query)
-    counts, indices, biases = [], [], []
-    first = 0
-    while first < new:
-        count = _steps(layer, state, new - first)
+    outs, first = [], 0
+    for count in _shared_choices(layer, state, new):
         part = slice(first, first + count)
         begins = state.num_tokens % layer.block_size == 0
         if selector_key is None:
@@ -60,21 +61,35 @@ def decode(
         needed = not (layer.config.query_scope == "past" and state.uniform and state.listed)
         if choose if choose is not None else needed or begins:
             choose_blocks(layer, state)
-        memory = state.filled()
-        # The next choice overwrites the lists.
-        counts.append(memory.counts[:, :, None].expand(-1, -1, count))
-        indices.append(memory.indices[:, :, None].expand(-1, -1, count, -1))
-        biases.append(memory.bias[:, :, None].expand(-1, -1, count, -1))
-        if first + count < new:
-            counts[-1], indices[-1], biases[-1] = (x[-1].clone() for x in (counts, indices, biases))
+        outs.append(_attend(layer, query[:, part], key_cache, value_cache, state))
         first += count
-    bias = _joined(biases) if state.filled().bias.shape[2] else None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def _attend(
+    layer: BlockSparseAdaptive, query: Tensor, key: Tensor, value: Tensor, state: SelectorState
+) -> Tensor:
+    """Attention of the newest tokens by the state's lists."""
+    memory = state.filled()
     arguments = check_arguments(
-        query, key_cache, value_cache, _joined(counts), _joined(indices), lengths=state.lengths,
-        starts=state.starts, block_size=layer.block_size, scale=layer.scale, block_bias=bias,
+        query, key, value, memory.counts[:, :, None], memory.indices[:, :, None],
+        lengths=state.lengths, starts=state.starts, block_size=layer.block_size, scale=layer.scale,
+        block_bias=memory.bias[:, :, None] if memory.bias.shape[2] else None,
     )  # fmt: skip
     backend = layer.backend if layer.backend in BACKENDS else "auto"
     return run_decode(arguments, backend)[0]
+
+
+def _shared_choices(layer: BlockSparseAdaptive, state: SelectorState, new: int) -> list[int]:
+    """How many of the next tokens share a choice, and of those after them, and so on."""
+    if layer.config.query_scope != "past" or (new <= MANY and not state.uniform):
+        return [1] * new
+    # Of samples of other lengths others begin blocks; reading which waits for the device.
+    lengths = [state.num_tokens] if state.uniform else state.lengths.tolist()
+    size = layer.block_size
+    begun = {length % size for length in lengths}
+    cuts = [n for n in range(1, new) if any((n + b) % size == 0 for b in begun)]
+    return [end - start for start, end in itertools.pairwise([0, *cuts, new])]
 
 
 def _check_new(state: SelectorState, query: Tensor, key: Tensor | None, original: Tensor) -> None:
@@ -89,20 +104,3 @@ def _check_new(state: SelectorState, query: Tensor, key: Tensor | None, original
         raise ValueError(
             f"selector_key must hold the new tokens {expected}, got {tuple(key.shape)}."
         )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Lists of consecutive tokens, the shorter ones filled up."""
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].dim() == 4:
-        width = max(x.shape[-1] for x in parts)
-        parts = [F.pad(x, (0, width - x.shape[-1])) for x in parts]
-    return torch.cat(parts, 2)
-
-
-def _steps(layer: BlockSparseAdaptive, state: SelectorState, left: int) -> int:
-    """New tokens that share one choice."""
-    if layer.config.query_scope != "past" or not state.uniform:
-        return 1
-    return min(left, layer.block_size - state.num_tokens % layer.block_size)
