@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.nn.decoding import choice
 from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 SIZE, HEADS, KV_HEADS, DIM = 8, 4, 2, 8
 
@@ -24,9 +25,24 @@ CONFIGS = {
     "mlp": {"scorer": "mlp", "num_layers": 2},
     "towers": {"num_layers": 2, "share_within_kv_group": True},
     "gumbel": {"estimator": "gumbel"},
+    "prototypes": {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 3},
+    "shared prototypes": {
+        "scorer": "prototypes",
+        "pooling": ("attention",),
+        "share_within_kv_group": True,
+        "budget": "fixed",
+    },
     "sparse": {"base_sparsity": 0.9},
 }
 SEGMENTS = {"segments": ([32, 128], [1, 2])}
+# Go by the length, so that a longer pass is not the continuation of a shorter one.
+BY_LENGTH = {
+    "threshold": {"budget": "threshold"},
+    "distilled": {
+        "budget": "threshold", "scorer": "prototypes", "pooling": ("attention",),
+        "num_sink_blocks": 1,
+    },
+}  # fmt: skip
 
 
 def make_layer(
@@ -34,9 +50,11 @@ def make_layer(
 ) -> BlockSparseAdaptive:
     torch.manual_seed(seed)
     options = {"base_sparsity": 0.6, "block_size": SIZE, "hidden_dim": 4, "query_scope": scope}
-    config = AdaptiveConfig(**{**options, **CONFIGS.get(name, {})})
+    config = AdaptiveConfig(**{**options, **(CONFIGS | BY_LENGTH).get(name, {})})
     lattice = SEGMENTS.get(name, (None, None))
     layer = BlockSparseAdaptive(*lattice, HEADS, DIM, config, num_kv_heads=KV_HEADS)
+    if config.budget == "threshold":
+        layer.set_thresholds(ThresholdTable((20, 60), (0.3, 0.1)))
     return (layer.double() if double else layer).eval()
 
 
@@ -98,7 +116,7 @@ def test_an_output_depends_on_no_later_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", [0, 13])
-@pytest.mark.parametrize("name", [*CONFIGS, *SEGMENTS])
+@pytest.mark.parametrize("name", [*CONFIGS, *SEGMENTS, *BY_LENGTH])
 def test_block_equals_the_last_token_of_a_pass_over_everything_so_far(
     name: str, prompt: int
 ) -> None:
@@ -449,8 +467,6 @@ def test_misuse_is_named() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scorer": "prototypes", "pooling": ("attention",)},
-        {"budget": "threshold"},
         {"sample_stride": 8},
         {"hierarchy": (2,)},
     ],
@@ -461,4 +477,12 @@ def test_what_a_state_cannot_keep_is_refused(settings):
     layer = BlockSparseAdaptive(num_heads=2, head_dim=16, adaptive_config=config).eval()
     x = torch.randn(1, 40, 2, 16)
     with pytest.raises(ValueError, match=next(iter(settings))):
+        layer.remember(x, x, SelectorState())
+
+
+def test_thresholds_that_are_missing_are_named() -> None:
+    config = AdaptiveConfig(block_size=16, budget="threshold")
+    layer = BlockSparseAdaptive(num_heads=2, head_dim=16, adaptive_config=config).eval()
+    x = torch.randn(1, 40, 2, 16)
+    with pytest.raises(RuntimeError, match="needs thresholds"):
         layer.remember(x, x, SelectorState())

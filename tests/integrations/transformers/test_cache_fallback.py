@@ -19,14 +19,20 @@ from transformers import DynamicCache, StaticCache
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.integrations.transformers import adapt
 from dilated_attention_pytorch.integrations.transformers.cached_attention import MOST_CHOICES
+from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
 from dilated_attention_pytorch.integrations.transformers.followed_cache import (
     CacheHandle,
     FollowedLayer,
+)
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    distilled_config,
 )
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
+EACH_TOKEN = AdaptiveConfig(base_sparsity=0.6, block_size=8, budget="fixed")
+DISTILLED = distilled_config(base_sparsity=0.6, block_size=8, num_prototypes=2)
 IDS = tokens(2, 90)
 
 
@@ -164,12 +170,11 @@ def test_right_padding_and_gaps(make: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        AdaptiveConfig(scorer="prototypes", pooling=("attention",), block_size=8),
         AdaptiveConfig(sample_stride=4, block_size=8),
         AdaptiveConfig(hierarchy=(2,), block_size=8),
         TrainingFreeConfig(method="mean_pool", block_size=8),
     ],
-    ids=["prototypes", "sampled", "hierarchy", "training-free"],
+    ids=["sampled", "hierarchy", "training-free"],
 )
 @torch.no_grad()
 def test_selectors_without_states(config: Any) -> None:
@@ -236,12 +241,14 @@ def test_a_cache_is_used_again_for_another_prompt() -> None:
         torch.testing.assert_close(torch.cat(outs, 1), wanted, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("config", [EACH_TOKEN, DISTILLED], ids=["default", "distilled"])
 @torch.no_grad()
-def test_a_choice_for_each_token() -> None:
+def test_a_choice_for_each_token(config: AdaptiveConfig) -> None:
     """query_scope="block", one layer: each token as the last one of a pass over all so far."""
     model = tiny_model(num_hidden_layers=1)
-    config = AdaptiveConfig(base_sparsity=0.6, block_size=8, budget="fixed")
-    with adapt(model, config):
+    with adapt(model, config) as adapted:
+        if config is DISTILLED:
+            calibrate(adapted, tokens(1, 1000)[0], 0.6, lengths=(40, 80), windows=2)
         for sizes in ([50], [21, 29], [21, 22, 7]):
             cache, done = dynamic(model), 0
             with decoded() as count:

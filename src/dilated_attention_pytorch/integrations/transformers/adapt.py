@@ -135,8 +135,8 @@ def adapt(
 ) -> AdaptedModel:
     """Attaches one selector to every attention layer of a pretrained model, in place.
 
-    The model then computes the chosen blocks alone, in training, evaluation and ``generate``.
-    Layers with a sliding window, and layers that are not named, attend as PyTorch does. Dropout of
+    The model then computes the chosen blocks alone, in training, evaluation and ``generate``, which
+    keeps block summaries beside the cache. Layers with a sliding window, and layers that are not named, attend as PyTorch does. Dropout of
     the weights and ``output_attentions`` are refused when they are used.
 
     Args:

@@ -41,7 +41,7 @@ def row_budget(
     config, candidates = layer.config, row.candidates
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    by_score = budget_by_score(layer, scores, candidates, blocks * layer.block_size)
+    by_score = budget_by_score(layer, scores, candidates, memory.lengths)
     if by_score is not None:
         return by_score
     if config.num_selected_blocks is not None:

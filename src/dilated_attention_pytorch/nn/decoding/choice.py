@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.decoding.budgets import row_budget
+from dilated_attention_pytorch.nn.decoding.codes import key_codes, query_codes
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
 from dilated_attention_pytorch.nn.decoding.settings import (
     has_bias,
     list_width,
     most_scored,
-    summary_scorer,
 )
 from dilated_attention_pytorch.nn.estimators import slot_bias
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
@@ -49,9 +49,8 @@ def list_blocks(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> None
     """Chooses among ``blocks`` blocks for the newest token of each sample: lists in ``memory``."""
     row = NewestRow.of(layer, memory, blocks)
     codes, complexity = _summarise(layer, memory, row)
-    scorer = summary_scorer(layer)
-    asked = scorer.encode_queries(layer.pool_queries(*_asking(layer, memory, row)))
-    scores = scorer.compare(asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
+    asked = query_codes(layer, *_asking(layer, memory, row))
+    scores = layer.scorer.compare(asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
     budget = row_budget(layer, memory, row, scores, complexity, blocks)
     scored, forced = row.candidates.scored, row.candidates.forced
     count = (budget - forced.sum(-1)).clamp(min=0)
@@ -90,8 +89,7 @@ def _summarise(
     """
     size = layer.block_size
     tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
-    keys, means = layer.pool_keys(tokens, valid)
-    codes = summary_scorer(layer).encode_keys(keys)
+    codes, means = key_codes(layer, tokens, valid)
     for step in (-1, 0):
         row.put(memory.codes, step, codes[:, :, step + 1 : step + 2])
     if layer.config.budget != "adaptive":

@@ -11,12 +11,12 @@ from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.decoding.budgets import room
 from dilated_attention_pytorch.nn.decoding.choice import unit_means
+from dilated_attention_pytorch.nn.decoding.codes import key_codes
 from dilated_attention_pytorch.nn.decoding.settings import (
-    check_mode,
+    check_layer,
     has_bias,
     list_width,
     runs_a_budget,
-    summary_scorer,
 )
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
@@ -67,7 +67,7 @@ def remember(
     query_offset: Tensor | None,
 ) -> None:
     """See :meth:`BlockSparseAdaptive.remember`."""
-    check_mode(layer)
+    check_layer(layer)
     layer.check_inputs(query, key, key)
     _check_prompt(query, key, state, query_offset)
     batch, length = key.shape[:2]
@@ -83,8 +83,8 @@ def remember(
     if key_lengths is not None:
         memory.lengths.copy_(key_lengths)
     _fill_rings(memory, query, key, query_offset)
-    keys, means = layer.pool_keys(key, valid)
-    memory.codes[:, :, 1 : blocks + 1] = summary_scorer(layer).encode_keys(keys)
+    codes, means = key_codes(layer, key, valid)
+    memory.codes[:, :, 1 : blocks + 1] = codes
     size = (layer.block_size, layer.block_size)
     rows = row_ranges(mask, size, has_diagonal=True, device=key.device)
     keep = (1 - layer.base_sparsity).expand(1, layer.pattern_heads, blocks)
@@ -163,8 +163,10 @@ def allocate(
             )
         return
     blocks, batch = ceil_div(tokens, size), query.shape[0]
-    scorer = summary_scorer(layer)
-    sample = scorer.encode_keys(query.new_zeros(1, 1, layer.num_kv_heads, scorer.summary_dim))
+    if layer.config.budget == "threshold":
+        # Refuses a layer without thresholds.
+        layer.threshold_table()
+    sample, _ = key_codes(layer, key[:1, :1], None)
     complexity = layer.config.budget == "adaptive"
     past = layer.config.query_scope == "past"
     width = list_width(layer, blocks)

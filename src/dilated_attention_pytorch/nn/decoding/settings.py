@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from dilated_attention_pytorch.nn.row_budgets import most_scored_of
-from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -15,31 +14,20 @@ def decoding_refusal(layer: BlockSparseAdaptive) -> str | None:
     """The setting for which no summaries can be kept, or None if the layer can decode."""
     config = layer.config
     refused = {
-        "scorer='prototypes'": config.scorer == "prototypes",
-        "budget='threshold'": config.budget == "threshold",
         "sample_stride": config.sample_stride is not None,
         "hierarchy": bool(config.hierarchy),
     }
     return next((name for name, asked in refused.items() if asked), None)
 
 
-def summary_scorer(layer: BlockSparseAdaptive) -> ImportanceScorer:
-    """The scorer, which must judge blocks by summaries that a state can keep.
-
-    Raises:
-        ValueError: If it does not.
-    """
+def check_layer(layer: BlockSparseAdaptive) -> None:
+    """Refuses settings of which a state keeps nothing, and training mode."""
     refusal = decoding_refusal(layer)
     if refusal is not None:
         raise ValueError(
             f"decoding with a SelectorState does not know {refusal}; call the layer with "
             "query_offset over the whole cache instead, or configure it without."
         )
-    return cast(ImportanceScorer, layer.scorer)
-
-
-def check_mode(layer: BlockSparseAdaptive) -> None:
-    """Refuses training mode."""
     if layer.training:
         raise RuntimeError("decoding needs evaluation mode; call layer.eval() first.")
 

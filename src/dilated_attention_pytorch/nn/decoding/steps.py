@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.nn.decoding.choice import choose as choose_blocks
 from dilated_attention_pytorch.nn.decoding.prompt import allocate
-from dilated_attention_pytorch.nn.decoding.settings import check_mode
+from dilated_attention_pytorch.nn.decoding.settings import check_layer
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
@@ -34,7 +34,7 @@ def decode(
     choose: bool | None,
 ) -> Tensor:
     """See :meth:`BlockSparseAdaptive.decode`."""
-    check_mode(layer)
+    check_layer(layer)
     layer.check_inputs(query, key_cache, value_cache)
     new = query.shape[1]
     if choose is not None and new != 1:
@@ -71,10 +71,14 @@ def _attend(
 ) -> Tensor:
     """Attention of the newest tokens by the state's lists."""
     memory = state.filled()
+    width = memory.indices.shape[2]
+    if query.device.type == "cpu":
+        # Lists have room for the most that a row may read; there it would all be gathered.
+        width = int(memory.counts.max())
     arguments = check_arguments(
-        query, key, value, memory.counts[:, :, None], memory.indices[:, :, None],
+        query, key, value, memory.counts[:, :, None], memory.indices[:, :, None, :width],
         lengths=state.lengths, starts=state.starts, block_size=layer.block_size, scale=layer.scale,
-        block_bias=memory.bias[:, :, None] if memory.bias.shape[2] else None,
+        block_bias=memory.bias[:, :, None, :width] if memory.bias.shape[2] else None,
     )  # fmt: skip
     backend = layer.backend if layer.backend in BACKENDS else "auto"
     return run_decode(arguments, backend)[0]
