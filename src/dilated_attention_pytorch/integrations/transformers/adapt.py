@@ -136,8 +136,9 @@ def adapt(
     """Attaches one selector to every attention layer of a pretrained model, in place.
 
     The model then computes the chosen blocks alone, in training, evaluation and ``generate``, which
-    keeps block summaries beside the cache. Layers with a sliding window, and layers that are not named, attend as PyTorch does. Dropout of
-    the weights and ``output_attentions`` are refused when they are used.
+    keeps block summaries beside the cache. Layers with a sliding window, and layers that are not
+    named, attend as PyTorch does. Dropout of the weights and ``output_attentions`` are refused when
+    they are used.
 
     Args:
         model: A model of :data:`FAMILIES`, such as ``LlamaForCausalLM``.
