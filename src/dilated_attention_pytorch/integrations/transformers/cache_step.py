@@ -32,7 +32,7 @@ class CacheStep:
 
     @classmethod
     def of(cls, mask: Tensor, q_len: int, kv_len: int) -> CacheStep | None:
-        """Reads a compact mask; waits for the device once, unless nothing is padded.
+        """Reads a compact mask; waits for the device once, unless it is a plain causal one.
 
         Args:
             mask: From :func:`compact_mask`.
@@ -46,11 +46,15 @@ class CacheStep:
             return None
         if mask.shape[2] == PLAIN:
             return cls(kv_len - q_len, kv_len)
-        found: tuple[CacheStep | None] | None = getattr(mask, _READ, None)
-        if found is None:
-            found = (_read(mask, q_len),)
-            setattr(mask, _READ, found)
-        return found[0]
+        if mask.is_inference():
+            # It has no version, which tells whether it is what was read.
+            return _read(mask, q_len)
+        key = (q_len, mask._version)
+        known: tuple[tuple[int, int], CacheStep | None] | None = getattr(mask, _READ, None)
+        if known is None or known[0] != key:
+            known = (key, _read(mask, q_len))
+            setattr(mask, _READ, known)
+        return known[1]
 
     def agrees(self, starts: Tensor | None) -> bool:
         """Whether samples that began at ``starts`` begin there still."""
