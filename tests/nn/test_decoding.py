@@ -289,6 +289,14 @@ def test_crop_refuses_what_the_rings_do_not_hold_and_reset_empties() -> None:
     state.crop(55)
     with pytest.raises(ValueError, match="at least 52"):
         state.crop(50)
+    assert state.retractable == 3
+    with pytest.raises(ValueError, match=r"\[0, 3\]"):
+        state.retract(4)
+    state.retract(3)
+    assert state.lengths.tolist() == [52, 52]
+    assert state.retractable == 0
+    more = layer.decode(q[:, 52:], k, v, state)
+    torch.testing.assert_close(more, layer(q, k, v, is_causal=True)[:, 52:])
     state.reset()
     out = layer.prefill(q[:, :20], k[:, :20], v[:, :20], state)
     more = layer.decode(q[:, 20:40], k[:, :40], v[:, :40], state)
