@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn import decoding
+from dilated_attention_pytorch.nn.decoding import choice
 from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 SIZE, HEADS, KV_HEADS, DIM = 8, 4, 2, 8
 
@@ -24,9 +25,24 @@ CONFIGS = {
     "mlp": {"scorer": "mlp", "num_layers": 2},
     "towers": {"num_layers": 2, "share_within_kv_group": True},
     "gumbel": {"estimator": "gumbel"},
+    "prototypes": {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 3},
+    "shared prototypes": {
+        "scorer": "prototypes",
+        "pooling": ("attention",),
+        "share_within_kv_group": True,
+        "budget": "fixed",
+    },
     "sparse": {"base_sparsity": 0.9},
 }
 SEGMENTS = {"segments": ([32, 128], [1, 2])}
+# Go by the length, so that a longer pass is not the continuation of a shorter one.
+BY_LENGTH = {
+    "threshold": {"budget": "threshold"},
+    "distilled": {
+        "budget": "threshold", "scorer": "prototypes", "pooling": ("attention",),
+        "num_sink_blocks": 1,
+    },
+}  # fmt: skip
 
 
 def make_layer(
@@ -34,9 +50,11 @@ def make_layer(
 ) -> BlockSparseAdaptive:
     torch.manual_seed(seed)
     options = {"base_sparsity": 0.6, "block_size": SIZE, "hidden_dim": 4, "query_scope": scope}
-    config = AdaptiveConfig(**{**options, **CONFIGS.get(name, {})})
+    config = AdaptiveConfig(**{**options, **(CONFIGS | BY_LENGTH).get(name, {})})
     lattice = SEGMENTS.get(name, (None, None))
     layer = BlockSparseAdaptive(*lattice, HEADS, DIM, config, num_kv_heads=KV_HEADS)
+    if config.budget == "threshold":
+        layer.set_thresholds(ThresholdTable((20, 60), (0.3, 0.1)))
     return (layer.double() if double else layer).eval()
 
 
@@ -98,7 +116,7 @@ def test_an_output_depends_on_no_later_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", [0, 13])
-@pytest.mark.parametrize("name", [*CONFIGS, *SEGMENTS])
+@pytest.mark.parametrize("name", [*CONFIGS, *SEGMENTS, *BY_LENGTH])
 def test_block_equals_the_last_token_of_a_pass_over_everything_so_far(
     name: str, prompt: int
 ) -> None:
@@ -146,6 +164,32 @@ def test_samples_of_different_lengths(scope: str, max_tokens: int | None, left: 
         torch.testing.assert_close(torch.cat(got[b])[None], alone)
 
 
+@pytest.mark.parametrize("name", ["adaptive", "gumbel"])
+@torch.no_grad()
+def test_chunks_of_samples_of_different_lengths(name: str) -> None:
+    """Left padding: every sample begins blocks at places of its own."""
+    layer, (q, k, v) = make_layer(name), tokens(100, batch=3)
+    starts = torch.tensor([0, 5, 17])
+    outs = []
+    for sizes in ([60], [1] * 60, [17, 3, 40]):
+        state = SelectorState()
+        compact = [
+            torch.stack([x[b].roll(-int(n), 0) for b, n in enumerate(starts)])[:, :40]
+            for x in (q[:, :40], k[:, :40], v[:, :40])
+        ]
+        layer.prefill(*compact, state, key_lengths=40 - starts, starts=starts)
+        done, parts = 40, []
+        for size in sizes:
+            now = slice(done, done + size)
+            parts.append(layer.decode(q[:, now], k, v, state))
+            done += size
+        outs.append(torch.cat(parts, 1))
+    for b, n in enumerate(starts):
+        want = layer(*(x[b, None, n:] for x in (q, k, v)), is_causal=True)[0, 40 - n :]
+        for out in outs:
+            torch.testing.assert_close(out[b], want)
+
+
 @torch.no_grad()
 def test_beams_change_places() -> None:
     layer, (q, k, v) = make_layer(), tokens(120, batch=3)
@@ -184,6 +228,60 @@ def test_rejected_tokens_leave_no_trace(scope: str) -> None:
 
 
 @torch.no_grad()
+def test_beams_become_more_or_fewer() -> None:
+    layer, (q, k, v) = make_layer(), tokens(60, batch=3)
+    want = layer(q, k, v, is_causal=True)
+    state = SelectorState()
+    layer.prefill(q[:, :50], k[:, :50], v[:, :50], state)
+    order = torch.arange(3)
+    for n, move in ((50, [0, 0, 1, 1, 2, 2]), (51, [5, 1])):
+        move = torch.tensor(move)
+        state.reorder(move)
+        order = order[move]
+        now = [x[order] for x in (q[:, n : n + 1], k[:, : n + 1], v[:, : n + 1])]
+        torch.testing.assert_close(layer.decode(*now, state)[:, 0], want[order, n])
+
+
+@pytest.mark.parametrize("name", ["adaptive", "fixed", "forced"])
+@torch.no_grad()
+def test_a_state_goes_on_from_a_chunk_that_somebody_else_attended(name: str) -> None:
+    """Of 40 tokens the last 25 come at once; the queries of the first 15 stay known."""
+    layer, (q, k, v) = make_layer(name), tokens(100)
+    want = layer(q, k, v, is_causal=True)
+    for middle in (15, 36):
+        state = SelectorState()
+        layer.prefill(q[:, :middle], k[:, :middle], v[:, :middle], state)
+        offset = torch.tensor([middle, middle])
+        layer.remember(q[:, middle:40], k[:, :40], state, query_offset=offset)
+        out = layer.decode(q[:, 40:], k, v, state)
+        torch.testing.assert_close(out, want[:, 40:])
+
+
+@pytest.mark.parametrize("scope", ["past", "block"])
+@torch.no_grad()
+def test_a_cache_whose_queries_are_gone(scope: str) -> None:
+    """Unknown queries are left out; as soon as a window is complete nothing is missing."""
+    layer, (q, k, v) = make_layer(scope=scope), tokens(90)
+    outs = []
+    for _ in range(2):
+        state = SelectorState()
+        layer.remember(q[:, 49:50], k[:, :50], state, query_offset=torch.tensor([49, 49]))
+        unknown = torch.arange(3 * SIZE) != 49 % (3 * SIZE)
+        if outs:
+            state.filled().queries[:, unknown] = torch.nan
+        steps = [layer.decode(q[:, n : n + 1], k, v, state) for n in range(50, 90)]
+        outs.append(torch.cat(steps, 1))
+    assert torch.equal(*outs)
+    want = decode_all(layer, (q, k, v), 50, [1] * 40)[:, 50:]
+    # The window of the row from 56 on is 49 to 56.
+    torch.testing.assert_close(outs[0][:, 6:], want[:, 6:])
+    # What is cropped before the first known query comes again with its own.
+    state.filled().known.fill_(88)
+    state.crop(84)
+    assert state.filled().known.tolist() == [84, 84]
+
+
+@torch.no_grad()
 def test_crop_refuses_what_the_rings_do_not_hold_and_reset_empties() -> None:
     layer, (q, k, v) = make_layer(), tokens(60)
     state = SelectorState()
@@ -191,6 +289,14 @@ def test_crop_refuses_what_the_rings_do_not_hold_and_reset_empties() -> None:
     state.crop(55)
     with pytest.raises(ValueError, match="at least 52"):
         state.crop(50)
+    assert state.retractable == 3
+    with pytest.raises(ValueError, match=r"\[0, 3\]"):
+        state.retract(4)
+    state.retract(3)
+    assert state.lengths.tolist() == [52, 52]
+    assert state.retractable == 0
+    more = layer.decode(q[:, 52:], k, v, state)
+    torch.testing.assert_close(more, layer(q, k, v, is_causal=True)[:, 52:])
     state.reset()
     out = layer.prefill(q[:, :20], k[:, :20], v[:, :20], state)
     more = layer.decode(q[:, 20:40], k[:, :40], v[:, :40], state)
@@ -310,10 +416,8 @@ def test_a_compiled_choice_is_the_same(
     name: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph, traced once; the compiler's own back end would take half a minute here."""
-    traced = torch.compile(
-        decoding._list_blocks, fullgraph=True, dynamic=False, backend="aot_eager"
-    )
-    monkeypatch.setattr(decoding, "_compiled_list_blocks", lambda: traced)
+    traced = torch.compile(choice.list_blocks, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(choice, "_compiled_list_blocks", lambda: traced)
     layer, (q, k, v) = make_layer(name, scope), tokens(120)
     outs = []
     for compiled in (False, True):
@@ -371,8 +475,6 @@ def test_misuse_is_named() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scorer": "prototypes", "pooling": ("attention",)},
-        {"budget": "threshold"},
         {"sample_stride": 8},
         {"hierarchy": (2,)},
     ],
@@ -383,4 +485,12 @@ def test_what_a_state_cannot_keep_is_refused(settings):
     layer = BlockSparseAdaptive(num_heads=2, head_dim=16, adaptive_config=config).eval()
     x = torch.randn(1, 40, 2, 16)
     with pytest.raises(ValueError, match=next(iter(settings))):
+        layer.remember(x, x, SelectorState())
+
+
+def test_thresholds_that_are_missing_are_named() -> None:
+    config = AdaptiveConfig(block_size=16, budget="threshold")
+    layer = BlockSparseAdaptive(num_heads=2, head_dim=16, adaptive_config=config).eval()
+    x = torch.randn(1, 40, 2, 16)
+    with pytest.raises(RuntimeError, match="needs thresholds"):
         layer.remember(x, x, SelectorState())

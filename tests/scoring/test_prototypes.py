@@ -70,6 +70,17 @@ def test_chunks_candidates_and_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(shared, whole.unflatten(1, (2, 2)).mean(2))
 
 
+def test_encoded_blocks_compare_as_tokens_do() -> None:
+    x, y, valid = tokens(4), tokens(2, seed=5), torch.arange(40)[None] < 30
+    chosen = torch.tensor([2, 0]).view(1, 1, 1, 2).expand(1, 1, 3, 2)
+    for share in (1, 2, 4):
+        net = scorer(heads_per_pattern=share)
+        q, k = net.encode_queries(x, 16, valid), net.encode_keys(y, 16, valid)
+        for candidates in (None, chosen):
+            wanted = net(x, y, 16, candidates, query_valid=valid, key_valid=valid)
+            torch.testing.assert_close(net.compare(q, k, candidates), wanted)
+
+
 def test_untrained_prototypes_of_one_token_are_the_logits() -> None:
     net = PrototypeScorer(4, 8, 2, num_prototypes=1, scale=0.5)
     x, y = tokens(4), tokens(2, seed=5)

@@ -11,6 +11,7 @@ from dilated_attention_pytorch.selection.threshold import (
     ThresholdTable,
     calibrate_threshold,
     threshold_budget,
+    thresholds_at,
     visible_softmax,
 )
 
@@ -73,3 +74,13 @@ def test_table_interpolates_between_logarithms() -> None:
     assert table.at(200) == pytest.approx(0.04)
     assert table.at(400) == pytest.approx(0.02)
     assert table.at(8_000) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 4])
+def test_many_lengths_at_once(entries: int) -> None:
+    lengths, values = [100, 300, 1000, 1001][:entries], [0.3, 0.2, 0.05, 0.049][:entries]
+    table = ThresholdTable(tuple(lengths), tuple(values))
+    asked = [0, 1, 99, 100, 101, 250, 300, 700, 1000, 1001, 5000]
+    rows = torch.tensor(list(zip(lengths, values, strict=True)), dtype=torch.float64)
+    found = thresholds_at(rows, torch.tensor(asked))
+    assert found.tolist() == pytest.approx([table.at(n) for n in asked])

@@ -211,13 +211,28 @@ class BlockSparseAdaptive(ScheduledLayer):
         *,
         key_lengths: Tensor | None = None,
         starts: Tensor | None = None,
+        query_offset: Tensor | None = None,
     ) -> None:
         """Fills an empty ``state`` with a prompt whose attention somebody else computed.
 
         Such as a dense pass over the prompt that sparse decoding follows. Arguments and errors as
         for :meth:`prefill`; ``query`` and ``key`` are what blocks are chosen by.
+
+        Args:
+            query: As there, or with ``query_offset`` fewer.
+            key: As there.
+            state: As there. With ``query_offset`` it may hold tokens: all are taken anew from
+                ``key``, and its latest queries stay known if ``query`` follows them.
+            key_lengths: As there.
+            starts: As there.
+            query_offset: ``(batch,)`` integers: the token of the first query, where a cache gives
+                the keys of a past whose queries are gone. Until a whole window of queries has
+                come, blocks are chosen by those that there are. None: ``query`` is the prompt.
         """
-        decoding.remember(self, query, key, state, key_lengths=key_lengths, starts=starts)
+        decoding.remember(
+            self, query, key, state, key_lengths=key_lengths, starts=starts,
+            query_offset=query_offset,
+        )  # fmt: skip
 
     @torch.no_grad()
     def decode(

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.selection.budget import (
     water_level_budget,
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
-from dilated_attention_pytorch.selection.threshold import threshold_budget
+from dilated_attention_pytorch.selection.threshold import threshold_budget, thresholds_at
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -97,13 +97,20 @@ def row_budgets(
 
 
 def budget_by_score(
-    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, kv_len: int
+    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, kv_len: int | Tensor
 ) -> Tensor | None:
-    """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do."""
+    """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do.
+
+    ``kv_len`` is the number of key tokens, or ``(b,)`` of each sample.
+    """
     if layer.config.budget == "top_p":
         count = top_p_budget(scores, candidates.scored, layer.top_p)
     elif layer.config.budget == "threshold":
-        threshold = layer.threshold_table().at(kv_len)
+        threshold: float | Tensor
+        if isinstance(kv_len, Tensor):
+            threshold = thresholds_at(layer.thresholds, kv_len).view(-1, 1, 1, 1)
+        else:
+            threshold = layer.threshold_table().at(kv_len)
         count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
     else:
         return None

@@ -23,6 +23,7 @@ class Memory:
 
     Attributes:
         lengths: ``(b,)`` int64: tokens of each sample.
+        known: ``(b,)`` int64: the first token whose query is known, with those that follow.
         queries: ``(b, ring, h, d)``: the latest queries, token t at place ``t % ring``.
         keys: ``(b, ring, g, d)``: the latest keys, likewise.
         codes: ``(b, p, J + 1, e)``: encoded key summaries.
@@ -38,6 +39,7 @@ class Memory:
     """
 
     lengths: Tensor
+    known: Tensor
     queries: Tensor
     keys: Tensor
     codes: Tensor
@@ -58,12 +60,13 @@ class Memory:
             count: Tokens to read.
 
         Returns:
-            ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist.
+            ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist and are known.
         """
         ring: Tensor = getattr(self, name)
         token = first[:, None] + torch.arange(count, device=ring.device)
         slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
-        return ring.gather(1, slots), (token >= 0) & (token < self.lengths[:, None])
+        begin = self.known[:, None] if name == "queries" else 0
+        return ring.gather(1, slots), (token >= begin) & (token < self.lengths[:, None])
 
 
 # The axis along which each tensor grows with the blocks.
@@ -193,17 +196,26 @@ class SelectorState:
         self.num_tokens = num_tokens
         self._most_tokens = max(self._most_tokens, num_tokens)
 
+    def restart(self, starts: Tensor | None, num_tokens: int, *, uniform: bool) -> None:
+        """Takes ``num_tokens`` tokens in the place of those before, all of them anew."""
+        self.starts, self.uniform, self.listed = starts, uniform, False
+        self.num_tokens = self._most_tokens = num_tokens
+
     def reorder(self, order: Tensor) -> None:
         """Lets sample b continue from what sample ``order[b]`` was, as beam search does.
 
         Args:
-            order: ``(batch,)`` integers.
+            order: ``(new batch,)`` integers: as many samples as before, or more or fewer.
         """
         memory = self.filled()
         for item in fields(memory):
             tensor = getattr(memory, item.name)
-            # In place: a CUDA graph knows the addresses.
-            tensor.copy_(tensor.index_select(0, order))
+            chosen = tensor.index_select(0, order)
+            if chosen.shape == tensor.shape:
+                # In place: a CUDA graph knows the addresses.
+                tensor.copy_(chosen)
+            else:
+                setattr(memory, item.name, chosen)
         if self.starts is not None:
             self.starts = self.starts.index_select(0, order)
 
@@ -222,12 +234,11 @@ class SelectorState:
         """
         memory = self.filled()
         if isinstance(length, int):
-            block_size = memory.queries.shape[1] // RING_BLOCKS
-            least = max(self._most_tokens - block_size, 0)
+            least = self.num_tokens - self.retractable
             if length < least:
                 raise ValueError(
-                    f"length must be at least {least}: only block_size={block_size} tokens of "
-                    f"{self._most_tokens} can be forgotten, got {length}; reset and prefill "
+                    f"length must be at least {least}: only block_size={self._block_size} tokens "
+                    f"of {self._most_tokens} can be forgotten, got {length}; reset and prefill "
                     "instead."
                 )
             memory.lengths.clamp_(max=length)
@@ -235,7 +246,35 @@ class SelectorState:
         else:
             torch.minimum(memory.lengths, length.to(memory.lengths), out=memory.lengths)
             self.uniform = False
+        self._after_cropping()
+
+    @property
+    def retractable(self) -> int:
+        """The most tokens that :meth:`retract` can take back."""
+        return self.num_tokens - max(self._most_tokens - self._block_size, 0)
+
+    def retract(self, count: int) -> None:
+        """Forgets the newest ``count`` tokens of every sample, or all that a sample has.
+
+        Raises:
+            ValueError: If they are more than ``retractable``.
+        """
+        memory = self.filled()
+        if not 0 <= count <= self.retractable:
+            raise ValueError(f"count must lie in [0, {self.retractable}], got {count}.")
+        memory.lengths.sub_(count).clamp_(min=0)
+        self.num_tokens -= count
+        self._after_cropping()
+
+    def _after_cropping(self) -> None:
+        memory = self.filled()
+        # Tokens that come again bring their queries.
+        torch.minimum(memory.known, memory.lengths, out=memory.known)
         self.listed = False
+
+    @property
+    def _block_size(self) -> int:
+        return self.filled().queries.shape[1] // RING_BLOCKS
 
     def reset(self) -> None:
         """Forgets everything, and keeps the room."""
@@ -243,6 +282,7 @@ class SelectorState:
         self.uniform, self.listed, self.starts = True, False, None
         if self.memory is not None:
             self.memory.lengths.zero_()
+            self.memory.known.zero_()
 
 
 def _longer(x: Tensor, axis: int, extra: int) -> Tensor:

@@ -131,12 +131,45 @@ class PrototypeScorer(nn.Module):
         # Half precision would blur scores whose differences decide.
         with torch.autocast(query.device.type, enabled=False):
             scores = self._score(query, key, block_size, query_valid, key_valid)
+        return self._share(scores, candidates)
+
+    def encode_queries(self, query: Tensor, block_size: int, valid: Tensor | None) -> Tensor:
+        """What :meth:`compare` needs of blocks of queries ``(b, n, h, d)``: ``(b, h, i, e)``.
+
+        e is ``num_prototypes * head_dim``.
+        """
+        with torch.autocast(query.device.type, enabled=False):
+            return self._query_prototypes(query, block_size, valid).flatten(3)
+
+    def encode_keys(self, key: Tensor, block_size: int, valid: Tensor | None) -> Tensor:
+        """The same for keys ``(b, m, g, d)``: ``(b, g, j, e)``; a block's depends on it alone."""
+        with torch.autocast(key.device.type, enabled=False):
+            return block_prototypes(key, block_size, self.key_pool, valid).flatten(3)
+
+    def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Scores encoded blocks, a few rows of them; see :meth:`forward`."""
+        count, groups = self.query_pool.shape[1], k.shape[1]
+        q, k = (x.unflatten(-1, (count, -1)) for x in (q, k))
+        with torch.autocast(q.device.type, enabled=False):
+            # The heads of a group share the keys: one product without copies of them.
+            rows = q.unflatten(1, (groups, -1)).flatten(2, 4)
+            products = (rows @ k.flatten(2, 3).transpose(-1, -2)).float()
+            products = products.view(*q.shape[:4], k.shape[2], count)
+            scores = (products + self.bias[:, None, :, None]).logsumexp((3, 5))
+        return self._share(scores, candidates)
+
+    def _share(self, scores: Tensor, candidates: Tensor | None) -> Tensor:
+        """Means over the heads that share a pattern, of the candidates."""
         if self.heads_per_pattern > 1:
             scores = scores.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
         if candidates is None:
             return scores
         index = candidates.clamp(0, scores.shape[-1] - 1).long()
         return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+
+    def _query_prototypes(self, query: Tensor, block_size: int, valid: Tensor | None) -> Tensor:
+        q = block_prototypes(query, block_size, self.query_pool, valid)
+        return q @ self.form[:, None] * (self.scale * self.gain.view(-1, 1, 1, 1))
 
     def _score(
         self,
@@ -147,9 +180,8 @@ class PrototypeScorer(nn.Module):
         key_valid: Tensor | None,
     ) -> Tensor:
         """Scores of every head and pair of blocks, some rows at a time."""
-        q = block_prototypes(query, block_size, self.query_pool, query_valid)
+        q = self._query_prototypes(query, block_size, query_valid)
         k = block_prototypes(key, block_size, self.key_pool, key_valid)
-        q = q @ self.form[:, None] * (self.scale * self.gain.view(-1, 1, 1, 1))
         k = k.repeat_interleave(self.num_heads // k.shape[1], 1)
         batch, heads, rows, count, _ = q.shape
         step = max(_CHUNK // max(batch * heads * k.shape[2] * count * count, 1), 1)

@@ -142,3 +142,29 @@ class ThresholdTable:
                 a, b = self.thresholds[n], self.thresholds[n + 1]
                 return math.exp(math.log(a) + share * (math.log(b) - math.log(a)))
         return self.thresholds[-1] * last / length
+
+
+def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:
+    """:meth:`ThresholdTable.at` for many lengths on their device.
+
+    Args:
+        table: ``(entries, 2)`` of length and threshold, ascending in the lengths.
+        lengths: ``(n,)`` integers.
+
+    Returns:
+        ``(n,)`` in the dtype of ``table``.
+
+    Example:
+        >>> table = torch.tensor([[1024, 0.04], [4096, 0.01]])
+        >>> [round(x, 3) for x in thresholds_at(table, torch.tensor([512, 2048, 8192])).tolist()]
+        [0.08, 0.02, 0.005]
+    """
+    known, values = table.unbind(1)
+    x = lengths.clamp(min=1).to(table.dtype)
+    # Beyond the ends in inverse proportion, which is a straight line of logarithms too.
+    known = torch.cat([known[:1] / 2, known, known[-1:] * 2])
+    values = torch.cat([values[:1] * 2, values, values[-1:] / 2])
+    place = torch.searchsorted(known, x).clamp(1, len(known) - 1)
+    low, high = known[place - 1], known[place]
+    share = (x / low).log() / (high / low).log()
+    return torch.lerp(values[place - 1].log(), values[place].log(), share).exp()

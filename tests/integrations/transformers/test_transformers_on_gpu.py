@@ -82,6 +82,52 @@ def test_caches(kind: str) -> None:
             torch.testing.assert_close(run(), dense, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_incremental_generation(kind: str, padded: bool) -> None:
+    """Logits of single tokens and a chunk over a cache are those of one pass without a cache."""
+    model, ids, mask = on_gpu(), tokens().cuda(), torch.ones(2, 90, dtype=torch.long).cuda()
+    if padded:
+        mask[1, :7] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    config = AdaptiveConfig(base_sparsity=0.6, block_size=16, query_scope="past")
+    with adapt(model, config):
+        whole = {"attention_mask": mask, "position_ids": places, "use_cache": False}
+        wanted = model(ids, **whole).logits
+        cache = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=100)
+        out, done = [], 0
+        for size in (40, 1, 1, 20, *(1 for _ in range(28))):
+            now = slice(done, done + size)
+            done += size
+            out.append(
+                model(
+                    ids[:, now], attention_mask=mask[:, :done], position_ids=places[:, now],
+                    past_key_values=cache,
+                ).logits
+            )  # fmt: skip
+    assert all(layer.followed.state.num_tokens == 90 for layer in cache.layers)
+    keep = mask.bool()
+    torch.testing.assert_close(torch.cat(out, 1)[keep], wanted[keep], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_distilled_selectors_and_beams_decode(dtype: torch.dtype) -> None:
+    model, ids = on_gpu().to(dtype), tokens(length=40).cuda()
+    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    with adapt(model, config) as adapted:
+        calibrate(adapted, TEXT.train, 0.5, lengths=(64, 256), windows=2)
+        found = model.generate(
+            ids, max_new_tokens=30, num_beams=3, do_sample=False, return_dict_in_generate=True
+        )
+    cache = found.past_key_values
+    assert all(layer.followed.state.num_tokens == 69 for layer in cache.layers)
+    assert found.sequences.shape == (2, 70)
+
+
 # Compilers warn of much that is not ours.
 @pytest.mark.filterwarnings("ignore")
 def test_generation_in_half_precision_with_a_compiled_static_cache() -> None:

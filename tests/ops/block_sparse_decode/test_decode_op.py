@@ -10,6 +10,16 @@ from dilated_attention_pytorch.pattern import BlockPattern
 CASES = {
     "one token": {},
     "three tokens": {"new": 3},
+    "one list": {"new": 5, "lists": 1},
+    "one list, left padding": {
+        "new": 7,
+        "lists": 1,
+        "lengths": [40, 77],
+        "starts": [56, 3],
+        "capacity": 96,
+        "bias": True,
+    },
+    "one list, few tokens": {"new": 5, "lists": 1, "lengths": [3, 90]},
     "lengths": {"new": 2, "lengths": [5, 90], "capacity": 96},
     "left padding": {"new": 2, "lengths": [40, 77], "starts": [56, 3], "capacity": 96},
     "nothing kept": {"keep": 0.0},
@@ -28,7 +38,7 @@ def make(case, lists, dtype=torch.float64, device="cpu"):
     heads, dim, capacity = case.get("heads", 4), case.get("dim", 16), case.get("capacity", 100)
     generator = torch.Generator().manual_seed(0)
     blocks = -(-capacity // size)
-    shape = (2, {"one": 1, "kv": 2, "query": heads}[lists], new)
+    shape = (2, {"one": 1, "kv": 2, "query": heads}[lists], case.get("lists", new))
     dense = torch.rand(*shape, blocks, generator=generator) < case.get("keep", 0.5)
     counts = dense.sum(-1).int()
     order = torch.argsort(~dense, dim=-1, stable=True)

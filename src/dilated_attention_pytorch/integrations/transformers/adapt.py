@@ -12,6 +12,7 @@ from torch import nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
+from dilated_attention_pytorch.integrations.transformers.cache_handover import hand_over_cache
 from dilated_attention_pytorch.integrations.transformers.families import (
     AttentionSite,
     find_attention,
@@ -41,6 +42,11 @@ class AdaptedModel:
         self.model, self.sites, self.configs = model, sites, configs
         self._attention_before = model.config._attn_implementation
         self._frozen: dict[nn.Parameter, bool] = {}
+        self._hooks = [
+            site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
+            for site in sites
+            if site.number in configs
+        ]
         self._undone = False
 
     @property
@@ -99,6 +105,8 @@ class AdaptedModel:
             return self.model
         for site in self.sites:
             _put(site.module, None)
+        for hook in self._hooks:
+            hook.remove()
         self.model.set_attn_implementation(self._attention_before)
         for parameter, flag in self._frozen.items():
             parameter.requires_grad_(flag)
@@ -127,9 +135,10 @@ def adapt(
 ) -> AdaptedModel:
     """Attaches one selector to every attention layer of a pretrained model, in place.
 
-    The model then computes the chosen blocks alone, in training, evaluation and ``generate``.
-    Layers with a sliding window, and layers that are not named, attend as PyTorch does. Dropout of
-    the weights and ``output_attentions`` are refused when they are used.
+    The model then computes the chosen blocks alone, in training, evaluation and ``generate``, which
+    keeps block summaries beside the cache. Layers with a sliding window, and layers that are not
+    named, attend as PyTorch does. Dropout of the weights and ``output_attentions`` are refused when
+    they are used.
 
     Args:
         model: A model of :data:`FAMILIES`, such as ``LlamaForCausalLM``.

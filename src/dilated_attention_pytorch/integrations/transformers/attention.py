@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dilated_attention_pytorch.integrations.transformers.cached_attention import cached_attention
+from dilated_attention_pytorch.integrations.transformers.followed_cache import CacheHandle
 from dilated_attention_pytorch.integrations.transformers.mask import (
     OFFSET,
     PACKED,
-    PADDED,
     PLAIN,
     check_compact,
     token_mask,
@@ -21,6 +22,8 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 
 # Name of the submodule that makes an attention layer sparse.
 SELECTOR = "block_selector"
+# Name of the argument by which such a layer's pre-hook hands over the cache.
+CACHE = "block_selector_cache"
 
 
 def block_sparse_forward(
@@ -55,6 +58,8 @@ def block_sparse_forward(
         ValueError: If a mask of single pairs, dropout or the attention weights are asked for.
     """
     selector: BlockSparseLayer | None = module._modules.get(SELECTOR)  # type: ignore[assignment]
+    handle: CacheHandle | None = others.pop(CACHE, None)
+    cached_keys = key
     # Under autocast rotary positions leave queries and keys in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if selector is None:
@@ -79,7 +84,16 @@ def block_sparse_forward(
         )
     mask = check_compact(attention_mask, query.shape[0], key.shape[2])
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return _sparse(selector, query, key, value, mask), None
+    call = None
+    if handle is not None:
+        call = cached_attention(handle, query, key, value, mask, cached_keys)
+    if call is None:
+        return _sparse(selector, query, key, value, mask), None
+    attended = call.attend()
+    if attended is None:
+        attended = _sparse(selector, query, key, value, mask)
+        call.remember()
+    return attended, None
 
 
 def _sparse(
@@ -88,16 +102,15 @@ def _sparse(
     """Calls the layer in ``(batch, seq_len, num_heads, head_dim)`` with what the mask says."""
     kind, q_len, kv_len = mask.shape[2], query.shape[1], key.shape[1]
     if kind == PLAIN:
-        return _output(selector(query, key, value, is_causal=True))
+        return _tensor(selector(query, key, value, is_causal=True))
     if kind == PACKED:
-        return _output(selector(query, key, value, is_causal=True, cu_seqlens=mask[:, 0, 0]))
+        return _tensor(selector(query, key, value, is_causal=True, cu_seqlens=mask[:, 0, 0]))
     offset = mask[:, 0, -1, 0]
     if kind == OFFSET:
         # What a static cache holds beyond the last query was not written yet.
         lengths = (offset + q_len).clamp(max=kv_len)
         out = selector(query, key, value, is_causal=True, query_offset=offset, key_lengths=lengths)
-        return _output(out)
-    assert kind == PADDED
+        return _tensor(out)
     tokens = CompactTokens.of(mask[:, 0, 0].bool(), offset, q_len)
     query, key, value = tokens.compact(query, key, value)
     # Without a cache queries and keys are one sequence and need no offset.
@@ -105,9 +118,9 @@ def _sparse(
     out = selector(
         query, key, value, is_causal=True, query_offset=place, key_lengths=tokens.key_lengths
     )
-    return tokens.spread(_output(out))
+    return tokens.spread(_tensor(out))
 
 
-def _output(out: Any) -> Tensor:
+def _tensor(out: Any) -> Tensor:
     tensor: Tensor = out
     return tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
+from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
 from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
@@ -267,9 +267,7 @@ def block_size_of(adapter: SelectorAdapter) -> int:
     Raises:
         ValueError: If they differ.
     """
-    sizes = {config.block_size for config in adapter.configs.values()}
+    sizes: set[int] = {config.block_size for config in adapter.configs.values()}
     if len(sizes) != 1:
         raise ValueError(f"the adapter's layers must share one block size, got {sorted(sizes)}.")
-    config = next(iter(adapter.configs.values()))
-    assert isinstance(config, AdaptiveConfig | TrainingFreeConfig)
-    return config.block_size
+    return next(iter(sizes))

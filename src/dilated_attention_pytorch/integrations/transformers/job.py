@@ -54,9 +54,10 @@ class PretrainedJob:
     def from_dict(cls, values: Mapping[str, Any]) -> PretrainedJob:
         """Builds a job from :meth:`to_dict`'s result."""
         fields = dict(values)
-        kind = DistillRun if fields.pop("kind") == "distill" else TuneRun
+        kind: type[DistillRun | TuneRun] = (
+            DistillRun if fields.pop("kind") == "distill" else TuneRun
+        )
         run = kind.from_dict(fields.pop("run"))
-        assert isinstance(run, DistillRun | TuneRun)
         intervals = LoopSettings(**fields.pop("intervals"))
         return cls(**{**fields, "text": tuple(fields["text"])}, run=run, intervals=intervals)
 

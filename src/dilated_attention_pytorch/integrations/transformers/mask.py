@@ -95,14 +95,14 @@ def compact_mask(
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
     """Validity of every key, or None if all that were given are valid."""
-    if attention_mask is None or (not _tracing() and bool(attention_mask.all())):
+    if attention_mask is None or (not tracing() and bool(attention_mask.all())):
         return None
     attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     # A static cache has room for more keys than there are tokens yet.
     return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
 
 
-def _tracing() -> bool:
+def tracing() -> bool:
     """Whether values cannot be looked at now."""
     if torch.compiler.is_compiling():
         return True

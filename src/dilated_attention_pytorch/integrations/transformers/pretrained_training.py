@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class PretrainedRun:
         return out
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PretrainedRun:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds a run from :meth:`to_dict`'s result."""
         changes = dict(values)
         changes["config"] = AdaptiveConfig.from_dict(changes["config"])

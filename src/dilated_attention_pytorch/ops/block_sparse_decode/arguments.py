@@ -19,11 +19,11 @@ class DecodeArguments:
         query: ``(b, n, h, d)``.
         key: ``(b, m, g, d)``; ``g`` divides ``h``.
         value: ``(b, m, g, d)``.
-        counts: ``(b, p, n)`` int32; ``p`` is 1, ``g`` or ``h``.
-        indices: ``(b, p, n, k)`` int32.
+        counts: ``(b, p, n)`` int32, or ``(b, p, 1)`` for all; ``p`` is 1, ``g`` or ``h``.
+        indices: ``(b, p, n, k)`` int32, or ``(b, p, 1, k)``.
         lengths: ``(b,)`` integers.
         starts: ``(b,)`` integers or None.
-        block_bias: ``(b, p, n, k)`` or None, in float32 (float64 for float64 inputs).
+        block_bias: Shaped like ``indices`` or None, in float32 (float64 for float64 inputs).
         block_size: Tokens per block.
         scale: Factor of the logits.
     """
@@ -117,10 +117,10 @@ def _check_lists(
             raise ValueError(f"{name} must be on {device} like query, got {x.device}.")
     heads = indices.shape[1] if indices.dim() == 4 else 0
     fits = counts.shape == indices.shape[:3] and indices.shape[0] == batch
-    if not fits or indices.shape[2] != new or heads not in (1, kv_heads, num_heads):
+    if not fits or indices.shape[2] not in (1, new) or heads not in (1, kv_heads, num_heads):
         raise ValueError(
             f"kv_num_blocks must be (batch, heads, n) and kv_indices (batch, heads, n, k) with "
-            f"batch={batch}, n={new} and 1, {kv_heads} or {num_heads} heads, got "
+            f"batch={batch}, n={new} (or 1) and 1, {kv_heads} or {num_heads} heads, got "
             f"{tuple(counts.shape)} and {tuple(indices.shape)}."
         )
 

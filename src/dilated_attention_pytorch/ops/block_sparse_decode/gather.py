@@ -23,12 +23,14 @@ def gather_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
 
 
 def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
-    """One row per list: the query heads of one token that share keys and list."""
+    """One row per list and group: the query heads of its tokens that share keys and list."""
     batch, n, heads, dim = args.query.shape
     kv_heads, lists = args.key.shape[2], args.counts.shape[1]
     planes = max(kv_heads, lists)
+    group, per_list = heads // planes, n // args.counts.shape[2]
     wide = torch.float64 if args.query.dtype == torch.float64 else torch.float32
-    query = args.query.reshape(batch, n, planes, heads // planes, dim).to(wide) * args.scale
+    query = args.query.reshape(batch, n // per_list, per_list, planes, group, dim)
+    query = query.permute(0, 3, 1, 2, 4, 5).to(wide) * args.scale
     index, visible = _tokens(args, planes)
     out = torch.empty_like(query)
     lse = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
@@ -37,45 +39,55 @@ def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
         bias = args.block_bias.repeat_interleave(args.block_size, -1)
         bias = bias.repeat_interleave(planes // lists, 1)
     limit = _CHUNK_NUMBERS.get(query.device.type, _CHUNK_NUMBERS_ELSEWHERE)
-    step = min(max(limit // max(n * index.shape[-1] * dim, 1), 1), planes)
+    step = min(max(limit // max(index[0, 0].numel() * dim, 1), 1), planes)
     keys, values = _Rows(args.key), _Rows(args.value)
     head = torch.arange(planes, device=query.device) // (planes // kv_heads)
     for b in range(batch):
         for first in range(0, planes, step):
             part = slice(first, first + step)
             tokens = index[b, part]
-            q = query[b, :, part].transpose(0, 1)
-            logits = q @ keys.take(b, head[part], tokens).to(wide).transpose(-1, -2)
+            q = query[b, part]
+            k = keys.take(b, head[part], tokens).to(wide)
+            logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (per_list, group))
             if bias is not None:
-                logits += bias[b, part, :, None]
-            logits.masked_fill_(~visible[b, part, :, None], -torch.inf)
+                logits += bias[b, part, :, None, None]
+            logits.masked_fill_(~visible[b, part, :, :, None], -torch.inf)
             high = logits.amax(-1, keepdim=True)
             empty = high == -torch.inf
             weights = logits.sub_(high.masked_fill_(empty, 0)).exp_()
             total = weights.sum(-1, keepdim=True)
-            result = weights @ values.take(b, head[part], tokens).to(wide) / total
+            v = values.take(b, head[part], tokens).to(wide)
+            result = (weights.flatten(2, 3) @ v).view(q.shape) / total
             # A row without tokens has weights of 0, but 0 * nan and 0 / 0 are nan.
-            out[b, :, part] = result.masked_fill(empty, 0).transpose(0, 1)
-            lse[b, :, part] = (total.log() + high).squeeze(-1).transpose(0, 1)
-    return out.flatten(2, 3).to(args.query.dtype), lse.flatten(2).transpose(1, 2)
+            out[b, part] = result.masked_fill(empty, 0)
+            lse[b, part] = (total.log() + high).squeeze(-1)
+    # Planes and groups are the heads, lists and their tokens the tokens.
+    out = out.permute(0, 2, 3, 1, 4, 5).reshape(args.query.shape)
+    return out.to(args.query.dtype), lse.permute(0, 1, 4, 2, 3).reshape(batch, heads, n)
 
 
 def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor]:
-    """Cache positions of the kept tokens ``(b, planes, n, k * block_size)``, and which count."""
-    size, limits = args.block_size, args.limits()[:, None, :, None]
+    """Cache positions of each list's tokens, and which of them each of its queries sees.
+
+    Returns:
+        ``(b, planes, l, k * block_size)`` for l lists, and booleans ``(b, planes, l, n / l, k *
+        block_size)``.
+    """
+    size, lists = args.block_size, args.counts.shape[2]
+    limits = args.limits().unflatten(1, (lists, -1))[:, None, :, :, None]
     inside = torch.arange(size, device=args.indices.device)
     token = (args.indices.long()[..., None] * size + inside).flatten(-2)
     slot = torch.arange(token.shape[-1], device=token.device) // size
-    visible = (slot < args.counts[..., None]) & (token < limits)
-    # What does not count repeats the first token of the list, which is read if anything is.
-    token = torch.where(visible, token, token[..., :1])
+    listed = slot < args.counts[..., None]
+    visible = listed[:, :, :, None] & (token[:, :, :, None] < limits)
+    # What nobody sees repeats the first token of the list, which is read if anything is. The last
+    # query sees all that those before it see.
+    token = torch.where(visible[:, :, :, -1], token, token[..., :1])
     if args.starts is not None:
         token = token + args.starts.long().view(-1, 1, 1, 1)
     token = token.clamp(0, max(args.key.shape[1] - 1, 0))
-    shape = (args.counts.shape[0], planes, *token.shape[2:])
     repeat = planes // token.shape[1]
-    token, visible = (x.repeat_interleave(repeat, 1).view(shape) for x in (token, visible))
-    return token, visible
+    return token.repeat_interleave(repeat, 1), visible.repeat_interleave(repeat, 1)
 
 
 class _Rows:

@@ -65,7 +65,7 @@ def block_sparse_decode(
             strides; the last dimension should be contiguous.
         value_cache: Shaped like ``key_cache``.
         kv_num_blocks: ``(batch, heads, n)`` int32, blocks that each token reads; ``heads`` is 1,
-            ``num_kv_heads`` or ``num_heads``.
+            ``num_kv_heads`` or ``num_heads``. ``(batch, heads, 1)``: the same for all tokens.
         kv_indices: ``(batch, heads, n, k)`` int32, their numbers, ascending and
             left-packed; entries from ``kv_num_blocks`` on are ignored.
         lengths: ``(batch,)`` integers: tokens of each sample in the cache, the new ones included.
@@ -99,8 +99,13 @@ def block_sparse_decode(
         query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths=lengths, starts=starts,
         block_size=block_size, scale=scale, block_bias=block_bias,
     )  # fmt: skip
-    out, lse = BACKENDS[choose_backend(arguments, backend)](arguments)
+    out, lse = run_decode(arguments, backend)
     return (out, lse) if return_lse else out
+
+
+def run_decode(arguments: DecodeArguments, backend: str) -> tuple[Tensor, Tensor]:
+    """Output and lse of checked arguments; see :func:`block_sparse_decode`."""
+    return BACKENDS[choose_backend(arguments, backend)](arguments)
 
 
 def choose_backend(arguments: DecodeArguments, backend: str) -> str:

@@ -13,13 +13,14 @@ NAMESPACE = "dilated_attention_pytorch"
 
 def triton_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     """Computes output and lse as :func:`block_sparse_decode` defines them."""
+    n = args.query.shape[1]
     out, lse = decode_op(
         _rows(args.query),
         _rows(args.key),
         _rows(args.value),
-        args.counts,
-        _rows(args.indices),
-        None if args.block_bias is None else _rows(args.block_bias),
+        args.counts.expand(-1, -1, n),
+        _rows(args.indices).expand(-1, -1, n, -1),
+        None if args.block_bias is None else _rows(args.block_bias).expand(-1, -1, n, -1),
         args.lengths,
         args.starts,
         args.block_size,

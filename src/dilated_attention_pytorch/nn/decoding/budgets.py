@@ -1,0 +1,80 @@
+"""How many blocks the newest row may read, by what a state remembers of the rows before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.candidates import RowRange
+from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow, candidates_of
+from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of
+from dilated_attention_pytorch.nn.selector_state import Memory
+from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
+from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+
+def room(layer: BlockSparseAdaptive, rows: RowRange, blocks: int) -> tuple[Tensor, Tensor]:
+    """Forced blocks of every row, and forced and candidate ones together."""
+    if layer.segment_lengths is None:
+        # The sinks and the neighbours of the diagonal overlap in the first rows.
+        limit = rows.num_allowed.long()
+        return limit.clamp(max=layer.num_sink_blocks + layer.num_local_blocks + 1), limit
+    candidates = candidates_of(layer, rows, blocks)
+    forced = candidates.forced.sum(-1)
+    return forced, forced + candidates.scored.sum(-1)
+
+
+def row_budget(
+    layer: BlockSparseAdaptive,
+    memory: Memory,
+    row: NewestRow,
+    scores: Tensor,
+    complexity: Tensor | None,
+    blocks: int,
+) -> Tensor:
+    """Blocks that the row reads, forced ones included, ``(b, p, 1)``; notes running sums."""
+    config, candidates = layer.config, row.candidates
+    forced = candidates.forced.sum(-1)
+    limit = forced + candidates.scored.sum(-1)
+    by_score = budget_by_score(layer, scores, candidates, memory.lengths)
+    if by_score is not None:
+        return by_score
+    if config.num_selected_blocks is not None:
+        budget = torch.minimum(forced + config.num_selected_blocks, limit)
+        return budget.expand(scores.shape[:3])
+    keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
+    if complexity is not None:
+        factor = factor_of(layer, complexity)
+        keep = (keep * factor).clamp(max=1)
+        if config.query_scope == "block":
+            row.put(memory.factors, 0, factor)
+    if config.query_scope == "past":
+        earned = row.at(memory.earned, -1) + share_units(keep, row.rows.num_allowed, limit)
+        given = row.at(memory.given, -1)
+        budget = next_budget(earned, given, forced, limit)
+        row.put(memory.earned, 0, earned)
+        row.put(memory.given, 0, given + budget)
+        return budget
+    return _level_budget(layer, memory, row, blocks)
+
+
+def _level_budget(
+    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow, blocks: int
+) -> Tensor:
+    """The row's budget in a forward pass over everything so far: a level over all its rows."""
+    number = torch.arange(blocks, device=row.number.device).view(1, 1, -1)
+    end = torch.where(number <= row.number.view(-1, 1, 1), number + 1, 0)
+    rows = RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
+    forced, limit = room(layer, rows, blocks)
+    heads = layer.pattern_heads
+    keep = (1 - layer.base_sparsity).expand(end.shape[0], heads, blocks)
+    if layer.config.budget == "adaptive":
+        keep = (keep * memory.factors[:, :, 1 : blocks + 1]).clamp(max=1)
+    exact = water_level_budget(keep, forced, limit, rows, row.candidates.width)
+    budgets = round_budget(exact, rows)
+    return budgets.gather(2, row.number.view(-1, 1, 1).expand(-1, heads, 1)).long()

@@ -1,0 +1,114 @@
+"""Lists the blocks that the newest tokens read, by the summaries in a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.nn.decoding.budgets import row_budget
+from dilated_attention_pytorch.nn.decoding.codes import key_codes, query_codes
+from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
+from dilated_attention_pytorch.nn.decoding.settings import (
+    has_bias,
+    list_width,
+    most_scored,
+)
+from dilated_attention_pytorch.nn.estimators import slot_bias
+from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
+from dilated_attention_pytorch.pattern import pack_ascending
+from dilated_attention_pytorch.selection.top_k import choose_top_k
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+
+def choose(layer: BlockSparseAdaptive, state: SelectorState) -> None:
+    """Lists the blocks that the newest token of each sample reads."""
+    size, memory = layer.block_size, state.filled()
+    # With room fixed beforehand all shapes stay the same: a CUDA graph can replay them.
+    needed = ceil_div(max(state.num_tokens, 1), size)
+    state.grow(needed, list_width(layer, needed))
+    blocks = state.num_blocks if state.max_tokens is not None else needed
+    (_compiled_list_blocks() if state.compile else list_blocks)(layer, memory, blocks)
+    state.listed = True
+
+
+@cache
+def _compiled_list_blocks() -> Callable[[BlockSparseAdaptive, Memory, int], None]:
+    # On first use: the compiler is slow to import.
+    return torch.compile(list_blocks, fullgraph=True, dynamic=False)
+
+
+def list_blocks(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> None:
+    """Chooses among ``blocks`` blocks for the newest token of each sample: lists in ``memory``."""
+    row = NewestRow.of(layer, memory, blocks)
+    codes, complexity = _summarise(layer, memory, row)
+    asked = query_codes(layer, *_asking(layer, memory, row))
+    scores = layer.scorer.compare(asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
+    budget = row_budget(layer, memory, row, scores, complexity, blocks)
+    scored, forced = row.candidates.scored, row.candidates.forced
+    count = (budget - forced.sum(-1)).clamp(min=0)
+    width = row.candidates.width
+    chosen = choose_top_k(scores, scored, count, most_scored(layer, blocks, width))
+    everything = chosen | forced
+    slots = pack_ascending(everything, memory.indices.shape[2]).long()
+    numbers = slots
+    if row.candidates.indices is not None:
+        numbers = row.candidates.indices.expand(scores.shape).gather(-1, slots)
+    memory.counts.copy_(everything.sum(-1)[..., 0])
+    memory.indices.copy_(numbers[:, :, 0])
+    if has_bias(layer):
+        used = torch.arange(slots.shape[-1], device=slots.device) < memory.counts[..., None, None]
+        kept = scored.expand(scores.shape).gather(-1, slots) & used
+        memory.bias.copy_(slot_bias(layer, scores, scored, slots, kept)[:, :, 0])
+
+
+def _asking(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> tuple[Tensor, Tensor]:
+    """The queries that the row is judged by, and which of them are real."""
+    size = layer.block_size
+    first = row.number * size
+    start = first - (size - 1) if layer.config.query_scope == "past" else first
+    # Where the queries up to the row's first token are gone, those that follow stand in.
+    start = torch.where(memory.known > first, memory.known, start)
+    return memory.window("queries", start, size)
+
+
+def _summarise(
+    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow
+) -> tuple[Tensor, Tensor | None]:
+    """Summarises the block before the row and the row's own so far.
+
+    Returns:
+        The codes of all blocks, and the row's complexity ``(b, g, 1)`` for an adaptive budget.
+    """
+    size = layer.block_size
+    tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
+    codes, means = key_codes(layer, tokens, valid)
+    for step in (-1, 0):
+        row.put(memory.codes, step, codes[:, :, step + 1 : step + 2])
+    if layer.config.budget != "adaptive":
+        return memory.codes, None
+    units = unit_means(means)
+    before, own = units[:, :, :1], units[:, :, 1:]
+    until = row.at(memory.unit_sums, -2) + before
+    row.put(memory.unit_sums, -1, until)
+    row.put(memory.unit_sums, 0, until + own)
+    if layer.config.query_scope == "past":
+        mine, total, others = before, until, row.number - 1
+    else:
+        mine, total, others = own, until + own, row.number
+    others = others.view(-1, 1, 1)
+    likeness = (mine * (total - mine)).sum(-1) / others.clamp(min=1)
+    return memory.codes, torch.where(others > 0, (1 - likeness).clamp(0, 1), 1.0)
+
+
+def unit_means(means: Tensor) -> Tensor:
+    """Unit-norm means ``(b, g, j, d)`` float32, as :func:`content_complexity` takes them."""
+    unit = F.normalize(means.detach().float().transpose(1, 2), dim=-1)
+    return unit.nan_to_num(0.0, 0.0, 0.0)

@@ -1,0 +1,34 @@
+"""What a state keeps of blocks for the scorer, of either kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
+from dilated_attention_pytorch.scoring.summaries import block_summaries
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+
+def key_codes(
+    layer: BlockSparseAdaptive, key: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes ``(b, p, j, e)`` of blocks of keys ``(b, m, g, d)``, and their means ``(b, j, g, d)``.
+
+    A block's code depends on it alone; adaptive budgets go by the means.
+    """
+    if isinstance(layer.scorer, PrototypeScorer):
+        means = block_summaries(key, layer.block_size, pooling=("mean",), valid=valid)
+        return layer.scorer.encode_keys(key, layer.block_size, valid), means
+    keys, means = layer.pool_keys(key, valid)
+    return layer.scorer.encode_keys(keys), means
+
+
+def query_codes(layer: BlockSparseAdaptive, query: Tensor, valid: Tensor | None) -> Tensor:
+    """Codes of blocks of queries ``(b, n, h, d)``, to be compared with those of keys."""
+    if isinstance(layer.scorer, PrototypeScorer):
+        return layer.scorer.encode_queries(query, layer.block_size, valid)
+    return layer.scorer.encode_queries(layer.pool_queries(query, valid))

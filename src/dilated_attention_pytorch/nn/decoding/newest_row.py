@@ -1,0 +1,66 @@
+"""The row (query block) of each sample's newest token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.candidates import Candidates, RowRange, build_candidates
+from dilated_attention_pytorch.nn.selector_state import Memory
+
+if TYPE_CHECKING:
+    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+
+
+@dataclass(frozen=True, eq=False)
+class NewestRow:
+    """The newest rows, and their places in the tables of a state.
+
+    Attributes:
+        number: ``(b,)`` int64.
+        rows: What it sees.
+        candidates: What it may choose, ``(b, p, 1, c)``.
+    """
+
+    number: Tensor
+    rows: RowRange
+    candidates: Candidates
+
+    @classmethod
+    def of(cls, layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> NewestRow:
+        """The rows of the newest tokens that a memory counts, among ``blocks`` blocks."""
+        number = (memory.lengths - 1).clamp(min=0).div(layer.block_size, rounding_mode="floor")
+        own = number.view(-1, 1, 1)
+        rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
+        return cls(number, rows, candidates_of(layer, rows, blocks))
+
+    def at(self, table: Tensor, step: int) -> Tensor:
+        """Entries ``(b, heads, 1, ...)`` of a table by block, ``step`` after the row's own."""
+        return table.gather(2, self._place(table, step))
+
+    def put(self, table: Tensor, step: int, values: Tensor) -> None:
+        """Writes them."""
+        table.scatter_(2, self._place(table, step), values.to(table.dtype))
+
+    def _place(self, table: Tensor, step: int) -> Tensor:
+        index = (self.number + 1 + step).clamp(min=0)
+        index = index.view(-1, 1, 1, *(1,) * (table.dim() - 3))
+        return index.expand(-1, table.shape[1], 1, *table.shape[3:])
+
+
+def candidates_of(layer: BlockSparseAdaptive, rows: RowRange, blocks: int) -> Candidates:
+    """What rows of a causal pass may choose among ``blocks`` blocks."""
+    return build_candidates(
+        rows,
+        num_heads=layer.pattern_heads,
+        num_key_blocks=blocks,
+        block_size=layer.block_size,
+        causal=True,
+        segment_lengths=layer.segment_lengths,
+        dilation_rates=layer.dilation_rates,
+        num_local_blocks=layer.num_local_blocks,
+        num_sink_blocks=layer.num_sink_blocks,
+    )

@@ -1,0 +1,253 @@
+"""Generation with a cache: the tokens of generation without one, and nothing summarised twice."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiny_models import tiny_model, tokens
+
+pytest.importorskip("transformers", reason="needs the extra [hf]")
+
+from transformers import DynamicCache, StaticCache
+
+from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+from dilated_attention_pytorch.integrations.transformers import adapt
+from dilated_attention_pytorch.nn import adaptive
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
+SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
+OPTIONS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "static beams": {"cache_implementation": "static", "disable_compile": True, "num_beams": 3},
+    "chunked": {"prefill_chunk_size": 25},
+}
+
+
+@contextmanager
+def calls() -> Iterator[Counter[str]]:
+    """Counts what the selectors of all layers are asked for, while open."""
+    count: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "prefill", "decode", "remember"):
+            original = getattr(BlockSparseAdaptive, name)
+
+            def spy(self: Any, *args: Any, _n: str = name, _f: Any = original, **kw: Any) -> Any:
+                count[_n] += 1
+                return _f(self, *args, **kw)
+
+            patch.setattr(BlockSparseAdaptive, name, spy)
+        yield count
+
+
+def sparse_layers(family: str) -> int:
+    return 1 if family == "gemma3" else 2
+
+
+@torch.no_grad()
+def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
+    """Token numbers and scores of 30 new tokens."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=options.pop("new", 30), do_sample=False,
+        output_scores=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert torch.equal(found.sequences, wanted.sequences)
+    for a, b in zip(found.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left padding"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_generation_without_a_cache(family: str, name: str, padded: bool) -> None:
+    """And after the prompt no layer looks at the whole cache."""
+    ids, mask = tokens(length=60), torch.ones(2, 60, dtype=torch.long)
+    if padded:
+        mask[1, :9] = 0
+    beams = {k: v for k, v in OPTIONS[name].items() if k == "num_beams"}
+    model = tiny_model(family)
+    dense = generate(model, ids, mask, **beams)
+    with adapt(model, SPARSE):
+        wanted = generate(model, ids, mask, use_cache=False, **beams)
+        with calls() as count:
+            found = generate(model, ids, mask, **OPTIONS[name])
+    assert_same(found, wanted)
+    assert not torch.allclose(wanted.scores[-1], dense.scores[-1], atol=1e-2)
+    layers = sparse_layers(family)
+    assert count["prefill"] == count["forward"] == layers
+    assert not count["remember"]
+    assert count["decode"] == layers * (29 + (2 if name == "chunked" else 0))
+
+
+@pytest.mark.parametrize("budget", ["fixed", "top_p"])
+def test_other_budgets(budget: str) -> None:
+    config = AdaptiveConfig(
+        base_sparsity=0.7, block_size=8, query_scope="past", budget=budget, top_p=0.5,
+        num_local_blocks=1, share_within_kv_group=True,
+    )  # fmt: skip
+    model, ids = tiny_model(), tokens(length=50)
+    with adapt(model, config):
+        assert_same(generate(model, ids), generate(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("drafts", ["prompt", "assistant"])
+def test_rejected_drafts_are_taken_back(drafts: str) -> None:
+    """Prompt lookup, and another adapted model as the assistant."""
+    model, helper = tiny_model(), tiny_model("qwen3")
+    helper.generation_config.num_assistant_tokens = 5
+    helper.generation_config.num_assistant_tokens_schedule = "constant"
+    ids = tokens(1, 20).repeat(1, 3)
+    options = {"prompt": {"prompt_lookup_num_tokens": 5}, "assistant": {"assistant_model": helper}}
+    with adapt(model, SPARSE), adapt(helper, SPARSE):
+        wanted = generate(model, ids, use_cache=False)
+        with calls() as count:
+            found = generate(model, ids, **options[drafts])
+    assert_same(found, wanted)
+    assert count["forward"] == count["prefill"] == 2 * (1 + (drafts == "assistant"))
+    assert not count["remember"]
+
+
+@torch.no_grad()
+def test_the_past_is_never_summarised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens pooled by 24 steps of two layers, whatever the length of the prompt."""
+    pooled: list[tuple[int, int]] = []
+    original = adaptive.block_summaries
+
+    def count(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        pooled.append((x.shape[2], x.shape[1]))
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(adaptive, "block_summaries", count)
+    model, found = tiny_model(max_position_embeddings=2048), []
+    with adapt(model, SPARSE):
+        for length in (64, 1024):
+            cache = DynamicCache(config=model.config)
+            model(tokens(1, length), past_key_values=cache)
+            pooled.clear()
+            for step in range(24):
+                model(tokens(1, 1, seed=step), past_key_values=cache)
+            found.append(list(pooled))
+    assert found[0] == found[1]
+    # Three blocks begin in each layer: two blocks of keys (2 heads) and one of queries (4 heads).
+    assert Counter(found[0]) == {(2, 16): 6, (4, 8): 6}
+
+
+def feed(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of new tokens; a mask is that of everything so far."""
+    places = None
+    if mask is not None:
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(ids, past_key_values=cache, attention_mask=mask, position_ids=places).logits
+
+
+def new_cache(kind: str, model: Any) -> Any:
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=100)
+    # With and without the configuration caches make their layers at other times.
+    return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "bare", "static"])
+@torch.no_grad()
+def test_two_caches_take_turns(kind: str) -> None:
+    model, ids = tiny_model(), tokens(2, 90)
+    with adapt(model, SPARSE):
+        wanted = model(ids, use_cache=False).logits
+        caches = [new_cache(kind, model) for _ in range(2)]
+        outs = [[feed(model, cache, ids[b, None, :40])] for b, cache in enumerate(caches)]
+        with calls() as count:
+            for n in range(40, 90):
+                for b, cache in enumerate(caches):
+                    outs[b].append(feed(model, cache, ids[b, None, n : n + 1]))
+    assert count["decode"] == 200
+    assert not count["forward"]
+    for b in range(2):
+        torch.testing.assert_close(torch.cat(outs[b], 1)[0], wanted[b], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "bare", "static"])
+@torch.no_grad()
+def test_a_copied_cache_goes_on_by_itself(kind: str) -> None:
+    """As for a prefix that several prompts share."""
+    model, ids = tiny_model(), tokens(2, 90)
+    ids[1, :40] = ids[0, :40]
+    with adapt(model, SPARSE):
+        wanted = model(ids, use_cache=False).logits
+        prefix = new_cache(kind, model)
+        feed(model, prefix, ids[:1, :40])
+        with calls() as count:
+            twins = [copy.deepcopy(prefix), prefix]
+            for n in range(40, 90):
+                for b, cache in enumerate(twins):
+                    out = feed(model, cache, ids[b, None, n : n + 1])
+                    torch.testing.assert_close(out[0, 0], wanted[b, n], atol=2e-4, rtol=2e-4)
+    assert count["decode"] == 200
+    assert not count["forward"]
+    assert prefix.layers[0].followed is not None
+    assert pickle.loads(pickle.dumps(prefix.layers[0])).followed is None
+
+
+@torch.no_grad()
+def test_samples_of_a_cache_are_repeated_selected_and_reordered() -> None:
+    model, ids = tiny_model(), tokens(2, 90)
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[1, :7] = 0
+    with adapt(model, SPARSE):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        wanted = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+        cache, order = DynamicCache(config=model.config), torch.arange(2)
+        feed(model, cache, ids[:, :40], mask[:, :40])
+        changes = [
+            lambda: (cache.batch_repeat_interleave(2), order.repeat_interleave(2)),
+            lambda: (cache.reorder_cache(torch.tensor([3, 0, 2, 1])), order[[3, 0, 2, 1]]),
+            lambda: (cache.batch_select_indices(torch.tensor([0, 1, 1])), order[[0, 1, 1]]),
+            lambda: (cache.batch_select_indices(torch.tensor([True, False, True])), order[[0, 2]]),
+        ]
+        with calls() as count:
+            for n in range(40, 90):
+                if n % 11 == 0 and changes:
+                    order = changes.pop(0)()[1]
+                out = feed(model, cache, ids[order, n : n + 1], mask[order, : n + 1])
+                torch.testing.assert_close(out[:, 0], wanted[order, n], atol=2e-4, rtol=2e-4)
+    assert not changes
+    assert count["decode"] == 100
+    assert not count["forward"]
+
+
+@torch.no_grad()
+def test_a_chunk_that_is_partly_padding() -> None:
+    """The layer looks at the whole cache, and tokens after it decode as if it had not.
+
+    One layer: what the chunk's rows chose by themselves would change the keys of a second.
+    """
+    model, ids = tiny_model(num_hidden_layers=1), tokens(2, 90)
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[1, :30] = 0
+    with adapt(model, SPARSE):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        wanted = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+        for kind in ("dynamic", "static"):
+            for sizes in ((24, 40), (20, 5, 39)):
+                cache, done = new_cache(kind, model), 0
+                for size in sizes:
+                    now = slice(done, done + size)
+                    feed(model, cache, ids[:, now], mask[:, : done + size])
+                    done += size
+                with calls() as count:
+                    out = feed(model, cache, ids[:, 64:], mask)
+                assert dict(count) == {"decode": 1}
+                torch.testing.assert_close(out, wanted[:, 64:], atol=2e-4, rtol=2e-4)
