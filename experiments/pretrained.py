@@ -241,7 +241,7 @@ def evaluation(
     settings = EvaluationSettings(
         lengths=(options.length, options.length // 2, options.length // 4), sparsities=(0.9,),
         rivals=RIVALS, block_size=options.block_size, windows=options.windows, needles=4,
-        repeats=2, depths=depths,
+        repeats=0 if options.quick else 2, depths=depths, kept_mass=not options.quick,
     )  # fmt: skip
     texts = {
         name: tokenize(tokenizer, Path(path).read_text("utf-8", "replace"))
@@ -271,7 +271,7 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     adapter = SelectorAdapter.from_pretrained(str(folder / "adapter"))
     tokenizer = load_tokenizer(MODEL)
     plain = evaluation(model, tokenizer, options, adapter)
-    depths = () if options.no_needles else (0.1, 0.5, 0.9)
+    depths = () if options.quick else (0.1, 0.5, 0.9)
     needles = evaluation(model, tokenizer, options, adapter, depths)
     print(f"{len(cells)} cells to measure, {len(done)} done", flush=True)
     for cell in cells:
@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=0, help="0: the stage's own number")
     parser.add_argument("--windows", type=int, default=4, help="measured per text and length")
-    parser.add_argument("--no-needles", action="store_true", help="measure no retrieval")
+    parser.add_argument("--quick", action="store_true", help="measure perplexity alone")
     parser.add_argument("--methods", default="", help="measure these alone, with commas between")
     parser.add_argument("--lr", type=float, default=5e-3, help="of distillation")
     parser.add_argument("--target", default="mass", choices=("mass", "gradient"))

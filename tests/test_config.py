@@ -20,7 +20,7 @@ def test_round_trip_through_json() -> None:
         base_sparsity=0.25, temperature=2.0, learnable_temperature=False, min_temperature=0.5,
         hidden_dim=7, num_layers=3, share_across_heads=True, hard_sparsity=True, block_size=16,
         estimator="gumbel", selector_weight=0.5, pooling=("min", "attention"), scorer="mlp",
-            num_prototypes=3,
+            num_prototypes=3, query_stride=2,
         budget="fixed", top_p=0.5, num_selected_blocks=4, num_local_blocks=1, num_sink_blocks=2,
         num_explore_blocks=0, query_scope="past", hierarchy_keep=3,
     )  # fmt: skip
@@ -29,7 +29,7 @@ def test_round_trip_through_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(AdaptiveConfig)}
     same = [name for name in values if getattr(config, name) == getattr(default, name)]
     # These exclude fields that are set above.
-    excluded = {"share_within_kv_group", "hierarchy", "sample_stride"}
+    excluded = {"share_within_kv_group", "hierarchy"}
     assert set(same) == excluded, "every other field should leave its default"
     assert AdaptiveConfig.from_dict(values) == config
     # These two exclude fields above.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
-SCORERS = ("bilinear", "mlp", "prototypes")
+SCORERS = ("bilinear", "mlp", "prototypes", "low_rank")
 BUDGETS = ("adaptive", "fixed", "top_p", "threshold")
 POOLINGS = ("mean", "max", "min", "attention")
 QUERY_SCOPES = ("block", "past")
@@ -50,12 +50,13 @@ class AdaptiveConfig:
             concatenated summaries of a pair) on the summaries of ``pooling``; ``"prototypes"``:
             several attention-pooled prototypes per block, scored like attention between them (for
             frozen queries and keys; ``pooling`` must be ``("attention",)``, ``hidden_dim`` and
+            ``num_layers`` have no part); ``"low_rank"``: the attention of projected tokens of
+            ``hidden_dim`` numbers (at most ``head_dim``), for frozen queries and keys, where sharp
+            matches count (quadratic cost: see :class:`LowRankScorer`; ``pooling`` and
             ``num_layers`` have no part).
         num_prototypes: Prototypes per block of ``scorer="prototypes"``.
-        sample_stride: Add the logarithm of a sampled tile mass to the scores, by a factor that
-            each head learns from 0: one logit per square of ``sample_stride`` queries and keys
-            (XAttention's antidiagonals), at 1 / ``sample_stride`` of the cost of dense attention's
-            logits. It must divide ``block_size``. None: no sampling, linear cost.
+        query_stride: Every so many queries of a block are scored by ``scorer="low_rank"``. It must
+            divide ``block_size``.
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
             see, from half of the base share (repetition) to one and a half (unrelated content);
             ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
@@ -108,7 +109,7 @@ class AdaptiveConfig:
     pooling: tuple[str, ...] = ("mean", "max")
     scorer: str = "bilinear"
     num_prototypes: int = 8
-    sample_stride: int | None = None
+    query_stride: int = 4
     budget: str = "adaptive"
     top_p: float = 0.9
     num_selected_blocks: int | None = None
@@ -149,9 +150,9 @@ class AdaptiveConfig:
                 "pooling must be ('attention',) with scorer='prototypes', which pools by itself, "
                 f"got {self.pooling}."
             )
-        if self.sample_stride is not None and self.query_scope != "block":
+        if self.scorer == "low_rank" and self.query_scope != "block":
             raise ValueError(
-                "sample_stride reads all queries of a block: it needs query_scope='block', got "
+                "scorer='low_rank' reads all queries of a block: it needs query_scope='block', got "
                 f"{self.query_scope!r}."
             )
         if self.num_selected_blocks is not None and self.budget != "fixed":
@@ -220,6 +221,7 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         "block_size",
         "hierarchy_keep",
         "num_prototypes",
+        "query_stride",
     ):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
@@ -233,9 +235,10 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
-    stride = config.sample_stride
-    if stride is not None and (stride < 1 or config.block_size % stride):
-        raise ValueError(f"sample_stride must divide block_size={config.block_size}, got {stride}.")
+    if config.scorer == "low_rank" and config.block_size % config.query_stride:
+        raise ValueError(
+            f"query_stride must divide block_size={config.block_size}, got {config.query_stride}."
+        )
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
 
@@ -250,10 +253,10 @@ def _check_hierarchy(config: AdaptiveConfig) -> None:
         raise ValueError(
             f"hierarchy needs estimator='mass', which trains its scorers; got {config.estimator!r}."
         )
-    if config.hierarchy and (config.scorer == "prototypes" or config.sample_stride is not None):
+    if config.hierarchy and config.scorer not in ("bilinear", "mlp"):
         raise ValueError(
-            "hierarchy needs scorer='bilinear' or 'mlp' and no sample_stride: super-blocks are "
-            f"scored by summaries; got {config.scorer!r} and {config.sample_stride}."
+            "hierarchy needs scorer='bilinear' or 'mlp': super-blocks are scored by summaries; got "
+            f"{config.scorer!r}."
         )
     if config.hierarchy and config.budget in ("top_p", "threshold"):
         raise ValueError(

@@ -475,7 +475,7 @@ def test_misuse_is_named() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sample_stride": 8},
+        {"scorer": "low_rank"},
         {"hierarchy": (2,)},
     ],
     ids=str,

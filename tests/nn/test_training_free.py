@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, BlockSparseFixed
+from dilated_attention_pytorch import BlockSparseFixed
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.training_free import (
     METHODS,
@@ -169,35 +169,3 @@ def test_thresholds_are_used_and_required() -> None:
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingFreeConfig(**changes)
-
-
-def test_a_learned_selector_can_add_sampled_mass() -> None:
-    """Its scores start as without, and follow each head's factor; the factors learn."""
-    settings: dict[str, Any] = {
-        "scorer": "prototypes", "pooling": ("attention",), "block_size": 16, "base_sparsity": 0.3,
-        "budget": "fixed", "num_explore_blocks": 0,
-    }  # fmt: skip
-    layers = []
-    for stride in (None, 4):
-        torch.manual_seed(0)
-        config = AdaptiveConfig(**settings, sample_stride=stride)
-        layers.append(
-            BlockSparseAdaptive(
-                num_heads=4, head_dim=8, adaptive_config=config, num_kv_heads=2, scale=0.7
-            )
-        )
-    plain, sampled = layers
-    x = tokens(200)
-    assert torch.equal(plain.eval()(*x, is_causal=True), sampled.eval()(*x, is_causal=True))
-    with torch.no_grad():
-        # Nothing but the sample is left.
-        sampled.scorer.gain.zero_()
-        sampled.sample_gain.fill_(1)
-    wanted = kept(layer("antidiagonal", base_sparsity=0.3, num_sink_blocks=0, stride=4), *x)
-    assert torch.equal(kept(sampled, *x), wanted)
-    sampled.train()(*x, is_causal=True).square().sum().backward()
-    assert bool((sampled.sample_gain.grad != 0).all())
-    with pytest.raises(ValueError, match="sample_stride must divide"):
-        AdaptiveConfig(sample_stride=7)
-    with pytest.raises(ValueError, match="query_scope='block'"):
-        AdaptiveConfig(sample_stride=4, query_scope="past")

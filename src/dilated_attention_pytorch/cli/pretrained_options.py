@@ -17,7 +17,7 @@ RUN_DEFAULTS: dict[str, Any] = {
     "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
 }  # fmt: skip
 SELECTOR_DEFAULTS: dict[str, Any] = {
-    "scorer": "prototypes", "pooling": ("attention",), "budget": "threshold", "num_sink_blocks": 1,
+    "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "num_sink_blocks": 1,
 }  # fmt: skip
 _CONFIG = {f.name for f in dataclasses.fields(AdaptiveConfig)}
 
@@ -87,9 +87,9 @@ def add_selector_options(parser: argparse.ArgumentParser) -> None:
         ("num_local_blocks", int, "always read: blocks before the own one", None, False),
         ("pooling", str, "block summaries", POOLINGS, True),
         ("scorer", str, "kind of scorer", SCORERS, False),
-        ("sample_stride", int, "add a sampled tile mass to the scores", None, False),
+        ("query_stride", int, "score every so many queries of a block", None, False),
         ("num_prototypes", int, "prototypes per block of that scorer", None, False),
-        ("hidden_dim", int, "width of another scorer", None, False),
+        ("hidden_dim", int, "rank or width of the scorer", None, False),
         ("num_layers", int, "depth of another scorer", None, False),
         ("budget", str, "how blocks are shared out", BUDGETS, False),
     ):

@@ -157,10 +157,8 @@ class BlockSparseAdaptive(ScheduledLayer):
             return f"budget {config.budget!r} normalises the scores of a row"
         if config.query_scope == "past" and inputs.mask.causal:
             return "query_scope 'past' takes running budgets"
-        if config.scorer == "prototypes":
-            return "scorer 'prototypes' reads tokens, not summaries"
-        if config.sample_stride is not None:
-            return "sample_stride samples the logits"
+        if config.scorer in ("prototypes", "low_rank"):
+            return f"scorer {config.scorer!r} reads tokens, not summaries"
         width = inputs.rule.width(inputs.rows)
         return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
 

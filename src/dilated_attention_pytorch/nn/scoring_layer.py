@@ -1,4 +1,4 @@
-"""How an adaptive layer rates pairs of blocks: summaries, scorers, and a sampled tile mass."""
+"""How an adaptive layer rates pairs of blocks: summaries and scorers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
-from dilated_attention_pytorch.scoring.training_free import antidiagonal_scores
 
 
 class ScoringLayer(BlockSparseLayer):
@@ -64,11 +64,16 @@ class ScoringLayer(BlockSparseLayer):
             backend=backend,
         )
         self.config = config
-        self.scorer: ImportanceScorer | PrototypeScorer
+        self.scorer: ImportanceScorer | PrototypeScorer | LowRankScorer
         if config.scorer == "prototypes":
             self.scorer = PrototypeScorer(
                 num_heads, head_dim, kv_heads, num_prototypes=config.num_prototypes, scale=scale,
                 heads_per_pattern=num_heads // pattern_heads,
+            )  # fmt: skip
+        elif config.scorer == "low_rank":
+            self.scorer = LowRankScorer(
+                num_heads, head_dim, kv_heads, rank=min(config.hidden_dim, head_dim), scale=scale,
+                query_stride=config.query_stride, heads_per_pattern=num_heads // pattern_heads,
             )  # fmt: skip
         else:
             self.scorer = self._new_scorer()
@@ -77,11 +82,9 @@ class ScoringLayer(BlockSparseLayer):
                 "hierarchy chooses among all blocks and segment_lengths limits them; give one."
             )
         self.coarse_scorers = nn.ModuleList(self._new_scorer() for _ in config.hierarchy)
-        if "attention" in config.pooling and config.scorer != "prototypes":
+        if "attention" in config.pooling and config.scorer in ("bilinear", "mlp"):
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
-        if config.sample_stride is not None:
-            self.sample_gain = nn.Parameter(torch.zeros(pattern_heads))
 
     def _new_scorer(self) -> ImportanceScorer:
         config = self.config
@@ -97,24 +100,12 @@ class ScoringLayer(BlockSparseLayer):
 
     def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
-        scores, means = self._learned_scores(inputs)
-        if self.config.sample_stride is None:
-            return scores, means
-        sampled = antidiagonal_scores(
-            inputs.query.detach(), inputs.key.detach(), inputs.mask,
-            block_size=self.block_size, stride=self.config.sample_stride,
-            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
-            query_valid=inputs.query_valid, key_valid=inputs.key_valid,
-        )  # fmt: skip
-        if sampled.shape[1] != self.pattern_heads:
-            sampled = sampled.unflatten(1, (self.pattern_heads, -1)).mean(2)
-        indices = inputs.candidates.indices
-        if indices is not None:
-            index = indices.clamp(0, sampled.shape[-1] - 1).expand(*sampled.shape[:3], -1)
-            sampled = sampled.gather(-1, index)
-        return scores + self.sample_gain[:, None, None] * sampled, means
-
-    def _learned_scores(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        if isinstance(self.scorer, LowRankScorer):
+            scores = self.scorer(
+                inputs.query, inputs.key, inputs.mask, self.block_size, inputs.candidates.indices,
+                query_valid=inputs.query_valid,
+            )  # fmt: skip
+            return scores, self._key_means(inputs)
         if isinstance(self.scorer, PrototypeScorer):
             query, valid = self._scope(inputs)
             scores = self.scorer(

@@ -32,7 +32,9 @@ from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
 EACH_TOKEN = AdaptiveConfig(base_sparsity=0.6, block_size=8, budget="fixed")
-DISTILLED = distilled_config(base_sparsity=0.6, block_size=8, num_prototypes=2)
+DISTILLED = distilled_config(
+    base_sparsity=0.6, block_size=8, num_prototypes=2, scorer="prototypes", pooling=("attention",)
+)
 IDS = tokens(2, 90)
 
 
@@ -170,11 +172,11 @@ def test_right_padding_and_gaps(make: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        AdaptiveConfig(sample_stride=4, block_size=8),
+        AdaptiveConfig(scorer="low_rank", block_size=8),
         AdaptiveConfig(hierarchy=(2,), block_size=8),
         TrainingFreeConfig(method="mean_pool", block_size=8),
     ],
-    ids=["sampled", "hierarchy", "training-free"],
+    ids=["low rank", "hierarchy", "training-free"],
 )
 @torch.no_grad()
 def test_selectors_without_states(config: Any) -> None:

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
 )
+from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
 from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
     observe_selection,
@@ -66,6 +67,7 @@ class Distillation(PretrainedTraining):
     def prepare(self) -> tuple[AdaptedModel, list[dict[str, Any]]]:
         """One selector per layer; nothing else is trained."""
         adapted = adapt(self.model, self.run.config, layers=self.run.layers).freeze_base()
+        fit_low_rank(adapted, self.windows.data, length=self.run.seq_len)
         parameters = [p for p in adapted.selector_parameters() if p.requires_grad]
         return adapted, [{"params": parameters, "peak": self.run.learning_rate}]
 

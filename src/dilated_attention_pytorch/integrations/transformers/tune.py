@@ -17,6 +17,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
 )
+from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
 from dilated_attention_pytorch.integrations.transformers.lora import add_lora
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
 from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
@@ -99,6 +100,7 @@ class Tuning(PretrainedTraining):
                 adapted = load_adapter(self.model, run.adapter)
             else:
                 adapted = adapt(self.model, run.config, layers=run.layers)
+                fit_low_rank(adapted, self.windows.data, length=run.seq_len)
         selectors = [] if adapted is None else adapted.selector_parameters()
         if run.train == "selectors" and adapted is not None:
             adapted.freeze_base()

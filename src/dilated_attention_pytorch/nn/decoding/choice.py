@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.decoding.budgets import row_budget
-from dilated_attention_pytorch.nn.decoding.codes import key_codes, query_codes
+from dilated_attention_pytorch.nn.decoding.codes import compare, key_codes, query_codes
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
 from dilated_attention_pytorch.nn.decoding.settings import (
     has_bias,
@@ -50,7 +50,7 @@ def list_blocks(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> None
     row = NewestRow.of(layer, memory, blocks)
     codes, complexity = _summarise(layer, memory, row)
     asked = query_codes(layer, *_asking(layer, memory, row))
-    scores = layer.scorer.compare(asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
+    scores = compare(layer, asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
     budget = row_budget(layer, memory, row, scores, complexity, blocks)
     scored, forced = row.candidates.scored, row.candidates.forced
     count = (budget - forced.sum(-1)).clamp(min=0)

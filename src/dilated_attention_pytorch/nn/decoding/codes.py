@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
+from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries
 
 if TYPE_CHECKING:
@@ -24,11 +25,25 @@ def key_codes(
         means = block_summaries(key, layer.block_size, pooling=("mean",), valid=valid)
         return layer.scorer.encode_keys(key, layer.block_size, valid), means
     keys, means = layer.pool_keys(key, valid)
-    return layer.scorer.encode_keys(keys), means
+    return _summary_scorer(layer).encode_keys(keys), means
 
 
 def query_codes(layer: BlockSparseAdaptive, query: Tensor, valid: Tensor | None) -> Tensor:
     """Codes of blocks of queries ``(b, n, h, d)``, to be compared with those of keys."""
     if isinstance(layer.scorer, PrototypeScorer):
         return layer.scorer.encode_queries(query, layer.block_size, valid)
-    return layer.scorer.encode_queries(layer.pool_queries(query, valid))
+    return _summary_scorer(layer).encode_queries(layer.pool_queries(query, valid))
+
+
+def compare(
+    layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
+) -> Tensor:
+    """Scores ``(b, p, i, c)`` of codes."""
+    if isinstance(layer.scorer, PrototypeScorer):
+        return layer.scorer.compare(queries, keys, candidates)
+    return _summary_scorer(layer).compare(queries, keys, candidates)
+
+
+def _summary_scorer(layer: BlockSparseAdaptive) -> ImportanceScorer:
+    # Other kinds are refused before.
+    return cast(ImportanceScorer, layer.scorer)

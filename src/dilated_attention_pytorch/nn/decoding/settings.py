@@ -14,7 +14,7 @@ def decoding_refusal(layer: BlockSparseAdaptive) -> str | None:
     """The setting for which no summaries can be kept, or None if the layer can decode."""
     config = layer.config
     refused = {
-        "sample_stride": config.sample_stride is not None,
+        "scorer='low_rank'": config.scorer == "low_rank",
         "hierarchy": bool(config.hierarchy),
     }
     return next((name for name, asked in refused.items() if asked), None)

@@ -1,0 +1,208 @@
+"""LowRankScorer: the tile mass of projected queries and keys, from some queries of each block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+
+# Logits of one chunk, by device type; in training they are recomputed in the backward pass.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
+
+
+def low_rank_maps(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""Maps of queries and keys whose products come closest to the logits.
+
+    With moments :math:`C_q = E[q q^\top]` and :math:`C_k = E[k k^\top]` the rank-r form A that
+    minimises :math:`E (q^\top k - q^\top A k)^2` for independent q and k is
+    :math:`C_q^{-1/2} [C_q^{1/2} C_k^{1/2}]_r C_k^{-1/2}`, where the brackets cut a singular value
+    decomposition. Principal components of the keys alone serve as approximate keys in Loki
+    (arXiv 2406.02542).
+
+    Args:
+        query_moment: ``(num_heads, d, d)``.
+        key_moment: ``(num_kv_heads, d, d)``, of keys less their mean, which no softmax sees.
+        rank: r, at most d.
+
+    Returns:
+        Maps ``(num_heads, d, r)`` of queries and of keys, float32.
+    """
+    groups = query_moment.shape[0] // key_moment.shape[0]
+    c_q = query_moment.double()
+    c_k = key_moment.double().repeat_interleave(groups, 0)
+    (root_q, back_q), (root_k, back_k) = _roots(c_q), _roots(c_k)
+    left, values, right = torch.linalg.svd(root_q @ root_k)
+    share = values[:, None, :rank].sqrt()
+    maps = back_q @ left[..., :rank] * share, back_k @ right.mT[..., :rank] * share
+    return maps[0].float(), maps[1].float()
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of a moment and its inverse; directions without variance stay finite."""
+    values, vectors = torch.linalg.eigh(moment)
+    least = values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny) * 1e-6
+    values = values.clamp(min=least)
+    root, back = (vectors * values[:, None] ** power @ vectors.mT for power in (0.5, -0.5))
+    return root, back
+
+
+class LowRankScorer(nn.Module):
+    r"""Scores tiles by the attention of projected tokens, as the logarithm of the expected mass.
+
+    .. math:: S_{ij} = \log \frac{1}{|Q_i|} \sum_{t \in Q_i} \sum_{s \in j}
+              \mathrm{softmax}_s\big(g\, (A^\top q_t)^\top (B^\top k_s)\big)
+
+    :math:`Q_i` are every ``query_stride``-th query of block i, A and B map ``head_dim`` numbers to
+    ``rank``. Sharp matches between single tokens, which summaries of blocks lose, stay visible. The
+    work is ``rank / (head_dim * query_stride)`` of dense attention's logits: it grows with the
+    square of the length.
+
+    Args:
+        num_heads: Query heads, each with maps of its own.
+        head_dim: Size of a head.
+        num_kv_heads: Key heads.
+        rank: Numbers per projected token, at most ``head_dim``.
+        query_stride: Take every so many queries.
+        scale: Factor of the logits.
+        heads_per_pattern: Average the mass of this many neighbouring heads.
+
+    Raises:
+        ValueError: If ``rank`` exceeds ``head_dim``.
+
+    Example:
+        >>> import torch
+        >>> scorer = LowRankScorer(4, 16, 2, rank=8)
+        >>> x = torch.randn(1, 128, 4, 16)
+        >>> scorer(x, x[:, :, :2], AttentionMask(128, 128, causal=True), 32).shape
+        torch.Size([1, 4, 4, 4])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int,
+        *,
+        rank: int = 32,
+        query_stride: int = 4,
+        scale: float | None = None,
+        heads_per_pattern: int = 1,
+    ) -> None:
+        super().__init__()
+        if rank > head_dim:
+            raise ValueError(f"rank must be at most head_dim={head_dim}, got {rank}.")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.query_stride, self.heads_per_pattern = query_stride, heads_per_pattern
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, rank))
+        self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the same orthonormal directions for both maps: logits are right in the mean."""
+        heads, dim, rank = self.query_map.shape
+        with torch.no_grad():
+            basis = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[..., :rank]
+            for target in (self.query_map, self.key_map):
+                target.copy_(basis * (dim / rank) ** 0.5)
+
+    @torch.no_grad()
+    def fit(self, query_moment: Tensor, key_moment: Tensor) -> None:
+        """Sets the maps to those of :func:`low_rank_maps`."""
+        maps = low_rank_maps(query_moment, key_moment, self.query_map.shape[2])
+        self.query_map.copy_(maps[0])
+        self.key_map.copy_(maps[1])
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: AttentionMask,
+        block_size: int,
+        candidates: Tensor | None = None,
+        *,
+        query_valid: Tensor | None = None,
+    ) -> Tensor:
+        """Scores query blocks against key blocks.
+
+        Args:
+            query: ``(batch, q_len, num_heads, head_dim)``.
+            key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+            mask: Which keys a query sees.
+            block_size: Tokens per block, a multiple of ``query_stride``.
+            candidates: ``(1 or batch, 1 or heads, i, c)`` key block numbers; None: all.
+            query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding,
+                which begins no block whose later tokens are real.
+
+        Returns:
+            Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all).
+        """
+        stride = self.query_stride
+        # Half precision would blur scores whose differences decide.
+        with torch.autocast(query.device.type, enabled=False):
+            groups = self.num_heads // self.num_kv_heads
+            q = torch.einsum("bnhd,hdr->bhnr", query[:, ::stride].float(), self.query_map)
+            k = key.float().repeat_interleave(groups, 2)
+            k = torch.einsum("bmhd,hdr->bhmr", k, self.key_map)
+            valid = None if query_valid is None else query_valid[:, ::stride]
+            mass = self._mass(q * self.scale, k, mask, block_size, valid)
+        if self.heads_per_pattern > 1:
+            mass = mass.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
+        scores = mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+        if candidates is None:
+            return scores
+        index = candidates.clamp(0, scores.shape[-1] - 1).long()
+        return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+
+    def _mass(
+        self, q: Tensor, k: Tensor, mask: AttentionMask, block_size: int, valid: Tensor | None
+    ) -> Tensor:
+        """Mass ``(b, h, i, j)``, some rows of blocks at a time."""
+        batch, heads, sampled, _ = q.shape
+        per_block = block_size // self.query_stride
+        blocks = ceil_div(mask.kv_len, block_size)
+        limit = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+        step = max(limit // max(batch * heads * mask.kv_len * per_block, 1), 1) * per_block
+        parts = []
+        for first in range(0, sampled, step):
+            part = q[:, :, first : first + step]
+            last = min((first + step) * self.query_stride, mask.q_len)
+            end = mask.kv_len
+            if mask.causal and isinstance(mask.query_offset, int):
+                end = min(max(last + mask.query_offset, 1), end)
+            real = None if valid is None else valid[:, first : first + step]
+            given = (part, k[:, :, :end], mask, first, block_size, real)
+            if torch.is_grad_enabled() and sampled > step:
+                rows = checkpoint(self._rows, *given, use_reentrant=False)
+            else:
+                rows = self._rows(*given)
+            parts.append(F.pad(rows, (0, blocks - rows.shape[-1])))
+        return torch.cat(parts, 2) if parts else q.new_zeros(batch, heads, 0, blocks)
+
+    def _rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: AttentionMask,
+        first: int,
+        block_size: int,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Mass of the blocks that ``q`` (b, h, t, r) holds, from its ``first`` sampled query on."""
+        count, per_block = q.shape[2], block_size // self.query_stride
+        row = torch.arange(first, first + count, device=q.device) * self.query_stride
+        column = torch.arange(k.shape[2], device=q.device)
+        seen = mask.tokens(row.view(1, 1, -1, 1), column.view(1, 1, 1, -1))
+        p = (q @ k.mT).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1)
+        weight = seen.any(-1, keepdim=True).to(p.dtype)
+        if valid is not None:
+            weight = weight * valid[:, None, :, None]
+        p = F.pad(p, (0, -k.shape[2] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+        short = -count % per_block
+        p, weight = (F.pad(x, (0, 0, 0, short)) for x in (p * weight, weight))
+        total = weight.unflatten(2, (-1, per_block)).sum(3)
+        return p.unflatten(2, (-1, per_block)).sum(3) / total.clamp(min=1)
