@@ -121,7 +121,7 @@ def train(job: Any, folder: Path, stop: Callable[[], bool], changes: str) -> Non
     for result in loop.run(stop):
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
-            print(f"step {loop.training.step_count}: {result}", flush=True)
+            print(f"step {loop.training.step_count}: {result.result}", flush=True)
     print(json.dumps({"step": loop.training.step_count, **loop.latest}), flush=True)
     # A run that was stopped shows what it has so far.
     loop.training.save(folder)

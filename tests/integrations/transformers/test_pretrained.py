@@ -48,7 +48,10 @@ from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.tasks.text import TextError
 
-CONFIG = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+# They start from nothing, so that training shows.
+CONFIG = distilled_config(
+    block_size=16, base_sparsity=0.5, scorer="prototypes", pooling=("attention",), num_prototypes=2
+)
 
 
 def text(length: int = 3000, seed: int = 0) -> Tensor:
@@ -65,6 +68,22 @@ def distil(**changes: Any) -> Distillation:
         "config": CONFIG, "seq_len": 128, "steps": 30, "learning_rate": 1e-2,
     }  # fmt: skip
     return Distillation(DistillRun(**{**settings, **changes}), tiny_model(), TEXT)
+
+
+def test_low_rank_scorers_start_fitted_and_are_trained() -> None:
+    """Maps from the model's moments predict the mass better than random ones of the same rank."""
+    run = DistillRun(
+        config=distilled_config(block_size=16, base_sparsity=0.5, hidden_dim=4, query_stride=2),
+        seq_len=128, steps=30, learning_rate=1e-3,
+    )  # fmt: skip
+    training = Distillation(run, tiny_model(), TEXT)
+    batch = training.windows.next_batch(4)
+    fitted = training.losses(batch)
+    losses = [training.step()["loss"] for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    for selector in training.adapted.selectors.values():
+        selector.scorer.reset_parameters()
+    assert fitted < training.losses(batch) - 0.05
 
 
 def test_distilling_raises_recall_and_kept_mass_and_leaves_the_base_alone() -> None:

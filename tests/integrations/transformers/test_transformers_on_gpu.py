@@ -117,7 +117,13 @@ def test_incremental_generation(kind: str, padded: bool) -> None:
 @torch.no_grad()
 def test_distilled_selectors_and_beams_decode(dtype: torch.dtype) -> None:
     model, ids = on_gpu().to(dtype), tokens(length=40).cuda()
-    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    config = distilled_config(
+        block_size=16,
+        base_sparsity=0.5,
+        num_prototypes=2,
+        scorer="prototypes",
+        pooling=("attention",),
+    )
     with adapt(model, config) as adapted:
         calibrate(adapted, TEXT.train, 0.5, lengths=(64, 256), windows=2)
         found = model.generate(
@@ -159,7 +165,7 @@ def test_training_free_selectors(method: str, budget: str) -> None:
 @pytest.mark.parametrize("target", ["mass", "gradient"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_distillation(target: str, dtype: str) -> None:
-    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    config = distilled_config(block_size=16, base_sparsity=0.5)
     run = DistillRun(
         config=config, seq_len=256, steps=40, learning_rate=1e-2, device="cuda", dtype=dtype,
         target=target,
@@ -174,7 +180,7 @@ def test_distillation(target: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("train", ["selectors", "all"])
 def test_tuning(train: str) -> None:
-    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    config = distilled_config(block_size=16, base_sparsity=0.5)
     run = TuneRun(
         config=config, seq_len=256, steps=6, train=train, base_sparsity=0.5, device="cuda",
         dtype="bfloat16", base_learning_rate=1e-2,
@@ -188,7 +194,7 @@ def test_tuning(train: str) -> None:
 
 
 def test_what_is_recorded_and_diagnosed_is_what_the_cpu_gives() -> None:
-    config = distilled_config(block_size=16, base_sparsity=0.5, num_prototypes=2)
+    config = distilled_config(block_size=16, base_sparsity=0.5)
     windows = TEXT.train[: 2 * 257].view(2, 257).long()
     found = []
     for device in ("cpu", "cuda"):
