@@ -8,6 +8,7 @@ from dilated_attention_pytorch.integrations.transformers.adapter import (
     save_adapter,
 )
 from dilated_attention_pytorch.integrations.transformers.families import FAMILIES
+from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
 from dilated_attention_pytorch.integrations.transformers.register import register
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "AdapterError",
     "SelectorAdapter",
     "adapt",
+    "fit_low_rank",
     "load_adapter",
     "register",
     "save_adapter",

@@ -1,0 +1,117 @@
+"""Which cheap scores find the blocks that a frozen model needs: perplexity, no training.
+
+    python experiments/fetch_smollm2.py
+    python experiments/frozen_scores.py
+
+SmolLM2-135M-Instruct, blocks of 64, the same number of blocks for every head; diagonal and first
+block always read. Low-rank scores are fitted to the Debian handbook; measured are a window of prose
+(``anarchism``) and one of documentation (the Python manual). ``logits``: multiplications of a score
+as a share of those of dense attention's logits. Goes on where it stopped; writes
+``results/frozen_scores/results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.integrations.transformers import adapt
+from dilated_attention_pytorch.integrations.transformers.evaluate import perplexity
+from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    distilled_config,
+)
+from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+from dilated_attention_pytorch.integrations.transformers.tokens import (
+    load_model,
+    load_tokenizer,
+    tokenize,
+)
+from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from fetch_smollm2 import CACHE
+
+OUT = Path(__file__).parent / "results" / "frozen_scores" / "results.json"
+BLOCK, HEAD_DIM = 64, 64
+FITTED_TO, MEASURED_ON = "debian-handbook", ("anarchism", "python3.11-doc")
+# (rank, query stride) of low-rank scores; strides of antidiagonals.
+LOW_RANK = ((32, 4), (16, 4), (64, 4), (32, 1), (16, 1), (64, 8), (8, 1))
+ANTIDIAGONAL = (8, 4, 16)
+
+
+def methods(sparsity: float) -> dict[str, tuple[Any, float | None]]:
+    """Selectors by name, with their cost in dense attention's logits; None: not a cheap score."""
+    free = {"block_size": BLOCK, "base_sparsity": sparsity, "num_sink_blocks": 1}
+    found: dict[str, tuple[Any, float | None]] = {
+        f"low rank {rank}, every query of {stride}": (
+            distilled_config(
+                block_size=BLOCK, base_sparsity=sparsity, budget="fixed", hidden_dim=rank,
+                query_stride=stride,
+            ),
+            rank / HEAD_DIM / stride,
+        )
+        for rank, stride in LOW_RANK
+    }  # fmt: skip
+    for stride in ANTIDIAGONAL:
+        config = TrainingFreeConfig(method="antidiagonal", stride=stride, **free)
+        found[f"antidiagonal {stride}"] = (config, 1 / stride)
+    found["mean_pool"] = (TrainingFreeConfig(method="mean_pool", **free), BLOCK**-2)
+    found["oracle"] = (TrainingFreeConfig(method="oracle", **free), None)
+    return found
+
+
+def window(tokenizer: Any, name: str, length: int) -> Tensor:
+    """One window ``(1, length + 1)`` from inside a text."""
+    text = (CACHE / "texts" / f"{name}.txt").read_text("utf-8", "replace")[300_000:700_000]
+    return tokenize(tokenizer, text)[None, : length + 1]
+
+
+def main() -> int:
+    """Measures what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--sparsity", type=float, default=0.85)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after as many")
+    parser.add_argument("--only", nargs="+", help="names of methods")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    model = load_model(CACHE / "smollm2", device=options.device, dtype="float32")
+    tokenizer = load_tokenizer(CACHE / "smollm2")
+    windows = {name: window(tokenizer, name, options.length) for name in MEASURED_ON}
+    sample = window(tokenizer, FITTED_TO, options.length)[0]
+    about = {"length": options.length, "sparsity": options.sparsity, "device": options.device,
+             "torch": torch.__version__, "fitted_to": FITTED_TO}  # fmt: skip
+    record: dict[str, Any] = {"about": about, "dense": {}, "rows": {}}
+    if OUT.is_file():
+        before = json.loads(OUT.read_text())
+        if before["about"] != about:
+            raise SystemExit(f"{OUT} holds other settings: {before['about']}; move it away.")
+        record = before
+    record["dense"] = record["dense"] or {n: perplexity(model, w) for n, w in windows.items()}
+    for name, (config, cost) in methods(options.sparsity).items():
+        wanted = options.only is None or name in options.only
+        if name in record["rows"] or not wanted or time.monotonic() > end:
+            continue
+        row: dict[str, Any] = {"logits": cost, "ratio": {}}
+        with adapt(model, config) as adapted:
+            fit_low_rank(adapted, sample, length=options.length, windows=1)
+            with CountTiles(adapted) as tiles:
+                for text, tokens in windows.items():
+                    row["ratio"][text] = perplexity(model, tokens) / record["dense"][text]
+            row["measured_sparsity"] = tiles.sparsity
+        record["rows"][name] = row
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        OUT.write_text(json.dumps(record, indent=1) + "\n")
+        print(name, json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
