@@ -407,7 +407,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="measured per text and length")
     parser.add_argument("--quick", action="store_true", help="measure perplexity alone")
     parser.add_argument("--methods", default="", help="measure these alone, with commas between")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of distillation")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of distillation")
     parser.add_argument("--target", default="mass", choices=("mass", "gradient"))
     parser.add_argument("--config", default="{}", help="JSON changes of the distilled config")
     parser.add_argument("--name", default="", help="suffix of the run's folder")
