@@ -14,9 +14,12 @@ from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 
+# A dense pass over more tokens takes minutes on a CPU.
+_LONGEST = 8192
+
 
 def fit_low_rank(
-    adapted: AdaptedModel, tokens: Tensor, *, length: int = 2048, windows: int = 2
+    adapted: AdaptedModel, tokens: Tensor, *, length: int | None = None, windows: int = 2
 ) -> None:
     """Sets the maps of every ``scorer="low_rank"`` from dense passes; does nothing to others.
 
@@ -26,7 +29,9 @@ def fit_low_rank(
     Args:
         adapted: The model.
         tokens: ``(tokens,)``: a sample of text.
-        length: Tokens per window, at most what the text holds.
+        length: Tokens per window, at most what the text holds. Rotary positions turn queries and
+            keys, so that their moments depend on it: take the longest at which the model is to be
+            used. None: what the model's positions allow, at most 8,192.
         windows: Windows, spread over the text.
 
     Raises:
@@ -50,6 +55,8 @@ def fit_low_rank(
         before = sums.get(number)
         sums[number] = (q, k) if before is None else (before[0] + q, before[1] + k)
 
+    if length is None:
+        length = min(adapted.model.config.max_position_embeddings, _LONGEST)
     length = min(length, len(tokens))
     room = len(tokens) - length
     with evaluating(adapted.model), observe_selection(adapted, look):
