@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 FORMAT = "dilated_attention_pytorch.training"
-VERSION = 1
+VERSION = 2
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -85,7 +85,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of dilated-attention train.")
     if state.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {state.get('version')}; this package reads version {VERSION}."
+            f"{path} has version {state.get('version')}; this package reads version "
+            f"{VERSION}. Go on with the package that wrote it, or start a new run with another --out."
         )
     return state
 
