@@ -86,7 +86,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has version {state.get('version')}; this package reads version "
-            f"{VERSION}. Go on with the package that wrote it, or start a new run with another --out."
+            f"{VERSION}. Go on with the package that wrote it, or start a new run with another "
+            "--out."
         )
     return state
 
