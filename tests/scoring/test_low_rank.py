@@ -5,7 +5,7 @@ import torch
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.scoring import low_rank as module
+from dilated_attention_pytorch.scoring import tile_mass as module
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer, low_rank_maps
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 

@@ -8,10 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-
-# Logits of one chunk, by device type; in training they are recomputed in the backward pass.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22}
-_CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
+from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
 
 
 def low_rank_maps(query_moment: Tensor, key_moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -162,26 +159,18 @@ class LowRankScorer(nn.Module):
         self, q: Tensor, k: Tensor, mask: AttentionMask, block_size: int, valid: Tensor | None
     ) -> Tensor:
         """Mass ``(b, h, i, j)``, some rows of blocks at a time."""
-        batch, heads, sampled, _ = q.shape
-        per_block = block_size // self.query_stride
-        blocks = ceil_div(mask.kv_len, block_size)
-        limit = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        step = max(limit // max(batch * heads * mask.kv_len * per_block, 1), 1) * per_block
-        parts = []
-        for first in range(0, sampled, step):
-            part = q[:, :, first : first + step]
-            last = min((first + step) * self.query_stride, mask.q_len)
-            end = mask.kv_len
-            if mask.causal and isinstance(mask.query_offset, int):
-                end = min(max(last + mask.query_offset, 1), end)
-            real = None if valid is None else valid[:, first : first + step]
-            given = (part, k[:, :, :end], mask, first, block_size, real)
-            if torch.is_grad_enabled() and sampled > step:
+        stride, maps = self.query_stride, q.shape[0] * q.shape[1]
+        blocks, parts = ceil_div(mask.kv_len, block_size), []
+        for first, last, end in chunks(mask, max(maps // stride, 1), block_size, q.device):
+            part = slice(first // stride, ceil_div(last, stride))
+            real = None if valid is None else valid[:, part]
+            given = (q[:, :, part], k[:, :, :end], mask, first, block_size, real)
+            if torch.is_grad_enabled() and last - first < mask.q_len:
                 rows = checkpoint(self._rows, *given, use_reentrant=False)
             else:
                 rows = self._rows(*given)
             parts.append(F.pad(rows, (0, blocks - rows.shape[-1])))
-        return torch.cat(parts, 2) if parts else q.new_zeros(batch, heads, 0, blocks)
+        return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:2], 0, blocks)
 
     def _rows(
         self,
@@ -192,17 +181,12 @@ class LowRankScorer(nn.Module):
         block_size: int,
         valid: Tensor | None,
     ) -> Tensor:
-        """Mass of the blocks that ``q`` (b, h, t, r) holds, from its ``first`` sampled query on."""
-        count, per_block = q.shape[2], block_size // self.query_stride
-        row = torch.arange(first, first + count, device=q.device) * self.query_stride
+        """Mass of the blocks whose sampled queries are ``q`` (b, h, t, r), from token ``first``."""
+        row = first + torch.arange(q.shape[2], device=q.device) * self.query_stride
         column = torch.arange(k.shape[2], device=q.device)
         seen = mask.tokens(row.view(1, 1, -1, 1), column.view(1, 1, 1, -1))
-        p = (q @ k.mT).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1)
-        weight = seen.any(-1, keepdim=True).to(p.dtype)
+        weight = seen.any(-1)
         if valid is not None:
-            weight = weight * valid[:, None, :, None]
-        p = F.pad(p, (0, -k.shape[2] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
-        short = -count % per_block
-        p, weight = (F.pad(x, (0, 0, 0, short)) for x in (p * weight, weight))
-        total = weight.unflatten(2, (-1, per_block)).sum(3)
-        return p.unflatten(2, (-1, per_block)).sum(3) / total.clamp(min=1)
+            weight = weight & valid[:, None]
+        per_block = block_size // self.query_stride
+        return mass_of_rows(q @ k.mT, seen, weight.to(q.dtype), per_block, block_size)

@@ -61,32 +61,46 @@ def tile_mass(
     out = torch.zeros(batch, heads, blocks_q, blocks_k, dtype=wide, device=device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         keys = key.detach().to(wide).permute(0, 2, 3, 1)[:, :, None]
-        for first, last, end in _chunks(mask, batch * heads, block_size, device):
+        for first, last, end in chunks(mask, batch * heads, block_size, device):
             part = query[:, first:last].detach().to(wide).transpose(1, 2)
             part = part.unflatten(1, (kv_heads, heads // kv_heads))
             logits = (part * scale @ keys[..., :end]).flatten(1, 2)
             rows = torch.arange(first, last, device=device).view(1, 1, -1, 1)
             seen = mask.tokens(rows, torch.arange(end, device=device).view(1, 1, 1, -1))
-            p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).nan_to_num_(0.0)
-            p = F.pad(p, (0, -end % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
-            weights = p.new_ones(1, 1, last - first)
+            weights = logits.new_ones(1, 1, last - first)
             if row_weights is not None:
                 weights = row_weights[..., first:last].to(wide)
-            p, weights = _by_block(p * weights[..., None], weights, block_size)
-            tiny = torch.finfo(wide).tiny
+            mass = mass_of_rows(logits, seen, weights, block_size, block_size)
             rows_out = slice(first // block_size, ceil_div(last, block_size))
-            out[:, :, rows_out, : p.shape[-1]] = p / weights[..., None].clamp(min=tiny)
+            out[:, :, rows_out, : mass.shape[-1]] = mass
     return out.float()
 
 
-def _by_block(p: Tensor, weights: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Sums rows ``(b, h, n, j)`` and their weights ``(b, h, n)`` over query blocks."""
-    pad = -p.shape[2] % block_size
-    p = F.pad(p, (0, 0, 0, pad)).unflatten(2, (-1, block_size)).sum(3)
-    return p, F.pad(weights, (0, pad)).unflatten(2, (-1, block_size)).sum(3)
+def mass_of_rows(
+    logits: Tensor, seen: Tensor, weights: Tensor, rows_per_block: int, block_size: int
+) -> Tensor:
+    """The mean over each block's rows of where their softmax goes; differentiable.
+
+    Args:
+        logits: ``(b, h, n, m)``; the first row begins a block.
+        seen: Booleans that broadcast to the same shape.
+        weights: ``(b or 1, h or 1, n)``, not negative.
+        rows_per_block: Rows of a query block.
+        block_size: Keys of a key block.
+
+    Returns:
+        ``(b, h, i, j)``; rows that see nothing add nothing, and a block of weight 0 is 0.
+    """
+    p = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
+    p = F.pad(p, (0, -p.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+    p = p * (seen.any(-1) * weights)[..., None]
+    short = -p.shape[2] % rows_per_block
+    p = F.pad(p, (0, 0, 0, short)).unflatten(2, (-1, rows_per_block)).sum(3)
+    total = F.pad(weights, (0, short)).unflatten(2, (-1, rows_per_block)).sum(3)
+    return p / total[..., None].clamp(min=torch.finfo(p.dtype).tiny)
 
 
-def _chunks(
+def chunks(
     mask: AttentionMask, maps: int, block_size: int, device: torch.device
 ) -> Iterator[tuple[int, int, int]]:
     """First and last row of each chunk of whole query blocks, and the keys that it may see."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
+from dilated_attention_pytorch.ops.triton_device import capability, on_device, strides
 
 # Chunks of columns that the unit means are added up in, and columns that are read at a time.
 _CHUNKS, _PART = 16, 32
@@ -96,9 +95,9 @@ def launch_summaries(
     t = triton.next_power_of_2(block)
     even = all(part.x.shape[1] % block == 0 for part in parts)
     sizes = [(part.x.shape[1], part.out.shape[2], part.x.shape[2]) for part in parts]
-    with _on(first.x.device):
+    with on_device(first.x.device):
         kernels.summary_kernel[(sum(programs), batch)](
-            *(value for part in parts for value in (part.x, *_strides(part.x))),
+            *(value for part in parts for value in (part.x, *strides(part.x))),
             *(value for part in parts for value in _per_sample(part.valid, part.x)),
             *(part.x if part.pool_query is None else part.pool_query for part in parts),
             *(part.out for part in parts), first.out if place is None else place,
@@ -135,9 +134,9 @@ def launch_summaries_grad(
         return
     batch, length, heads, head_dim = x.shape
     blocks = grad.shape[2]
-    with _on(x.device):
+    with on_device(x.device):
         kernels.summary_grad_kernel[(heads * blocks, batch)](
-            grad, place, x, *_strides(x), *_per_sample(valid, x),
+            grad, place, x, *strides(x), *_per_sample(valid, x),
             x if pool_query is None else pool_query, grad_x,
             grad_x if grad_pool is None else grad_pool, length, blocks, heads,
             **pooling.constants(head_dim), VALID=valid is not None,
@@ -200,7 +199,7 @@ def launch_budget(call: BudgetInputs, exact: Tensor, slope: Tensor, complexity: 
         "HEAD_DIM": head_dim, "num_warps": 4,
     }  # fmt: skip
     width = call.rising.shape[-1] - 1
-    with _on(device):
+    with on_device(device):
         if means is not None:
             kernels.prefix_kernel[(triton.cdiv(columns, steps * _PART), batch * kv_heads)](
                 means,
@@ -235,7 +234,7 @@ def launch_round(exact: Tensor, rounded: Tensor, bits: int) -> None:
     if exact.numel() == 0:
         return
     chunk = min(triton.next_power_of_2(rows), 2048)
-    with _on(exact.device):
+    with on_device(exact.device):
         kernels.round_kernel[(batch * heads,)](
             exact, rounded, rows, BITS=bits, CHUNK=chunk, num_warps=4, **_overlap(exact.device)
         )
@@ -285,7 +284,7 @@ def launch_choose(
     candidates, noisy = call.candidates, call.seed is not None
     listed = candidates is not None
     lists = (0, 0, 0) if candidates is None else (*_steps(candidates), candidates.stride(2))
-    with _on(counts.device):
+    with on_device(counts.device):
         kernels.choose_kernel[(rows * batch * heads,)](
             call.scores, *call.scores.stride()[:3],
             candidates if listed else call.rule, *lists,
@@ -330,7 +329,7 @@ def launch_towers(
     tiles = triton.cdiv(rows, tile) + triton.cdiv(num_keys, tile)
     if tiles == 0 or batch == 0:
         return
-    with _on(queries.device):
+    with on_device(queries.device):
         kernels.tower_kernel[(tiles, batch * heads)](
             queries, *queries.stride()[:3], keys, *keys.stride()[:3],
             query_weight, key_weight, gain, *outs, rows, num_keys, heads,
@@ -352,7 +351,7 @@ def launch_products(query: Tensor, key: Tensor, scores: Tensor) -> None:
     part = min(max(triton.next_power_of_2(rank), 16), 32)
     tile = 128
     tiles = triton.cdiv(rows, 64) * triton.cdiv(keys, tile)
-    with _on(query.device):
+    with on_device(query.device):
         kernels.product_kernel[(tiles, batch * heads)](
             query, key, scores, rows, keys, R=triton.cdiv(rank, part) * part, RANK=rank, PART=part,
             ROWS=64, C=tile, EVEN=keys % 16 == 0, num_warps=4, **_overlap(query.device),
@@ -368,7 +367,7 @@ def launch_bilinear(query: Tensor, key: Tensor, candidates: Tensor, scores: Tens
     columns = scores.shape[-1]
     part = min(triton.next_power_of_2(rank), 32)
     tiles = triton.cdiv(columns, _TILE)
-    with _on(query.device):
+    with on_device(query.device):
         kernels.bilinear_kernel[(tiles * rows * batch * heads,)](
             query, key, candidates, *_steps(candidates), candidates.stride(2), scores,
             rows, columns, key.shape[2], tiles, heads,
@@ -405,7 +404,7 @@ def launch_mlp(
     tiles = triton.cdiv(columns, tile)
     listed = candidates is not None
     lists = (0, 0, 0) if candidates is None else (*_steps(candidates), candidates.stride(2))
-    with _on(query.device):
+    with on_device(query.device):
         kernels.mlp_kernel[(tiles * rows * batch * pattern_heads,)](
             query, key, candidates if listed else query, *lists,
             network.bias, network.hidden, network.out, network.gain, scores,
@@ -435,7 +434,7 @@ def launch_kept_grad(
         return
     r = min(triton.next_power_of_2(rank), 64)
     sizes = {"R": r, "RANK": rank, "C": 32, "num_warps": 2}
-    with _on(query.device):
+    with on_device(query.device):
         kernels.kept_query_grad_kernel[(rows * batch * heads, triton.cdiv(rank, r))](
             grad, key, indices, counts, grad_query, rows, keys, width, **sizes
         )
@@ -465,7 +464,7 @@ def launch_transpose(counts: Tensor, indices: Tensor, offsets: Tensor, slots: Te
     whole = c * words <= 16384
     block = c if whole else 32
     step = min(triton.next_power_of_2(words), 8192 // block if whole else 64)
-    with _on(device):
+    with on_device(device):
         kernels.mark_kernel[(words * planes,)](
             indices, counts, marks, rows, columns, words, width,
             W=min(w, 64), C=min(c, 1024), num_warps=8, **_overlap(device),
@@ -502,17 +501,12 @@ def launch_lattice(
         limit.zero_()
         return
     c = max(triton.next_power_of_2(width), 16)
-    with _on(candidates.device):
+    with on_device(candidates.device):
         kernels.lattice_kernel[(rows * batch * heads,)](
             rule, _step(rule), diagonal, _step(diagonal), candidates, forced, limit,
             rows, heads, width, sinks, near, GROUPS=sum(groups, ()), C=c,
             num_warps=min(max(c // 128, 1), 8),
         )  # fmt: skip
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token of ``(b, n, h, d)``."""
-    return x.stride(0), x.stride(2), x.stride(1)
 
 
 def _step(x: Tensor) -> int:
@@ -536,16 +530,6 @@ def _overlap(device: torch.device) -> dict[str, bool]:
 
     They are short: most of what they would take alone is the way from one to the next.
     """
-    if kernels.INTERPRETED or _capability(device) < (9, 0):
+    if kernels.INTERPRETED or capability(device) < (9, 0):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _on(device: torch.device) -> Any:
-    """Kernels launch on the current device: makes it the tensors' one."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

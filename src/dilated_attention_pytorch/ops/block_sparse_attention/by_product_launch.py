@@ -13,13 +13,9 @@ from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import (
     LaunchConfig,
     mass_config,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import (
-    Call,
-    on_device,
-    source,
-    strides,
-)
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call, source
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import LOG2E
+from dilated_attention_pytorch.ops.triton_device import on_device, strides
 
 
 def parts_of(config: LaunchConfig, pack: int) -> int:

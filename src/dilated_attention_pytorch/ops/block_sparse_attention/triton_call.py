@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import TileShape
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import INTERPRETED
+from dilated_attention_pytorch.ops.triton_device import capability
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +115,6 @@ class Call:
         )
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and token of ``(b, n, h, d)``."""
-    return x.stride(0), x.stride(2), x.stride(1)
-
-
 def source(x: Tensor, heads: int, count: int, call: Call) -> tuple[Any, bool]:
     """A tensor descriptor for boxes of ``count`` tokens, if the hardware takes this layout."""
     unit = 16 // x.element_size()
@@ -132,12 +128,3 @@ def source(x: Tensor, heads: int, count: int, call: Call) -> tuple[Any, bool]:
         return x, False
     box = [1, heads, count, call.padded_head_dim]
     return TensorDescriptor(x, [*shape, x.shape[3]], [*strides, 1], box), True
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def on_device(device: torch.device) -> Any:
-    """Kernels launch on the current device: makes it the tensors' one."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -19,14 +19,9 @@ from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import (
     key_config,
     query_config,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import (
-    Call,
-    capability,
-    on_device,
-    source,
-    strides,
-)
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call, source
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import INTERPRETED, LOG2E
+from dilated_attention_pytorch.ops.triton_device import capability, on_device, strides
 
 
 def launch_forward(

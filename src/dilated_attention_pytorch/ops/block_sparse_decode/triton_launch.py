@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_decode import triton_kernels as kernels
+from dilated_attention_pytorch.ops.triton_device import on_device, strides
 
 # Programs per multiprocessor that the split aims at.
 _WAVES = 2
@@ -93,10 +93,10 @@ def launch_decode(call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | N
     partial_lse = call.query.new_empty(batch, heads, new, splits, dtype=torch.float32)
     bias = call.block_bias
     full_precision = torch.get_float32_matmul_precision() == "highest"
-    with torch.cuda.device(call.query.device if call.query.device.type == "cuda" else -1):
+    with on_device(call.query.device):
         kernels.split_kernel[(splits, packs, batch * new)](
-            call.query, *_strides(call.query), call.key, *_strides(call.key),
-            call.value, *_strides(call.value), partial, partial_lse,
+            call.query, *strides(call.query), call.key, *strides(call.key),
+            call.value, *strides(call.value), partial, partial_lse,
             call.counts, *call.counts.stride(), call.indices, *call.indices.stride()[:3],
             *((call.counts, 0, 0, 0) if bias is None else (bias, *bias.stride()[:3])),
             call.lengths, call.lengths if call.starts is None else call.starts,
@@ -110,7 +110,7 @@ def launch_decode(call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | N
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         kernels.merge_kernel[(new, heads, batch)](
-            partial, partial_lse, out, *_strides(out), lse, new, heads, splits,
+            partial, partial_lse, out, *strides(out), lse, new, heads, splits,
             SPLITS=triton.next_power_of_2(splits), D=call.padded_head_dim, HEAD_DIM=dim,
             num_warps=4,
         )  # fmt: skip
@@ -127,8 +127,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _strides(x: Tensor) -> tuple[Any, ...]:
-    """Strides of batch, head and token of ``(b, n, h, d)``."""
-    return x.stride(0), x.stride(2), x.stride(1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dilated_attention_pytorch.ops.triton_device import on_device
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def launch_append(
     batch, new, heads, dim = query.shape
     if batch == 0 or new == 0:
         return
-    with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
+    with on_device(query.device):
         append_kernel[(batch,)](
             queries, keys, lengths, lengths if starts is None else starts,
             query, *query.stride(), key, *key.stride(),
