@@ -67,7 +67,7 @@ class Distillation(PretrainedTraining):
     def prepare(self) -> tuple[AdaptedModel, list[dict[str, Any]]]:
         """One selector per layer; nothing else is trained."""
         adapted = adapt(self.model, self.run.config, layers=self.run.layers).freeze_base()
-        fit_low_rank(adapted, self.windows.data)
+        fit_low_rank(adapted, self.windows.data, length=self.run.seq_len)
         parameters = [p for p in adapted.selector_parameters() if p.requires_grad]
         return adapted, [{"params": parameters, "peak": self.run.learning_rate}]
 

@@ -100,7 +100,7 @@ class Tuning(PretrainedTraining):
                 adapted = load_adapter(self.model, run.adapter)
             else:
                 adapted = adapt(self.model, run.config, layers=run.layers)
-                fit_low_rank(adapted, self.windows.data)
+                fit_low_rank(adapted, self.windows.data, length=run.seq_len)
         selectors = [] if adapted is None else adapted.selector_parameters()
         if run.train == "selectors" and adapted is not None:
             adapted.freeze_base()
