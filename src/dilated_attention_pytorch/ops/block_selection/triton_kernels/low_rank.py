@@ -66,10 +66,8 @@ def _block_sum(
         k = tl.load(source)
     if UPCAST or WIDE:
         k = k.to(tl.float32)
-    if WIDE:
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISE)
-    else:
-        logits = tl.dot(q, tl.trans(k))
+    # Of bfloat16 the precision is no matter.
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISE)
     if MASKED:
         seen = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
         logits = tl.where(seen & (step < BLOCK)[None, :], logits, float("-inf"))
@@ -127,15 +125,15 @@ def block_sum_kernel(
             q, keys, k_stride_n, block, start, stop, kv_len,
             BLOCK, N, D, HEAD_DIM, False, WIDE, UPCAST,
         )  # fmt: skip
-        tl.store(target + block.to(tl.int64) * num_rows, found, mask=inside)
+        tl.store(target + tl.cast(block, tl.int64) * num_rows, found, mask=inside)
     before = full_begin - begin
-    for n in range(0, before + end - full_end):
+    for n in range(before + end - full_end):
         block = tl.where(n < before, begin + n, full_end + n - before)
         found = _block_sum(
             q, keys, k_stride_n, block, start, stop, kv_len,
             BLOCK, N, D, HEAD_DIM, True, WIDE, UPCAST,
         )  # fmt: skip
-        tl.store(target + block.to(tl.int64) * num_rows, found, mask=inside)
+        tl.store(target + tl.cast(block, tl.int64) * num_rows, found, mask=inside)
 
 
 @triton.jit
