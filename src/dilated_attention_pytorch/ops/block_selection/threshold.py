@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
 from dilated_attention_pytorch.ops.block_selection.autograd import NAMESPACE, rows_of
-from dilated_attention_pytorch.ops.block_selection.triton_launch import _overlap, _step
-from dilated_attention_pytorch.ops.triton_device import on_device
+from dilated_attention_pytorch.ops.block_selection.threshold_launch import launch_threshold
 
 
 @torch.library.custom_op(f"{NAMESPACE}::threshold_lists", mutates_args=())
@@ -39,22 +36,3 @@ def _empty(scores: Tensor) -> tuple[Tensor, Tensor]:
 @threshold_op.register_fake
 def _(scores: Tensor, rule: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return _empty(scores)
-
-
-def launch_threshold(
-    scores: Tensor, rule: Tensor, threshold: float, counts: Tensor, indices: Tensor
-) -> None:
-    """Writes counts and lists; shapes as in :func:`threshold_op`, all contiguous but scores."""
-    batch, heads, rows, columns = scores.shape
-    if counts.numel() == 0:
-        return
-    if columns == 0:
-        counts.zero_()
-        return
-    c = max(triton.next_power_of_2(columns), 32)
-    with on_device(scores.device):
-        kernels.threshold_kernel[(rows * batch * heads,)](
-            scores, *scores.stride()[:3], rule, _step(rule), counts, indices, threshold,
-            rows, columns, heads, columns, C=c, W=c, EVEN=columns % 16 == 0,
-            num_warps=min(max(c // 512, 1), 32), **_overlap(scores.device),
-        )  # fmt: skip
