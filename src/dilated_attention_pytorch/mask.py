@@ -150,6 +150,28 @@ class AttentionMask:
             ok = ok & _same_document(ids, first_q, first_k)
         return ok
 
+    def spans(self, query_index: Tensor) -> Tensor:
+        """The keys that queries see, which are neighbours: document numbers ascend.
+
+        Args:
+            query_index: ``(t,)`` query numbers inside the sequence.
+
+        Returns:
+            int32 ``(1 or batch, 2, t)``: the first key, and one past the last; nothing is seen
+            where the second does not exceed the first.
+        """
+        row = query_index[None]
+        first, end = torch.zeros_like(row), torch.full_like(row, self.kv_len)
+        if self.causal:
+            end = end.minimum(row + 1 + self._column(self.query_offset, 2))
+        if self.key_lengths is not None:
+            end = end.minimum(self.key_lengths[:, None].long())
+        if self.document_ids is not None:
+            low, high = (x[:, query_index] for x in document_bounds(self.document_ids))
+            real = self.document_ids[:, query_index] >= 0
+            first, end = low, torch.where(real, end.minimum(high), 0)
+        return torch.stack(torch.broadcast_tensors(first, end), 1).int()
+
     def sample(self, index: int) -> AttentionMask:
         """The rule of one sample, as a mask of batch size 1."""
         rows = slice(index, index + 1)

@@ -24,8 +24,11 @@ from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, nar
 from dilated_attention_pytorch.nn.row_budgets import row_budgets, scored_bound
 from dilated_attention_pytorch.nn.scheduled_layer import ScheduledLayer
 from dilated_attention_pytorch.nn.selector_state import SelectorState
-from dilated_attention_pytorch.ops.block_selection import kernel_refusal
+from dilated_attention_pytorch.nn.threshold_selection import place_refusal
+from dilated_attention_pytorch.nn.token_selection import score_tokens, select_by_tokens
+from dilated_attention_pytorch.ops.block_selection.interface import low_rank_refusal
 from dilated_attention_pytorch.selection.gumbel import gumbel_noise
+from dilated_attention_pytorch.selection.threshold import ThresholdSample
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -112,7 +115,8 @@ class BlockSparseAdaptive(ScheduledLayer):
     def select(self, inputs: SelectionInputs) -> Selection:
         """Scores, budgets and chooses; see the class."""
         if self.selection_refusal(inputs) is None:
-            return select_with_kernels(self, inputs)
+            fused = select_by_tokens if _reads_tokens(self.config) else select_with_kernels
+            return fused(self, inputs)
         config = self.config
         explore = self.training and not config.hard_sparsity
         levels: list[ChosenLevel] = []
@@ -144,23 +148,35 @@ class BlockSparseAdaptive(ScheduledLayer):
 
     def selection_refusal(self, inputs: SelectionInputs) -> str | None:
         """Why this selection takes the PyTorch path, or None if the fused kernels run it."""
-        config, query = self.config, inputs.query
-        if self.backend not in ("auto", "triton"):
-            return f"backend={self.backend!r} asks for the PyTorch path"
-        if self.backend == "auto" and query.device.type != "cuda":
-            return f"the PyTorch path runs on {query.device.type}"
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return "torch.func takes the PyTorch path"
+        config = self.config
+        place = place_refusal(self, inputs)
+        if place is not None:
+            return place
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
-        if config.budget in ("top_p", "threshold"):
-            return f"budget {config.budget!r} normalises the scores of a row"
         if config.query_scope == "past" and inputs.mask.causal:
             return "query_scope 'past' takes running budgets"
-        if config.scorer in ("prototypes", "low_rank"):
-            return f"scorer {config.scorer!r} reads tokens, not summaries"
-        width = inputs.rule.width(inputs.rows)
-        return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
+        if config.budget == "top_p":
+            return "budget 'top_p' normalises the scores of a row"
+        if not _reads_tokens(config):
+            if config.budget == "threshold":
+                return f"budget 'threshold' has no kernel for scorer {config.scorer!r}"
+            return None
+        if self.training:
+            return f"scorer {config.scorer!r} learns from the scores of all candidates"
+        if self.segment_lengths is not None:
+            return f"scorer {config.scorer!r} scores all blocks, and segments limit them"
+        if config.scorer == "low_rank":
+            return low_rank_refusal(inputs.query.dtype, self.block_size, self.head_dim)
+        return None
+
+    def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
+        """What a calibration of ``budget="threshold"`` needs of these inputs."""
+        if self.selection_refusal(inputs) is not None:
+            return super().threshold_sample(inputs)
+        candidates, allowed = inputs.candidates, inputs.rows.num_allowed
+        scores = score_tokens(self, inputs)
+        return ThresholdSample.of(scores, candidates.scored, candidates.forced, allowed)
 
     @torch.no_grad()
     def prefill(
@@ -282,3 +298,8 @@ class BlockSparseAdaptive(ScheduledLayer):
             self, query, key_cache, value_cache, state, selector_query=selector_query,
             selector_key=selector_key, choose=choose,
         )  # fmt: skip
+
+
+def _reads_tokens(config: AdaptiveConfig) -> bool:
+    """Whether the scorer reads tokens rather than summaries of blocks."""
+    return config.scorer in ("prototypes", "low_rank")

@@ -127,9 +127,12 @@ def allot_budget(
     intervals: Tensor,
     forced: Tensor,
     limit: Tensor,
-    keys: Tensor,
+    keys: Tensor | None,
 ) -> Tensor | None:
-    """Blocks per row, forced ones included; None: ``num_selected_blocks`` besides those."""
+    """Blocks per row, forced ones included; None: ``num_selected_blocks`` besides those.
+
+    ``keys``: summaries of the key blocks, None where there are none.
+    """
     config, rows = layer.config, inputs.rows
     batch = inputs.query.shape[0]
     if config.num_selected_blocks is not None:
@@ -139,7 +142,7 @@ def allot_budget(
     means = gain = offset = None
     if config.budget == "adaptive":
         gain, offset = layer.budget_gain, layer.budget_offset
-        if "mean" in config.pooling:
+        if keys is not None and "mean" in config.pooling:
             start = config.pooling.index("mean") * layer.head_dim
             means = keys.detach()[..., start : start + layer.head_dim]
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
+from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
     antidiagonal_scores,
@@ -167,12 +168,15 @@ class BlockSparseTrainingFree(BlockSparseLayer):
     @torch.no_grad()
     def select(self, inputs: SelectionInputs) -> Selection:
         """Ranks by the rule and keeps the best within the budget."""
-        candidates = inputs.candidates
         scores = self.score(inputs)
         if self.config.budget == "threshold":
             if self.thresholds is None:
                 raise RuntimeError("budget='threshold' needs set_thresholds before the first call.")
             threshold = self.thresholds.at(inputs.mask.kv_len)
+            if place_refusal(self, inputs) is None:
+                return select_above(inputs, scores, threshold, self.block_size)
+        candidates = inputs.candidates
+        if self.config.budget == "threshold":
             count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
         else:
             count = even_budget(inputs, scores, self.base_sparsity)

@@ -17,6 +17,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # One program holds a row of candidates in registers.
 _MAX_CANDIDATES = 32768
 _MAX_BLOCK = 256
+# Numbers in a tile of bfloat16 keys: 64 KiB.
+_MOST_TILE = 32768
 
 
 def kernel_refusal(
@@ -194,6 +196,76 @@ def row_budget(
     if rows.num_documents > 1:
         return round_budget(exact, rows), exact
     return round_op(exact.detach(), FRACTION_BITS), exact
+
+
+def low_rank_refusal(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
+    """Why :func:`low_rank_scores` cannot run what :func:`kernel_refusal` lets pass, or None."""
+    # A tile of keys stays in shared memory.
+    most = _MOST_TILE if dtype == torch.bfloat16 else _MOST_TILE // 2
+    if _next_power_of_2(block_size) * _next_power_of_2(head_dim) > most:
+        return f"block size times head_dim may be {most} in {dtype}"
+    return None
+
+
+def _next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def low_rank_scores(
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    spans: Tensor,
+    *,
+    query_stride: int,
+    block_size: int,
+    scale: float,
+    pattern_heads: int,
+) -> Tensor:
+    """:class:`LowRankScorer` on all tiles, without the square of the tokens. No gradient.
+
+    Queries go through both maps in float32 and meet the keys as they are; of bfloat16 keys that
+    takes queries rounded to bfloat16, which is as much as they lost when they were made.
+
+    Args:
+        query: ``(b, n, h, d)``; under autocast of another dtype than ``key``.
+        key: ``(b, m, g, d)``.
+        query_map: ``(h, d, r)``.
+        key_map: The same.
+        spans: ``AttentionMask.spans`` of every ``query_stride``-th query.
+        query_stride: Take every so many queries.
+        block_size: Tokens per block, a multiple of it.
+        scale: Factor of the logits.
+        pattern_heads: Divides h; the mass of neighbouring heads is averaged.
+
+    Returns:
+        ``(b, pattern_heads, i, j)`` float32: logarithms of the expected mass.
+    """
+    from dilated_attention_pytorch.ops.block_selection.low_rank import low_rank_op
+
+    scores: Tensor = low_rank_op(
+        query, key.to(query.dtype), query_map, key_map, spans, query_stride, block_size, scale,
+        pattern_heads,
+    )  # fmt: skip
+    return scores
+
+
+def threshold_lists(scores: Tensor, intervals: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Forced blocks and those whose share of the softmaxed scores reaches a threshold.
+
+    Args:
+        scores: ``(b, p, i, j)`` of all key blocks.
+        intervals: ``rule.intervals(rows)``.
+        threshold: In [0, 1].
+
+    Returns:
+        Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
+    """
+    from dilated_attention_pytorch.ops.block_selection.threshold import threshold_op
+
+    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, threshold)
+    return found
 
 
 def transpose_lists(pattern: BlockPattern) -> PatternTranspose:

@@ -21,6 +21,11 @@ from dilated_attention_pytorch.ops.block_selection.triton_kernels.kept_scores im
     kept_query_grad_kernel,
 )
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.lattice import lattice_kernel
+from dilated_attention_pytorch.ops.block_selection.triton_kernels.low_rank import (
+    block_sum_kernel,
+    fold_kernel,
+    mass_kernel,
+)
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.scores import (
     bilinear_kernel,
     mlp_kernel,
@@ -31,6 +36,7 @@ from dilated_attention_pytorch.ops.block_selection.triton_kernels.summaries impo
     summary_grad_kernel,
     summary_kernel,
 )
+from dilated_attention_pytorch.ops.block_selection.triton_kernels.threshold import threshold_kernel
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.transpose import (
     mark_kernel,
     offset_kernel,
@@ -41,12 +47,15 @@ from dilated_attention_pytorch.ops.block_selection.triton_kernels.transpose impo
 __all__ = [
     "INTERPRETED",
     "bilinear_kernel",
+    "block_sum_kernel",
     "budget_kernel",
     "choose_kernel",
+    "fold_kernel",
     "kept_key_grad_kernel",
     "kept_query_grad_kernel",
     "lattice_kernel",
     "mark_kernel",
+    "mass_kernel",
     "mlp_kernel",
     "offset_kernel",
     "place_kernel",
@@ -56,6 +65,7 @@ __all__ = [
     "round_kernel",
     "summary_grad_kernel",
     "summary_kernel",
+    "threshold_kernel",
     "tower_kernel",
 ]
 

@@ -1,0 +1,38 @@
+"""Lists of the blocks that reach a threshold, as a PyTorch operator; no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.ops.block_selection.autograd import NAMESPACE, rows_of
+from dilated_attention_pytorch.ops.block_selection.threshold_launch import launch_threshold
+
+
+@torch.library.custom_op(f"{NAMESPACE}::threshold_lists", mutates_args=())
+def threshold_op(scores: Tensor, rule: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """:func:`threshold_budget` and the choice within it, forced blocks included.
+
+    Args:
+        scores: ``(b, p, i, j)`` of all key blocks.
+        rule: ``(1 or b, 5, i)`` int32, from :meth:`CandidateRule.intervals`.
+        threshold: Of the softmax over what a row sees.
+
+    Returns:
+        Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
+    """
+    counts, indices = _empty(scores)
+    launch_threshold(rows_of(scores), rule.contiguous(), threshold, counts, indices)
+    return counts, indices
+
+
+def _empty(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        scores.new_empty(scores.shape[:3], dtype=torch.int32),
+        scores.new_empty(scores.shape, dtype=torch.int32),
+    )
+
+
+@threshold_op.register_fake
+def _(scores: Tensor, rule: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    return _empty(scores)

@@ -1,0 +1,211 @@
+"""Fused selection by the low-rank scorer, prototypes and training-free rules, against PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
+
+pytest.importorskip("triton", reason="the triton package is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, KV_HEADS, DIM, TOKENS = 4, 2, 16, 120
+
+
+def adaptive(**settings: Any) -> BlockSparseAdaptive:
+    torch.manual_seed(0)
+    common = {
+        "scorer": "low_rank", "hidden_dim": 8, "budget": "threshold", "block_size": 16,
+        "num_sink_blocks": 1, "base_sparsity": 0.5,
+    }  # fmt: skip
+    config = AdaptiveConfig(**{**common, **settings})
+    layer = BlockSparseAdaptive(
+        num_heads=HEADS, head_dim=DIM, num_kv_heads=KV_HEADS, adaptive_config=config,
+        backend="triton",
+    )  # fmt: skip
+    if config.budget == "threshold":
+        layer.set_thresholds(ThresholdTable((TOKENS,), (0.13,)))
+    return layer.to(DEVICE).eval()
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    query = 2 * torch.randn(2, TOKENS, HEADS, DIM, generator=generator)
+    key = torch.randn(2, TOKENS, KV_HEADS, DIM, generator=generator)
+    return query.to(DEVICE, dtype), key.to(DEVICE, dtype)
+
+
+def inputs_of(layer: BlockSparseLayer, query: Tensor, key: Tensor, **call: Any) -> SelectionInputs:
+    """What the layer chooses by in a causal forward pass."""
+    seen: list[SelectionInputs] = []
+    select = layer.select
+    layer.select = lambda inputs: (seen.append(inputs), select(inputs))[1]  # type: ignore
+    with torch.no_grad():
+        layer(query, key, key, is_causal=True, **call)
+    del layer.select
+    return seen[0]
+
+
+def choice(layer: BlockSparseLayer, inputs: SelectionInputs, backend: str) -> Tensor:
+    layer.backend = backend
+    with torch.no_grad():
+        chosen: BlockPattern = layer.select(inputs).pattern
+    layer.backend = "triton"
+    return chosen.to_dense()
+
+
+def choices(
+    layer: BlockSparseLayer, query: Tensor, key: Tensor, **call: Any
+) -> tuple[Tensor, Tensor]:
+    """What the fused path and the PyTorch path choose for a causal forward pass."""
+    inputs = inputs_of(layer, query, key, **call)
+    return choice(layer, inputs, "triton"), choice(layer, inputs, "gather")
+
+
+def refusal(layer: BlockSparseAdaptive) -> str | None:
+    return layer.selection_refusal(inputs_of(layer, *tokens()))
+
+
+CALLS = {
+    "plain": {},
+    "lengths": {"key_lengths": (100, 35)},
+    "documents": {"cu_seqlens": ((0, 50, 90, 120), (0, 10, 110, 110))},
+    "offset": {"query_offset": 80},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("settings", [{}, {"share_within_kv_group": True}, {"num_local_blocks": 2}])
+def test_low_rank_chooses_as_in_pytorch(name: str, settings: dict[str, Any]) -> None:
+    layer = adaptive(**settings)
+    query, key = tokens()
+    call = {
+        k: torch.tensor(v, device=DEVICE) if isinstance(v, tuple) else v
+        for k, v in CALLS[name].items()
+    }
+    if name == "offset":
+        query = query[:, :40]
+    inputs = inputs_of(layer, query, key, **call)
+    kept = []
+    # All that a row sees; some; only what it must read.
+    for threshold in (1e-12, 0.13, 2.0):
+        layer.set_thresholds(ThresholdTable((TOKENS,), (threshold,)))
+        fused, plain = (choice(layer, inputs, backend) for backend in ("triton", "gather"))
+        assert torch.equal(fused, plain)
+        kept.append(int(plain.sum()))
+    assert kept[0] > kept[1] > kept[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": "fixed"},
+        {"budget": "adaptive"},
+        {"budget": "adaptive", "pooling": ("max",)},
+        {"budget": "fixed", "num_selected_blocks": 2},
+        {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 3},
+        {"scorer": "prototypes", "pooling": ("attention",), "budget": "fixed"},
+    ],
+)
+def test_other_budgets_and_prototypes_choose_as_in_pytorch(settings: dict[str, Any]) -> None:
+    fused, plain = choices(adaptive(**settings), *tokens())
+    assert torch.equal(fused, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_few_blocks(dtype: torch.dtype) -> None:
+    fused, plain = choices(adaptive(), *tokens(dtype))
+    assert (fused != plain).sum() <= 2
+
+
+@pytest.mark.parametrize("method", ["mean_pool", "antidiagonal", "min_max", "oracle"])
+def test_rivals_choose_as_in_pytorch(method: str) -> None:
+    config = TrainingFreeConfig(method=method, budget="threshold", block_size=16)
+    layer = BlockSparseTrainingFree(config, HEADS, DIM, num_kv_heads=KV_HEADS, backend="triton")
+    layer.set_thresholds(ThresholdTable((TOKENS,), (0.13,)))
+    fused, plain = choices(layer, *tokens())
+    assert torch.equal(fused, plain)
+    assert 0 < plain.sum() < plain.numel() / 2
+
+
+def test_the_density_is_recorded() -> None:
+    layer = adaptive()
+    query, key = tokens()
+    losses = []
+    for backend in ("triton", "gather"):
+        layer.backend = backend
+        layer(query, key, key, is_causal=True)
+        losses.append(layer.get_sparsity_loss())
+    torch.testing.assert_close(*losses)
+
+
+def test_calibration_reads_the_same_scores() -> None:
+    layer = adaptive()
+    query, key = tokens()
+    inputs = inputs_of(layer, query, key)
+    fused = layer.threshold_sample(inputs)
+    layer.backend = "gather"
+    plain = layer.threshold_sample(inputs)
+    assert (fused.forced, fused.allowed) == (plain.forced, plain.allowed)
+    torch.testing.assert_close(fused.expected, plain.expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_takes_the_pytorch_path_says_why() -> None:
+    assert refusal(adaptive()) is None
+    assert "learns" in str(refusal(adaptive().train()))
+    segments = BlockSparseAdaptive(
+        [64], [1], HEADS, DIM, adaptive().config, num_kv_heads=KV_HEADS, backend="triton"
+    )
+    segments.set_thresholds(ThresholdTable((TOKENS,), (0.13,)))
+    assert "segments" in str(refusal(segments.to(DEVICE).eval()))
+    assert "top_p" in str(refusal(adaptive(budget="top_p")))
+    assert "threshold" in str(refusal(adaptive(scorer="bilinear")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [2048, 4096, 8192])
+def test_on_a_gpu_the_choice_is_that_of_float32_and_nothing_waits(length: int) -> None:
+    torch.manual_seed(0)
+    config = AdaptiveConfig(scorer="low_rank", budget="threshold", block_size=64, num_sink_blocks=1)
+    layer = BlockSparseAdaptive(
+        num_heads=9, head_dim=64, num_kv_heads=3, adaptive_config=config, backend="auto"
+    )
+    layer.set_thresholds(ThresholdTable((2048,), (0.03,)))
+    layer = layer.cuda().eval()
+    shared = torch.randn(1, length // 64, 12, 64, device="cuda").repeat_interleave(64, 1)
+    both = (torch.randn(1, length, 12, 64, device="cuda") + 1.5 * shared).bfloat16()
+    query, key = both[:, :, :9], both[:, :, 9:]
+    fused, plain = choices_on_gpu(layer, query, key)
+    both_chose = float((fused & plain).sum())
+    assert both_chose / float(plain.sum()) > 0.99
+    assert both_chose / float(fused.sum()) > 0.99
+    assert 0.5 < 1 - float(plain.sum()) / (9 * (length // 64) * (length // 64 + 1) / 2) < 0.99
+    with torch.no_grad():
+        layer(query, key, key, is_causal=True)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(query, key, key, is_causal=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def choices_on_gpu(layer: BlockSparseAdaptive, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    found = []
+    for backend in ("auto", "gather"):
+        layer.backend = backend
+        patterns: list[BlockPattern] = []
+        layer.observers.append(lambda _, p, kept=patterns: kept.append(p))
+        with torch.no_grad():
+            layer(query, key, key, is_causal=True)
+        layer.observers.clear()
+        found.append(patterns[0].to_dense())
+    layer.backend = "auto"
+    return found[0], found[1]
