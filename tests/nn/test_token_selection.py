@@ -171,6 +171,7 @@ def test_what_takes_the_pytorch_path_says_why() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("length", [2048, 4096, 8192])
 def test_on_a_gpu_the_choice_is_that_of_float32_and_nothing_waits(length: int) -> None:
     torch.manual_seed(0)
