@@ -25,9 +25,15 @@ from dilated_attention_pytorch.pattern import BlockPattern
 
 def gather_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     """Computes output and lse as :func:`block_sparse_attention` defines them."""
+    out, lse = _attend(*flatten(args))
+    return out, lse
+
+
+def flatten(args: Arguments) -> tuple[Any, ...]:
+    """What the forward operator takes: tensors with the batch first, and plain numbers."""
     pattern, mask = args.pattern, args.mask
     per_sample = isinstance(mask.query_offset, Tensor)
-    out, lse = _attend(
+    return (
         args.query,
         args.key,
         args.value,
@@ -36,7 +42,7 @@ def gather_attention(args: Arguments) -> tuple[Tensor, Tensor]:
         args.block_bias,
         args.mass_probe,
         mask.key_lengths,
-        mask.query_offset if isinstance(mask.query_offset, Tensor) else None,
+        mask.query_offset if per_sample else None,
         mask.document_ids,
         pattern.block_size[0],
         pattern.block_size[1],
@@ -44,10 +50,9 @@ def gather_attention(args: Arguments) -> tuple[Tensor, Tensor]:
         0 if per_sample else mask.query_offset,
         args.scale,
     )
-    return out, lse
 
 
-def _arguments(
+def unflatten(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -63,6 +68,7 @@ def _arguments(
     offset: int,
     scale: float,
 ) -> Arguments:
+    """The call that :func:`flatten` took apart, without its mass probe."""
     n, m = query.shape[1], key.shape[1]
     pattern = BlockPattern(counts, indices, n, m, (block_q, block_k), check_values=False)
     where = offset if query_offset is None else query_offset
@@ -90,7 +96,7 @@ def forward_op(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; ``mass_probe`` matters to the gradient alone."""
     return gather_forward(
-        _arguments(
+        unflatten(
             query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
             document_ids, block_q, block_k, causal, offset, scale,
         )
@@ -135,7 +141,7 @@ def backward_op(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, block bias and mass probe; empty where not needed."""
-    args = _arguments(
+    args = unflatten(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
         document_ids, block_q, block_k, causal, offset, scale,
     )  # fmt: skip
@@ -166,7 +172,8 @@ def _(
     return tuple(x if needed else lse.new_empty(0) for x, needed in zip(found, needs, strict=True))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what :func:`backward` needs: the inputs and the lse."""
     (
         query, key, value, counts, indices, bias, probe, lengths, offsets, documents, *constants,
     ) = inputs  # fmt: skip
@@ -178,9 +185,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(
+def backward(
     run: Apply, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Any, ...]:
+    """Gradients of all inputs of the forward operator; see :func:`differentiable`."""
     needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:7]]
     grads = run(grad_out, grad_lse, *ctx.saved_tensors, *ctx.constants, needs)
     dq, dk, dv, dbias, mass = (
@@ -191,4 +199,4 @@ def _backward(
     return (dq, dk, dv, None, None, dbias, mass, *(None,) * 8)
 
 
-_attend = differentiable(forward_op, backward_op, _setup_context, _backward)
+_attend = differentiable(forward_op, backward_op, setup_context, backward)

@@ -13,6 +13,11 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     Arguments,
     check_arguments,
 )
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import (
+    auto_refusal,
+    cpp_attention,
+    cpp_refusal,
+)
 from dilated_attention_pytorch.ops.block_sparse_attention.dense import (
     dense_attention,
     dense_refusal,
@@ -41,6 +46,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
     "dense": dense_attention,
     "gather": gather_attention,
+    "cpp": cpp_attention,
     "triton": _triton_attention,
     "flash": flash_attention,
     "flash_atomic": partial(flash_attention, atomic=True),
@@ -160,6 +166,8 @@ def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False)
     if dense_refusal(arguments, return_lse) is None:
         return "dense", "the pattern keeps every tile"
     device = arguments.query.device.type
+    if device == "cpu" and auto_refusal(arguments) is None:
+        return "cpp", "the compiled kernel runs on this CPU"
     if device != "cuda":
         return "gather", f"the PyTorch path runs on {device}"
     refusal = _triton_refusal(arguments)
@@ -195,6 +203,7 @@ def _triton_refusal(arguments: Arguments) -> str | None:
 
 # What a backend cannot run; the others run everything.
 _REFUSALS = {
+    "cpp": cpp_refusal,
     "triton": _triton_refusal,
     "flash": flash_refusal,
     "flash_atomic": flash_refusal,
