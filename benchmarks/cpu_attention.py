@@ -4,13 +4,15 @@
 
 Measures forward (evaluation, no gradient) and forward + backward (training, with the selector's
 signal; once with the default random blocks, which lower the sparsity, and once without), each
-interleaved with PyTorch's dense causal attention, and the peak memory of one process that runs
-forward + backward at 32,768 tokens. Writes ``results/cpu_attention.json``.
+with the kernel that is compiled at first use (``adaptive``) and on PyTorch's operators alone
+(``gather``), interleaved with PyTorch's dense causal attention, and the peak memory of one process
+that runs forward + backward at 32,768 tokens. Writes ``results/cpu_attention.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -26,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, explain_backend
 
 sys.path.insert(0, str(Path(__file__).parent))
 from provenance import environment
@@ -41,13 +43,13 @@ def inputs(tokens: int, grad: bool) -> list[Tensor]:
     return [torch.randn(1, tokens, HEADS, HEAD_DIM, requires_grad=grad) for _ in "qkv"]
 
 
-def layer(training: bool, explore: bool = True) -> BlockSparseAdaptive:
+def layer(training: bool, explore: bool = True, backend: str = "auto") -> BlockSparseAdaptive:
     """The layer, choosing from all blocks."""
     # Random inputs would get one and a half times the budget: fix it to measure at this sparsity.
     config = AdaptiveConfig(
         base_sparsity=SPARSITY, budget="fixed", num_explore_blocks=2 if explore else 0
     )
-    made = BlockSparseAdaptive(None, None, HEADS, HEAD_DIM, config)
+    made = BlockSparseAdaptive(None, None, HEADS, HEAD_DIM, config, backend=backend)
     return made.train(training)
 
 
@@ -67,7 +69,10 @@ def timed(call: Callable[[], Any]) -> float:
 def compare(tokens: int, backward: bool, explore: bool, repeats: int) -> dict[str, Any]:
     """Times both, one after the other, ``repeats`` times after one warm-up."""
     q, k, v = inputs(tokens, backward)
-    ours = layer(backward, explore)
+    layers = {
+        "adaptive": layer(backward, explore),
+        "gather": layer(backward, explore, backend="gather"),
+    }
 
     def run(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         with torch.set_grad_enabled(backward):
@@ -75,15 +80,17 @@ def compare(tokens: int, backward: bool, explore: bool, repeats: int) -> dict[st
         if backward:
             out.sum().backward()
 
-    def adaptive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ours(q, k, v, is_causal=True)
-
-    seconds: dict[str, list[float]] = {"adaptive": [], "dense": []}
+    contenders: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        name: functools.partial(ours, is_causal=True) for name, ours in layers.items()
+    }
+    contenders["dense"] = dense
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(repeats + 1):
-        for name, attend in (("adaptive", adaptive), ("dense", dense)):
+        for name, attend in contenders.items():
             taken = timed(lambda attend=attend: run(attend))
             if number:
                 seconds[name].append(taken)
+    ours = layers["adaptive"]
     _, info = ours(q, k, v, is_causal=True, return_pattern=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -95,6 +102,8 @@ def compare(tokens: int, backward: bool, explore: bool, repeats: int) -> dict[st
         "quartile_seconds": {n: statistics.quantiles(x, n=4)[::2] for n, x in seconds.items()},
         "range_seconds": {name: [min(x), max(x)] for name, x in seconds.items()},
         "ratio": medians["dense"] / medians["adaptive"],
+        "ratio_gather": medians["dense"] / medians["gather"],
+        "backend": explain_backend(q, k, v, info["pattern"], causal=True),
     }
 
 

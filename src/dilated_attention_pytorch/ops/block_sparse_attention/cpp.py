@@ -40,13 +40,14 @@ def cpp_refusal(args: Arguments) -> str | None:
         return f"it runs on the CPU, not on {args.query.device.type}"
     if args.query.dtype != torch.float32:
         return f"it computes float32, not {args.query.dtype}"
-    return build_refusal()
+    # What is traced cannot start a compiler; the operator does when it runs.
+    return None if torch.compiler.is_compiling() else build_refusal()
 
 
 def auto_refusal(args: Arguments) -> str | None:
     """Why ``auto`` leaves a call to others that the kernel may be able to run, or None."""
-    if torch.compiler.is_exporting():
-        return "an exported program may run where there is no compiler"
+    if torch.compiler.is_compiling():
+        return "a traced program may run where there is no compiler"
     (b, n, h, _), m = args.query.shape, args.key.shape[1]
     if b * n * h * m < AUTO_LOGITS:
         return f"a compiled kernel pays from {AUTO_LOGITS:,} dense logits on"

@@ -1,8 +1,8 @@
 """Compiles ``cpp_forward.cpp`` with the user's own compiler at first use, and keeps the library.
 
-The source includes no header of PyTorch, so that this takes a second or two. The library lies in the
-user's cache folder under a name made from everything that it depends on; processes that build it at
-the same time each put a whole file in its place.
+The source includes no header of PyTorch, so that this takes a second or two. The library lies in
+the user's cache folder under a name made from everything that it depends on; processes that build
+it at the same time each put a whole file in its place.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-import torch
-
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC",
@@ -32,7 +30,6 @@ SWITCH = "DILATED_ATTENTION_CPP"
 _SECONDS = 120
 
 
-@torch.compiler.assume_constant_result
 def build_refusal() -> str | None:
     """Why there is no compiled library, or None if there is; builds it if need be."""
     return _load()[1]
