@@ -48,12 +48,16 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    # One colour for a method, dashed with thresholds; the oracle in black.
+    plain = dict.fromkeys(row["method"].partition(":")[0] for row in rows)
+    colours = {name: f"C{number}" for number, name in enumerate(plain)} | {"oracle": "black"}
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines_by_method: dict[str, Any] = {}
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes, panels, strict=False):
         text, length, block_size = panel
-        for number, method in enumerate(methods):
+        for method in methods:
             points = sorted(
                 (row["sparsity"], row["ratio"])
                 for row in rows
@@ -61,12 +65,16 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 and (row["text"], row["length"], row["block_size"]) == panel
             )
             if points:
-                style = {"color": "black", "linestyle": ":"} if method == "oracle" else {}
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method,
-                          **{"color": f"C{number}", **style})  # fmt: skip
+                name, _, rule = method.partition(":")
+                (lines_by_method[method],) = axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, label=method,
+                    color=colours[name], linestyle="--" if rule else "-",
+                )  # fmt: skip
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_title(f"{text}: {length:,} tokens, blocks of {block_size}", fontsize=9)
         axis.set(xlabel="sparsity", ylabel="perplexity / dense")
-    if len(panels):
-        axes[0].legend(fontsize=8)
+    if lines_by_method:
+        figure.legend(
+            lines_by_method.values(), lines_by_method, fontsize=8, loc="outside right upper"
+        )
     return figure
