@@ -31,8 +31,6 @@ RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 # Optional packages, and where alone they may be imported.
 OPTIONAL = {
     "triton": (
-        "ops.block_selection.low_rank_launch",
-        "ops.block_selection.threshold_launch",
         "ops.block_selection.triton_kernels",
         "ops.block_selection.triton_launch",
         *(

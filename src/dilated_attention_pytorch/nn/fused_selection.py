@@ -67,7 +67,7 @@ def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     if towers is None:
         kept = layer.scorer(queries, keys, indices)
     else:
-        from dilated_attention_pytorch.ops.block_selection.autograd import kept_op
+        from dilated_attention_pytorch.ops.block_selection.operators import kept_op
 
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
@@ -88,7 +88,7 @@ def score_candidates(
     layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
     """The towers of the bilinear form (None for the MLP) and all candidates' scores."""
-    from dilated_attention_pytorch.ops.block_selection.autograd import (
+    from dilated_attention_pytorch.ops.block_selection.operators import (
         bilinear_op,
         mlp_op,
         products_op,
@@ -168,7 +168,7 @@ def choose_blocks(
     learning: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts and lists; if learning also the kept tiles' scores and which were not forced."""
-    from dilated_attention_pytorch.ops.block_selection.autograd import choose_op
+    from dilated_attention_pytorch.ops.block_selection.operators import choose_op
 
     config, width = layer.config, inputs.rule.width(inputs.rows)
     seed = temperature = None

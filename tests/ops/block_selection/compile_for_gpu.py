@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dilated_attention_pytorch.ops.block_selection import low_rank_launch, threshold_launch
 from dilated_attention_pytorch.ops.block_selection import triton_launch as launch
+from dilated_attention_pytorch.ops.block_selection.triton_launch import shared
 
 
 class Stand:
@@ -44,7 +44,7 @@ def compile_only(self, *args, grid, warmup, **options):
 
 
 JITFunction.run = compile_only
-launch.capability = lambda device: (9, 0)
+shared.capability = lambda device: (9, 0)
 
 
 B, H, N, D, Q, J, K = 1, 2, 128, 64, 8, 8, 4
@@ -100,13 +100,11 @@ def main():
                             ints(B, H, many * K))  # fmt: skip
     launch.launch_lattice(rule, longs, ((4, 1), (8, 2)), 1, 2, ints(1, H, Q, 11), ints(1, H, Q),
                           ints(1, H, Q))  # fmt: skip
-    threshold_launch.launch_threshold(torch.zeros(B, H, Q, J), rule, 0.1, counts, ints(B, H, Q, J))
+    launch.launch_threshold(torch.zeros(B, H, Q, J), rule, 0.1, counts, ints(B, H, Q, J))
     maps, spans = torch.zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
         scores = torch.zeros(B, H, -(-N // size), -(-N // size))
-        low_rank_launch.launch_low_rank(
-            low_rank_launch.LowRankInputs(y, y, maps, maps, spans, 4, size, 0.1), scores
-        )
+        launch.launch_low_rank(launch.LowRankInputs(y, y, maps, maps, spans, 4, size, 0.1), scores)
 
 
 main()

@@ -20,7 +20,8 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 from dilated_attention_pytorch.ops.block_selection import summarise, transpose_lists
-from dilated_attention_pytorch.ops.block_selection.autograd import (
+from dilated_attention_pytorch.ops.block_selection.interface import row_budget, summarise_both
+from dilated_attention_pytorch.ops.block_selection.operators import (
     bilinear_op,
     choose_op,
     kept_op,
@@ -30,7 +31,6 @@ from dilated_attention_pytorch.ops.block_selection.autograd import (
     round_op,
     towers_op,
 )
-from dilated_attention_pytorch.ops.block_selection.interface import row_budget, summarise_both
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

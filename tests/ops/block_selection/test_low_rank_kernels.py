@@ -13,8 +13,8 @@ from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from dilated_attention_pytorch.ops.block_selection import low_rank_launch
 from dilated_attention_pytorch.ops.block_selection.interface import low_rank_scores
+from dilated_attention_pytorch.ops.block_selection.triton_launch import low_rank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Mass is compared, not its logarithm: what rounding moves is a share of the mass.
@@ -170,7 +170,7 @@ def test_rows_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = mask_of()
     query, key, scorer = case(mask, torch.float32)
     want = found(query, key, scorer, mask, 16)
-    monkeypatch.setattr(low_rank_launch, "_WORKSPACE", 8 * 7 * 4 * 2)
+    monkeypatch.setattr(low_rank, "_WORKSPACE", 8 * 7 * 4 * 2)
     assert torch.equal(found(query, key, scorer, mask, 16), want)
 
 

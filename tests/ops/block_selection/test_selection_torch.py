@@ -13,7 +13,7 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from dilated_attention_pytorch.ops.block_selection import autograd as ops
+from dilated_attention_pytorch.ops.block_selection import operators as ops
 
 pytestmark = [
     pytest.mark.gpu,

@@ -73,7 +73,7 @@ def summarise(
         :func:`block_summaries` it does not round to half precision. Of tokens that share an
         extreme the first takes the gradient.
     """
-    from dilated_attention_pytorch.ops.block_selection.autograd import rows_of, summaries_op
+    from dilated_attention_pytorch.ops.block_selection.operators import rows_of, summaries_op
 
     extremes = "max" in pooling or "min" in pooling
     learned = "attention" in pooling and pool_query is not None
@@ -107,7 +107,7 @@ def summarise_both(
         valid: Of the queries and of the keys, as in :func:`summarise`.
         pool_queries: Likewise, with ``"attention"``.
     """
-    from dilated_attention_pytorch.ops.block_selection.autograd import both_summaries_op, rows_of
+    from dilated_attention_pytorch.ops.block_selection.operators import both_summaries_op, rows_of
 
     pools = (None, None) if pool_queries is None else pool_queries
     alike = (valid[0] is None) == (valid[1] is None) and query.dtype == key.dtype
@@ -139,7 +139,7 @@ def find_candidates(
     groups = rule.groups()
     if not groups:
         return None, *rows.remember((rule, "counts"), lambda: count_forced(intervals))
-    from dilated_attention_pytorch.ops.block_selection.autograd import lattice_op
+    from dilated_attention_pytorch.ops.block_selection.operators import lattice_op
 
     segments, rates = zip(*groups, strict=True)
     found: tuple[Tensor, Tensor, Tensor] = lattice_op(
@@ -183,7 +183,7 @@ def row_budget(
         Integer budgets ``(batch, p, i)``, forced blocks included, and the exact ones in float32,
         differentiable in gain and offset.
     """
-    from dilated_attention_pytorch.ops.block_selection.autograd import budget_op, round_op
+    from dilated_attention_pytorch.ops.block_selection.operators import budget_op, round_op
 
     width = rule.width(rows)
     tables = rows.remember((rule, "levels"), lambda: level_tables(forced, limit, rows, width))
@@ -242,7 +242,7 @@ def low_rank_scores(
     Returns:
         ``(b, pattern_heads, i, j)`` float32: logarithms of the expected mass.
     """
-    from dilated_attention_pytorch.ops.block_selection.low_rank import low_rank_op
+    from dilated_attention_pytorch.ops.block_selection.operators import low_rank_op
 
     scores: Tensor = low_rank_op(
         query, key.to(query.dtype), query_map, key_map, spans, query_stride, block_size, scale,
@@ -262,7 +262,7 @@ def threshold_lists(scores: Tensor, intervals: Tensor, threshold: float) -> tupl
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
     """
-    from dilated_attention_pytorch.ops.block_selection.threshold import threshold_op
+    from dilated_attention_pytorch.ops.block_selection.operators import threshold_op
 
     found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, threshold)
     return found
@@ -270,7 +270,7 @@ def threshold_lists(scores: Tensor, intervals: Tensor, threshold: float) -> tupl
 
 def transpose_lists(pattern: BlockPattern) -> PatternTranspose:
     """``BlockPattern.transpose`` by counting; entries past the last offset are undefined."""
-    from dilated_attention_pytorch.ops.block_selection.autograd import transpose_op
+    from dilated_attention_pytorch.ops.block_selection.operators import transpose_op
 
     return PatternTranspose(
         *transpose_op(pattern.kv_num_blocks, pattern.kv_indices, pattern.num_key_blocks)

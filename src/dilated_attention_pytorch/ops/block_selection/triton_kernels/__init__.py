@@ -1,4 +1,4 @@
-"""Triton kernels of block selection; ``triton_launch.py`` launches them.
+"""Triton kernels of block selection; ``triton_launch`` launches them.
 
 Names inside the kernels: a *plane* is one (sample, head) pair, heads being those of the pattern
 unless said otherwise; a *row* is a query block, a *column* a key block. What a row may and must

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection.autograd import NAMESPACE, rows_of
-from dilated_attention_pytorch.ops.block_selection.threshold_launch import launch_threshold
+from dilated_attention_pytorch.ops.block_selection.operators.shared import NAMESPACE, rows_of
+from dilated_attention_pytorch.ops.block_selection.triton_launch.threshold import launch_threshold
 
 
 @torch.library.custom_op(f"{NAMESPACE}::threshold_lists", mutates_args=())

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
-from dilated_attention_pytorch.ops.block_selection.triton_launch import _overlap, _step
+from dilated_attention_pytorch.ops.block_selection.triton_launch.shared import (
+    batch_stride,
+    overlap,
+)
 from dilated_attention_pytorch.ops.triton_device import on_device, strides
 
 # Block sums of one chunk of rows: 2**25 float32 numbers are 128 MiB.
@@ -68,29 +71,28 @@ def launch_low_rank(call: LowRankInputs, scores: Tensor) -> None:
     wide_chunk = max(_KEYS // call.block_size, 1)
     key_chunks = ceil_div(columns, wide_chunk)
     with on_device(device):
-        overlap = _overlap(device)
         kernels.fold_kernel[(ceil_div(total_rows, 64), planes)](
             call.query, *strides(call.query), call.query_map, call.key_map, folded, total_rows,
             heads, call.scale / math.log(2), STRIDE=call.query_stride, ROWS=64, D=d,
             HEAD_DIM=head_dim, R=max(triton.next_power_of_2(rank), 16), RANK=rank,
-            num_warps=4, **overlap,
+            num_warps=4, **overlap(device),
         )  # fmt: skip
         for first in range(0, blocks, chunk_blocks):
             first_row = first * per_block
             num_rows = min(chunk_blocks * per_block, total_rows - first_row)
             kernels.block_sum_kernel[(key_chunks * ceil_div(num_rows, tile.rows), planes)](
-                folded, call.key, *strides(call.key), call.spans, _step(call.spans), sums,
+                folded, call.key, *strides(call.key), call.spans, batch_stride(call.spans), sums,
                 first_row, num_rows, total_rows, call.key.shape[1], columns, key_chunks, heads,
                 heads // call.key.shape[2], BLOCK=call.block_size, N=tile.columns,
                 CHUNK=wide_chunk, ROWS=tile.rows, D=d, HEAD_DIM=head_dim,
                 EVEN=tile.columns == call.block_size, WIDE=wide, UPCAST=kernels.INTERPRETED,
-                num_warps=tile.warps, num_stages=tile.stages, **overlap,
+                num_warps=tile.warps, num_stages=tile.stages, **overlap(device),
             )  # fmt: skip
             kernels.mass_kernel[(ceil_div(num_rows, per_block), batch * pattern_heads)](
-                sums, call.spans, _step(call.spans), scores, first_row, num_rows, total_rows,
+                sums, call.spans, batch_stride(call.spans), scores, first_row, num_rows, total_rows,
                 columns, heads, BLOCK=call.block_size, PER_BLOCK=per_block,
                 P=triton.next_power_of_2(per_block), C=max(2048 // per_block, 16),
-                SHARE=heads // pattern_heads, num_warps=4, **overlap,
+                SHARE=heads // pattern_heads, num_warps=4, **overlap(device),
             )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
-from dilated_attention_pytorch.ops.block_selection.autograd import NAMESPACE, rows_of
-from dilated_attention_pytorch.ops.block_selection.low_rank_launch import (
+from dilated_attention_pytorch.ops.block_selection.operators.shared import NAMESPACE, rows_of
+from dilated_attention_pytorch.ops.block_selection.triton_launch.low_rank import (
     LowRankInputs,
     launch_low_rank,
 )

@@ -6,7 +6,10 @@ import triton
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
-from dilated_attention_pytorch.ops.block_selection.triton_launch import _overlap, _step
+from dilated_attention_pytorch.ops.block_selection.triton_launch.shared import (
+    batch_stride,
+    overlap,
+)
 from dilated_attention_pytorch.ops.triton_device import on_device
 
 
@@ -23,7 +26,7 @@ def launch_threshold(
     c = max(triton.next_power_of_2(columns), 32)
     with on_device(scores.device):
         kernels.threshold_kernel[(rows * batch * heads,)](
-            scores, *scores.stride()[:3], rule, _step(rule), counts, indices, threshold,
+            scores, *scores.stride()[:3], rule, batch_stride(rule), counts, indices, threshold,
             rows, columns, heads, columns, C=c, W=c, EVEN=columns % 16 == 0,
-            num_warps=min(max(c // 512, 1), 32), **_overlap(scores.device),
+            num_warps=min(max(c // 512, 1), 32), **overlap(scores.device),
         )  # fmt: skip
