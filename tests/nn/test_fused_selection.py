@@ -16,6 +16,9 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS, EDGES = [70, 37], [[0, 30, 41, 70], [0, 50, 60, 64]]
 LATTICE = ([32, 64], [1, 2])
+MASK = AttentionMask(70, 70, True)
+
+PAST: dict[str, Any] = {"query_scope": "past"}
 
 CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "default": ({}, (None, None), {}),
@@ -32,7 +35,24 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "lattice": ({"num_local_blocks": 1, "num_sink_blocks": 1}, LATTICE, {}),
     "count": ({"budget": "fixed", "num_selected_blocks": 2}, LATTICE,
               {"is_causal": True, "cu_seqlens": EDGES}),
-    "past": ({"query_scope": "past"}, (None, None), {"is_causal": True}),
+    "past": (PAST, (None, None), {"is_causal": True}),
+    "past, padded": ({**PAST, "pooling": ("max", "attention", "mean", "min")}, (None, None),
+                     {"is_causal": True, "key_lengths": LENGTHS}),
+    "past, documents": ({**PAST, "share_within_kv_group": True, "base_sparsity": 0.7},
+                        (None, None), {"cu_seqlens": EDGES, "is_causal": True}),
+    "past, all heads alike": ({**PAST, "share_across_heads": True, "base_sparsity": 0.8},
+                              (None, None), {"is_causal": True}),
+    "past, lattice": ({**PAST, "num_local_blocks": 1, "num_sink_blocks": 1}, LATTICE,
+                      {"is_causal": True}),
+    "past, mlp, fixed": ({**PAST, "scorer": "mlp", "hidden_dim": 8, "budget": "fixed"},
+                         (None, None), {"is_causal": True}),
+    "past, fewer queries": ({**PAST, "base_sparsity": 0.7}, (None, None),
+                            {"is_causal": True, "kv_len": 131}),
+    "past, count": ({**PAST, "budget": "fixed", "num_selected_blocks": 1}, (None, None),
+                    {"is_causal": True}),
+    "past, hierarchy": ({**PAST, "hierarchy": (2,), "hierarchy_keep": 1}, (None, None),
+                        {"is_causal": True}),
+    "past, not causal": (PAST, (None, None), {}),
     "cross": ({}, (None, None), {"cross_attention": True}),
 }  # fmt: skip
 
@@ -55,9 +75,12 @@ def run(layer: BlockSparseAdaptive, backend: str, options: dict[str, Any]) -> li
     """What was chosen, the sparsity loss and every gradient."""
     layer.backend = backend
     layer.zero_grad()
-    tensors = inputs(50 if options.get("cross_attention") else 70)
+    kv_len = 50 if options.get("cross_attention") else options.get("kv_len", 70)
+    tensors = inputs(kv_len)
     given = {
-        k: torch.tensor(v, device=DEVICE) if isinstance(v, list) else v for k, v in options.items()
+        k: torch.tensor(v, device=DEVICE) if isinstance(v, list) else v
+        for k, v in options.items()
+        if k != "kv_len"
     }
     out, info = layer(*tensors, return_pattern=True, **given)
     loss = layer.get_sparsity_loss()
@@ -77,6 +100,27 @@ def test_fused_equals_the_pytorch_path(case: str) -> None:
         assert (x is None) == (y is None)
         if x is not None:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"budget": "fixed", "pooling": ("max", "attention")}])
+def test_past_chooses_by_nothing_later(settings: dict[str, Any]) -> None:
+    layer = make({**PAST, **settings}, (None, None)).eval()
+    layer.backend = "triton"
+    q, k, v = (x.detach() for x in inputs())
+    first = layer(q, k, v, is_causal=True, return_pattern=True)
+    assert layer.selection_refusal(layer._inputs(q, k, MASK, None, True, None)) is None
+    for start in (33, 48, 49, 64):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, start:] = 5 * torch.randn_like(x[:, start:])
+        for length in (70, 66):
+            parts = [x[:, :length] for x in changed]
+            out, info = layer(*parts, is_causal=True, return_pattern=True)
+            torch.testing.assert_close(out[:, :start], first[0][:, :start])
+            # Rows whose first token comes before the change.
+            rows = -(-start // 16)
+            for x, y in zip(info["patterns"], first[1]["patterns"], strict=True):
+                assert torch.equal(x.to_dense()[:, :, :rows], y.to_dense()[:, :, :rows])
 
 
 def refusal(backend: str, **settings: Any) -> str:

@@ -112,6 +112,13 @@ def test_low_rank_chooses_as_in_pytorch(name: str, settings: dict[str, Any]) -> 
         {"budget": "fixed", "num_selected_blocks": 2},
         {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 3},
         {"scorer": "prototypes", "pooling": ("attention",), "budget": "fixed"},
+        {"scorer": "prototypes", "pooling": ("attention",), "query_scope": "past"},
+        {
+            "scorer": "prototypes",
+            "pooling": ("attention",),
+            "query_scope": "past",
+            "budget": "adaptive",
+        },
     ],
 )
 def test_other_budgets_and_prototypes_choose_as_in_pytorch(settings: dict[str, Any]) -> None:

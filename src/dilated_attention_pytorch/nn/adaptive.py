@@ -154,8 +154,6 @@ class BlockSparseAdaptive(ScheduledLayer):
             return place
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
-        if config.query_scope == "past" and inputs.mask.causal:
-            return "query_scope 'past' takes running budgets"
         if config.budget == "top_p":
             return "budget 'top_p' normalises the scores of a row"
         if not _reads_tokens(config):

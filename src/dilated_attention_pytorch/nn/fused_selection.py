@@ -15,6 +15,7 @@ from dilated_attention_pytorch.nn.row_budgets import MAX_BUDGET_FACTOR, most_sco
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
+    running_row_budget,
     summarise,
     summarise_both,
 )
@@ -41,9 +42,9 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
 def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     config, rule, rows = layer.config, inputs.rule, inputs.rows
     learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
-    with torch.set_grad_enabled(learning):
-        queries, keys = summarise_blocks(layer, inputs)
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
+    with torch.set_grad_enabled(learning):
+        queries, keys = summarise_blocks(layer, inputs, intervals)
     explore = layer.training and not config.hard_sparsity
     candidates, forced, limit = find_candidates(rule, rows, intervals)
     levels: list[ChosenLevel] = []
@@ -75,13 +76,20 @@ def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     return Selection(pattern, mass_probe=mass_probe(layer, kept, scored, pattern, levels))
 
 
-def summarise_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+def summarise_blocks(
+    layer: BlockSparseAdaptive, inputs: SelectionInputs, intervals: Tensor
+) -> tuple[Tensor, Tensor]:
     """Summaries of the query and of the key blocks, ``(b, i or j, heads, s)``."""
     config, size = layer.config, layer.block_size
     learned = "attention" in config.pooling
     pools = (layer.query_pool, layer.key_pool) if learned else None
     valid = inputs.query_valid, inputs.key_valid
-    return summarise_both(inputs.query, inputs.key, size, config.pooling, valid, pools)
+    past = layer.looks_back(inputs)
+    # Rows see from the first block of their document on.
+    starts = intervals[:, 0] if past and inputs.mask.document_ids is not None else None
+    return summarise_both(
+        inputs.query, inputs.key, size, config.pooling, valid, pools, past=past, starts=starts
+    )
 
 
 def score_candidates(
@@ -148,7 +156,8 @@ def allot_budget(
         else:
             means = summarise(inputs.key.detach(), layer.block_size, ("mean",), inputs.key_valid)
         means = means.transpose(1, 2)
-    rounded, exact = row_budget(
+    allot = running_row_budget if layer.looks_back(inputs) else row_budget
+    rounded, exact = allot(
         inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
         means=means, gain=gain, offset=offset,
         max_factor=MAX_BUDGET_FACTOR,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +10,11 @@ from torch import Tensor
 
 from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
-from dilated_attention_pytorch.selection.bounds import most_scored_blocks, most_visible_blocks
+from dilated_attention_pytorch.selection.bounds import (
+    most_scored_blocks,
+    most_visible_blocks,
+    most_visible_share,
+)
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
     round_budget,
@@ -86,7 +89,7 @@ def row_budgets(
         keep = (1 - layer.base_sparsity).expand(shape)
         if config.budget == "adaptive":
             keep = (keep * budget_factor(layer, rows, key_means, inputs.mask.causal)).clamp(max=1)
-        if config.query_scope == "past" and inputs.mask.causal:
+        if layer.looks_back(inputs):
             exact, rounded = running_budget(keep, forced, limit, rows)
             layer.record_density(exact, rows, None)
             return rounded
@@ -160,16 +163,14 @@ def scored_bound(layer: BlockSparseAdaptive, inputs: SelectionInputs, count: Ten
 def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
     """The most scored blocks that any row can get, from the lengths alone."""
     config, width = layer.config, inputs.rule.width(inputs.rows)
-    if config.query_scope == "past" and inputs.mask.causal:
+    if layer.looks_back(inputs):
         return most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
     if config.num_selected_blocks is not None:
         return min(config.num_selected_blocks, width)
     if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
         return width
     mask, compiling = inputs.mask, torch.compiler.is_compiling()
-    factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
-    share = 0.5**layer.halvings if compiling else layer.densest
-    keep = min(share * factor, 1.0)
+    keep = most_kept(layer)
     if layer.segment_lengths is None:
         offset = mask.query_offset
         # An int: with one offset per sample the width was returned above.
@@ -210,5 +211,14 @@ def most_scored_of(layer: BlockSparseAdaptive, num_blocks: int, width: int) -> i
         return min(config.num_selected_blocks, width)
     if config.budget not in ("adaptive", "fixed"):
         return width
-    factor = MAX_BUDGET_FACTOR if config.budget == "adaptive" else 1.0
-    return min(width, math.ceil(min(layer.densest * factor, 1.0) * num_blocks) + 1)
+    return min(width, most_visible_share(num_blocks, most_kept(layer)))
+
+
+def most_kept(layer: BlockSparseAdaptive) -> float:
+    """The largest share of its visible blocks that a row can get.
+
+    While compiling a power of two, which schedules seldom move.
+    """
+    factor = MAX_BUDGET_FACTOR if layer.config.budget == "adaptive" else 1.0
+    share = 0.5**layer.halvings if torch.compiler.is_compiling() else layer.densest
+    return min(share * factor, 1.0)

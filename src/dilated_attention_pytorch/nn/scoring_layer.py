@@ -107,7 +107,7 @@ class ScoringLayer(BlockSparseLayer):
             )  # fmt: skip
             return scores, self._key_means(inputs)
         if isinstance(self.scorer, PrototypeScorer):
-            query, valid = self._scope(inputs)
+            query, valid = self.scope(inputs)
             scores = self.scorer(
                 query, inputs.key, self.block_size, inputs.candidates.indices,
                 query_valid=valid, key_valid=inputs.key_valid,
@@ -118,13 +118,17 @@ class ScoringLayer(BlockSparseLayer):
 
     def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Summaries of query and key blocks, and the key blocks' means."""
-        queries = self.pool_queries(*self._scope(inputs))
+        queries = self.pool_queries(*self.scope(inputs))
         return (queries, *self.pool_keys(inputs.key, inputs.key_valid))
 
-    def _scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
+    def looks_back(self, inputs: SelectionInputs) -> bool:
+        """Whether rows choose by nothing later than their first token."""
+        return self.config.query_scope == "past" and inputs.mask.causal
+
+    def scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
         """The query tokens that each row may be judged by, and which of them are real."""
         query, valid = inputs.query, inputs.query_valid
-        if self.config.query_scope == "past" and inputs.mask.causal:
+        if self.looks_back(inputs):
             return past_windows(query, self.block_size, valid, inputs.mask.document_ids)
         return query, valid
 

@@ -27,9 +27,10 @@ def score_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Tensor:
     """The layer's scores of all tiles, ``(b, pattern heads, i, j)`` float32."""
     scorer, rows = layer.scorer, inputs.rows
     if not isinstance(scorer, LowRankScorer):
+        query, valid = layer.scope(inputs)
         return cast(PrototypeScorer, scorer)(
-            inputs.query, inputs.key, layer.block_size, None,
-            query_valid=inputs.query_valid, key_valid=inputs.key_valid,
+            query, inputs.key, layer.block_size, None,
+            query_valid=valid, key_valid=inputs.key_valid,
         )  # fmt: skip
     stride = scorer.query_stride
 

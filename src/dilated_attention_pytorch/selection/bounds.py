@@ -42,7 +42,15 @@ def most_visible_blocks(
     if causal and q_len == kv_len and query_offset == 0:
         share = math.ceil((1 - math.sqrt(1 - keep)) * _UNIT)
         return (share * (2 * blocks + 1) + _UNIT // 4) // (2 * _UNIT) + 2
-    return math.ceil(keep * _UNIT) * blocks // _UNIT + 2
+    return most_visible_share(blocks, keep)
+
+
+def most_visible_share(num_blocks: int, keep: float) -> int:
+    """The most blocks of a row that gets the share ``keep`` of the ``num_blocks`` that it sees.
+
+    Two blocks more for rounding: of this row's share, and of what the rows before it are owed.
+    """
+    return math.ceil(keep * _UNIT) * num_blocks // _UNIT + 2
 
 
 def halvings(share: float) -> int:

@@ -65,15 +65,26 @@ def main():
     launch.launch_summaries(tokens, how, second=tokens)
     launch.launch_summaries_grad(out, place, x, valid, pool, how, torch.zeros_like(x),
                                  torch.zeros(B, H, Q, D))  # fmt: skip
+    late, starts = launch.Pooling(names, 16, past=True), ints(1, Q)
+    windows = launch.Tokens(x, valid, pool, out, starts)
+    launch.launch_summaries(windows, late, place)
+    launch.launch_summaries(windows, late, second=tokens)
+    launch.launch_summaries_grad(out, place, x, valid, pool, late, torch.zeros_like(x),
+                                 torch.zeros(B, H, Q, D), starts)  # fmt: skip
     rule, longs = ints(1, 5, Q), torch.zeros(1, Q, dtype=torch.int64)
     exact, slope, complexity = torch.zeros(3, B, H, Q)
+    share = launch.ShareInputs(
+        torch.zeros(B, H, J, D), torch.ones(H), torch.ones(H), torch.zeros(()), rule, longs,
+        True, 2.0,
+    )  # fmt: skip
     call = launch.BudgetInputs(
-        torch.zeros(B, H, J, D), torch.ones(H), torch.ones(H), torch.zeros(()), rule, longs, longs,
-        ints(1, 1, Q), ints(1, 1, Q), torch.zeros(1, 1, 1, J + 2), torch.zeros(1, 1, 1, J + 1),
-        torch.zeros(1, 1), True, 2.0,
+        share, longs, ints(1, 1, Q), ints(1, 1, Q), torch.zeros(1, 1, 1, J + 2),
+        torch.zeros(1, 1, 1, J + 1), torch.zeros(1, 1),
     )  # fmt: skip
     launch.launch_budget(call, exact, slope, complexity)
     launch.launch_round(exact, ints(B, H, Q), 16)
+    running = launch.RunningInputs(share, longs, ints(1, 1, Q), ints(1, 1, Q), 16)
+    launch.launch_running(running, exact, slope, complexity, ints(B, H, Q))
     counts, lists, kept = ints(B, H, Q), ints(B, H, Q, K), torch.zeros(B, H, Q, K)
     flags = torch.zeros(B, H, Q, K, dtype=torch.uint8)
     seed, heat = torch.zeros((), dtype=torch.int64), torch.ones(())

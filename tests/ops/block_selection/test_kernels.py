@@ -9,18 +9,24 @@ from torch import Tensor
 from dilated_attention_pytorch import BlockPattern, ImportanceScorer, block_summaries
 from dilated_attention_pytorch.candidates import CandidateRule, count_forced, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.scoring.summaries import past_windows
 from dilated_attention_pytorch.selection.budget import (
     FRACTION_BITS,
     content_complexity,
     round_budget,
     water_level_budget,
 )
+from dilated_attention_pytorch.selection.running_budget import running_budget
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 from dilated_attention_pytorch.ops.block_selection import summarise, transpose_lists
-from dilated_attention_pytorch.ops.block_selection.interface import row_budget, summarise_both
+from dilated_attention_pytorch.ops.block_selection.interface import (
+    find_candidates,
+    row_budget,
+    summarise_both,
+)
 from dilated_attention_pytorch.ops.block_selection.operators import (
     bilinear_op,
     choose_op,
@@ -29,8 +35,10 @@ from dilated_attention_pytorch.ops.block_selection.operators import (
     mlp_op,
     products_op,
     round_op,
+    running_budget_op,
     towers_op,
 )
+from dilated_attention_pytorch.ops.block_selection.triton_launch import running_budgets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,6 +88,45 @@ def test_two_tensors_are_summarised_as_each_alone(lengths: tuple[int, int], padd
         for got, t, v, u in zip(both, (x, y), valid, pools, strict=True):
             want = block_summaries(t, 16, pooling=names, valid=v, pool_query=u)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def window_starts(length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Documents that begin at blocks: their token ids, and each block's first block."""
+    blocks = -(-length // size)
+    first = torch.tensor([[0, 0, 2, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 6]])[:, :blocks].to(DEVICE)
+    return first.repeat_interleave(size, 1)[:, :length], first.int()
+
+
+@pytest.mark.parametrize("names", [("mean", "max"), ("min", "attention", "mean", "max")])
+@pytest.mark.parametrize(("length", "size"), [(1, 16), (64, 16), (50, 16), (66, 12), (37, 64)])
+@pytest.mark.parametrize("kind", ["plain", "padded", "documents"])
+def test_windows_of_the_past_and_their_gradients(
+    names: tuple[str, ...], length: int, size: int, kind: str
+) -> None:
+    x, u = randn(2, length, 3, 20).requires_grad_(), randn(3, 20, seed=1).requires_grad_()
+    valid = randn(2, length, seed=2) < 0.3 if kind != "plain" else None
+    ids = starts = None
+    if kind == "documents":
+        ids, starts = window_starts(length, size)
+    wide = [t.detach().double().requires_grad_() for t in (x, u)]
+    moved, kept = past_windows(wide[0], size, valid, ids)
+    want = block_summaries(moved, size, pooling=names, valid=kept, pool_query=wide[1])
+    got = summarise(x, size, names, valid, u, past=True, starts=starts)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    weight = randn(*want.shape, seed=3)
+    inputs = [x, u] if "attention" in names else [x]
+    found = torch.autograd.grad((got * weight).sum(), inputs)
+    wanted = torch.autograd.grad((want * weight).sum(), wide[: len(inputs)])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    y = randn(2, 70, 2, 20, seed=4)
+    both_valid = (valid, None if valid is None else randn(2, 70, seed=5) < 0.3)
+    with torch.no_grad():
+        first, second = summarise_both(
+            x, y, size, names, both_valid, (u, u[:2]), past=True, starts=starts
+        )
+        torch.testing.assert_close(first, got)
+        torch.testing.assert_close(second, summarise(y, size, names, both_valid[1], u[:2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -374,6 +421,94 @@ def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kin
     wanted = torch.autograd.grad((want * weight).sum(), (gain, offset))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
+@pytest.mark.parametrize("kind", ["plain", "lengths", "documents", "segments", "offset"])
+@pytest.mark.parametrize("content", [True, False])
+def test_running_budgets_equal_the_formulas(
+    heads: int, kv_heads: int, kind: str, content: bool
+) -> None:
+    """In every bit, from the complexity that the kernel found."""
+    blocks, lengths, ids, queries = 40, None, None, 40
+    if kind == "lengths":
+        lengths = torch.tensor([40, 23], device=DEVICE)
+    if kind == "documents":
+        ids = torch.tensor([[0] * 25 + [1] * 15, [0] * 3 + [1] * 30 + [-1] * 7], device=DEVICE)
+    if kind == "offset":
+        queries = 33
+    mask = AttentionMask(
+        queries, blocks, True, blocks - queries, lengths, None if ids is None else ids.int()
+    )
+    rows = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
+    lattice = {"segment_lengths": (8, 40), "dilation_rates": (1, 4)} if kind == "segments" else {}
+    rule = CandidateRule(
+        num_heads=heads, num_key_blocks=blocks, block_size=1, causal=True, num_sink_blocks=1,
+        num_local_blocks=1, **lattice,
+    )  # fmt: skip
+    spans = rule.intervals(rows)
+    _, forced, limit = find_candidates(rule, rows, spans)
+    means = randn(2, kv_heads, blocks, 12) + 2 * randn(2, kv_heads, 1, 12, seed=1)
+    gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
+    offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
+    base = torch.tensor(0.85, device=DEVICE)
+    exact, _, complexity, whole = running_budget_op(
+        means if content else None, gain if content else None, offset if content else None, base,
+        spans, rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(),
+        forced, limit, 2, heads, True, 2.0, FRACTION_BITS,
+    )  # fmt: skip
+    keep = (1 - base).expand(2, heads, queries)
+    if content:
+        expected = content_complexity(means.transpose(1, 2), rows, past_only=True)
+        if heads == 1:
+            expected = expected.mean(1, keepdim=True)
+        elif heads > kv_heads:
+            expected = expected.repeat_interleave(heads // kv_heads, 1)
+        torch.testing.assert_close(complexity, expected, rtol=1e-5, atol=1e-5)
+        factor = (offset[:, None] + gain[:, None] * complexity.detach()).clamp(0, 2)
+        keep = (keep * factor).clamp(max=1)
+    want, want_whole = running_budget(keep, forced, limit, rows)
+    assert torch.equal(exact, want)
+    assert torch.equal(whole, want_whole)
+    if content:
+        weight = randn(*want.shape, seed=2)
+        found = torch.autograd.grad((exact * weight).sum(), (gain, offset))
+        wanted = torch.autograd.grad((want * weight).sum(), (gain, offset))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 100])
+def test_running_budgets_over_several_chunks_and_at_bounds(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that earn nothing, exactly a bound, or more than their candidates; many documents."""
+    monkeypatch.setattr(running_budgets, "MAX_CHUNK", 32)
+    cut = torch.arange(rows) // 7 * (torch.arange(rows) % 50 < 30)
+    ids = cut.cummax(0).values[None].int().to(DEVICE)
+    for documents in (None, ids):
+        mask = AttentionMask(rows, rows, True, 0, None, documents)
+        ranges = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
+        rule = CandidateRule(num_heads=3, num_key_blocks=rows, block_size=1, causal=True)
+        spans = rule.intervals(ranges)
+        _, forced, limit = find_candidates(rule, ranges, spans)
+        for share in (0.0, 0.5, 1.0, 0.037):
+            # A gain of 0: every row has the same share, many exactly at a bound.
+            gain = torch.zeros(3, device=DEVICE).requires_grad_()
+            offset = torch.tensor([share, 1.0, 1.7], device=DEVICE).requires_grad_()
+            base = torch.tensor(0.5, device=DEVICE)
+            means = randn(1, 3, rows, 8)
+            exact, _, _, whole = running_budget_op(
+                means, gain, offset, base, spans, ranges.diagonal_first[:, 0].contiguous(),
+                ranges.document[:, 0].contiguous(), forced, limit, 1, 3, True, 2.0, FRACTION_BITS,
+            )  # fmt: skip
+            factor = offset[:, None] + gain[:, None] * torch.ones(1, 3, rows, device=DEVICE)
+            keep = ((1 - base) * factor.clamp(0, 2)).clamp(max=1)
+            want, want_whole = running_budget(keep, forced, limit, ranges)
+            assert torch.equal(exact, want)
+            assert torch.equal(whole, want_whole)
+            found, wanted = (torch.autograd.grad(x.sum(), offset)[0] for x in (exact, want))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_a_budget_without_content() -> None:

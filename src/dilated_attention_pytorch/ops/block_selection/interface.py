@@ -58,6 +58,9 @@ def summarise(
     pooling: tuple[str, ...],
     valid: Tensor | None = None,
     pool_query: Tensor | None = None,
+    *,
+    past: bool = False,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """:func:`block_summaries` in one read of ``x``, and one write of its gradient.
 
@@ -67,6 +70,9 @@ def summarise(
         pooling: Poolings to concatenate.
         valid: ``(1 or batch, seq_len)`` booleans or None.
         pool_query: ``(num_heads, head_dim)``, with ``"attention"``.
+        past: Summarise the windows of :func:`past_windows` in the place of blocks.
+        starts: ``(1 or batch, blocks)`` int32, with ``past``: the first block of each block's
+            document, whose windows begin no earlier. None: one document.
 
     Returns:
         ``(batch, blocks, num_heads, head_dim * len(pooling))`` in float32: unlike
@@ -85,6 +91,8 @@ def summarise(
         ",".join(pooling),
         block_size,
         extremes and torch.is_grad_enabled() and differentiable,
+        past,
+        starts,
     )
     return out.transpose(1, 2)
 
@@ -96,6 +104,9 @@ def summarise_both(
     pooling: tuple[str, ...],
     valid: tuple[Tensor | None, Tensor | None],
     pool_queries: tuple[Tensor, Tensor] | None,
+    *,
+    past: bool = False,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`summarise` of queries and keys; without gradient in one launch where that is possible.
 
@@ -106,17 +117,22 @@ def summarise_both(
         pooling: Poolings to concatenate.
         valid: Of the queries and of the keys, as in :func:`summarise`.
         pool_queries: Likewise, with ``"attention"``.
+        past: As in :func:`summarise`, of the queries.
+        starts: Likewise.
     """
     from dilated_attention_pytorch.ops.block_selection.operators import both_summaries_op, rows_of
 
     pools = (None, None) if pool_queries is None else pool_queries
     alike = (valid[0] is None) == (valid[1] is None) and query.dtype == key.dtype
     if torch.is_grad_enabled() or not alike:
-        queries = summarise(query, block_size, pooling, valid[0], pools[0])
+        queries = summarise(
+            query, block_size, pooling, valid[0], pools[0], past=past, starts=starts
+        )
         return queries, summarise(key, block_size, pooling, valid[1], pools[1])
     both = both_summaries_op(
         rows_of(query), rows_of(key), *(None if v is None else v.contiguous() for v in valid),
         *(None if u is None else u.contiguous() for u in pools), ",".join(pooling), block_size,
+        past, starts,
     )  # fmt: skip
     return both[0].transpose(1, 2), both[1].transpose(1, 2)
 
@@ -196,6 +212,35 @@ def row_budget(
     if rows.num_documents > 1:
         return round_budget(exact, rows), exact
     return round_op(exact.detach(), FRACTION_BITS), exact
+
+
+def running_row_budget(
+    rule: CandidateRule,
+    rows: RowRange,
+    intervals: Tensor,
+    forced: Tensor,
+    limit: Tensor,
+    base_sparsity: Tensor,
+    *,
+    batch: int,
+    means: Tensor | None = None,
+    gain: Tensor | None = None,
+    offset: Tensor | None = None,
+    max_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`running_budget`, scaled by ``content_complexity`` of what lies before each row.
+
+    From equal complexities the whole budgets equal PyTorch's in every bit. Arguments and results
+    as for :func:`row_budget`.
+    """
+    from dilated_attention_pytorch.ops.block_selection.operators import running_budget_op
+
+    exact, _, _, whole = running_budget_op(
+        None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
+        rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
+        batch, rule.num_heads, rows.has_diagonal, max_factor, FRACTION_BITS,
+    )  # fmt: skip
+    return whole, exact
 
 
 def low_rank_refusal(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:

@@ -16,6 +16,9 @@ from dilated_attention_pytorch.ops.block_selection.operators.lattice import (
 from dilated_attention_pytorch.ops.block_selection.operators.low_rank import (
     low_rank_op,
 )
+from dilated_attention_pytorch.ops.block_selection.operators.running_budgets import (
+    running_budget_op,
+)
 from dilated_attention_pytorch.ops.block_selection.operators.scores import (
     bilinear_op,
     mlp_op,
@@ -48,6 +51,7 @@ __all__ = [
     "products_op",
     "round_op",
     "rows_of",
+    "running_budget_op",
     "summaries_op",
     "threshold_op",
     "towers_op",

@@ -20,14 +20,17 @@ def summaries_op(
     pooling: str,
     block_size: int,
     want_place: bool,
+    past: bool,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Summaries ``(b, h, i, s)`` in float32 and where extremes lie (empty unless wanted).
 
-    ``pooling`` joins the names by commas; ``valid`` is boolean.
+    ``pooling`` joins the names by commas; ``valid`` is boolean; ``past`` and ``starts`` as in
+    ``Pooling`` and ``Tokens``.
     """
-    how = launch.Pooling(tuple(pooling.split(",")), block_size)
+    how = launch.Pooling(tuple(pooling.split(",")), block_size, past)
     out, place = _empty_summaries(x, pooling, block_size, want_place)
-    tokens = launch.Tokens(x, valid, pool_query, out)
+    tokens = launch.Tokens(x, valid, pool_query, out, starts)
     launch.launch_summaries(tokens, how, place if want_place else None)
     return out, place
 
@@ -52,6 +55,8 @@ def _(
     pooling: str,
     block_size: int,
     want_place: bool,
+    past: bool,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return _empty_summaries(x, pooling, block_size, want_place)
 
@@ -65,17 +70,19 @@ def summaries_backward_op(
     pool_query: Tensor | None,
     pooling: str,
     block_size: int,
+    past: bool,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens and of the pool query (empty without one)."""
-    how = launch.Pooling(tuple(pooling.split(",")), block_size)
+    how = launch.Pooling(tuple(pooling.split(",")), block_size, past)
     b, n, h, d = x.shape
     grad_x = x.new_empty(b, n, h, d)
     if pool_query is None:
-        launch.launch_summaries_grad(grad, place, x, valid, None, how, grad_x, None)
+        launch.launch_summaries_grad(grad, place, x, valid, None, how, grad_x, None, starts)
         return grad_x, x.new_empty(0)
     # Each block writes its share, so that the sum is deterministic.
     shares = x.new_zeros(b, h, grad.shape[2], d, dtype=torch.float32)
-    launch.launch_summaries_grad(grad, place, x, valid, pool_query, how, grad_x, shares)
+    launch.launch_summaries_grad(grad, place, x, valid, pool_query, how, grad_x, shares, starts)
     return grad_x, shares.sum((0, 2)).to(pool_query.dtype)
 
 
@@ -88,25 +95,35 @@ def _(
     pool_query: Tensor | None,
     pooling: str,
     block_size: int,
+    past: bool,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     pool = x.new_empty(0) if pool_query is None else torch.empty_like(pool_query)
     return x.new_empty(x.shape), pool
 
 
 def _keep_summaries(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, valid, pool_query, ctx.pooling, ctx.block_size, _ = inputs
-    ctx.save_for_backward(output[1], x, valid, pool_query)
+    x, valid, pool_query, ctx.pooling, ctx.block_size, _, ctx.past, starts = inputs
+    ctx.save_for_backward(output[1], x, valid, pool_query, starts)
     ctx.set_materialize_grads(False)
 
 
 def _summaries_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-    place, x, valid, pool_query = ctx.saved_tensors
+    place, x, valid, pool_query, starts = ctx.saved_tensors
     if grad is None:
-        return (None,) * 6
+        return (None,) * 8
     grad_x, grad_pool = summaries_backward_op(
-        grad.contiguous(), place, x, valid, pool_query, ctx.pooling, ctx.block_size
+        grad.contiguous(),
+        place,
+        x,
+        valid,
+        pool_query,
+        ctx.pooling,
+        ctx.block_size,
+        ctx.past,
+        starts,
     )
-    return grad_x, None, None if pool_query is None else grad_pool, None, None, None
+    return grad_x, None, None if pool_query is None else grad_pool, *(None,) * 5
 
 
 summaries_op.register_autograd(_summaries_backward, setup_context=_keep_summaries)
@@ -122,15 +139,18 @@ def both_summaries_op(
     y_pool: Tensor | None,
     pooling: str,
     block_size: int,
+    past: bool,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`summaries_op` of two tensors in one launch; no gradient.
 
     Both or neither have ``valid``, likewise a pool query; dtype, batch and head_dim are equal.
+    ``past`` and ``starts`` concern ``x``.
     """
-    how = launch.Pooling(tuple(pooling.split(",")), block_size)
+    how = launch.Pooling(tuple(pooling.split(",")), block_size, past)
     outs = [_empty_summaries(t, pooling, block_size, False)[0] for t in (x, y)]
     launch.launch_summaries(
-        launch.Tokens(x, x_valid, x_pool, outs[0]), how,
+        launch.Tokens(x, x_valid, x_pool, outs[0], starts), how,
         second=launch.Tokens(y, y_valid, y_pool, outs[1]),
     )  # fmt: skip
     return outs[0], outs[1]
@@ -146,6 +166,8 @@ def _(
     y_pool: Tensor | None,
     pooling: str,
     block_size: int,
+    past: bool,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x_out, y_out = (_empty_summaries(t, pooling, block_size, False)[0] for t in (x, y))
     return x_out, y_out

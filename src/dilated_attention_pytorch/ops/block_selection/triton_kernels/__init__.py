@@ -12,7 +12,6 @@ import triton
 
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.budgets import (
     budget_kernel,
-    prefix_kernel,
     round_kernel,
 )
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.choice import choose_kernel
@@ -25,6 +24,11 @@ from dilated_attention_pytorch.ops.block_selection.triton_kernels.low_rank impor
     block_sum_kernel,
     fold_kernel,
     mass_kernel,
+)
+from dilated_attention_pytorch.ops.block_selection.triton_kernels.row_shares import prefix_kernel
+from dilated_attention_pytorch.ops.block_selection.triton_kernels.running_budgets import (
+    running_kernel,
+    share_kernel,
 )
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.scores import (
     bilinear_kernel,
@@ -63,6 +67,8 @@ __all__ = [
     "product_kernel",
     "rank_kernel",
     "round_kernel",
+    "running_kernel",
+    "share_kernel",
     "summary_grad_kernel",
     "summary_kernel",
     "threshold_kernel",

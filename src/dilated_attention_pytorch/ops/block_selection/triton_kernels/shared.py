@@ -11,8 +11,9 @@ import triton.language as tl
 VARYING = (
     "length", "blocks", "y_length", "y_blocks", "num_rows", "num_query_rows", "num_key_rows",
     "columns", "num_keys", "words", "width", "tiles", "steps", "fixed_count", "explore",
-    "v_stride_b", "x_valid_stride_b", "y_valid_stride_b", "r_stride_b", "d_stride_b", "o_stride_b",
-    "f_stride_b", "f_stride_h", "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
+    "v_stride_b", "x_valid_stride_b", "y_valid_stride_b", "starts_stride_b",
+    "r_stride_b", "d_stride_b", "o_stride_b", "f_stride_b", "f_stride_h",
+    "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
     "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
 )  # fmt: skip
 
@@ -30,3 +31,15 @@ def follow(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def nearest(x):
+    """int64: the nearest integer of a number that is not negative, halves to the even one.
+
+    Exact where x is: scaling by a power of two before does not round.
+    """
+    whole = tl.floor(x)
+    rest = x - whole
+    units = whole.to(tl.int64)
+    return units + ((rest > 0.5) | ((rest == 0.5) & (units % 2 != 0))).to(tl.int64)

@@ -26,25 +26,29 @@ def summary_kernel(
     x, x_stride_b, x_stride_h, x_stride_n,
     y, y_stride_b, y_stride_h, y_stride_n,
     x_valid, x_valid_stride_b, y_valid, y_valid_stride_b, x_pool, y_pool, x_out, y_out, place,
-    length, blocks, heads, y_length, y_blocks, y_heads,
+    starts, starts_stride_b, length, blocks, heads, y_length, y_blocks, y_heads,
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
     POOLINGS: tl.constexpr, VALID: tl.constexpr, PLACE: tl.constexpr, FULL: tl.constexpr,
-    PAIR: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    PAIR: tl.constexpr, SHIFT: tl.constexpr, STARTS: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """All poolings of one block and head; the four names are places in the output or -1.
 
     Tokens are read ``CHUNK`` at a time, so that few registers and no barriers hold up the reading,
     which is all that this kernel waits for. With ``PAIR`` the programs after those of ``x``
-    summarise ``y``. ``FULL``: every block is complete and all tokens count.
+    summarise ``y``. ``FULL``: every block is complete and all tokens count. The blocks of ``x``
+    begin ``SHIFT`` tokens early (``past_windows``), and with ``STARTS`` not before their document.
     """
     follow(PDL)
     program = tl.program_id(0)
     batch = tl.cast(tl.program_id(1), tl.int64)
     valid, valid_stride_b, pool_query, out = x_valid, x_valid_stride_b, x_pool, x_out
+    shift = SHIFT
     if PAIR:
         second = program >= heads * blocks
         program = tl.where(second, program - heads * blocks, program)
+        shift = tl.where(second, 0, SHIFT)
         x = tl.where(second, y, x)
         x_stride_b = tl.where(second, y_stride_b, x_stride_b)
         x_stride_h = tl.where(second, y_stride_h, x_stride_h)
@@ -62,6 +66,10 @@ def summary_kernel(
     column = tl.arange(0, D)
     real = column < HEAD_DIM
     source = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
+    begin = 0
+    if STARTS:
+        shifted = shift > 0 if PAIR else block >= 0
+        begin = tl.load(starts + batch * starts_stride_b + block, mask=shifted, other=0) * BLOCK
     if ATTENTION >= 0:
         u = tl.load(pool_query + head * HEAD_DIM + column, mask=real, other=0.0).to(tl.float32)
     count = 0
@@ -75,8 +83,10 @@ def summary_kernel(
     weights = 0.0
     for chunk in tl.static_range(0, T, CHUNK):
         step = chunk + tl.arange(0, CHUNK)
-        token = block * BLOCK + step
+        token = block * BLOCK + step - shift
         inside = (step < BLOCK) & (token < length)
+        if SHIFT > 0:
+            inside = inside & (token >= begin)
         if VALID:
             kept = tl.load(valid + batch * valid_stride_b + token, mask=inside, other=0)
             inside = inside & (kept != 0)
@@ -135,22 +145,34 @@ def _attention_weights(tile, u, inside):
 @triton.jit(do_not_specialize=VARYING)
 def summary_grad_kernel(
     grad, place, x, x_stride_b, x_stride_h, x_stride_n,
-    valid, v_stride_b, pool_query, grad_x, grad_pool,
+    valid, v_stride_b, pool_query, grad_x, grad_pool, starts, starts_stride_b,
     length, blocks, heads,
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
-    POOLINGS: tl.constexpr, VALID: tl.constexpr,
+    POOLINGS: tl.constexpr, VALID: tl.constexpr, SHIFT: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block and head; ``grad_x`` is ``(b, n, h, d)``, every token is written."""
+    """Gradient of one block and head; ``grad_x`` is ``(b, n, h, d)``, every token is written.
+
+    With ``SHIFT`` the blocks begin that many tokens early, and one program more per head writes
+    the tokens behind the last, which no block has.
+    """
     head = tl.program_id(0) % heads
     block = tl.program_id(0) // heads
     batch = tl.cast(tl.program_id(1), tl.int64)
     step = tl.arange(0, T)
-    token = block * BLOCK + step
+    token = block * BLOCK + step - SHIFT
     column = tl.arange(0, D)
     real = column < HEAD_DIM
+    summary = real
     exists = (step < BLOCK) & (token < length)
     inside = exists
+    if SHIFT > 0:
+        exists = exists & (token >= 0)
+        begin = 0
+        if STARTS:
+            begin = tl.load(starts + batch * starts_stride_b + block, mask=block < blocks, other=0)
+        inside = exists & (token >= begin * BLOCK) & (block < blocks)
+        summary = real & (block < blocks)
     if VALID:
         inside = inside & (tl.load(valid + batch * v_stride_b + token, mask=inside, other=0) != 0)
     plane_block = (batch * heads + head) * blocks + block
@@ -158,20 +180,20 @@ def summary_grad_kernel(
     places = place + plane_block * (2 * HEAD_DIM) + column
     total = tl.zeros([T, D], tl.float32)
     if MEAN >= 0:
-        g = tl.load(source + MEAN * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        g = tl.load(source + MEAN * HEAD_DIM, mask=summary, other=0.0).to(tl.float32)
         count = tl.sum(inside.to(tl.int32), 0)
         total += tl.where(inside[:, None], (g / tl.maximum(count, 1))[None, :], 0.0)
     if MAX >= 0:
-        g = tl.load(source + MAX * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
-        first = tl.load(places, mask=real, other=T).to(tl.int32)
+        g = tl.load(source + MAX * HEAD_DIM, mask=summary, other=0.0).to(tl.float32)
+        first = tl.load(places, mask=summary, other=T).to(tl.int32)
         total += tl.where(step[:, None] == first[None, :], g[None, :], 0.0)
     if MIN >= 0:
-        g = tl.load(source + MIN * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
-        first = tl.load(places + HEAD_DIM, mask=real, other=T).to(tl.int32)
+        g = tl.load(source + MIN * HEAD_DIM, mask=summary, other=0.0).to(tl.float32)
+        first = tl.load(places + HEAD_DIM, mask=summary, other=T).to(tl.int32)
         total += tl.where(step[:, None] == first[None, :], g[None, :], 0.0)
     shape = exists[:, None] & real[None, :]
     if ATTENTION >= 0:
-        g = tl.load(source + ATTENTION * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        g = tl.load(source + ATTENTION * HEAD_DIM, mask=summary, other=0.0).to(tl.float32)
         u = tl.load(pool_query + head * HEAD_DIM + column, mask=real, other=0.0).to(tl.float32)
         tokens = x + batch * x_stride_b + tl.cast(head, tl.int64) * x_stride_h
         tile = tl.load(
@@ -183,8 +205,9 @@ def summary_grad_kernel(
         pull = weight * (pull - tl.sum(weight * pull, 0))
         total += weight[:, None] * g[None, :] + pull[:, None] * u[None, :]
         tl.store(
-            grad_pool + plane_block * HEAD_DIM + column, tl.sum(pull[:, None] * tile, 0), mask=real
-        )
+            grad_pool + plane_block * HEAD_DIM + column, tl.sum(pull[:, None] * tile, 0),
+            mask=summary,
+        )  # fmt: skip
     target = grad_x + (batch * length + token.to(tl.int64)[:, None]) * (heads * HEAD_DIM)
     tl.store(
         target + head * HEAD_DIM + column[None, :], total.to(grad_x.dtype.element_ty), mask=shape

@@ -19,6 +19,11 @@ from dilated_attention_pytorch.ops.block_selection.triton_launch.low_rank import
     LowRankInputs,
     launch_low_rank,
 )
+from dilated_attention_pytorch.ops.block_selection.triton_launch.row_shares import ShareInputs
+from dilated_attention_pytorch.ops.block_selection.triton_launch.running_budgets import (
+    RunningInputs,
+    launch_running,
+)
 from dilated_attention_pytorch.ops.block_selection.triton_launch.scores import (
     Network,
     launch_bilinear,
@@ -45,6 +50,8 @@ __all__ = [
     "LowRankInputs",
     "Network",
     "Pooling",
+    "RunningInputs",
+    "ShareInputs",
     "Tokens",
     "launch_bilinear",
     "launch_budget",
@@ -55,6 +62,7 @@ __all__ = [
     "launch_mlp",
     "launch_products",
     "launch_round",
+    "launch_running",
     "launch_summaries",
     "launch_summaries_grad",
     "launch_threshold",

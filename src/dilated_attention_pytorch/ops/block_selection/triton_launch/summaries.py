@@ -8,7 +8,11 @@ import triton
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_selection import triton_kernels as kernels
-from dilated_attention_pytorch.ops.block_selection.triton_launch.shared import overlap, per_sample
+from dilated_attention_pytorch.ops.block_selection.triton_launch.shared import (
+    batch_stride,
+    overlap,
+    per_sample,
+)
 from dilated_attention_pytorch.ops.triton_device import on_device, strides
 
 # Tokens that one warp summarises at a time.
@@ -22,10 +26,13 @@ class Pooling:
     Attributes:
         names: Poolings in the order of the output.
         block_size: Tokens per block.
+        past: Whether blocks end with the first token of the block that they stand for
+            (``past_windows``); with two tensors, those of the first.
     """
 
     names: tuple[str, ...]
     block_size: int
+    past: bool = False
 
     def constants(self, head_dim: int) -> dict[str, int]:
         """The kernels' compile-time arguments."""
@@ -43,6 +50,7 @@ class Pooling:
             "MIN": place("min"),
             "ATTENTION": place("attention"),
             "POOLINGS": len(self.names),
+            "SHIFT": self.block_size - 1 if self.past else 0,
         }
 
     def num_warps(self, head_dim: int) -> int:
@@ -60,12 +68,15 @@ class Tokens:
         valid: ``(1 or b, n)`` booleans, contiguous, or None.
         pool_query: ``(h, d)`` contiguous or None.
         out: Summaries ``(b, h, i, s)``.
+        starts: ``(1 or b, i)`` int32, last dimension contiguous: the first block of each block's
+            document, or None. Needs ``Pooling.past``.
     """
 
     x: Tensor
     valid: Tensor | None
     pool_query: Tensor | None
     out: Tensor
+    starts: Tensor | None = None
 
 
 def launch_summaries(
@@ -97,9 +108,10 @@ def launch_summaries(
             *(value for part in parts for value in per_sample(part.valid, part.x)),
             *(part.x if part.pool_query is None else part.pool_query for part in parts),
             *(part.out for part in parts), first.out if place is None else place,
-            *sizes[0], *sizes[1],
+            *_starts(first.starts, first.x), *sizes[0], *sizes[1],
             **pooling.constants(head_dim), VALID=first.valid is not None, PLACE=place is not None,
-            FULL=first.valid is None and block == t and even, PAIR=second is not None,
+            FULL=first.valid is None and block == t and even and not pooling.past,
+            PAIR=second is not None, STARTS=first.starts is not None,
             CHUNK=min(t, _TOKENS), num_warps=1, **overlap(first.x.device),
         )  # fmt: skip
 
@@ -113,6 +125,7 @@ def launch_summaries_grad(
     pooling: Pooling,
     grad_x: Tensor,
     grad_pool: Tensor | None,
+    starts: Tensor | None = None,
 ) -> None:
     """Writes the gradient of the tokens, and each block's share of the pool query's.
 
@@ -125,16 +138,23 @@ def launch_summaries_grad(
         pooling: Likewise.
         grad_x: ``(b, n, h, d)`` contiguous.
         grad_pool: ``(b, h, i, d)`` float32 or None.
+        starts: As in the forward pass.
     """
     if grad_x.numel() == 0:
         return
     batch, length, heads, head_dim = x.shape
     blocks = grad.shape[2]
+    # The tokens behind the last window have a program of their own.
+    programs = heads * (blocks + 1 if pooling.past else blocks)
     with on_device(x.device):
-        kernels.summary_grad_kernel[(heads * blocks, batch)](
+        kernels.summary_grad_kernel[(programs, batch)](
             grad, place, x, *strides(x), *per_sample(valid, x),
             x if pool_query is None else pool_query, grad_x,
-            grad_x if grad_pool is None else grad_pool, length, blocks, heads,
-            **pooling.constants(head_dim), VALID=valid is not None,
+            grad_x if grad_pool is None else grad_pool, *_starts(starts, x), length, blocks, heads,
+            **pooling.constants(head_dim), VALID=valid is not None, STARTS=starts is not None,
             num_warps=pooling.num_warps(head_dim),
         )  # fmt: skip
+
+
+def _starts(starts: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    return (stand_in, 0) if starts is None else (starts, batch_stride(starts))
