@@ -16,8 +16,6 @@ pytest.importorskip("triton", reason="the triton package is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS, EDGES = [70, 37], [[0, 30, 41, 70], [0, 50, 60, 64]]
 LATTICE = ([32, 64], [1, 2])
-MASK = AttentionMask(70, 70, True)
-
 PAST: dict[str, Any] = {"query_scope": "past"}
 
 CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
@@ -100,27 +98,6 @@ def test_fused_equals_the_pytorch_path(case: str) -> None:
         assert (x is None) == (y is None)
         if x is not None:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5)
-
-
-@pytest.mark.parametrize("settings", [{}, {"budget": "fixed", "pooling": ("max", "attention")}])
-def test_past_chooses_by_nothing_later(settings: dict[str, Any]) -> None:
-    layer = make({**PAST, **settings}, (None, None)).eval()
-    layer.backend = "triton"
-    q, k, v = (x.detach() for x in inputs())
-    first = layer(q, k, v, is_causal=True, return_pattern=True)
-    assert layer.selection_refusal(layer._inputs(q, k, MASK, None, True, None)) is None
-    for start in (33, 48, 49, 64):
-        changed = [x.clone() for x in (q, k, v)]
-        for x in changed:
-            x[:, start:] = 5 * torch.randn_like(x[:, start:])
-        for length in (70, 66):
-            parts = [x[:, :length] for x in changed]
-            out, info = layer(*parts, is_causal=True, return_pattern=True)
-            torch.testing.assert_close(out[:, :start], first[0][:, :start])
-            # Rows whose first token comes before the change.
-            rows = -(-start // 16)
-            for x, y in zip(info["patterns"], first[1]["patterns"], strict=True):
-                assert torch.equal(x.to_dense()[:, :, :rows], y.to_dense()[:, :, :rows])
 
 
 def refusal(backend: str, **settings: Any) -> str:

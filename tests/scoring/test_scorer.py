@@ -76,6 +76,17 @@ def test_candidates_are_columns_of_the_full_scores(kind: str, width: int, share:
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_score_in_float32(kind: str, dtype: torch.dtype) -> None:
+    half = make(kind).to(dtype)
+    wide = make(kind).to(dtype).float()
+    q, k = torch.randn(2, 5, 4, 6).to(dtype), torch.randn(2, 9, 2, 6).to(dtype)
+    assert torch.equal(half(q, k), wide(q.float(), k.float()))
+    pairs = torch.cat([q[:, :5], q], -1)
+    assert torch.equal(half(pairs), wide(pairs.float()))
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "mlp"])
 def test_concatenated_pairs(kind: str) -> None:
     scorer = make(kind)
     q = torch.randn(2, 5, 4, 6, dtype=torch.float64)

@@ -60,6 +60,28 @@ def test_half_precision_is_pooled_in_float32() -> None:
     assert block_summaries(x, 4096).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_is_rounded_only_to_the_dtype_asked_for(
+    dtype: torch.dtype, masked: bool
+) -> None:
+    poolings = ("mean", "max", "min", "attention") if masked else ("mean", "max", "min")
+    x, u = torch.randn(2, 40, 3, 8).to(dtype).requires_grad_(), torch.randn(3, 8)
+    options = {"pooling": poolings, "pool_query": u}
+    if masked:
+        options["valid"] = torch.rand(2, 40) < 0.6
+    wide = x.detach().float().requires_grad_()
+    got = block_summaries(x, 16, dtype=torch.float32, **options)
+    want = block_summaries(wide, 16, **options)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(block_summaries(x, 16, **options), got.to(dtype))
+    found, wanted = (
+        torch.autograd.grad(y.square().sum(), z)[0] for y, z in ((got, x), (want, wide))
+    )
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_non_contiguous_input() -> None:
     x = torch.randn(2, 3, 40, 4).transpose(1, 2)
     assert torch.equal(block_summaries(x, 16), block_summaries(x.contiguous(), 16))

@@ -114,9 +114,13 @@ class BlockSparseAdaptive(ScheduledLayer):
 
     def select(self, inputs: SelectionInputs) -> Selection:
         """Scores, budgets and chooses; see the class."""
-        if self.selection_refusal(inputs) is None:
+        with self.exactly(inputs.query.device):
+            if self.selection_refusal(inputs) is not None:
+                return self._select_with_pytorch(inputs)
             fused = select_by_tokens if _reads_tokens(self.config) else select_with_kernels
             return fused(self, inputs)
+
+    def _select_with_pytorch(self, inputs: SelectionInputs) -> Selection:
         config = self.config
         explore = self.training and not config.hard_sparsity
         levels: list[ChosenLevel] = []

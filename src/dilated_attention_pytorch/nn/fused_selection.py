@@ -29,17 +29,11 @@ if TYPE_CHECKING:
 def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     """Chooses the same blocks as the layer's PyTorch path would from the same scores.
 
-    Summaries and scores are float32 under autocast too: they are small, and half precision would
-    make ties. Scores of all candidates carry no gradient; those of the kept tiles do, which is all
-    that the tile mass teaches. Nothing waits for the device. The noise comes from a seed that
-    ``inputs.generator`` draws on the device, a stream of its own: the same generator gives other
-    noise than on the CPU.
+    Runs without autocast: summaries and scores are float32. Scores of all candidates carry no
+    gradient; those of the kept tiles do, which is all that the tile mass teaches. Nothing waits for
+    the device. The noise comes from a seed that ``inputs.generator`` draws on the device, a stream
+    of its own: the same generator gives other noise than on the CPU.
     """
-    with torch.autocast(inputs.query.device.type, enabled=False):
-        return _select(layer, inputs)
-
-
-def _select(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Selection:
     config, rule, rows = layer.config, inputs.rule, inputs.rows
     learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
@@ -109,10 +103,8 @@ def score_candidates(
         with torch.no_grad():
             q, k = scorer.first_maps(queries, keys)
             hidden = torch.stack(list(scorer.hidden)) if len(scorer.hidden) else scorer.out
-            scores = mlp_op(
-                q, k, candidates, scorer.bias, hidden, scorer.out,
-                scorer.gain, layer.pattern_heads,
-            )  # fmt: skip
+            weights = (x.float() for x in (scorer.bias, hidden, scorer.out, scorer.gain))
+            scores = mlp_op(q, k, candidates, *weights, layer.pattern_heads)
         return None, scores
     if not torch.is_grad_enabled() and not len(scorer.query_tower):
         share = scorer.heads_per_pattern

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selectio
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
-from dilated_attention_pytorch.scoring.summaries import block_summaries, past_windows
+from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype, past_windows
 
 
 class ScoringLayer(BlockSparseLayer):
@@ -98,6 +100,12 @@ class ScoringLayer(BlockSparseLayer):
             heads_per_pattern=self.num_heads // self.pattern_heads,
         )
 
+    def exactly(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Summaries are scored in float32 under autocast too, as by the fused kernels."""
+        if device.type == "meta" or not isinstance(self.scorer, ImportanceScorer):
+            return nullcontext()
+        return torch.autocast(device.type, enabled=False)
+
     def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
         if isinstance(self.scorer, LowRankScorer):
@@ -105,14 +113,14 @@ class ScoringLayer(BlockSparseLayer):
                 inputs.query, inputs.key, inputs.mask, self.block_size, inputs.candidates.indices,
                 query_valid=inputs.query_valid,
             )  # fmt: skip
-            return scores, self._key_means(inputs)
+            return scores, self.key_means(inputs.key, inputs.key_valid)
         if isinstance(self.scorer, PrototypeScorer):
             query, valid = self.scope(inputs)
             scores = self.scorer(
                 query, inputs.key, self.block_size, inputs.candidates.indices,
                 query_valid=valid, key_valid=inputs.key_valid,
             )  # fmt: skip
-            return scores, self._key_means(inputs)
+            return scores, self.key_means(inputs.key, inputs.key_valid)
         queries, keys, means = self.summaries(inputs)
         return self.scorer(queries, keys, inputs.candidates.indices), means
 
@@ -132,17 +140,13 @@ class ScoringLayer(BlockSparseLayer):
             return past_windows(query, self.block_size, valid, inputs.mask.document_ids)
         return query, valid
 
-    def _key_means(self, inputs: SelectionInputs) -> Tensor:
-        return block_summaries(
-            inputs.key.detach(), self.block_size, pooling=("mean",), valid=inputs.key_valid
-        )
-
     def pool_queries(self, query: Tensor, valid: Tensor | None) -> Tensor:
         """Summaries ``(b, i, num_heads, s)`` of blocks of queries ``(b, n, num_heads, d)``."""
         pool = self.query_pool if "attention" in self.config.pooling else None
         return block_summaries(
-            query, self.block_size, pooling=self.config.pooling, valid=valid, pool_query=pool
-        )
+            query, self.block_size, pooling=self.config.pooling, valid=valid, pool_query=pool,
+            dtype=exact_dtype(query.dtype),
+        )  # fmt: skip
 
     def pool_keys(self, key: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Summaries ``(b, j, g, s)`` of blocks of keys ``(b, m, g, d)``, and their means."""
@@ -150,9 +154,16 @@ class ScoringLayer(BlockSparseLayer):
         keys = block_summaries(
             key, self.block_size, pooling=pooling, valid=valid,
             pool_query=self.key_pool if "attention" in pooling else None,
+            dtype=exact_dtype(key.dtype),
         )  # fmt: skip
         if "mean" in pooling:
             start = pooling.index("mean") * self.head_dim
             return keys, keys[..., start : start + self.head_dim]
-        detached = key.detach()
-        return keys, block_summaries(detached, self.block_size, pooling=("mean",), valid=valid)
+        return keys, self.key_means(key, valid)
+
+    def key_means(self, key: Tensor, valid: Tensor | None) -> Tensor:
+        """Means ``(b, j, g, d)`` of blocks of keys ``(b, m, g, d)``, for budgets; no gradient."""
+        dtype = exact_dtype(key.dtype)
+        return block_summaries(
+            key.detach(), self.block_size, pooling=("mean",), valid=valid, dtype=dtype
+        )

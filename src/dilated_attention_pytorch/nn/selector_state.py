@@ -26,7 +26,8 @@ class Memory:
         known: ``(b,)`` int64: the first token whose query is known, with those that follow.
         queries: ``(b, ring, h, d)``: the latest queries, token t at place ``t % ring``.
         keys: ``(b, ring, g, d)``: the latest keys, likewise.
-        codes: ``(b, p, J + 1, e)``: encoded key summaries.
+        codes: ``(b, p, J + 1, e)``: encoded key summaries; of half-precision tokens in float32,
+            so that a forward pass with the fused kernels chooses alike.
         unit_sums: ``(b, g, J + 1, d)`` float32: sums of the blocks' unit-norm means, up to and
             with each block; g = 0 without an adaptive budget.
         factors: ``(b, p, J + 1)``: each row's share of the base budget; p = 0 where no later

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dilated_attention_pytorch.scoring.summaries import exact_dtype
+
 KINDS = ("bilinear", "mlp")
 # Hidden activations of the MLP are made for this many numbers at a time and recomputed in the
 # backward pass: 2**24 float32 numbers are 64 MiB.
@@ -22,6 +24,7 @@ class ImportanceScorer(nn.Module):
     the towers f and f' are linear for ``num_layers=1`` and GELU networks above.
     ``"mlp"``: a network on the concatenated, RMS-normalised summaries; its first layer is computed
     as two projections and a broadcast sum, so that pairs are never concatenated.
+    Half-precision weights and summaries are taken to float32; see :func:`exact_dtype`.
 
     Args:
         summary_dim: Size of a summary, s.
@@ -137,7 +140,7 @@ class ImportanceScorer(nn.Module):
         q = self._enter(summaries, self.query_in, 1)
         if self.kind != "bilinear":
             return q
-        factor = self.gain / (math.sqrt(self.query_in.shape[-1]) * self.heads_per_pattern)
+        factor = _wide(self.gain) / (math.sqrt(self.query_in.shape[-1]) * self.heads_per_pattern)
         return self._tower(q, self.query_tower) * factor.to(q.dtype)
 
     def encode_keys(self, summaries: Tensor) -> Tensor:
@@ -159,6 +162,7 @@ class ImportanceScorer(nn.Module):
 
     def _enter(self, summaries: Tensor, weight: Tensor, group: int) -> Tensor:
         """First map: ``(b, i, g, s)`` to ``(b, num_heads, i, r)``."""
+        weight = _wide(weight)
         x = summaries.to(weight.dtype)
         if self.kind == "mlp":
             x = F.rms_norm(x, (x.shape[-1],))
@@ -170,7 +174,7 @@ class ImportanceScorer(nn.Module):
     def _tower(self, x: Tensor, weights: nn.ParameterList) -> Tensor:
         """The maps after the first; the heads that share a pattern side by side."""
         for weight in weights:
-            x = F.gelu(x) @ weight
+            x = F.gelu(x) @ _wide(weight)
         share = self.heads_per_pattern
         if share == 1:
             return x
@@ -212,10 +216,11 @@ class ImportanceScorer(nn.Module):
     def _head(self, x: Tensor) -> Tensor:
         """The MLP from its first pre-activation ``(b, h, ..., r)`` on."""
         column = (-1,) + (1,) * (x.dim() - 3) + (x.shape[-1],)
-        x = F.gelu(x + self.bias[0].view(column))
+        bias, out = _wide(self.bias), _wide(self.out)
+        x = F.gelu(x + bias[0].view(column))
         for depth, weight in enumerate(self.hidden, start=1):
-            x = F.gelu(x.flatten(2, -2) @ weight + self.bias[depth][:, None]).view(x.shape)
-        return (x * self.out.view(column)).sum(-1).float() * self.gain
+            x = F.gelu(x.flatten(2, -2) @ _wide(weight) + bias[depth][:, None]).view(x.shape)
+        return (x * out.view(column)).sum(-1).float() * _wide(self.gain)
 
     def _share(self, scores: Tensor) -> Tensor:
         share = self.heads_per_pattern
@@ -234,9 +239,13 @@ class ImportanceScorer(nn.Module):
         if self.kind == "mlp":
             return self._share(self._head(q + k))
         for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
-            q, k = F.gelu(q) @ weight_q, F.gelu(k) @ weight_k
-        scores = (q * k).sum(-1).float() * (self.gain / math.sqrt(q.shape[-1]))
+            q, k = F.gelu(q) @ _wide(weight_q), F.gelu(k) @ _wide(weight_k)
+        scores = (q * k).sum(-1).float() * (_wide(self.gain) / math.sqrt(q.shape[-1]))
         return self._share(scores)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(exact_dtype(weight.dtype))
 
 
 def _take(scores: Tensor, candidates: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def block_summaries(
     pooling: Sequence[str] = ("mean", "max"),
     valid: Tensor | None = None,
     pool_query: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Summarises each block of tokens by one vector per head.
 
@@ -33,10 +34,12 @@ def block_summaries(
             (a learned query weighs the tokens: ``softmax_t(x_t · u) x_t``).
         valid: ``(1 or batch, seq_len)`` booleans; other tokens are left out. None: all count.
         pool_query: u of attention pooling, ``(num_heads, head_dim)``.
+        dtype: Of the summaries; None: that of ``x``. Half precision is pooled in float32 in any
+            case.
 
     Returns:
-        ``(batch, blocks, num_heads, head_dim * len(pooling))`` in the dtype of ``x`` (half
-        precision is pooled in float32). A block without valid tokens gives zeros.
+        ``(batch, blocks, num_heads, head_dim * len(pooling))``. A block without valid tokens gives
+        zeros.
 
     Raises:
         ValueError: If a pooling is unknown, or ``"attention"`` comes without ``pool_query``.
@@ -51,6 +54,7 @@ def block_summaries(
         raise ValueError(f"pooling must name one or more of {POOLINGS}, got {tuple(pooling)}.")
     if "attention" in pooling and pool_query is None:
         raise ValueError("pooling 'attention' needs pool_query (num_heads, head_dim), got None.")
+    dtype = x.dtype if dtype is None else dtype
     batch, length, heads, dim = x.shape
     blocks = ceil_div(length, block_size)
     pad = blocks * block_size - length
@@ -67,10 +71,19 @@ def block_summaries(
     if valid is not None:
         keep = valid.view(valid.shape[0], blocks, block_size, 1, 1)
     if keep is None and "attention" not in pooling:
-        pooled: Tensor = _Pooled.apply(x, tuple(pooling))
+        pooled: Tensor = _Pooled.apply(x, tuple(pooling), dtype)
         return pooled
-    out = [_pool(x, name, keep, pool_query) for name in pooling]
+    out = [_pool(x, name, keep, pool_query, dtype) for name in pooling]
     return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What selection computes in: float32 for half precision, otherwise ``dtype`` itself.
+
+    Rounded to half precision, summaries and scores would tie, and the fused kernels, which round
+    neither, would choose other blocks than PyTorch or a step of generation.
+    """
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 class _Pooled(torch.autograd.Function):
@@ -81,17 +94,19 @@ class _Pooled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, pooling: tuple[str, ...]) -> Tensor:
-        return torch.cat([_pool(x, name, None, None) for name in pooling], -1)
+    def forward(x: Tensor, pooling: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+        return torch.cat([_pool(x, name, None, None, dtype) for name in pooling], -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[str, ...]], output: Tensor) -> None:
-        x, ctx.pooling = inputs
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, tuple[str, ...], torch.dtype], output: Tensor
+    ) -> None:
+        x, ctx.pooling, _ = inputs
         ctx.save_for_backward(x)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
         parts = dict(zip(ctx.pooling, grad.unsqueeze(2).chunk(len(ctx.pooling), -1), strict=True))
@@ -100,24 +115,26 @@ class _Pooled(torch.autograd.Function):
             if name in parts:
                 place = reduce(x, 2, keepdim=True).indices
                 # Each place comes once, so adding there is deterministic.
-                out.scatter_(2, place, out.gather(2, place) + parts[name])
-        return out, None
+                out.scatter_(2, place, (out.gather(2, place) + parts[name]).to(out.dtype))
+        return out, None, None
 
 
-def _pool(x: Tensor, name: str, keep: Tensor | None, pool_query: Tensor | None) -> Tensor:
+def _pool(
+    x: Tensor, name: str, keep: Tensor | None, pool_query: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Pools ``(b, i, t, h, d)`` over t; tokens outside ``keep`` are left out."""
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    wide = exact_dtype(x.dtype)
     if name == "mean":
         if keep is None:
-            return x.mean(2, dtype=wide).to(x.dtype)
+            return x.mean(2, dtype=wide).to(dtype)
         total = torch.where(keep, x, 0).sum(2, dtype=wide)
-        return (total / keep.sum(2).clamp(min=1)).to(x.dtype)
+        return (total / keep.sum(2).clamp(min=1)).to(dtype)
     if name in ("max", "min"):
         reduce, worst = (torch.amax, -torch.inf) if name == "max" else (torch.amin, torch.inf)
         if keep is None:
-            return reduce(x, 2)
+            return reduce(x, 2).to(dtype)
         pooled = reduce(torch.where(keep, x, worst), 2)
-        return torch.where(keep.any(2), pooled, 0)
+        return torch.where(keep.any(2), pooled, 0).to(dtype)
     if pool_query is None:
         raise ValueError("pooling 'attention' needs pool_query (num_heads, head_dim), got None.")
     logits = torch.einsum("bithd,hd->bith", x.to(wide), pool_query.to(wide))[..., None]
@@ -125,7 +142,7 @@ def _pool(x: Tensor, name: str, keep: Tensor | None, pool_query: Tensor | None) 
         # Not -inf: the softmax of a block without valid tokens must stay finite.
         logits = torch.where(keep, logits, torch.finfo(wide).min)
         x = torch.where(keep, x, 0)
-    return (logits.softmax(2) * x).sum(2).to(x.dtype)
+    return (logits.softmax(2) * x).sum(2).to(dtype)
 
 
 def past_windows(

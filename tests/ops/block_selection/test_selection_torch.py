@@ -41,12 +41,14 @@ def make(segments=None, rates=None, **settings):
     return layer.cuda(), q, k
 
 
+PAST = {"query_scope": "past"}
 CASES = [
     {},
     {"segments": [512, 1024], "rates": [1, 1]},
     {"scorer": "mlp"},
     {"budget": "fixed", "num_selected_blocks": 3},
     {"pooling": ("mean", "attention")},
+    PAST,
 ]
 HIERARCHY = {"hierarchy": (2, 2), "hierarchy_keep": 2}
 
@@ -133,7 +135,7 @@ def test_cpu_and_gpu_layers_choose_alike():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("settings", CASES[:2], ids=str)
+@pytest.mark.parametrize("settings", [*CASES[:2], PAST], ids=str)
 def test_the_selection_compiles_as_one_graph(settings):
     layer, q, k = make(**settings)
     layer.eval()
@@ -146,10 +148,12 @@ def test_opcheck_accepts_the_operators():
     x = torch.randn(1, 70, 2, 16, device="cuda", requires_grad=True)
     u = torch.randn(2, 16, device="cuda", requires_grad=True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (x, None, u, "mean,max,attention", 16, True)
-    torch.library.opcheck(ops.summaries_op, arguments, test_utils=tests)
+    starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32, device="cuda")
+    for past in ((False, None), (True, None), (True, starts)):
+        arguments = (x, None, u, "mean,max,attention", 16, True, *past)
+        torch.library.opcheck(ops.summaries_op, arguments, test_utils=tests)
     u, y = u.detach(), torch.randn(1, 40, 2, 16, device="cuda")
-    arguments = (x.detach(), y, None, None, u, u, "mean,max,attention", 16)
+    arguments = (x.detach(), y, None, None, u, u, "mean,max,attention", 16, False, None)
     torch.library.opcheck(ops.both_summaries_op, arguments, test_utils=tests)
     summaries = [s.detach() for s in ops.both_summaries_op(*arguments)]
     weight, one = torch.randn(2, 48, 8, device="cuda"), torch.ones((), device="cuda")
@@ -163,3 +167,19 @@ def test_opcheck_accepts_the_operators():
     torch.library.opcheck(ops.choose_op, arguments, test_utils=tests)
     counts, indices, *_ = ops.choose_op(*arguments)
     torch.library.opcheck(ops.transpose_op, (counts, indices, 8), test_utils=tests[::2])
+
+
+def test_opcheck_accepts_running_budgets():
+    means = torch.randn(1, 2, 8, 16, device="cuda")
+    gain, offset = (torch.ones(2, device="cuda", requires_grad=True) for _ in range(2))
+    row = torch.arange(8, device="cuda")
+    nothing = torch.zeros(1, 8, dtype=torch.int64, device="cuda")
+    rule = torch.stack([nothing[0], row + 1, nothing[0], row, row + 1])[None].int()
+    forced = torch.ones(1, 1, 8, dtype=torch.int32, device="cuda")
+    limit = (row + 1).int().view(1, 1, 8)
+    base = torch.tensor(0.5, device="cuda")
+    arguments = (
+        means, gain, offset, base, rule, row[None], nothing, forced, limit, 1, 2, True, 2.0, 16,
+    )  # fmt: skip
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.running_budget_op, arguments, test_utils=tests)

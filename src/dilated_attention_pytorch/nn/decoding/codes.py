@@ -8,7 +8,6 @@ from torch import Tensor
 
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
-from dilated_attention_pytorch.scoring.summaries import block_summaries
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -22,17 +21,19 @@ def key_codes(
     A block's code depends on it alone; adaptive budgets go by the means.
     """
     if isinstance(layer.scorer, PrototypeScorer):
-        means = block_summaries(key, layer.block_size, pooling=("mean",), valid=valid)
-        return layer.scorer.encode_keys(key, layer.block_size, valid), means
-    keys, means = layer.pool_keys(key, valid)
-    return _summary_scorer(layer).encode_keys(keys), means
+        codes = layer.scorer.encode_keys(key, layer.block_size, valid)
+        return codes, layer.key_means(key, valid)
+    with layer.exactly(key.device):
+        keys, means = layer.pool_keys(key, valid)
+        return _summary_scorer(layer).encode_keys(keys), means
 
 
 def query_codes(layer: BlockSparseAdaptive, query: Tensor, valid: Tensor | None) -> Tensor:
     """Codes of blocks of queries ``(b, n, h, d)``, to be compared with those of keys."""
     if isinstance(layer.scorer, PrototypeScorer):
         return layer.scorer.encode_queries(query, layer.block_size, valid)
-    return _summary_scorer(layer).encode_queries(layer.pool_queries(query, valid))
+    with layer.exactly(query.device):
+        return _summary_scorer(layer).encode_queries(layer.pool_queries(query, valid))
 
 
 def compare(
@@ -41,7 +42,8 @@ def compare(
     """Scores ``(b, p, i, c)`` of codes."""
     if isinstance(layer.scorer, PrototypeScorer):
         return layer.scorer.compare(queries, keys, candidates)
-    return _summary_scorer(layer).compare(queries, keys, candidates)
+    with layer.exactly(queries.device):
+        return _summary_scorer(layer).compare(queries, keys, candidates)
 
 
 def _summary_scorer(layer: BlockSparseAdaptive) -> ImportanceScorer:
