@@ -75,11 +75,16 @@ class Selection:
         pattern: The chosen blocks.
         block_bias: Logit bias per kept tile, or None.
         mass_probe: Takes the tile mass in the backward pass, or None.
+        query: The queries that blocks were chosen by, for attention to read in their place if it
+            would read the same: their gradients then meet in one pass. None: no matter.
+        key: The same of the keys.
     """
 
     pattern: BlockPattern
     block_bias: Tensor | None = None
     mass_probe: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
 
 
 class BlockSparseLayer(nn.Module, ABC):
@@ -210,9 +215,10 @@ class BlockSparseLayer(nn.Module, ABC):
         documents: AlignedDocuments | None = None
         if cu_seqlens is not None:
             documents = align_documents(cu_seqlens, batch, q_len, self.block_size)
-            score_query = documents.align(score_query)
-            score_key = documents.align(score_key)
+            same = score_query is query, score_key is key
             query, key, value = (documents.align(x) for x in (query, key, value))
+            score_query = query if same[0] else documents.align(score_query)
+            score_key = key if same[1] else documents.align(score_key)
             cu_seqlens = documents.cu_seqlens
             mask = AttentionMask(
                 documents.length,
@@ -229,6 +235,10 @@ class BlockSparseLayer(nn.Module, ABC):
             )
         else:
             selection = Selection(pattern)
+        if selection.query is not None and score_query is query:
+            query = selection.query
+        if selection.key is not None and score_key is key:
+            key = selection.key
         out = block_sparse_attention(
             query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
             block_bias=selection.block_bias, mass_probe=selection.mass_probe,

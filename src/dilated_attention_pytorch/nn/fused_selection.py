@@ -17,7 +17,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     row_budget,
     running_row_budget,
     summarise,
-    summarise_both,
+    summarise_and_pass,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
@@ -38,7 +38,7 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
     learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
     with torch.set_grad_enabled(learning):
-        queries, keys = summarise_blocks(layer, inputs, intervals)
+        queries, keys, *passed = summarise_blocks(layer, inputs, intervals)
     explore = layer.training and not config.hard_sparsity
     candidates, forced, limit = find_candidates(rule, rows, intervals)
     levels: list[ChosenLevel] = []
@@ -67,13 +67,14 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    return Selection(pattern, mass_probe=mass_probe(layer, kept, scored, pattern, levels))
+    probe = mass_probe(layer, kept, scored, pattern, levels)
+    return Selection(pattern, mass_probe=probe, query=passed[0], key=passed[1])
 
 
 def summarise_blocks(
     layer: BlockSparseAdaptive, inputs: SelectionInputs, intervals: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Summaries of the query and of the key blocks, ``(b, i or j, heads, s)``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summaries of the query and of the key blocks, ``(b, i or j, heads, s)``, queries and keys."""
     config, size = layer.config, layer.block_size
     learned = "attention" in config.pooling
     pools = (layer.query_pool, layer.key_pool) if learned else None
@@ -81,7 +82,7 @@ def summarise_blocks(
     past = layer.looks_back(inputs)
     # Rows see from the first block of their document on.
     starts = intervals[:, 0] if past and inputs.mask.document_ids is not None else None
-    return summarise_both(
+    return summarise_and_pass(
         inputs.query, inputs.key, size, config.pooling, valid, pools, past=past, starts=starts
     )
 

@@ -137,6 +137,57 @@ def summarise_both(
     return both[0].transpose(1, 2), both[1].transpose(1, 2)
 
 
+def summarise_and_pass(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    pooling: tuple[str, ...],
+    valid: tuple[Tensor | None, Tensor | None],
+    pool_queries: tuple[Tensor, Tensor] | None,
+    *,
+    past: bool = False,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`summarise_both`, and queries and keys for attention to read in place of the given.
+
+    What attention's gradient adds to them then costs no pass of its own (see ``PassedTokens``).
+    Arguments as there; tokens without gradient are handed on as they came, and so are all under
+    ``torch.compile``.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        found = summarise_both(
+            query, key, block_size, pooling, valid, pool_queries, past=past, starts=starts
+        )
+        return *found, query, key
+    pools = (None, None) if pool_queries is None else pool_queries
+    queries, query = _summarise_one(query, block_size, pooling, valid[0], pools[0], past, starts)
+    keys, key = _summarise_one(key, block_size, pooling, valid[1], pools[1], False, None)
+    return queries, keys, query, key
+
+
+def _summarise_one(
+    x: Tensor,
+    block_size: int,
+    pooling: tuple[str, ...],
+    valid: Tensor | None,
+    pool_query: Tensor | None,
+    past: bool,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from dilated_attention_pytorch.ops.block_selection.operators import PassedTokens, rows_of
+
+    if not x.requires_grad:
+        found = summarise(x, block_size, pooling, valid, pool_query, past=past, starts=starts)
+        return found, x
+    learned = "attention" in pooling and pool_query is not None
+    out, passed = PassedTokens.apply(
+        rows_of(x), None if valid is None else valid.contiguous(),
+        pool_query.contiguous() if learned and pool_query is not None else None,
+        ",".join(pooling), block_size, past, starts,
+    )  # fmt: skip
+    return out.transpose(1, 2), passed
+
+
 def find_candidates(
     rule: CandidateRule, rows: RowRange, intervals: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -16,6 +16,9 @@ from dilated_attention_pytorch.ops.block_selection.operators.lattice import (
 from dilated_attention_pytorch.ops.block_selection.operators.low_rank import (
     low_rank_op,
 )
+from dilated_attention_pytorch.ops.block_selection.operators.passed_tokens import (
+    PassedTokens,
+)
 from dilated_attention_pytorch.ops.block_selection.operators.running_budgets import (
     running_budget_op,
 )
@@ -40,6 +43,7 @@ from dilated_attention_pytorch.ops.block_selection.operators.transpose import (
 )
 
 __all__ = [
+    "PassedTokens",
     "bilinear_op",
     "both_summaries_op",
     "budget_op",

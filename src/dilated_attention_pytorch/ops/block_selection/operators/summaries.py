@@ -72,17 +72,20 @@ def summaries_backward_op(
     block_size: int,
     past: bool,
     starts: Tensor | None,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the tokens and of the pool query (empty without one)."""
+    """Gradients of the tokens, with ``more`` added, and of the pool query (empty without one)."""
     how = launch.Pooling(tuple(pooling.split(",")), block_size, past)
     b, n, h, d = x.shape
     grad_x = x.new_empty(b, n, h, d)
     if pool_query is None:
-        launch.launch_summaries_grad(grad, place, x, valid, None, how, grad_x, None, starts)
+        launch.launch_summaries_grad(grad, place, x, valid, None, how, grad_x, None, starts, more)
         return grad_x, x.new_empty(0)
     # Each block writes its share, so that the sum is deterministic.
     shares = x.new_zeros(b, h, grad.shape[2], d, dtype=torch.float32)
-    launch.launch_summaries_grad(grad, place, x, valid, pool_query, how, grad_x, shares, starts)
+    launch.launch_summaries_grad(
+        grad, place, x, valid, pool_query, how, grad_x, shares, starts, more
+    )
     return grad_x, shares.sum((0, 2)).to(pool_query.dtype)
 
 
@@ -97,6 +100,7 @@ def _(
     block_size: int,
     past: bool,
     starts: Tensor | None,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     pool = x.new_empty(0) if pool_query is None else torch.empty_like(pool_query)
     return x.new_empty(x.shape), pool
@@ -122,6 +126,7 @@ def _summaries_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...
         ctx.block_size,
         ctx.past,
         starts,
+        None,
     )
     return grad_x, None, None if pool_query is None else grad_pool, *(None,) * 5
 

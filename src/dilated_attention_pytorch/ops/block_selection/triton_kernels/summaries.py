@@ -146,13 +146,15 @@ def _attention_weights(tile, u, inside):
 def summary_grad_kernel(
     grad, place, x, x_stride_b, x_stride_h, x_stride_n,
     valid, v_stride_b, pool_query, grad_x, grad_pool, starts, starts_stride_b,
-    length, blocks, heads,
+    more, more_stride_b, more_stride_h, more_stride_n, length, blocks, heads,
     BLOCK: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     MEAN: tl.constexpr, MAX: tl.constexpr, MIN: tl.constexpr, ATTENTION: tl.constexpr,
     POOLINGS: tl.constexpr, VALID: tl.constexpr, SHIFT: tl.constexpr, STARTS: tl.constexpr,
+    MORE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one block and head; ``grad_x`` is ``(b, n, h, d)``, every token is written.
 
+    With ``MORE`` the gradient that the tokens got elsewhere is added, which saves a pass over them.
     With ``SHIFT`` the blocks begin that many tokens early, and one program more per head writes
     the tokens behind the last, which no block has.
     """
@@ -208,6 +210,12 @@ def summary_grad_kernel(
             grad_pool + plane_block * HEAD_DIM + column, tl.sum(pull[:, None] * tile, 0),
             mask=summary,
         )  # fmt: skip
+    if MORE:
+        other = more + batch * more_stride_b + tl.cast(head, tl.int64) * more_stride_h
+        total += tl.load(
+            other + token.to(tl.int64)[:, None] * more_stride_n + column[None, :],
+            mask=shape, other=0.0,
+        ).to(tl.float32)  # fmt: skip
     target = grad_x + (batch * length + token.to(tl.int64)[:, None]) * (heads * HEAD_DIM)
     tl.store(
         target + head * HEAD_DIM + column[None, :], total.to(grad_x.dtype.element_ty), mask=shape

@@ -126,6 +126,7 @@ def launch_summaries_grad(
     grad_x: Tensor,
     grad_pool: Tensor | None,
     starts: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> None:
     """Writes the gradient of the tokens, and each block's share of the pool query's.
 
@@ -139,6 +140,7 @@ def launch_summaries_grad(
         grad_x: ``(b, n, h, d)`` contiguous.
         grad_pool: ``(b, h, i, d)`` float32 or None.
         starts: As in the forward pass.
+        more: ``(b, n, h, d)``, last dimension contiguous: a gradient to add, or None.
     """
     if grad_x.numel() == 0:
         return
@@ -150,9 +152,10 @@ def launch_summaries_grad(
         kernels.summary_grad_kernel[(programs, batch)](
             grad, place, x, *strides(x), *per_sample(valid, x),
             x if pool_query is None else pool_query, grad_x,
-            grad_x if grad_pool is None else grad_pool, *_starts(starts, x), length, blocks, heads,
-            **pooling.constants(head_dim), VALID=valid is not None, STARTS=starts is not None,
-            num_warps=pooling.num_warps(head_dim),
+            grad_x if grad_pool is None else grad_pool, *_starts(starts, x),
+            *((grad_x, *strides(grad_x)) if more is None else (more, *strides(more))),
+            length, blocks, heads, **pooling.constants(head_dim), VALID=valid is not None,
+            STARTS=starts is not None, MORE=more is not None, num_warps=pooling.num_warps(head_dim),
         )  # fmt: skip
 
 
