@@ -126,11 +126,11 @@ class Tuning(PretrainedTraining):
         run = self.run
         self.model.train()
         if self.adapted is not None:
-            if self.step_count % run.calibrate_every == 0:
-                self._calibrate()
             warm = run.sparsity_warmup * run.steps
             progress = 1.0 if self.step_count >= warm else self.step_count / warm
             self._set_sparsity(1 - (1 - run.base_sparsity) ** progress)
+            if self.step_count % run.calibrate_every == 0:
+                self._calibrate()
             for selector in self.adapted.selectors.values():
                 # In evaluation mode a selector chooses and nothing more; attention still has
                 # gradients.
@@ -142,9 +142,10 @@ class Tuning(PretrainedTraining):
     def _set_sparsity(self, value: float) -> None:
         if self.adapted is None:
             return
-        self.adapted.set_base_sparsity(value)
         for selector in self.adapted.selectors.values():
             if isinstance(selector, BlockSparseAdaptive):
+                calibrated = selector.config.budget == "threshold"
+                selector.set_base_sparsity(self.run.base_sparsity if calibrated else value)
                 # Selectors that were distilled need little noise to explore.
                 selector.set_temperature(selector.config.min_temperature)
 
