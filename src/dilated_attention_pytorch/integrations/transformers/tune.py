@@ -152,9 +152,10 @@ class Tuning(PretrainedTraining):
     def _calibrate(self) -> None:
         if self.adapted is not None:
             with self.autocast():
+                # Spread over the whole text: thresholds of code miss the sparsity on prose.
                 calibrate(
-                    self.adapted, self.windows.data[: 8 * self.run.seq_len],
-                    self.run.base_sparsity, lengths=(self.run.seq_len,), windows=2,
+                    self.adapted, self.windows.data, self.run.base_sparsity,
+                    lengths=(self.run.seq_len,),
                 )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
