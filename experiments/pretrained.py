@@ -269,7 +269,7 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         and (sparsities is None or cell[3] in sparsities)
     ]  # fmt: skip
     model = load_model(MODEL, device=options.device, dtype=options.weights)
-    adapter = SelectorAdapter.from_pretrained(str(folder / "adapter"))
+    adapter = SelectorAdapter.read(folder / "adapter")
     tokenizer = load_tokenizer(MODEL)
     texts = measured_texts(tokenizer)
     more = {} if options.quick else {"kept_mass": True, "repeats": 2}
