@@ -50,8 +50,8 @@ RIVALS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 # The selectors with their thresholds, and with the same number of blocks for every head.
 OWN = ("adapter", "adapter:fixed")
 BY_THRESHOLD = tuple(f"{name}:threshold" for name in RIVALS[1:])
-# Thresholds above half of the even budget.
-FLOORS = ("adapter:floor0.5", "oracle:floor0.5", "antidiagonal:floor0.5")
+# Thresholds above a share of the even budget.
+WITH_FLOOR = ("adapter", "oracle", "antidiagonal")
 
 
 def train(job: Any, folder: Path, stop: Callable[[], bool], about: dict[str, Any]) -> None:
@@ -179,9 +179,10 @@ def tuned_name(options: argparse.Namespace) -> str:
 def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     """Cells ``(text, length, method, sparsity)``, the ones that the bars need first."""
     longest = options.length
-    every = (*OWN, *RIVALS, *BY_THRESHOLD, *FLOORS)
+    floors = tuple(f"{name}:floor{options.floor or 0.5:g}" for name in WITH_FLOOR)
+    every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors)
     some = ("adapter", "adapter:fixed", "oracle:threshold", "antidiagonal:threshold", "oracle",
-            "antidiagonal", "sink_window", *FLOORS)  # fmt: skip
+            "antidiagonal", "sink_window", *floors)  # fmt: skip
     grid = [
         ((longest,), (0.8, 0.9), every),
         ((longest // 2, longest // 4), (0.9, 0.8), some),
@@ -350,7 +351,8 @@ def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds a line."""
+    """Adds a line, without what was not measured."""
+    row = {name: value for name, value in row.items() if value == value}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -395,7 +397,12 @@ def main() -> None:
     parser.add_argument("--attention", default="sparse", choices=("sparse", "dense"))
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--base-lr", type=float, default=3e-5)
-    parser.add_argument("--floor", type=float, default=0.0, help="tune above such a floor")
+    parser.add_argument(
+        "--floor",
+        type=float,
+        default=0.0,
+        help="threshold_floor to tune with, or to measure (0: 0.5 there)",
+    )
     parser.add_argument("--selector-every", type=int, default=8)
     parser.add_argument("--commit", default=commit(), help="to record beside the results")
     options = parser.parse_args()

@@ -11,12 +11,8 @@ from typing import Any
 from pretrained_texts import MEASURED_ON, RUNS
 
 RESULTS = Path(__file__).parent / "results" / "pretrained"
-# The selectors and the oracle of the same budget, whose distance to the best rival they divide.
-PAIRS = {
-    "adapter": "oracle:threshold",
-    "adapter:fixed": "oracle",
-    "adapter:floor0.5": "oracle:floor0.5",
-}
+# The oracle of the same budget as the selectors'; with a floor it has the same name.
+ORACLES = {"adapter": "oracle:threshold", "adapter:fixed": "oracle"}
 
 
 def report() -> None:
@@ -92,15 +88,16 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if (r["text"], r["length"], r["block_size"], r["sparsity"]) == key
         }
         rivals = {m: x for m, x in ratio.items() if not m.startswith(("adapter", "oracle"))}
-        if not any(x in ratio for x in PAIRS) or not rivals:
+        mine = [method for method in ratio if method.startswith("adapter")]
+        if not mine or not rivals:
             continue
         best = min(rivals, key=rivals.__getitem__)
         entry = dict(zip(("text", "length", "block_size", "sparsity"), key, strict=True))
         entry |= {"best_rival": best, "rival": rivals[best]}
-        for own, oracle in PAIRS.items():
-            if own in ratio:
-                entry[own] = ratio[own]
-            if own in ratio and oracle in ratio and rivals[best] > ratio[oracle]:
+        for own in mine:
+            entry[own] = ratio[own]
+            oracle = ORACLES.get(own, own.replace("adapter", "oracle"))
+            if oracle in ratio and rivals[best] > ratio[oracle]:
                 gap = rivals[best] - ratio[oracle]
                 entry[f"{own}_closed"] = (rivals[best] - ratio[own]) / gap
         out.append(entry)
