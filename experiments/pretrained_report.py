@@ -48,7 +48,9 @@ def report() -> None:
     for size, suffix in ((64, ""), (32, "-32")):
         folder = RUNS / f"distill-{size}"
         if (folder / "adapter").is_dir():
-            shutil.copytree(folder / "adapter", RESULTS / f"adapter{suffix}", dirs_exist_ok=True)
+            target = RESULTS / f"adapter{suffix}"
+            card = shutil.ignore_patterns("README.md")
+            shutil.copytree(folder / "adapter", target, dirs_exist_ok=True, ignore=card)
         if (folder / "metrics.jsonl").is_file():
             shutil.copy(folder / "metrics.jsonl", RESULTS / f"distill{suffix}.jsonl")
     for line in (*content["bars"], *content["tuned_ratios"]):

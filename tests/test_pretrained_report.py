@@ -43,17 +43,24 @@ def test_new_rows_replace_those_of_the_same_cell_alone(report: ModuleType) -> No
     (report.RUNS / "evaluate-32.jsonl").unlink()
     write(
         report.RUNS / "evaluate-64.jsonl",
-        [row("oracle", 1.0, commit="b"), row("adapter:fixed", 1.05)],
+        [
+            row("oracle", 1.0, commit="b"),
+            row("adapter:fixed", 1.05),
+            row("oracle:floor0.2", 1.1),
+            row("adapter:floor0.2", 1.15),
+        ],
     )
     report.report()
     found = json.loads((report.RESULTS / "results.json").read_text())
     kept = [(x["block_size"], x["method"], x["ratio"], x.get("commit")) for x in found["rows"]]
     assert kept == [
         (32, "antidiagonal", 1.3, "a"), (64, "antidiagonal", 1.2, None), (64, "oracle", 1.0, "b"),
-        (64, "adapter:fixed", 1.05, None),
+        (64, "adapter:fixed", 1.05, None), (64, "oracle:floor0.2", 1.1, None),
+        (64, "adapter:floor0.2", 1.15, None),
     ]  # fmt: skip
     (bar,) = found["bars"]
     assert bar["adapter:fixed_closed"] == pytest.approx(0.75)
+    assert bar["adapter:floor0.2_closed"] == pytest.approx(0.5)
     assert (report.RESULTS / "perplexity.png").stat().st_size > 1000
 
 
