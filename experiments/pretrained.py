@@ -233,19 +233,21 @@ def reaching(measured: Any, cell: tuple[str, int, str, float]) -> dict[str, Any]
     Thresholds are calibrated on other windows than are measured. What is adjusted is the budget; no
     perplexity has a say. Where the forced blocks take more than the budget it cannot be met.
     """
-    sparsity = aim = cell[3]
+    _, _, method, sparsity = cell
     row: dict[str, Any] = measured.measure(*cell)
-    for _ in range(4):
+    by_threshold = method == "adapter" or method.partition(":")[2].startswith(
+        ("threshold", "floor")
+    )
+    aim = sparsity
+    for attempt in range(4):
         short = sparsity - row["measured_sparsity"]
-        rule = cell[2].partition(":")[2]
-        by_threshold = cell[2] == "adapter" or rule.startswith(("threshold", "floor"))
         if short <= 0 or not by_threshold:
             break
-        aim = min(aim + 1.1 * short + 1e-4, 0.999)
-        again = measured.measure(*cell, aim=aim)
-        if again["measured_sparsity"] <= row["measured_sparsity"]:
+        aim = min(aim + short * 2**attempt + 1e-4, 0.999)
+        again = measured.measure(*cell, aim=aim) | {"aim": aim}
+        if attempt and again["measured_sparsity"] == row["measured_sparsity"]:
             break
-        row = again | {"aim": aim}
+        row = again
     return row
 
 

@@ -102,3 +102,22 @@ def test_tuned_models_are_compared_with_dense_tuned_on_the_same_tokens(report: M
         "tune-all-0.9": 1.1, "tune-all-0.9-long": 1.025,
     }  # fmt: skip
     assert found["runs"]["tune-all-dense"]["job"]["model"] == ".cache/smollm2"
+
+
+@pytest.mark.parametrize("drift", [0.0, -0.03, 0.04])
+def test_budgets_are_raised_until_the_sparsity_is_reached(report: ModuleType, drift: float) -> None:
+    """With a text on which thresholds leave out less than on those to calibrate on."""
+    pretrained = importlib.import_module("pretrained")
+
+    class Measured:
+        def measure(self, *cell: Any, aim: float | None = None) -> dict[str, Any]:
+            aims.append(aim)
+            found = 0.9 if cell[2] == "adapter:fixed" else (aim or cell[3]) - drift
+            return {"measured_sparsity": found}
+
+    for method in ("adapter", "oracle:floor0.5", "adapter:fixed"):
+        aims: list[float | None] = []
+        row = pretrained.reaching(Measured(), ("prose", 8192, method, 0.9))
+        assert 0.9 <= row["measured_sparsity"] <= 0.9 + max(-drift, 0) + 1e-3
+        assert len(aims) == (2 if drift > 0 and method != "adapter:fixed" else 1)
+        assert ("aim" in row) == (len(aims) == 2)
