@@ -361,6 +361,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def commit() -> str:
     """The repository's commit, ``+`` with changes, or nothing outside a repository."""
+    if shutil.which("git") is None:
+        return ""
     found = subprocess.run(
         ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
