@@ -354,9 +354,16 @@ def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds a line, without what was not measured."""
-    row = {name: value for name, value in row.items() if value == value}
+
+    def measured(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: measured(value) if isinstance(value, dict) else value
+            for name, value in values.items()
+            if value == value
+        }
+
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(measured(row), allow_nan=False) + "\n")
 
 
 def commit() -> str:

@@ -121,3 +121,10 @@ def test_budgets_are_raised_until_the_sparsity_is_reached(report: ModuleType, dr
         assert 0.9 <= row["measured_sparsity"] <= 0.9 + max(-drift, 0) + 1e-3
         assert len(aims) == (2 if drift > 0 and method != "adapter:fixed" else 1)
         assert ("aim" in row) == (len(aims) == 2)
+
+
+def test_what_was_not_measured_is_not_written(report: ModuleType, tmp_path: Path) -> None:
+    pretrained = importlib.import_module("pretrained")
+    nothing = float("nan")
+    pretrained.append(tmp_path / "x.jsonl", {"a": 1, "b": nothing, "dense": {"c": nothing, "d": 2}})
+    assert report.read_lines(tmp_path / "x.jsonl") == [{"a": 1, "dense": {"d": 2}}]
