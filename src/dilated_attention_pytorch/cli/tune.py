@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
         ("lora-rank", int, "rank of the changes (default: 16)"),
         ("sparsity-warmup", float, "share of the steps from dense to sparse (default: 0.1)"),
         ("calibrate-every", int, "steps between two calibrations (default: 50)"),
+        ("selector-every", int, "selectors learn in one of so many steps (default: 8)"),
     ):
         parser.add_argument(
             f"--{flag}", type=kind, metavar="N" if kind is int else "X",

@@ -176,9 +176,7 @@ class BlockSparseAdaptive(ScheduledLayer):
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
         if self.selection_refusal(inputs) is not None:
             return super().threshold_sample(inputs)
-        candidates, allowed = inputs.candidates, inputs.rows.num_allowed
-        scores = score_tokens(self, inputs)
-        return ThresholdSample.of(scores, candidates.scored, candidates.forced, allowed)
+        return self._sample(inputs, score_tokens(self, inputs))
 
     @torch.no_grad()
     def prefill(

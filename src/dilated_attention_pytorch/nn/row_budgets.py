@@ -22,7 +22,11 @@ from dilated_attention_pytorch.selection.budget import (
     water_level_budget,
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
-from dilated_attention_pytorch.selection.threshold import threshold_budget, thresholds_at
+from dilated_attention_pytorch.selection.threshold import (
+    floor_budget,
+    threshold_budget,
+    thresholds_at,
+)
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -77,6 +81,9 @@ def row_budgets(
         limit = rows.num_allowed.long()
     rounded = budget_by_score(layer, scores, candidates, inputs.mask.kv_len)
     if rounded is not None:
+        least = threshold_floor(inputs, config.threshold_floor, 1 - layer.densest)
+        if least is not None:
+            rounded = torch.maximum(rounded, least)
         stand_in = rounded.float()
         if config.budget == "top_p":
             stand_in = _soft_count(scores, candidates.scored) + forced
@@ -118,6 +125,31 @@ def budget_by_score(
     else:
         return None
     return candidates.forced.sum(-1, dtype=torch.int32) + count
+
+
+def threshold_floor(inputs: SelectionInputs, share: float, sparsity: float) -> Tensor | None:
+    """What every row keeps at least with ``budget="threshold"``, forced blocks included.
+
+    Args:
+        inputs: What a layer chooses by.
+        share: ``threshold_floor`` of its settings.
+        sparsity: Mean sparsity to meet, on the host.
+
+    Returns:
+        int32 ``(1 or b, 1 or heads, i)``; None without a floor.
+    """
+    if not share:
+        return None
+    rule, rows = inputs.rule, inputs.rows
+
+    def compute() -> Tensor:
+        candidates = inputs.candidates
+        forced = candidates.forced.sum(-1)
+        limit = forced + candidates.scored.sum(-1)
+        return floor_budget(share, sparsity, forced, limit, rows, candidates.width)
+
+    # It follows from lengths alone, so all layers of a model share it.
+    return rows.remember((rule, "floor", share, sparsity), compute)
 
 
 def budget_factor(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import DensityRecord
+from dilated_attention_pytorch.nn.row_budgets import DensityRecord, threshold_floor
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.selection.bounds import halvings
@@ -115,10 +115,14 @@ class ScheduledLayer(ScoringLayer):
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
+        return self._sample(inputs, self.score(inputs)[0])
+
+    def _sample(self, inputs: SelectionInputs, scores: Tensor) -> ThresholdSample:
         candidates = inputs.candidates
         return ThresholdSample.of(
-            self.score(inputs)[0], candidates.scored, candidates.forced, inputs.rows.num_allowed
-        )
+            scores, candidates.scored, candidates.forced, inputs.rows.num_allowed,
+            threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest),
+        )  # fmt: skip
 
     def set_thresholds(self, table: ThresholdTable) -> None:
         """Sets the thresholds of ``budget="threshold"``; they are saved with the weights.

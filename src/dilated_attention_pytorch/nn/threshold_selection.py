@@ -28,7 +28,11 @@ def place_refusal(layer: BlockSparseLayer, inputs: SelectionInputs) -> str | Non
 
 
 def select_above(
-    inputs: SelectionInputs, scores: Tensor, threshold: float, block_size: int
+    inputs: SelectionInputs,
+    scores: Tensor,
+    threshold: float,
+    block_size: int,
+    least: Tensor | None = None,
 ) -> Selection:
     """Keeps the forced blocks and those whose share of the softmaxed scores reaches a threshold.
 
@@ -39,10 +43,11 @@ def select_above(
         scores: ``(b, heads, i, j)`` of all key blocks.
         threshold: In [0, 1].
         block_size: Tokens per block.
+        least: What a row keeps at least, from :func:`floor_budget`; None: its forced blocks.
     """
     rule, rows = inputs.rule, inputs.rows
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
-    counts, indices = threshold_lists(scores.detach(), intervals, threshold)
+    counts, indices = threshold_lists(scores.detach(), intervals, threshold, least)
     pattern = BlockPattern(
         counts, indices, inputs.mask.q_len, inputs.mask.kv_len, (block_size, block_size),
         rows.num_allowed, check_values=False,

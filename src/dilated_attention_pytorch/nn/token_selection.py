@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.fused_selection import allot_budget, choose_blocks
+from dilated_attention_pytorch.nn.row_budgets import threshold_floor
 from dilated_attention_pytorch.nn.threshold_selection import select_above
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
@@ -57,8 +58,9 @@ def select_by_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Sel
     """
     scores = score_tokens(layer, inputs)
     if layer.config.budget == "threshold":
+        least = threshold_floor(inputs, layer.config.threshold_floor, 1 - layer.densest)
         selection = select_above(
-            inputs, scores, layer.threshold_table().at(inputs.mask.kv_len), layer.block_size
+            inputs, scores, layer.threshold_table().at(inputs.mask.kv_len), layer.block_size, least
         )
         layer.record_density(selection.pattern.kv_num_blocks, inputs.rows, None)
         return selection

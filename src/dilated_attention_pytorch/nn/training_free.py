@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.config import check_floor, check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
+from dilated_attention_pytorch.nn.row_budgets import threshold_floor
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
@@ -43,6 +44,8 @@ class TrainingFreeConfig:
             they can take it; ``"threshold"``: the blocks whose softmaxed score reaches a
             threshold that a calibration finds (:meth:`BlockSparseTrainingFree.set_thresholds`), so
             that heads and rows with spread-out attention keep more.
+        threshold_floor: With ``budget="threshold"``: share of its ``"fixed"`` budget that every
+            row keeps at least, in [0, 1).
         num_sink_blocks: First blocks, always read.
         num_local_blocks: Blocks before the diagonal one, always read.
         stride: Side of the squares of ``"antidiagonal"``.
@@ -55,6 +58,7 @@ class TrainingFreeConfig:
     base_sparsity: float = 0.9
     block_size: int = 64
     budget: str = "fixed"
+    threshold_floor: float = 0.0
     num_sink_blocks: int = 1
     num_local_blocks: int = 0
     stride: int = 8
@@ -67,6 +71,7 @@ class TrainingFreeConfig:
         if self.method == "sink_window" and self.budget != "fixed":
             raise ValueError("method 'sink_window' has no scores: budget must be 'fixed'.")
         check_sparsity("base_sparsity", self.base_sparsity)
+        check_floor(self.threshold_floor, self.budget)
         for name, least in (
             ("block_size", 1), ("num_sink_blocks", 0), ("num_local_blocks", 0), ("stride", 1),
         ):  # fmt: skip
@@ -134,7 +139,7 @@ class BlockSparseTrainingFree(BlockSparseLayer):
         return f"{self.config.method!r}, base_sparsity={self.base_sparsity}"
 
     def set_base_sparsity(self, value: float) -> None:
-        """Sets the mean sparsity to meet with ``budget="fixed"``."""
+        """Sets the mean sparsity of ``budget="fixed"`` and of a floor below thresholds."""
         check_sparsity("value", value)
         self.base_sparsity = value
 
@@ -173,11 +178,14 @@ class BlockSparseTrainingFree(BlockSparseLayer):
             if self.thresholds is None:
                 raise RuntimeError("budget='threshold' needs set_thresholds before the first call.")
             threshold = self.thresholds.at(inputs.mask.kv_len)
+            least = self._floor(inputs)
             if place_refusal(self, inputs) is None:
-                return select_above(inputs, scores, threshold, self.block_size)
+                return select_above(inputs, scores, threshold, self.block_size, least)
         candidates = inputs.candidates
         if self.config.budget == "threshold":
             count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+            if least is not None:
+                count = torch.maximum(count, least - candidates.forced.sum(-1))
         else:
             count = even_budget(inputs, scores, self.base_sparsity)
         shape = torch.broadcast_shapes(scores.shape, candidates.scored.shape)
@@ -194,8 +202,12 @@ class BlockSparseTrainingFree(BlockSparseLayer):
         """What a calibration needs of these inputs."""
         candidates = inputs.candidates
         return ThresholdSample.of(
-            self.score(inputs), candidates.scored, candidates.forced, inputs.rows.num_allowed
-        )
+            self.score(inputs), candidates.scored, candidates.forced, inputs.rows.num_allowed,
+            self._floor(inputs),
+        )  # fmt: skip
+
+    def _floor(self, inputs: SelectionInputs) -> Tensor | None:
+        return threshold_floor(inputs, self.config.threshold_floor, self.base_sparsity)
 
     def set_thresholds(self, table: ThresholdTable) -> None:
         """Sets the thresholds of ``budget="threshold"``.

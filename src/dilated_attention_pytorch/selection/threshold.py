@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.candidates import RowRange
+from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
+from dilated_attention_pytorch.selection.top_k import choose_top_k
+
 
 def visible_softmax(scores: Tensor, scored: Tensor, forced: Tensor) -> Tensor:
     """Softmax over everything that a row can see, forced blocks included.
@@ -56,12 +60,39 @@ def threshold_budget(
     return ((p >= threshold) & scored).sum(-1, dtype=torch.int32)
 
 
+def floor_budget(
+    share: float,
+    sparsity: float,
+    forced: Tensor,
+    limit: Tensor,
+    rows: RowRange,
+    max_limit: int,
+) -> Tensor:
+    """What every row keeps at least: its forced blocks and a share of the rest of its even budget.
+
+    Args:
+        share: In [0, 1).
+        sparsity: Mean sparsity of the even budget, :func:`water_level_budget`.
+        forced: Forced blocks per row, integers that broadcast to ``(batch, heads, i)``.
+        limit: Forced and candidate blocks per row.
+        rows: Visible ranges.
+        max_limit: An upper bound of ``limit``.
+
+    Returns:
+        int32 ``(1 or b, 1 or heads, i)``, forced blocks included; the same for all content.
+    """
+    shape = torch.broadcast_shapes(forced.shape, limit.shape, rows.low.shape)
+    keep = torch.full(shape, 1 - sparsity, device=rows.low.device)
+    even = water_level_budget(keep, forced, limit, rows, max_limit)
+    return round_budget(forced + share * (even - forced), rows)
+
+
 @dataclass(frozen=True, eq=False)
 class ThresholdSample:
     """What a calibration needs of the scores of one layer on one sample.
 
     Attributes:
-        expected: Expected mass of every tile that may be chosen, flat.
+        expected: Expected mass of every tile that a threshold decides on, flat.
         forced: Tiles read in any case.
         allowed: Tiles of dense attention.
     """
@@ -72,10 +103,29 @@ class ThresholdSample:
 
     @classmethod
     def of(
-        cls, scores: Tensor, scored: Tensor, forced: Tensor, num_allowed: Tensor
+        cls,
+        scores: Tensor,
+        scored: Tensor,
+        forced: Tensor,
+        num_allowed: Tensor,
+        least: Tensor | None = None,
     ) -> ThresholdSample:
-        """Reads the scores of a layer; ``num_allowed`` broadcasts to ``(batch, heads, i)``."""
+        """Reads the scores of a layer.
+
+        Args:
+            scores: ``(batch, heads, i, c)``.
+            scored: Booleans that broadcast to it: which may be chosen.
+            forced: The same: which are read in any case.
+            num_allowed: Tiles of dense attention per row, broadcasts to ``(batch, heads, i)``.
+            least: The same: what a row keeps at least, from :func:`floor_budget`. None: the forced
+                tiles.
+        """
         p = visible_softmax(scores, scored, forced)
+        if least is not None:
+            shape = torch.broadcast_shapes(p.shape, scored.shape)
+            count = (least - forced.sum(-1)).expand(shape[:3])
+            kept = choose_top_k(p.expand(shape), scored.expand(shape), count, shape[3])
+            forced, scored = forced | kept, scored & ~kept
         return cls(
             p[scored.expand(p.shape)],
             float(forced.expand(p.shape).sum()),

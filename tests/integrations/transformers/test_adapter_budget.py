@@ -27,3 +27,25 @@ def test_the_same_scores_give_every_row_the_same_share():
             model(tokens[None])
     assert tiles.sparsity == pytest.approx(0.5, abs=0.02)
     assert {config.budget for config in adapter.configs.values()} == {"threshold"}
+
+
+def test_a_floor_evens_the_rows_out_at_the_same_sparsity():
+    model = tiny_model("llama")
+    tokens = torch.randint(0, model.config.vocab_size, (1024,))
+    with adapt(model, distilled_config(block_size=16, base_sparsity=0.6)) as adapted:
+        adapter = SelectorAdapter.of(adapted)
+    fewest = {}
+    for floor in (0.0, 0.9):
+        with adapter.with_budget("threshold", floor).apply(model) as adapted:
+            calibrate(adapted, tokens, 0.6, lengths=(256,), windows=4)
+            counts = []
+            for selector in adapted.selectors.values():
+                selector.observers.append(
+                    lambda _, pattern, kept=counts: kept.append(pattern.kv_num_blocks[..., -4:])
+                )
+            with CountTiles(adapted) as tiles, torch.no_grad():
+                for window in tokens.split(256):
+                    model(window[None])
+        assert tiles.sparsity == pytest.approx(0.6, abs=0.01)
+        fewest[floor] = int(torch.cat(counts).min())
+    assert fewest[0.0] < fewest[0.9]

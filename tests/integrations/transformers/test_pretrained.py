@@ -43,7 +43,11 @@ from dilated_attention_pytorch.integrations.transformers.selection_quality impor
 )
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
-from dilated_attention_pytorch.integrations.transformers.tune import TuneRun, Tuning
+from dilated_attention_pytorch.integrations.transformers.tune import (
+    TuneRun,
+    Tuning,
+    next_token_loss,
+)
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.tasks.text import TextError
@@ -168,12 +172,17 @@ def test_the_gradient_target_moves_the_selectors_and_them_alone() -> None:
     assert training.model.model.embed_tokens.weight.grad is None
 
 
-@pytest.mark.parametrize("kind", ["distill", "tune"])
+@pytest.mark.parametrize("kind", ["distill", "tune", "tune seldom", "tune batches"])
 def test_a_stopped_run_goes_on_bit_for_bit(kind: str) -> None:
     def fresh() -> PretrainedTraining:
         if kind == "distill":
             return distil(steps=4)
-        run = TuneRun(config=CONFIG, seq_len=128, steps=4, train="all", base_sparsity=0.4)
+        run = TuneRun(
+            config=CONFIG, seq_len=128, steps=4, train="all", base_sparsity=0.4,
+            # Stopped after two steps, and the selectors learn again in the third after the first.
+            selector_every=3 if kind == "tune seldom" else 1,
+            batch_size=2 if kind == "tune batches" else 1,
+        )  # fmt: skip
         return Tuning(run, tiny_model(), TEXT)
 
     whole = fresh()
@@ -209,6 +218,62 @@ def test_tuning_lowers_the_loss_of_what_it_may_change(train: str, tmp_path: Path
     training.save(tmp_path)
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {"adapter"} | ({"selectors": set(), "lora": {"lora"}, "all": {"model"}}[train])
+
+
+def test_selectors_learn_only_every_so_many_steps_and_weights_always() -> None:
+    run = TuneRun(
+        config=CONFIG, seq_len=128, steps=5, train="all", base_sparsity=0.5, selector_every=3,
+        base_learning_rate=1e-3,
+    )  # fmt: skip
+    training = Tuning(run, tiny_model(), TEXT)
+    selectors = training.adapted.selector_parameters()
+    weight = training.model.model.layers[0].self_attn.q_proj.weight
+    learned = []
+    for _ in range(5):
+        before = [p.detach().clone() for p in (weight, *selectors)]
+        with CountTiles(training.adapted) as tiles:
+            training.step()
+        moved = [not torch.equal(a, b) for a, b in zip(before, (weight, *selectors), strict=True)]
+        assert moved[0]
+        assert all(moved[1:]) == any(moved[1:])
+        # Random blocks are read only while the selectors learn.
+        learned.append((any(moved[1:]), tiles.sparsity < 0.42))
+    assert learned == [(n % 3 == 0, n % 3 == 0) for n in range(5)]
+
+
+def test_weights_get_the_gradient_of_what_evaluation_computes() -> None:
+    """Between the steps of the selectors, with the whole model in evaluation mode beside it."""
+    run = TuneRun(
+        config=CONFIG, seq_len=128, steps=4, train="all", base_sparsity=0.5, selector_every=2,
+        calibrate_every=100,
+    )  # fmt: skip
+    training = Tuning(run, tiny_model(), TEXT)
+    training.step()
+    batch = training.windows.next_batch(2)
+    training.optimizer.zero_grad()
+    loss = training.losses(batch)
+    weight = training.model.model.layers[0].self_attn.v_proj.weight
+    found = weight.grad.clone()
+    training.optimizer.zero_grad()
+    training.model.eval()
+    wanted = next_token_loss(training.model, batch)
+    wanted.backward()
+    assert loss == float(wanted.detach())
+    assert torch.equal(found, weight.grad)
+
+
+def test_selectors_alone_learn_in_every_step() -> None:
+    run = TuneRun(
+        config=CONFIG, seq_len=128, steps=2, train="selectors", base_sparsity=0.5, selector_every=8,
+    )  # fmt: skip
+    assert run.selectors_learn(1)
+    training = Tuning(run, tiny_model(), TEXT)
+    training.step()
+    before = [p.detach().clone() for p in training.trained()]
+    training.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, training.trained(), strict=True))
+    with pytest.raises(ValueError, match="selector_every must be at least 1"):
+        TuneRun(selector_every=0)
 
 
 def test_the_dense_baseline_has_no_selectors() -> None:

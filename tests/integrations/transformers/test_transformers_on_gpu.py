@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -191,6 +192,38 @@ def test_tuning(train: str) -> None:
         training.step()
     if train == "all":
         assert training.validate()["validation_loss"] < before
+
+
+def test_between_the_steps_of_the_selectors_the_kernels_choose() -> None:
+    """And weights and selectors move as they should, with a floor below the thresholds."""
+    config = distilled_config(
+        block_size=16, base_sparsity=0.5, hidden_dim=16, threshold_floor=0.5, query_stride=2
+    )
+    run = TuneRun(
+        config=config, seq_len=256, batch_size=2, steps=4, train="all", base_sparsity=0.5,
+        selector_every=2, device="cuda", dtype="bfloat16",
+    )  # fmt: skip
+    training = Tuning(run, on_gpu(), TEXT)
+    selectors = training.adapted.selectors
+    refusals: list[set[str | None]] = []
+    for selector in selectors.values():
+        choose = selector.select
+
+        def select(inputs: Any, layer: Any = selector, choose: Any = choose) -> Any:
+            refusals[-1].add(layer.selection_refusal(inputs))
+            return choose(inputs)
+
+        selector.select = select
+    weight, maps = training.model.lm_head.weight, selectors[0].scorer.key_map
+    for step in range(4):
+        refusals.append(set())
+        before = weight.clone(), maps.clone()
+        assert math.isfinite(training.step()["loss"])
+        assert not torch.equal(weight, before[0])
+        assert torch.equal(maps, before[1]) == (step % 2 == 1)
+    assert refusals[1] == refusals[3] == {None}
+    # The first step calibrates as well, by the kernels.
+    assert all(None not in found for found in refusals[2:3])
 
 
 def test_what_is_recorded_and_diagnosed_is_what_the_cpu_gives() -> None:

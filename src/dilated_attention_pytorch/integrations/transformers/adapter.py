@@ -74,13 +74,18 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         base = base_identity(adapted.model, adapted.sites)
         return cls(dict(adapted.configs), tensors, base, versions)
 
-    def with_budget(self, budget: str) -> SelectorAdapter:
+    def with_budget(self, budget: str, threshold_floor: float = 0.0) -> SelectorAdapter:
         """The same selectors under another rule for how many blocks each row reads.
 
         Args:
             budget: As in :class:`AdaptiveConfig`, such as ``"fixed"``.
+            threshold_floor: As there. Thresholds that were calibrated with another floor miss
+                their sparsity until they are calibrated again.
         """
-        configs = {n: replace(config, budget=budget) for n, config in self.configs.items()}
+        configs = {
+            n: replace(config, budget=budget, threshold_floor=threshold_floor)
+            for n, config in self.configs.items()
+        }
         # Thresholds belong to one budget; everything else stays.
         tensors = {
             name: value

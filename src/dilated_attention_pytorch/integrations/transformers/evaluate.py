@@ -38,8 +38,9 @@ class EvaluationSettings:
     Attributes:
         lengths: Tokens per window.
         sparsities: Nominal ones; the measured ones are reported beside.
-        rivals: Training-free selectors to compare with, ``"<method>"`` or
-            ``"<method>:threshold"`` for a budget by calibrated thresholds.
+        rivals: Training-free selectors to compare with, ``"<method>"``, ``"<method>:threshold"``
+            for a budget by calibrated thresholds, or ``"<method>:floor0.5"`` for thresholds above
+            a floor (``threshold_floor``).
         block_size: Tokens per block of the rivals; an adapter brings its own, which must agree.
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
@@ -85,10 +86,31 @@ def rival_config(name: str, block_size: int, sparsity: float) -> TrainingFreeCon
     Raises:
         ValueError: If there is no such method or budget.
     """
-    method, _, budget = name.partition(":")
+    method, _, rule = name.partition(":")
+    budget, floor = budget_named(rule or "fixed")
     return TrainingFreeConfig(
-        method=method, budget=budget or "fixed", block_size=block_size, base_sparsity=sparsity
-    )
+        method=method, budget=budget, threshold_floor=floor, block_size=block_size,
+        base_sparsity=sparsity,
+    )  # fmt: skip
+
+
+def budget_named(rule: str) -> tuple[str, float]:
+    """Budget and ``threshold_floor`` of what follows the colon in a method's name.
+
+    Raises:
+        ValueError: If the floor is no number.
+
+    Example:
+        >>> budget_named("threshold"), budget_named("floor0.5")
+        (('threshold', 0.0), ('threshold', 0.5))
+    """
+    if not rule.startswith("floor"):
+        return rule, 0.0
+    share = rule.removeprefix("floor")
+    try:
+        return "threshold", float(share)
+    except ValueError as error:
+        raise ValueError(f"a floor must be named like 'floor0.5', got {rule!r}.") from error
 
 
 class Evaluation:
@@ -154,10 +176,21 @@ class Evaluation:
             }
         return self._dense[text, length]
 
-    def measure(self, text: str, length: int, method: str, sparsity: float) -> dict[str, Any]:
-        """One row: see :meth:`rows`."""
+    def measure(
+        self, text: str, length: int, method: str, sparsity: float, *, aim: float | None = None
+    ) -> dict[str, Any]:
+        """One row: see :meth:`rows`.
+
+        Args:
+            text: Name of a text.
+            length: Tokens per window.
+            method: :data:`ADAPTER` or a rival, with its budget.
+            sparsity: The nominal one.
+            aim: Sparsity to calibrate thresholds for, where the nominal one is missed on the
+                measured windows because they differ from those to calibrate on. None: the nominal.
+        """
         dense, windows = self.dense(text, length), self.windows(text, length)
-        with self._adapted(text, length, method, sparsity) as adapted:
+        with self._adapted(text, length, method, sparsity, aim or sparsity) as adapted:
             with CountTiles(adapted) as tiles:
                 found = perplexity(self.model, windows)
             row: dict[str, Any] = {
@@ -197,12 +230,12 @@ class Evaluation:
 
     @contextmanager
     def _adapted(
-        self, text: str, length: int, method: str, sparsity: float
+        self, text: str, length: int, method: str, sparsity: float, aim: float
     ) -> Iterator[AdaptedModel]:
         s = self.settings
-        name, _, budget = method.partition(":")
+        name, _, rule = method.partition(":")
         if name == ADAPTER and self.adapter is not None:
-            adapter = self.adapter.with_budget(budget) if budget else self.adapter
+            adapter = self.adapter.with_budget(*budget_named(rule)) if rule else self.adapter
             adapted = adapter.apply(self.model)
             adapted.set_base_sparsity(sparsity)
         else:
@@ -211,7 +244,7 @@ class Evaluation:
             adapted = adapt(self.model, config, layers=layers)
         with adapted:
             sample = self.texts[text][: length * s.calibration_windows]
-            calibrate(adapted, sample, sparsity, lengths=(length,), windows=s.calibration_windows)
+            calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
             yield adapted
 
     def _retrieval(self, text: str, length: int) -> dict[str, float]:

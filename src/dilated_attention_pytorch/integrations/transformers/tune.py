@@ -48,6 +48,10 @@ class TuneRun(PretrainedRun):
         sparsity_warmup: Share of the steps over which the blocks fall from all to the sparsity;
             with thresholds, which start calibrated, there is no warm-up.
         calibrate_every: Steps between two calibrations of thresholds.
+        selector_every: The selectors learn in the first of so many steps, where scores carry a
+            gradient and random blocks are read beside the chosen ones. In the others, which are
+            several times as fast, weights see what evaluation sees: the selectors' own choice, by
+            the fused kernels where they run. With ``train="selectors"`` they learn in every step.
     """
 
     train: str = "lora"
@@ -58,6 +62,7 @@ class TuneRun(PretrainedRun):
     lora_rank: int = 16
     sparsity_warmup: float = 0.1
     calibrate_every: int = 50
+    selector_every: int = 8
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -72,11 +77,15 @@ class TuneRun(PretrainedRun):
             )
         if not (math.isfinite(self.base_learning_rate) and self.base_learning_rate > 0):
             raise ValueError(f"base_learning_rate must be positive, got {self.base_learning_rate}.")
-        for name in ("lora_rank", "calibrate_every"):
+        for name in ("lora_rank", "calibrate_every", "selector_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.sparsity_warmup <= 1:
             raise ValueError(f"sparsity_warmup must lie in [0, 1], got {self.sparsity_warmup}.")
+
+    def selectors_learn(self, step: int) -> bool:
+        """Whether the selectors learn in a step, counted from 0."""
+        return self.train == "selectors" or step % self.selector_every == 0
 
 
 class Tuning(PretrainedTraining):
@@ -115,13 +124,17 @@ class Tuning(PretrainedTraining):
     def losses(self, batch: Tensor) -> float:
         """Cross entropy of the next token, in nats."""
         run = self.run
+        self.model.train()
         if self.adapted is not None:
-            if self.step_count % run.calibrate_every == 0:
-                self._calibrate()
             warm = run.sparsity_warmup * run.steps
             progress = 1.0 if self.step_count >= warm else self.step_count / warm
             self._set_sparsity(1 - (1 - run.base_sparsity) ** progress)
-        self.model.train()
+            if self.step_count % run.calibrate_every == 0:
+                self._calibrate()
+            for selector in self.adapted.selectors.values():
+                # In evaluation mode a selector chooses and nothing more; attention still has
+                # gradients.
+                selector.train(run.selectors_learn(self.step_count))
         loss = next_token_loss(self.model, batch)
         loss.backward()
         return float(loss.detach())
@@ -129,18 +142,21 @@ class Tuning(PretrainedTraining):
     def _set_sparsity(self, value: float) -> None:
         if self.adapted is None:
             return
-        self.adapted.set_base_sparsity(value)
         for selector in self.adapted.selectors.values():
             if isinstance(selector, BlockSparseAdaptive):
+                calibrated = selector.config.budget == "threshold"
+                selector.set_base_sparsity(self.run.base_sparsity if calibrated else value)
                 # Selectors that were distilled need little noise to explore.
                 selector.set_temperature(selector.config.min_temperature)
 
     def _calibrate(self) -> None:
         if self.adapted is not None:
-            calibrate(
-                self.adapted, self.windows.data[: 8 * self.run.seq_len], self.run.base_sparsity,
-                lengths=(self.run.seq_len,), windows=2,
-            )  # fmt: skip
+            with self.autocast():
+                # Spread over the whole text: thresholds of code miss the sparsity on prose.
+                calibrate(
+                    self.adapted, self.windows.data, self.run.base_sparsity,
+                    lengths=(self.run.seq_len,),
+                )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
         """The loss on the held-out windows, at the sparsity to tune for, and that sparsity."""
@@ -158,10 +174,11 @@ class Tuning(PretrainedTraining):
         """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
         if self.adapted is not None:
             self._set_sparsity(self.run.base_sparsity)
-            calibrate(
-                self.adapted, self.windows.data, self.run.base_sparsity,
-                lengths=default_lengths(self.run.seq_len),
-            )  # fmt: skip
+            with self.autocast():
+                calibrate(
+                    self.adapted, self.windows.data, self.run.base_sparsity,
+                    lengths=default_lengths(self.run.seq_len),
+                )  # fmt: skip
             save_adapter(self.adapted, folder / ADAPTER_NAME)
         if self.lora is not None:
             self.lora.save_pretrained(folder / LORA_NAME)

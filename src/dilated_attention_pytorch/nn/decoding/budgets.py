@@ -13,6 +13,7 @@ from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of
 from dilated_attention_pytorch.nn.selector_state import Memory
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
+from dilated_attention_pytorch.selection.threshold import floor_budget
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -43,6 +44,13 @@ def row_budget(
     limit = forced + candidates.scored.sum(-1)
     by_score = budget_by_score(layer, scores, candidates, memory.lengths)
     if by_score is not None:
+        if config.threshold_floor:
+            rows = _rows_so_far(row, blocks)
+            least = floor_budget(
+                config.threshold_floor, 1 - layer.densest, *room(layer, rows, blocks), rows,
+                candidates.width,
+            )  # fmt: skip
+            by_score = torch.maximum(by_score, _newest(row, least, layer.pattern_heads))
         return by_score
     if config.num_selected_blocks is not None:
         budget = torch.minimum(forced + config.num_selected_blocks, limit)
@@ -67,14 +75,24 @@ def _level_budget(
     layer: BlockSparseAdaptive, memory: Memory, row: NewestRow, blocks: int
 ) -> Tensor:
     """The row's budget in a forward pass over everything so far: a level over all its rows."""
-    number = torch.arange(blocks, device=row.number.device).view(1, 1, -1)
-    end = torch.where(number <= row.number.view(-1, 1, 1), number + 1, 0)
-    rows = RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
+    rows = _rows_so_far(row, blocks)
     forced, limit = room(layer, rows, blocks)
     heads = layer.pattern_heads
-    keep = (1 - layer.base_sparsity).expand(end.shape[0], heads, blocks)
+    keep = (1 - layer.base_sparsity).expand(rows.end.shape[0], heads, blocks)
     if layer.config.budget == "adaptive":
         keep = (keep * memory.factors[:, :, 1 : blocks + 1]).clamp(max=1)
     exact = water_level_budget(keep, forced, limit, rows, row.candidates.width)
-    budgets = round_budget(exact, rows)
-    return budgets.gather(2, row.number.view(-1, 1, 1).expand(-1, heads, 1)).long()
+    return _newest(row, round_budget(exact, rows), heads)
+
+
+def _rows_so_far(row: NewestRow, blocks: int) -> RowRange:
+    """All rows of a forward pass up to the newest one; those behind it see nothing."""
+    number = torch.arange(blocks, device=row.number.device).view(1, 1, -1)
+    end = torch.where(number <= row.number.view(-1, 1, 1), number + 1, 0)
+    return RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
+
+
+def _newest(row: NewestRow, budgets: Tensor, heads: int) -> Tensor:
+    """The newest row's entry of ``(b, 1 or heads, blocks)``: ``(b, heads, 1)``."""
+    place = row.number.view(-1, 1, 1).expand(-1, heads, 1)
+    return budgets.expand(-1, heads, -1).gather(2, place).long()

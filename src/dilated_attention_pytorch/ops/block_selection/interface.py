@@ -347,13 +347,17 @@ def low_rank_scores(
     return scores
 
 
-def threshold_lists(scores: Tensor, intervals: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def threshold_lists(
+    scores: Tensor, intervals: Tensor, threshold: float, least: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Forced blocks and those whose share of the softmaxed scores reaches a threshold.
 
     Args:
         scores: ``(b, p, i, j)`` of all key blocks.
         intervals: ``rule.intervals(rows)``.
         threshold: In [0, 1].
+        least: What a row keeps at least, forced blocks included, the best ones: integers that
+            broadcast to ``(b, p, i)``. None: the forced ones.
 
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
@@ -361,7 +365,16 @@ def threshold_lists(scores: Tensor, intervals: Tensor, threshold: float) -> tupl
     from dilated_attention_pytorch.ops.block_selection.operators import threshold_op
 
     found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, threshold)
-    return found
+    if least is None:
+        return found
+    from dilated_attention_pytorch.ops.block_selection.autograd import choose_op
+
+    # What reaches a threshold are a row's best blocks, so the larger number of blocks decides.
+    budget = torch.maximum(found[0], least.int())
+    counts, indices, _, _ = choose_op(
+        scores, None, intervals, budget, None, None, 0, 0, scores.shape[-1], False
+    )
+    return counts, indices
 
 
 def transpose_lists(pattern: BlockPattern) -> PatternTranspose:

@@ -1,0 +1,130 @@
+"""The report of the pretrained experiment: what it keeps, replaces and pairs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    pytest.importorskip("matplotlib", reason="plots need the extra [viz]")
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module = importlib.import_module("pretrained_report")
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    (tmp_path / "runs").mkdir()
+    return module
+
+
+def row(method: str, ratio: float, block_size: int = 64, **more: Any) -> dict[str, Any]:
+    return {
+        "text": "prose", "length": 8192, "block_size": block_size, "method": method,
+        "sparsity": 0.9, "measured_sparsity": 0.9, "ratio": ratio, **more,
+    }  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows))
+
+
+def test_new_rows_replace_those_of_the_same_cell_alone(report: ModuleType) -> None:
+    write(report.RUNS / "evaluate-32.jsonl", [row("antidiagonal", 1.3, 32, commit="a")])
+    write(report.RUNS / "evaluate-64.jsonl", [row("antidiagonal", 1.2), row("oracle", 1.1)])
+    write(report.RUNS / "evaluate-64-other.jsonl", [row("adapter", 9.0)])
+    report.report()
+    (report.RUNS / "evaluate-32.jsonl").unlink()
+    write(
+        report.RUNS / "evaluate-64.jsonl",
+        [
+            row("oracle", 1.0, commit="b"),
+            row("adapter:fixed", 1.05),
+            row("oracle:floor0.2", 1.1),
+            row("adapter:floor0.2", 1.15),
+        ],
+    )
+    report.report()
+    found = json.loads((report.RESULTS / "results.json").read_text())
+    kept = [(x["block_size"], x["method"], x["ratio"], x.get("commit")) for x in found["rows"]]
+    assert kept == [
+        (32, "antidiagonal", 1.3, "a"), (64, "antidiagonal", 1.2, None), (64, "oracle", 1.0, "b"),
+        (64, "adapter:fixed", 1.05, None), (64, "oracle:floor0.2", 1.1, None),
+        (64, "adapter:floor0.2", 1.15, None),
+    ]  # fmt: skip
+    (bar,) = found["bars"]
+    assert bar["adapter:fixed_closed"] == pytest.approx(0.75)
+    assert bar["adapter:floor0.2_closed"] == pytest.approx(0.5)
+    assert (report.RESULTS / "perplexity.png").stat().st_size > 1000
+
+
+def test_an_adapter_without_metrics_is_copied(report: ModuleType) -> None:
+    (report.RUNS / "distill-64" / "adapter").mkdir(parents=True)
+    (report.RUNS / "distill-64" / "adapter" / "adapter.json").write_text("{}")
+    report.report()
+    assert (report.RESULTS / "adapter" / "adapter.json").is_file()
+
+
+def test_tuned_models_are_compared_with_dense_tuned_on_the_same_tokens(report: ModuleType) -> None:
+    def run(name: str, attention: str, perplexity: float, **changes: Any) -> dict[str, Any]:
+        settings = {
+            "train": "all", "seq_len": 8192, "batch_size": 1, "base_learning_rate": 3e-5,
+            "seed": 0, "steps": 300, "attention": attention, "base_sparsity": 0.9,
+        }  # fmt: skip
+        stopped = changes.pop("stopped_at_step", None)
+        about: dict[str, Any] = {
+            "job": {"run": settings | changes, "model": "/somewhere/.cache/smollm2"}
+        }
+        if stopped is not None:
+            about["stopped_at_step"] = stopped
+        (report.RUNS / name).mkdir()
+        (report.RUNS / name / "done.json").write_text(json.dumps(about))
+        return {"run": name, "text": "prose", "length": 8192, "perplexity": perplexity,
+                "measured_sparsity": 0.9}  # fmt: skip
+
+    rows = [
+        run("tune-all-dense", "dense", 10.0),
+        run("tune-all-dense-long", "dense", 8.0, steps=900),
+        run("tune-all-0.9", "sparse", 11.0),
+        run("tune-all-0.9-long", "sparse", 8.2, steps=2000, stopped_at_step=900),
+        run("tune-all-0.9-fast", "sparse", 9.0, base_learning_rate=1e-4),
+    ]
+    write(report.RUNS / "evaluate-tuned.jsonl", rows)
+    report.report()
+    found = json.loads((report.RESULTS / "results.json").read_text())
+    assert {x["run"]: round(x["ratio"], 6) for x in found["tuned_ratios"]} == {
+        "tune-all-0.9": 1.1, "tune-all-0.9-long": 1.025,
+    }  # fmt: skip
+    assert found["runs"]["tune-all-dense"]["job"]["model"] == ".cache/smollm2"
+
+
+@pytest.mark.parametrize("drift", [0.0, -0.03, 0.04])
+def test_budgets_are_raised_until_the_sparsity_is_reached(report: ModuleType, drift: float) -> None:
+    """With a text on which thresholds leave out less than on those to calibrate on."""
+    pretrained = importlib.import_module("pretrained")
+
+    class Measured:
+        def measure(self, *cell: Any, aim: float | None = None) -> dict[str, Any]:
+            aims.append(aim)
+            found = 0.9 if cell[2] == "adapter:fixed" else (aim or cell[3]) - drift
+            return {"measured_sparsity": found}
+
+    for method in ("adapter", "oracle:floor0.5", "adapter:fixed"):
+        aims: list[float | None] = []
+        row = pretrained.reaching(Measured(), ("prose", 8192, method, 0.9))
+        assert 0.9 <= row["measured_sparsity"] <= 0.9 + max(-drift, 0) + 1e-3
+        assert len(aims) == (2 if drift > 0 and method != "adapter:fixed" else 1)
+        assert ("aim" in row) == (len(aims) == 2)
+
+
+def test_what_was_not_measured_is_not_written(report: ModuleType, tmp_path: Path) -> None:
+    pretrained = importlib.import_module("pretrained")
+    nothing = float("nan")
+    pretrained.append(tmp_path / "x.jsonl", {"a": 1, "b": nothing, "dense": {"c": nothing, "d": 2}})
+    assert report.read_lines(tmp_path / "x.jsonl") == [{"a": 1, "dense": {"d": 2}}]
