@@ -278,14 +278,19 @@ def workers_of(parsed: argparse.Namespace) -> Workers:
     return Workers(parsed.device, parsed.jobs, parsed.gpus, parsed.minutes)
 
 
-def run(experiment: Experiment, description: str | None = None) -> int:
-    """The command line of an experiment."""
+def option_parser(experiment: Experiment, description: str | None) -> argparse.ArgumentParser:
+    """The options of an experiment."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=[cell.name for cell in experiment.cells])
     add_options(parser)
-    parsed = parser.parse_args()
+    return parser
+
+
+def run(experiment: Experiment, description: str | None = None) -> int:
+    """The command line of an experiment."""
+    parsed = option_parser(experiment, description).parse_args()
     return conduct(
         [experiment], workers_of(parsed), only=parsed.only, seeds=parsed.seeds, quick=parsed.quick
     )

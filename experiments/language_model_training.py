@@ -1,0 +1,163 @@
+"""The models of the language-model experiment, and how they are trained and measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, get_sparsity_loss
+from dilated_attention_pytorch.models.transformer import (
+    Transformer,
+    build_attention,
+    scorer_parameters,
+)
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.tasks.text import TextWindows
+from dilated_attention_pytorch.training.tile_count import TileCount
+from language_model_layers import FlexWindow, MeanPooled
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large and how long."""
+
+    dim: int = 512
+    num_heads: int = 8
+    num_layers: int = 8
+    seq_len: int = 8192
+    batch_size: int = 4
+    steps: int = 3060
+    learning_rate: float = 1e-3
+    block_size: int = 64
+    validation: int = 64
+    max_bytes: int | None = None
+
+
+FULL = Size()
+QUICK = replace(
+    FULL, dim=32, num_heads=2, num_layers=2, seq_len=512, batch_size=1, steps=4, block_size=16,
+    validation=3, max_bytes=200_000,
+)  # fmt: skip
+
+
+def build_model(settings: Mapping[str, Any], size: Size) -> Transformer:
+    """The untrained model of a cell, from torch's random state."""
+    sparsity = settings["sparsity"]
+    config = AdaptiveConfig(
+        block_size=size.block_size, base_sparsity=sparsity, query_scope="past",
+        num_local_blocks=1, num_sink_blocks=1,
+    )  # fmt: skip
+
+    def make(num_heads: int, head_dim: int) -> nn.Module:
+        if settings["attention"] == "flex_window":
+            return FlexWindow(base_sparsity=sparsity, block_size=size.block_size)
+        if settings["attention"] == "mean_pooled":
+            return MeanPooled(num_heads, head_dim, sparsity, size.block_size)
+        return build_attention(settings["attention"], num_heads, head_dim, config)
+
+    return Transformer(size.dim, size.num_heads, size.num_layers, make, feed_forward=4 * size.dim)
+
+
+@contextmanager
+def precision(device: str) -> Iterator[None]:
+    """Bfloat16 on a GPU, and for dense attention its fastest kernel: cuDNN's, if it takes it."""
+    if device != "cuda":
+        yield
+        return
+    backends = [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]  # fmt: skip
+    with torch.autocast(device, torch.bfloat16), sdpa_kernel(backends, set_priority=True):
+        yield
+
+
+def loss_of(model: nn.Module, windows: Tensor, device: str) -> Tensor:
+    """Nats per byte."""
+    with precision(device):
+        logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+class Training:
+    """A model, its optimiser and its data; :meth:`step` waits for nothing on the device.
+
+    Args:
+        settings: Of the cell: ``"attention"`` and ``"sparsity"``.
+        size: How large and how long.
+        text: Bytes to train on.
+        seed: Of weights, order and exploration.
+        device: Where to train; the text lies there, too.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], size: Size, text: Tensor, seed: int, device: str
+    ) -> None:
+        self.size, self.device = size, device
+        torch.manual_seed(seed)
+        # All methods of a seed start from the same weights; a selector draws its own beside them.
+        backbone = build_model({"attention": "dense", "sparsity": 0.0}, size).state_dict()
+        self.model = build_model(settings, size)
+        self.model.load_state_dict(backbone, strict=False)
+        self.model.to(device)
+        self.selectors = scorer_parameters(self.model)
+        own = {id(p) for p in self.selectors}
+        self.rest = [p for p in self.model.parameters() if id(p) not in own]
+        groups = [{"params": self.rest, "weight_decay": 0.1}]
+        if self.selectors:
+            # Little, as on the needle task: decay would pull temperature and budgets to 0.
+            groups.append({"params": self.selectors, "weight_decay": 0.01})
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=size.learning_rate, betas=(0.9, 0.95), fused=device == "cuda"
+        )
+        self.trainer: AdaptiveSparsityTrainer | None = None
+        if self.selectors:
+            annealing = max(1, size.steps // 4)
+            self.trainer = AdaptiveSparsityTrainer(self.model, annealing_steps=annealing)
+        # On the device: a copy from pageable memory would wait for all steps before.
+        self.windows = TextWindows(text.to(device), size.seq_len, seed)
+        self.done = 0
+
+    def step(self) -> Tensor:
+        """One step of the optimiser; the loss before it."""
+        size, step = self.size, self.done
+        rate = min(1.0, (step + 1) / max(1, size.steps // 20))
+        rate *= 0.1 + 0.45 * (1 + math.cos(math.pi * step / size.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = size.learning_rate * rate
+        self.model.train()
+        loss = loss_of(self.model, self.windows.next_batch(size.batch_size), self.device)
+        total = loss if self.trainer is None else loss + 0.01 * get_sparsity_loss(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        for parameters in (self.rest, self.selectors):
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        if self.trainer is not None:
+            self.trainer.step()
+        self.done += 1
+        return loss.detach()
+
+
+@torch.no_grad()
+def measure(model: Transformer, windows: Tensor, device: str) -> dict[str, float | None]:
+    """Held-out loss, and the sparsity with which it was reached (None: dense)."""
+    model.eval()
+    windows = windows.to(device)
+    layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
+    with TileCount(layers) as tiles:
+        losses = [loss_of(model, rows, device) * len(rows) for rows in windows.split(8)]
+    sparsity = tiles.sparsity
+    window = model.blocks[0].attention
+    if isinstance(window, FlexWindow):
+        sparsity = window.sparsity(windows.shape[1] - 1)
+    return {"loss": float(torch.stack(losses).sum()) / len(windows), "sparsity": sparsity}
