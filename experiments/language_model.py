@@ -8,6 +8,7 @@ seed. All sparse methods but the window read their own block, the one before and
     python experiments/language_model.py --device cuda --jobs 2 --gpus 2 --minutes 19
     python experiments/language_model.py --device cuda --only dense "adaptive 0.9" --seeds 0
     python experiments/language_model.py --device cuda --probe 40   # speeds alone; nothing kept
+    python experiments/language_model.py --device cuda --graph      # a step is one CUDA graph
     python experiments/language_model.py --quick
 
 One seed of every method comes first, then the other seeds of dense, adaptive 0.9, mean pooling and
@@ -19,6 +20,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -54,7 +56,7 @@ def read_text(max_bytes: int | None, seq_len: int) -> TextData:
 
 def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) -> dict[str, Any]:
     """Trains one model and measures it on held-out text."""
-    size = QUICK if quick else FULL
+    size = (QUICK if quick else FULL).of(settings)
     text = read_text(size.max_bytes, size.seq_len)
     training = Training(settings, size, text.train, seed, device)
     curve: list[list[float]] = []
@@ -78,29 +80,28 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
     }
 
 
-def probe(steps: int, only: list[str] | None, quick: bool, device: str) -> None:
-    """Prints how fast every method trains, from the code of the real runs."""
-    size = QUICK if quick else FULL
+def probe(settings: Mapping[str, Any], steps: int, quick: bool, device: str) -> str:
+    """How fast a method trains, from the code of the real runs; nothing is kept."""
+    size = (QUICK if quick else FULL).of(settings)
     text = read_text(size.max_bytes, size.seq_len)
-    for cell in CELLS:
-        if only is not None and cell.name not in only:
-            continue
-        begin = time.perf_counter()
-        training = Training(cell.settings, size, text.train, 0, device)
-        for _ in range(5):
-            loss = training.step()
-        loss.item()
-        start = time.perf_counter()
-        for _ in range(steps):
-            loss = training.step()
-        loss.item()
-        now = time.perf_counter()
-        words = f"{cell.name}: {steps / (now - start):.2f} steps/s"
-        words += f", set-up and 5 steps {start - begin:.1f} s"
-        if device == "cuda":
-            words += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-            torch.cuda.reset_peak_memory_stats()
-        print(words, flush=True)
+    begin = time.perf_counter()
+    training = Training(settings, size, text.train, 0, device)
+    for _ in range(5):
+        loss = training.step()
+    loss.item()
+    start = time.perf_counter()
+    for _ in range(steps):
+        loss = training.step()
+    value = loss.item()
+    now = time.perf_counter()
+    words = (
+        f"{steps / (now - start):.2f} steps/s = {size.steps * (now - start) / steps:.0f} s a run"
+    )
+    words += f", set-up and 5 steps {start - begin:.1f} s, loss {value:.4f}"
+    if device == "cuda":
+        words += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        torch.cuda.reset_peak_memory_stats()
+    return words
 
 
 def order(runs: Runs) -> list[tuple[str, int]]:
@@ -191,13 +192,26 @@ def main() -> int:
     """The command line: the harness's, and the probe."""
     parser = option_parser(EXPERIMENT, __doc__)
     parser.add_argument("--probe", type=int, metavar="STEPS", help="print speeds, keep nothing")
+    parser.add_argument("--graph", action="store_true", help="replay steps as CUDA graphs")
+    parser.add_argument("--batch-size", type=int, help="of as many bytes in all; default: 4")
     parsed = parser.parse_args()
-    if parsed.probe is not None:
-        probe(parsed.probe, parsed.only, parsed.quick, parsed.device)
-        return 0
-    return conduct(
-        [EXPERIMENT], workers_of(parsed), only=parsed.only, seeds=parsed.seeds, quick=parsed.quick
-    )
+    changes: dict[str, Any] = {"graph": True} if parsed.graph else {}
+    if parsed.batch_size is not None:
+        changes["batch_size"] = parsed.batch_size
+    cells = [replace(cell, settings={**cell.settings, **changes}) for cell in CELLS]
+    if parsed.probe is None:
+        return conduct(
+            [replace(EXPERIMENT, cells=cells)], workers_of(parsed), only=parsed.only,
+            seeds=parsed.seeds, quick=parsed.quick,
+        )  # fmt: skip
+    for cell in cells:
+        if parsed.only is None or cell.name in parsed.only:
+            try:
+                words = probe(cell.settings, parsed.probe, parsed.quick, parsed.device)
+            except RuntimeError as error:
+                words = f"FAILED: {error!r}"
+            print(f"{cell.name}: {words}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":

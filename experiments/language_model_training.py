@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,8 +40,15 @@ class Size:
     validation: int = 64
     max_bytes: int | None = None
 
+    def of(self, settings: Mapping[str, Any]) -> Size:
+        """The same number of bytes in batches of ``settings["batch_size"]``, if it is there."""
+        batch = settings.get("batch_size", self.batch_size)
+        return replace(self, batch_size=batch, steps=self.steps * self.batch_size // batch)
+
 
 FULL = Size()
+# Kernels are compiled and the optimiser's state is made in them.
+STEPS_BEFORE_GRAPH = 3
 QUICK = replace(
     FULL, dim=32, num_heads=2, num_layers=2, seq_len=512, batch_size=1, steps=4, block_size=16,
     validation=3, max_bytes=200_000,
@@ -87,11 +94,30 @@ def loss_of(model: nn.Module, windows: Tensor, device: str) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
+@dataclass
+class Replay:
+    """A step recorded as a CUDA graph: launching thousands of small kernels takes the host long.
+
+    Attributes:
+        stream: Where the steps before it ran and where it was recorded: one stream, so that
+            nothing that autograd keeps belongs to another.
+        graph: None before it was recorded.
+        windows: What it reads.
+        loss: What it writes.
+    """
+
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+    graph: torch.cuda.CUDAGraph | None = None
+    windows: Tensor | None = None
+    loss: Tensor | None = None
+
+
 class Training:
     """A model, its optimiser and its data; :meth:`step` waits for nothing on the device.
 
     Args:
-        settings: Of the cell: ``"attention"`` and ``"sparsity"``.
+        settings: Of the cell: ``"attention"`` and ``"sparsity"``; ``"graph"``: record the step as
+            a CUDA graph and replay it.
         size: How large and how long.
         text: Bytes to train on.
         seed: Of weights, order and exploration.
@@ -115,9 +141,15 @@ class Training:
         if self.selectors:
             # Little, as on the needle task: decay would pull temperature and budgets to 0.
             groups.append({"params": self.selectors, "weight_decay": 0.01})
+        self.replay = Replay() if settings.get("graph") else None
+        rate: float | Tensor = size.learning_rate
+        if self.replay is not None:
+            # Changed between replays, so it must lie on the device.
+            rate = torch.tensor(rate, device=device)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=size.learning_rate, betas=(0.9, 0.95), fused=device == "cuda"
-        )
+            groups, lr=rate, betas=(0.9, 0.95), fused=device == "cuda",
+            capturable=self.replay is not None,
+        )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self.selectors:
             annealing = max(1, size.steps // 4)
@@ -132,9 +164,20 @@ class Training:
         rate = min(1.0, (step + 1) / max(1, size.steps // 20))
         rate *= 0.1 + 0.45 * (1 + math.cos(math.pi * step / size.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = size.learning_rate * rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(size.learning_rate * rate)
+            else:
+                group["lr"] = size.learning_rate * rate
+        windows = self.windows.next_batch(size.batch_size)
+        loss = self._update(windows) if self.replay is None else self._replay(windows, self.replay)
+        if self.trainer is not None:
+            self.trainer.step()
+        self.done += 1
+        return loss
+
+    def _update(self, windows: Tensor) -> Tensor:
         self.model.train()
-        loss = loss_of(self.model, self.windows.next_batch(size.batch_size), self.device)
+        loss = loss_of(self.model, windows, self.device)
         total = loss if self.trainer is None else loss + 0.01 * get_sparsity_loss(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -142,10 +185,22 @@ class Training:
             if parameters:
                 nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
-        if self.trainer is not None:
-            self.trainer.step()
-        self.done += 1
         return loss.detach()
+
+    def _replay(self, windows: Tensor, replay: Replay) -> Tensor:
+        if self.done < STEPS_BEFORE_GRAPH:
+            replay.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(replay.stream):
+                loss = self._update(windows)
+            torch.cuda.current_stream().wait_stream(replay.stream)
+            return loss
+        if replay.graph is None or replay.windows is None or replay.loss is None:
+            replay.graph, replay.windows = torch.cuda.CUDAGraph(), windows.clone()
+            with torch.cuda.graph(replay.graph, stream=replay.stream):
+                replay.loss = self._update(replay.windows)
+        replay.windows.copy_(windows)
+        replay.graph.replay()
+        return replay.loss.clone()
 
 
 @torch.no_grad()
