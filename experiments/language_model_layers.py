@@ -29,7 +29,7 @@ class MeanPooled(BlockSparseTrainingFree):
     ) -> None:
         config = TrainingFreeConfig(
             method="mean_pool", base_sparsity=base_sparsity, block_size=block_size,
-            num_local_blocks=1, num_sink_blocks=1,
+            num_local_blocks=1, num_sink_blocks=0,
         )  # fmt: skip
         super().__init__(config, num_heads, head_dim)
 
