@@ -23,7 +23,7 @@ from dilated_attention_pytorch.training.language_model import (
     LanguageModelTraining,
     next_byte_loss,
 )
-from harness import Cell, Experiment, Runs, average, bars, run
+from harness import Cell, Experiment, Runs, average, bars, run, spread, verdict
 from needle_cells import train_cell
 
 SAMPLES = 64
@@ -66,13 +66,14 @@ def _text(seed: int, quick: bool, device: str) -> dict[str, Any]:
 
 
 def finding(runs: Runs) -> str:
-    """Before and after."""
-    words = [
-        f"{cell.name}: {average(runs, cell.name, 'before'):.3f} before, "
-        f"{average(runs, cell.name, 'after'):.3f} after"
-        for cell in CELLS
-    ]
-    return "; ".join(words) + "."
+    """What each model loses, in its own unit."""
+    words, kept = [], []
+    for cell in CELLS:
+        before, after = (average(runs, cell.name, key) for key in ("before", "after"))
+        worse = after - before if cell.settings.get("text") else before - after
+        kept.append(worse <= max(0.02, spread(runs, [cell.name], "before")))
+        words.append(f"{cell.name}: {before:.3f} before, {after:.3f} after")
+    return verdict(all(kept)) + "; ".join(words) + "."
 
 
 CELLS = [

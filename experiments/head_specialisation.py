@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dilated_attention_pytorch.analysis import head_statistics, record
-from harness import Cell, Experiment, Runs, average, bars, run
+from harness import Cell, Experiment, Runs, average, bars, run, values, verdict
 from needle_cells import train_cell
 
 TARGETS = ("mixed", "previous", "periodic", "anywhere")
@@ -36,14 +36,15 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
 
 
 def finding(runs: Runs) -> str:
-    """Lists the kinds."""
-    kinds = {target: [r["kinds"] for r in runs if r["cell"] == target] for target in TARGETS}
+    """Lists the kinds; heads specialise if most mixed models have heads of several kinds."""
+    kinds = {target: values(runs, target, "kinds") for target in TARGETS}
+    several = [found for found in kinds["mixed"] if "," in found]
     words = [f"{target}: {'; '.join(found)}" for target, found in kinds.items()]
     return (
-        "Kinds of the four heads, by seed. "
-        + ". ".join(words)
-        + f". Heads share {average(runs, 'mixed', 'similarity'):.2f} of their blocks when the "
-        "questions are mixed."
+        verdict(2 * len(several) > len(kinds["mixed"]))
+        + f"with mixed questions, heads of {len(several)} of {len(kinds['mixed'])} models are of "
+        f"several kinds, and share {average(runs, 'mixed', 'similarity'):.2f} of their blocks. "
+        f"Kinds of the four heads, by seed: {'. '.join(words).capitalize()}."
     )
 
 

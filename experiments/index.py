@@ -36,6 +36,7 @@ and keeps nothing; without it, it runs what is not there yet.
 
 ```
 python experiments/head_specialisation.py --device cuda --jobs 8
+python experiments/run_all.py --device cuda --jobs 12     # all of them but the language model
 python experiments/index.py      # writes this page anew
 ```
 

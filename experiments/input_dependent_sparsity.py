@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.tasks.text import load_text
-from harness import Cell, Experiment, Runs, average, bars, run
+from harness import Cell, Experiment, Runs, average, bars, run, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,13 +61,13 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
 
 
 def finding(runs: Runs) -> str:
-    """Says how far apart the kinds are."""
-    numbers = [f"{kind} {average(runs, kind, 'sparsity'):.3f}" for kind in KINDS]
-    return (
-        "The sparsity follows the content, without any training, around a base of 0.9: "
-        + ", ".join(numbers)
-        + "."
-    )
+    """Whether repetition is read most sparsely and unrelated content most densely."""
+    means = {kind: average(runs, kind, "sparsity") for kind in KINDS}
+    repeated, between, unrelated = KINDS[:2], KINDS[2:4], KINDS[4]
+    least = min(means[kind] for kind in repeated)
+    holds = all(least > means[kind] > means[unrelated] for kind in between)
+    numbers = ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items())
+    return verdict(holds) + f"sparsity without any training, around a base of 0.9: {numbers}."
 
 
 def plot(runs: Runs) -> Figure:

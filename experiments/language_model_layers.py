@@ -10,50 +10,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dilated_attention_pytorch import block_summaries, fixed_pattern
-from dilated_attention_pytorch.nn.block_sparse import (
-    BlockSparseLayer,
-    Selection,
-    SelectionInputs,
-)
-from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch import fixed_pattern
+from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.scoring.summaries import past_windows
+from dilated_attention_pytorch.scoring.training_free import mean_pool_scores
 
 
-class MeanPooled(BlockSparseLayer):
+class MeanPooled(BlockSparseTrainingFree):
     """Chooses by the product of mean-pooled queries and keys; nothing is learned.
 
-    The query block's mean sees the whole block, so its choice is not strictly causal: an advantage
-    over layers with ``query_scope="past"``.
+    The mean of the queries is that of the window which ends with the block's first token, as with
+    ``query_scope="past"``: the mean of the whole block would choose by what is to be predicted.
     """
 
     def __init__(
-        self, num_heads: int, head_dim: int, *, base_sparsity: float, **sizes: Any
+        self, num_heads: int, head_dim: int, base_sparsity: float, block_size: int
     ) -> None:
-        super().__init__(
-            segment_lengths=None, dilation_rates=None, num_heads=num_heads, head_dim=head_dim,
-            num_kv_heads=None, pattern_heads=num_heads, scale=None, backend="auto", **sizes,
+        config = TrainingFreeConfig(
+            method="mean_pool", base_sparsity=base_sparsity, block_size=block_size,
+            num_local_blocks=1, num_sink_blocks=0,
         )  # fmt: skip
-        self.base_sparsity = base_sparsity
+        super().__init__(config, num_heads, head_dim)
 
-    @torch.no_grad()
-    def select(self, inputs: SelectionInputs) -> Selection:
-        """Keeps the best products within the budget of a fixed pattern."""
-        candidates, rows = inputs.candidates, inputs.rows
-        q = block_summaries(inputs.query, self.block_size, pooling=("mean",))
-        k = block_summaries(inputs.key, self.block_size, pooling=("mean",))
-        scores = q.float().transpose(1, 2) @ k.float().transpose(1, 2).transpose(-1, -2)
-        shape = scores.shape
-        forced = candidates.forced.sum(-1)
-        limit = (forced + candidates.scored.sum(-1)).expand(shape[:3])
-        keep = torch.full(shape[:3], 1 - self.base_sparsity, device=scores.device)
-        exact = water_level_budget(keep, forced, limit, rows, candidates.width)
-        count = (round_budget(exact, rows) - forced).clamp(min=0)
-        scored = candidates.scored.expand(shape)
-        chosen = choose_top_k(scores, scored, count, candidates.width)
-        chosen = chosen | candidates.forced
-        width = int(chosen.sum(-1).max())
-        return Selection(self.build_pattern(inputs, chosen, width)[0])
+    def score(self, inputs: SelectionInputs) -> Tensor:
+        """Products of the means ``(b, num_heads, i, j)``."""
+        query, valid = past_windows(inputs.query.detach(), self.block_size, None, None)
+        return mean_pool_scores(
+            query, inputs.key.detach(), block_size=self.block_size, scale=self.head_dim**-0.5,
+            query_valid=valid,
+        )  # fmt: skip
 
 
 class FlexWindow(nn.Module):
@@ -68,6 +54,11 @@ class FlexWindow(nn.Module):
     def __init__(self, *, base_sparsity: float, block_size: int) -> None:
         super().__init__()
         self.base_sparsity, self.block_size = base_sparsity, block_size
+
+    def sparsity(self, n: int) -> float:
+        """Share of the query-key pairs of ``n`` tokens that the window leaves out."""
+        width = min(_window_width(n, self.base_sparsity, self.block_size), n)
+        return 1 - (n * width - width * (width - 1) / 2) / (n * (n + 1) / 2)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
         """``(batch, n, heads, head_dim)``; always causal."""

@@ -70,6 +70,7 @@ SLOW = {"scorer_learning_rate": 0.25, "sparsity_warmup": 0.2}
 BF16 = {"dtype": "bfloat16"}
 
 ONE = (0,)
+GROUPED = {"num_heads": 4, "num_kv_heads": 2}
 FRESH = (0, 1, 2, 3, 4, 5, 9, 10, 11)  # 6 to 8 helped to choose the recipe, 9 to 11 nothing
 VARIANTS = (
     Variant("dense", "dense attention (upper bound)", "dense"),
@@ -97,6 +98,9 @@ VARIANTS = (
     Variant("shared_pattern", "one pattern for all heads", config={"share_across_heads": True},
             seeds=ONE),
     Variant("shared_layers", "one choice for both layers", run={"layers_per_selection": 2}),
+    Variant("grouped", "4 heads on 2 KV heads, a choice per head", run=GROUPED),
+    Variant("shared_kv_group", "the same, a choice per KV head",
+            config={"share_within_kv_group": True}, run=GROUPED),
     Variant("hard", "hard_sparsity (no noise, no random blocks)", config={"hard_sparsity": True},
             seeds=ONE),
     Variant("one_block", "1 scored block", config={"scored_blocks": 1}, seeds=ONE),

@@ -17,7 +17,7 @@ from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
 )
-from harness import Cell, Experiment, Runs, average, bars, run
+from harness import Cell, Experiment, Runs, average, bars, run, verdict
 
 WEIGHTS = (0.0, 0.01, 0.1, 1.0)
 SPARSITY = 0.8
@@ -50,13 +50,20 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
 
 
 def finding(runs: Runs) -> str:
-    """Compares the weights."""
+    """Whether some weight brings the sparsity closer to the target than none, and close."""
+    away = {w: average(runs, f"{w:g}", "distance") for w in WEIGHTS}
+    best = min(away, key=away.__getitem__)
     numbers = [
         f"weight {w:g}: sparsity {average(runs, f'{w:g}', 'sparsity'):.3f}, "
         f"{average(runs, f'{w:g}', 'loss'):.3f} nats per byte"
         for w in WEIGHTS
     ]
-    return f"With a target of {SPARSITY}: " + "; ".join(numbers) + "."
+    return (
+        verdict(best > 0 and away[best] < min(0.01, away[0.0] / 2))
+        + f"with a target of {SPARSITY}, "
+        + "; ".join(numbers)
+        + "."
+    )
 
 
 EXPERIMENT = Experiment(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from dilated_attention_pytorch import get_adaptive_sparsity
-from harness import Cell, Experiment, Runs, average, bars, run
+from harness import Cell, Experiment, Runs, average, bars, run, spread, verdict
 from needle_cells import execute
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -17,14 +17,17 @@ RULES = {"0.8 everywhere": lambda length: 0.8, "by length": get_adaptive_sparsit
 
 
 def finding(runs: Runs) -> str:
-    """Lists both rules by length."""
-    sentences = [
+    """Whether the sparser rule costs accuracy at the longest length."""
+    words = [
         f"{rule}: "
         + ", ".join(f"{average(runs, f'{n} tokens, {rule}', 'accuracy'):.3f}" for n in LENGTHS)
         for rule in RULES
     ]
+    same, by_length = (f"{LENGTHS[-1]} tokens, {rule}" for rule in RULES)
+    margin = max(0.01, spread(runs, [same, by_length], "accuracy"))
+    loss = average(runs, same, "accuracy") - average(runs, by_length, "accuracy")
     lengths = ", ".join(f"{n:,}" for n in LENGTHS)
-    return f"Accuracy at {lengths} tokens, {'; '.join(sentences)}."
+    return verdict(loss <= margin) + f"accuracy at {lengths} tokens, {'; '.join(words)}."
 
 
 def settings(length: int, rule: str) -> dict[str, object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from harness import Cell, Experiment, Runs, average, bars, run
+from harness import Cell, Experiment, Runs, average, bars, run, spread, verdict
 from needle_cells import execute
 
 METHODS = ("adaptive", "local", "dilated", "strided", "hierarchical", "sink_local", "random")
@@ -17,15 +17,19 @@ TARGETS = {"varied": "anywhere", "uniform": "previous"}
 
 def finding(runs: Runs) -> str:
     """Compares adaptive attention with the best fixed pattern on both."""
-    sentences = []
+    words, gains, margins = [], {}, {}
     for kind in TARGETS:
         means = {m: average(runs, f"{kind}, {m}", "accuracy") for m in METHODS}
         best = max(METHODS[1:], key=means.__getitem__)
-        sentences.append(
+        pair = [f"{kind}, {method}" for method in ("adaptive", best)]
+        gains[kind] = means["adaptive"] - means[best]
+        margins[kind] = max(0.01, spread(runs, pair, "accuracy"))
+        words.append(
             f"{kind} input: adaptive {means['adaptive']:.3f}, the best fixed pattern ({best}) "
             f"{means[best]:.3f}"
         )
-    return "; ".join(sentences).capitalize() + "."
+    holds = gains["varied"] > margins["varied"] and gains["uniform"] > -margins["uniform"]
+    return verdict(holds) + "; ".join(words) + "."
 
 
 EXPERIMENT = Experiment(

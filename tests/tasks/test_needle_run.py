@@ -24,3 +24,10 @@ def test_the_dtype_is_checked_and_switches_autocast():
     for dtype, expected in (("float32", False), ("bfloat16", True)):
         with NeedleRun("dense", needle_config(), dtype=dtype).autocast():
             assert torch.is_autocast_enabled("cpu") is expected
+
+
+def test_kv_heads_reach_projections_and_layers():
+    run = NeedleRun("adaptive", needle_config(), num_heads=4, num_kv_heads=2)
+    (block,) = build_needle_model(run).transformer.blocks
+    assert block.qkv.weight.shape[0] == (4 + 2 + 2) * 16
+    assert block.attention.num_kv_heads == 2

@@ -25,9 +25,10 @@ class DenseAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False
     ) -> Tensor:
-        """Attends over ``(batch, seq_len, num_heads, head_dim)``."""
+        """Attends over ``(batch, seq_len, num_heads, head_dim)``; KV heads may be fewer."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
         return out.transpose(1, 2)
 
 
@@ -37,6 +38,7 @@ def build_attention(
     head_dim: int,
     config: AdaptiveConfig,
     *,
+    num_kv_heads: int | None = None,
     segment_lengths: Sequence[int] | None = None,
     dilation_rates: Sequence[int] | None = None,
     backend: str = "auto",
@@ -48,6 +50,7 @@ def build_attention(
         num_heads: Heads.
         head_dim: Size of a head.
         config: Settings; a fixed pattern takes block size, sparsity, forced blocks from it.
+        num_kv_heads: Key and value heads; None: ``num_heads``.
         segment_lengths: As in :class:`BlockSparseAdaptive`.
         dilation_rates: As in :class:`BlockSparseAdaptive`.
         backend: Of :func:`block_sparse_attention`; dense attention is PyTorch's in any case.
@@ -61,12 +64,14 @@ def build_attention(
         return DenseAttention()
     if name == "adaptive":
         return BlockSparseAdaptive(
-            segment_lengths, dilation_rates, num_heads, head_dim, config, backend=backend
-        )
+            segment_lengths, dilation_rates, num_heads, head_dim, config,
+            num_kv_heads=num_kv_heads, backend=backend,
+        )  # fmt: skip
     return BlockSparseFixed(
         name,
         num_heads,
         head_dim,
+        num_kv_heads=num_kv_heads,
         base_sparsity=config.base_sparsity,
         num_selected_blocks=config.num_selected_blocks,
         segment_lengths=segment_lengths,
@@ -93,15 +98,17 @@ class _Block(nn.Module):
         self,
         dim: int,
         num_heads: int,
+        num_kv_heads: int,
         attention: nn.Module,
         feed_forward: int,
         rope: bool,
         residual_branches: int,
     ) -> None:
         super().__init__()
-        self.num_heads, self.rope = num_heads, rope
+        self.num_heads, self.num_kv_heads, self.rope = num_heads, num_kv_heads, rope
         self.attention_norm = nn.RMSNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        projected = (num_heads + 2 * num_kv_heads) * (dim // num_heads)
+        self.qkv = nn.Linear(dim, projected, bias=False)
         self.attention = attention
         self.out = nn.Linear(dim, dim, bias=False)
         # Normalised queries and keys (arXiv 2010.04245): without them some seeds stay on a plateau
@@ -120,7 +127,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, dict[str, Any] | None]:
         b, n, dim = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(b, n, 3, self.num_heads, -1).unbind(2)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        projected = self.qkv(self.attention_norm(x)).view(b, n, sum(heads), -1)
+        q, k, v = projected.split(heads, 2)
         # In float32 also under autocast, where the weights are.
         q, k = self.query_norm(q.float()).to(q.dtype), self.key_norm(k.float()).to(k.dtype)
         if self.rope:
@@ -150,6 +159,8 @@ class Transformer(nn.Module):
         rope: Rotary positions.
         vocabulary: Input tokens to embed; None: the input is embedded already.
         outputs: Outputs per token.
+        num_kv_heads: Key and value heads, of which each serves a group of heads; None:
+            ``num_heads``. What ``make_attention`` builds must have as many.
         layers_per_selection: Blocks that share the choice of the first of them, where the
             attention layers choose: the others score nothing and their selectors learn nothing.
 
@@ -168,6 +179,7 @@ class Transformer(nn.Module):
         rope: bool = True,
         vocabulary: int | None = 256,
         outputs: int = 256,
+        num_kv_heads: int | None = None,
         layers_per_selection: int = 1,
     ) -> None:
         super().__init__()
@@ -176,6 +188,9 @@ class Transformer(nn.Module):
         self.layers_per_selection = layers_per_selection
         if dim % num_heads or num_heads < 1:
             raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}.")
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {kv_heads}.")
         self.embedding = None if vocabulary is None else nn.Embedding(vocabulary, dim)
         if self.embedding is not None:
             nn.init.normal_(self.embedding.weight, std=0.02)
@@ -184,6 +199,7 @@ class Transformer(nn.Module):
             _Block(
                 dim,
                 num_heads,
+                kv_heads,
                 make_attention(num_heads, dim // num_heads),
                 feed_forward,
                 rope,

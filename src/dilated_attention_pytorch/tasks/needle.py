@@ -150,6 +150,7 @@ class NeedleModel(nn.Module):
         *,
         dim: int = 64,
         num_heads: int = 2,
+        num_kv_heads: int | None = None,
         num_layers: int = 1,
         layers_per_selection: int = 1,
     ) -> None:
@@ -161,7 +162,7 @@ class NeedleModel(nn.Module):
         deep = num_layers > 1
         self.transformer = Transformer(
             dim, num_heads, num_layers, make_attention, feed_forward=2 * dim if deep else 0,
-            rope=deep, vocabulary=None, outputs=task.num_values,
+            rope=deep, vocabulary=None, outputs=task.num_values, num_kv_heads=num_kv_heads,
             layers_per_selection=layers_per_selection,
         )  # fmt: skip
 
@@ -190,6 +191,7 @@ class NeedleRun:
         config: Settings of the layer.
         num_layers: Transformer blocks.
         num_heads: Heads.
+        num_kv_heads: As in :class:`Transformer`.
         segment_lengths: As in :class:`BlockSparseAdaptive`; for sparse attention.
         dilation_rates: With ``segment_lengths``.
         steps: Optimiser steps.
@@ -211,6 +213,7 @@ class NeedleRun:
     config: AdaptiveConfig
     num_layers: int = 1
     num_heads: int = 2
+    num_kv_heads: int | None = None
     segment_lengths: tuple[int, ...] | None = None
     dilation_rates: tuple[int, ...] | None = None
     steps: int = 2000
@@ -279,6 +282,7 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
             num_heads,
             head_dim,
             run.config,
+            num_kv_heads=run.num_kv_heads,
             segment_lengths=run.segment_lengths,
             dilation_rates=run.dilation_rates,
             backend=run.backend,
@@ -288,6 +292,7 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
         run.task,
         make,
         num_heads=run.num_heads,
+        num_kv_heads=run.num_kv_heads,
         num_layers=run.num_layers,
         layers_per_selection=run.layers_per_selection,
     )
