@@ -111,7 +111,5 @@ def test_bad_settings_are_refused():
         LowRankScorer(4, 8, 2, rank=9)
     with pytest.raises(ValueError, match="query_stride must divide block_size=64, got 7"):
         AdaptiveConfig(scorer="low_rank", query_stride=7)
-    with pytest.raises(ValueError, match="query_scope='block'"):
-        AdaptiveConfig(scorer="low_rank", query_scope="past")
     with pytest.raises(ValueError, match="hierarchy needs scorer='bilinear' or 'mlp'"):
         AdaptiveConfig(scorer="low_rank", hierarchy=(4,))

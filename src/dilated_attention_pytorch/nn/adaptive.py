@@ -154,7 +154,9 @@ class BlockSparseAdaptive(ScheduledLayer):
             return place
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
-        if config.query_scope == "past" and inputs.mask.causal:
+        if self.looks_back(inputs.mask) and not (
+            _reads_tokens(config) and config.budget == "threshold"
+        ):
             return "query_scope 'past' takes running budgets"
         if config.budget == "top_p":
             return "budget 'top_p' normalises the scores of a row"
@@ -174,9 +176,7 @@ class BlockSparseAdaptive(ScheduledLayer):
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
         if self.selection_refusal(inputs) is not None:
             return super().threshold_sample(inputs)
-        candidates, allowed = inputs.candidates, inputs.rows.num_allowed
-        scores = score_tokens(self, inputs)
-        return ThresholdSample.of(scores, candidates.scored, candidates.forced, allowed)
+        return self._sample_of(inputs, score_tokens(self, inputs))
 
     @torch.no_grad()
     def prefill(

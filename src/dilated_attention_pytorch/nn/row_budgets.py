@@ -23,6 +23,7 @@ from dilated_attention_pytorch.selection.threshold import threshold_budget, thre
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+    from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
 MAX_BUDGET_FACTOR = 2.0
@@ -72,7 +73,7 @@ def row_budgets(
     if config.hierarchy:
         # The budget depends on lengths alone, not on which super-blocks were kept.
         limit = rows.num_allowed.long()
-    rounded = budget_by_score(layer, scores, candidates, inputs.mask.kv_len)
+    rounded = budget_by_score(layer, scores, candidates, row_lengths(layer, inputs))
     if rounded is not None:
         stand_in = rounded.float()
         if config.budget == "top_p":
@@ -97,24 +98,48 @@ def row_budgets(
 
 
 def budget_by_score(
-    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, kv_len: int | Tensor
+    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, lengths: int | Tensor
 ) -> Tensor | None:
     """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do.
 
-    ``kv_len`` is the number of key tokens, or ``(b,)`` of each sample.
+    ``lengths`` as from :func:`row_lengths`.
     """
     if layer.config.budget == "top_p":
         count = top_p_budget(scores, candidates.scored, layer.top_p)
     elif layer.config.budget == "threshold":
-        threshold: float | Tensor
-        if isinstance(kv_len, Tensor):
-            threshold = thresholds_at(layer.thresholds, kv_len).view(-1, 1, 1, 1)
-        else:
-            threshold = layer.threshold_table().at(kv_len)
+        threshold = row_thresholds(layer, lengths)
+        if isinstance(threshold, Tensor):
+            threshold = threshold[..., None]
         count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
     else:
         return None
     return candidates.forced.sum(-1, dtype=torch.int32) + count
+
+
+def row_lengths(layer: ScoringLayer, inputs: SelectionInputs) -> int | Tensor:
+    """The key tokens by which a row's threshold is looked up.
+
+    All that there are; or, with ``query_scope="past"`` and causal, those that the row's first token
+    sees, ``(1 or b, 1, i)``.
+    """
+    mask, size = inputs.mask, layer.block_size
+    if not layer.looks_back(mask):
+        return mask.kv_len
+
+    def count() -> Tensor:
+        spans = mask.spans(torch.arange(0, mask.q_len, size, device=inputs.query.device))
+        return (spans[:, 1:] - spans[:, :1]).clamp(min=1)
+
+    return inputs.rows.remember(("row lengths", size), count)
+
+
+def row_thresholds(layer: BlockSparseAdaptive, lengths: int | Tensor) -> float | Tensor:
+    """Thresholds of ``budget="threshold"`` for lengths, in their shape."""
+    # Also refuses a layer without thresholds.
+    table = layer.threshold_table()
+    if isinstance(lengths, Tensor):
+        return thresholds_at(layer.thresholds, lengths)
+    return table.at(lengths)
 
 
 def budget_factor(

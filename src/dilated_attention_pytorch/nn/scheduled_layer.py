@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import DensityRecord
+from dilated_attention_pytorch.nn.row_budgets import DensityRecord, row_lengths
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.selection.bounds import halvings
@@ -115,9 +115,13 @@ class ScheduledLayer(ScoringLayer):
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
-        candidates = inputs.candidates
+        return self._sample_of(inputs, self.score(inputs)[0])
+
+    def _sample_of(self, inputs: SelectionInputs, scores: Tensor) -> ThresholdSample:
+        candidates, lengths = inputs.candidates, row_lengths(self, inputs)
+        share = lengths / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
         return ThresholdSample.of(
-            self.score(inputs)[0], candidates.scored, candidates.forced, inputs.rows.num_allowed
+            scores, candidates.scored, candidates.forced, inputs.rows.num_allowed, share=share
         )
 
     def set_thresholds(self, table: ThresholdTable) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
@@ -103,11 +104,11 @@ class ScoringLayer(BlockSparseLayer):
         if isinstance(self.scorer, LowRankScorer):
             scores = self.scorer(
                 inputs.query, inputs.key, inputs.mask, self.block_size, inputs.candidates.indices,
-                query_valid=inputs.query_valid,
+                query_valid=inputs.query_valid, past=self.looks_back(inputs.mask),
             )  # fmt: skip
             return scores, self._key_means(inputs)
         if isinstance(self.scorer, PrototypeScorer):
-            query, valid = self._scope(inputs)
+            query, valid = self.scope(inputs)
             scores = self.scorer(
                 query, inputs.key, self.block_size, inputs.candidates.indices,
                 query_valid=valid, key_valid=inputs.key_valid,
@@ -118,13 +119,17 @@ class ScoringLayer(BlockSparseLayer):
 
     def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Summaries of query and key blocks, and the key blocks' means."""
-        queries = self.pool_queries(*self._scope(inputs))
+        queries = self.pool_queries(*self.scope(inputs))
         return (queries, *self.pool_keys(inputs.key, inputs.key_valid))
 
-    def _scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
+    def looks_back(self, mask: AttentionMask) -> bool:
+        """Whether rows are judged by queries up to their first token alone."""
+        return self.config.query_scope == "past" and mask.causal
+
+    def scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
         """The query tokens that each row may be judged by, and which of them are real."""
         query, valid = inputs.query, inputs.query_valid
-        if self.config.query_scope == "past" and inputs.mask.causal:
+        if self.looks_back(inputs.mask):
             return past_windows(query, self.block_size, valid, inputs.mask.document_ids)
         return query, valid
 

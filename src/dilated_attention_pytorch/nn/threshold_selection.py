@@ -28,7 +28,7 @@ def place_refusal(layer: BlockSparseLayer, inputs: SelectionInputs) -> str | Non
 
 
 def select_above(
-    inputs: SelectionInputs, scores: Tensor, threshold: float, block_size: int
+    inputs: SelectionInputs, scores: Tensor, threshold: float | Tensor, block_size: int
 ) -> Selection:
     """Keeps the forced blocks and those whose share of the softmaxed scores reaches a threshold.
 
@@ -37,7 +37,7 @@ def select_above(
     Args:
         inputs: What a layer chooses by; without segments.
         scores: ``(b, heads, i, j)`` of all key blocks.
-        threshold: In [0, 1].
+        threshold: In [0, 1], for all rows or ``(1 or b, 1, i)``.
         block_size: Tokens per block.
     """
     rule, rows = inputs.rule, inputs.rows

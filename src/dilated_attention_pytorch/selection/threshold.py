@@ -72,10 +72,28 @@ class ThresholdSample:
 
     @classmethod
     def of(
-        cls, scores: Tensor, scored: Tensor, forced: Tensor, num_allowed: Tensor
+        cls,
+        scores: Tensor,
+        scored: Tensor,
+        forced: Tensor,
+        num_allowed: Tensor,
+        *,
+        share: Tensor | None = None,
     ) -> ThresholdSample:
-        """Reads the scores of a layer; ``num_allowed`` broadcasts to ``(batch, heads, i)``."""
+        """Reads the scores of a layer.
+
+        Args:
+            scores: As for :func:`threshold_budget`.
+            scored: Likewise.
+            forced: Likewise.
+            num_allowed: Blocks of dense attention, broadcasts to ``(batch, heads, i)``.
+            share: Where rows go by thresholds of their own length: that length over the sample's,
+                likewise. A row of half the length has twice the threshold
+                (:meth:`ThresholdTable.at`), which half the mass against one threshold says too.
+        """
         p = visible_softmax(scores, scored, forced)
+        if share is not None:
+            p = p * share[..., None]
         return cls(
             p[scored.expand(p.shape)],
             float(forced.expand(p.shape).sum()),
@@ -149,10 +167,10 @@ def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         table: ``(entries, 2)`` of length and threshold, ascending in the lengths.
-        lengths: ``(n,)`` integers.
+        lengths: Integers of any shape.
 
     Returns:
-        ``(n,)`` in the dtype of ``table``.
+        The thresholds in their shape, in the dtype of ``table``.
 
     Example:
         >>> table = torch.tensor([[1024, 0.04], [4096, 0.01]])

@@ -41,7 +41,11 @@ def row_budget(
     config, candidates = layer.config, row.candidates
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    by_score = budget_by_score(layer, scores, candidates, memory.lengths)
+    lengths = memory.lengths
+    if config.query_scope == "past":
+        # Those that the row's first token sees, whichever token chooses.
+        lengths = row.number * layer.block_size + 1
+    by_score = budget_by_score(layer, scores, candidates, lengths.view(-1, 1, 1))
     if by_score is not None:
         return by_score
     if config.num_selected_blocks is not None:

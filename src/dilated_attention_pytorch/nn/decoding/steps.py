@@ -11,6 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.nn.decoding.choice import choose as choose_blocks
 from dilated_attention_pytorch.nn.decoding.prompt import allocate
 from dilated_attention_pytorch.nn.decoding.settings import check_layer
+from dilated_attention_pytorch.nn.decoding.token_scores import CachedKeys
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
@@ -46,6 +47,10 @@ def decode(
             f"key_cache must hold the {state.num_tokens} tokens so far and the {new} new ones, got "
             f"{key_cache.shape[1]}."
         )
+    if selector_key is not None and layer.config.scorer == "low_rank":
+        raise ValueError(
+            "selector_key must be None with scorer='low_rank', which reads the keys of key_cache."
+        )
     score_query = query if selector_query is None else selector_query
     if state.memory is None:
         allocate(layer, state, score_query, key_cache, new)
@@ -60,7 +65,7 @@ def decode(
             state.append(score_query[:, part], selector_key[:, part], cached=False)
         needed = not (layer.config.query_scope == "past" and state.uniform and state.listed)
         if choose if choose is not None else needed or begins:
-            choose_blocks(layer, state)
+            choose_blocks(layer, state, CachedKeys.of(layer, state, key_cache, choose))
         outs.append(_attend(layer, query[:, part], key_cache, value_cache, state))
         first += count
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)

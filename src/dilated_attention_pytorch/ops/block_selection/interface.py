@@ -251,20 +251,23 @@ def low_rank_scores(
     return scores
 
 
-def threshold_lists(scores: Tensor, intervals: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def threshold_lists(
+    scores: Tensor, intervals: Tensor, threshold: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Forced blocks and those whose share of the softmaxed scores reaches a threshold.
 
     Args:
         scores: ``(b, p, i, j)`` of all key blocks.
         intervals: ``rule.intervals(rows)``.
-        threshold: In [0, 1].
+        threshold: In [0, 1], for all rows or ``(1 or b, 1, i)``.
 
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
     """
     from dilated_attention_pytorch.ops.block_selection.threshold import threshold_op
 
-    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, threshold)
+    given = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
+    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, *given)
     return found
 
 
