@@ -82,7 +82,18 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("settings", [{}, {"share_within_kv_group": True}, {"num_local_blocks": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"share_within_kv_group": True},
+        {"num_local_blocks": 2},
+        {"query_scope": "past"},
+        {"query_scope": "past", "query_stride": 1},
+        {"query_scope": "past", "scorer": "prototypes", "pooling": ("attention",)},
+    ],
+    ids=str,
+)
 def test_low_rank_chooses_as_in_pytorch(name: str, settings: dict[str, Any]) -> None:
     layer = adaptive(**settings)
     query, key = tokens()

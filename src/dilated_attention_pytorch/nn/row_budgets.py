@@ -73,7 +73,8 @@ def row_budgets(
     if config.hierarchy:
         # The budget depends on lengths alone, not on which super-blocks were kept.
         limit = rows.num_allowed.long()
-    rounded = budget_by_score(layer, scores, candidates, row_lengths(layer, inputs))
+    threshold = row_thresholds(layer, inputs) if config.budget == "threshold" else None
+    rounded = budget_by_score(layer, scores, candidates, threshold)
     if rounded is not None:
         stand_in = rounded.float()
         if config.budget == "top_p":
@@ -98,16 +99,18 @@ def row_budgets(
 
 
 def budget_by_score(
-    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, lengths: int | Tensor
+    layer: BlockSparseAdaptive,
+    scores: Tensor,
+    candidates: Candidates,
+    threshold: float | Tensor | None,
 ) -> Tensor | None:
     """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do.
 
-    ``lengths`` as from :func:`row_lengths`.
+    ``threshold`` as from :func:`row_thresholds`, for ``budget="threshold"``.
     """
     if layer.config.budget == "top_p":
         count = top_p_budget(scores, candidates.scored, layer.top_p)
-    elif layer.config.budget == "threshold":
-        threshold = row_thresholds(layer, lengths)
+    elif threshold is not None:
         if isinstance(threshold, Tensor):
             threshold = threshold[..., None]
         count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
@@ -133,13 +136,15 @@ def row_lengths(layer: ScoringLayer, inputs: SelectionInputs) -> int | Tensor:
     return inputs.rows.remember(("row lengths", size), count)
 
 
-def row_thresholds(layer: BlockSparseAdaptive, lengths: int | Tensor) -> float | Tensor:
-    """Thresholds of ``budget="threshold"`` for lengths, in their shape."""
-    # Also refuses a layer without thresholds.
-    table = layer.threshold_table()
-    if isinstance(lengths, Tensor):
-        return thresholds_at(layer.thresholds, lengths)
-    return table.at(lengths)
+def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float | Tensor:
+    """The thresholds of ``budget="threshold"`` for :func:`row_lengths`, in their shape."""
+    table, lengths = layer.threshold_table(), row_lengths(layer, inputs)
+    if not isinstance(lengths, Tensor):
+        return table.at(lengths)
+    return inputs.rows.remember(
+        ("row thresholds", layer.block_size, table),
+        lambda: thresholds_at(layer.thresholds, lengths),
+    )
 
 
 def budget_factor(

@@ -11,7 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.fused_selection import allot_budget, choose_blocks
-from dilated_attention_pytorch.nn.row_budgets import row_lengths, row_thresholds
+from dilated_attention_pytorch.nn.row_budgets import row_thresholds
 from dilated_attention_pytorch.nn.threshold_selection import select_above
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
@@ -84,9 +84,7 @@ def select_by_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Sel
     """
     scores = score_tokens(layer, inputs)
     if layer.config.budget == "threshold":
-        selection = select_above(
-            inputs, scores, row_thresholds(layer, row_lengths(layer, inputs)), layer.block_size
-        )
+        selection = select_above(inputs, scores, row_thresholds(layer, inputs), layer.block_size)
         layer.record_density(selection.pattern.kv_num_blocks, inputs.rows, None)
         return selection
     rule, rows = inputs.rule, inputs.rows

@@ -13,6 +13,7 @@ from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of
 from dilated_attention_pytorch.nn.selector_state import Memory
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
+from dilated_attention_pytorch.selection.threshold import thresholds_at
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -41,11 +42,13 @@ def row_budget(
     config, candidates = layer.config, row.candidates
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    lengths = memory.lengths
-    if config.query_scope == "past":
-        # Those that the row's first token sees, whichever token chooses.
-        lengths = row.number * layer.block_size + 1
-    by_score = budget_by_score(layer, scores, candidates, lengths.view(-1, 1, 1))
+    threshold = None
+    if config.budget == "threshold":
+        # With the past alone the tokens that the row's first one sees, whichever token chooses.
+        past = config.query_scope == "past"
+        lengths = row.number * layer.block_size + 1 if past else memory.lengths
+        threshold = thresholds_at(layer.thresholds, lengths).view(-1, 1, 1)
+    by_score = budget_by_score(layer, scores, candidates, threshold)
     if by_score is not None:
         return by_score
     if config.num_selected_blocks is not None:
