@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from dilated_attention_pytorch.selection.threshold import threshold_budget, thre
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
     from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
+
+_Lengths = TypeVar("_Lengths", int, Tensor)
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
 MAX_BUDGET_FACTOR = 2.0
@@ -122,18 +124,30 @@ def budget_by_score(
 def row_lengths(layer: ScoringLayer, inputs: SelectionInputs) -> int | Tensor:
     """The key tokens by which a row's threshold is looked up.
 
-    All that there are; or, with ``query_scope="past"`` and causal, those that the row's first token
-    sees, ``(1 or b, 1, i)``.
+    All that there are (:func:`whole_samples`); or, with ``query_scope="past"`` and causal, those
+    that the row's first token sees, ``(1 or b, 1, i)``.
     """
     mask, size = inputs.mask, layer.block_size
     if not layer.looks_back(mask):
-        return mask.kv_len
+        return whole_samples(layer, mask.kv_len)
 
     def count() -> Tensor:
         spans = mask.spans(torch.arange(0, mask.q_len, size, device=inputs.query.device))
         return (spans[:, 1:] - spans[:, :1]).clamp(min=1)
 
     return inputs.rows.remember(("row lengths", size), count)
+
+
+def whole_samples(layer: ScoringLayer, lengths: _Lengths) -> _Lengths:
+    """Lengths up to where the next query is sampled, for ``scorer="low_rank"``.
+
+    Between two sampled queries nothing of a row's choice changes but the threshold, by the
+    ``query_stride`` tokens at most; so that changes with the next one too.
+    """
+    if layer.config.scorer != "low_rank":
+        return lengths
+    stride = layer.config.query_stride
+    return -(-lengths // stride) * stride
 
 
 def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float | Tensor:

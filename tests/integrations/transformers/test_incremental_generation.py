@@ -149,7 +149,7 @@ def test_low_rank_selectors_take_drafts_back(drafts: str) -> None:
 def test_low_rank_choices_read_the_cached_keys_once_per_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And with ``query_scope="block"`` at every sampled query, by that query alone."""
+    """And with ``query_scope="block"`` at every sampled query, by that one alone."""
     rated: list[tuple[int, int]] = []
     original = LowRankScorer.rate
 

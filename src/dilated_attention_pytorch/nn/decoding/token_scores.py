@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
+from dilated_attention_pytorch.nn.decoding.settings import sums_mass
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
 from dilated_attention_pytorch.ops.block_selection.interface import (
     kernel_refusal,
@@ -29,30 +30,20 @@ class CachedKeys:
     Attributes:
         key: ``(b, capacity, g, d)``: the cache, with the newest tokens.
         starts: ``(b,)`` integers: place of token 0, or None: 0.
-        queries: ``"all"`` of the row's sampled queries, the ``"newest"`` alone, which the mass of
-            those before is kept beside, or ``"none"``: none has come since the last choice.
+        newest: Whether the row's newest sampled query alone is rated, beside the mass that those
+            before it have given; otherwise all of them are.
     """
 
     key: Tensor
     starts: Tensor | None
-    queries: str
+    newest: bool
 
     @classmethod
-    def of(
-        cls, layer: BlockSparseAdaptive, state: SelectorState, key: Tensor, choose: bool | None
-    ) -> CachedKeys | None:
+    def of(cls, layer: BlockSparseAdaptive, state: SelectorState, key: Tensor) -> CachedKeys | None:
         """The keys for the next choice; None if the layer's scorer reads none."""
         if not isinstance(layer.scorer, LowRankScorer):
             return None
-        newest, size = state.num_tokens - 1, layer.block_size
-        queries = "all"
-        if layer.config.query_scope == "block" and state.listed:
-            queries = "newest"
-            # Whoever says that a call chooses records it, for tokens of any number.
-            known = choose is None and state.uniform and newest - newest % size >= state.known_from
-            if known and newest % layer.scorer.query_stride:
-                queries = "none"
-        return cls(key, state.starts, queries)
+        return cls(key, state.starts, sums_mass(layer) and state.listed)
 
     def blocks(self, count: int, size: int) -> Tensor:
         """The keys of the first ``count`` blocks of each sample, or all that there is room for."""
@@ -93,13 +84,13 @@ def _row_scores(
     count = (memory.lengths - 1 - start).div(stride, rounding_mode="floor") + 1
     newest = start + (count - 1) * stride
     total = memory.masses[:, :, 1 : blocks + 1]
-    if cached.queries == "all":
-        mean = _rate(layer, memory, start, per_block, cached, blocks)[:, :, 0].exp()
-        total.copy_(mean * count.view(-1, 1, 1))
-    elif cached.queries == "newest":
+    if cached.newest:
         mass = _rate(layer, memory, newest, 1, cached, blocks)[:, :, 0].exp()
         begins, more = (x.view(-1, 1, 1) for x in (count == 1, newest > memory.sampled))
         total.copy_(torch.where(begins, mass, torch.where(more, total + mass, total)))
+    else:
+        mean = _rate(layer, memory, start, per_block, cached, blocks)[:, :, 0].exp()
+        total.copy_(mean * count.view(-1, 1, 1))
     memory.sampled.copy_(newest)
     mean = (total / count.view(-1, 1, 1)).clamp(min=torch.finfo(total.dtype).tiny)
     return mean.log()[:, :, None]
