@@ -119,7 +119,8 @@ def _rate(
     else:
         scores = scorer.rate(query, key, last, size)
     # Room of the state that the cache has not, whose blocks nobody sees.
-    return F.pad(scores, (0, blocks - scores.shape[3]))
+    missing = blocks - scores.shape[3]
+    return F.pad(scores, (0, missing)) if missing else scores
 
 
 def _has_kernel(layer: BlockSparseAdaptive, query: Tensor, key: Tensor) -> bool:
