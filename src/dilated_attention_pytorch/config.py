@@ -79,8 +79,9 @@ class AdaptiveConfig:
             so that the *choice* of blocks (never a value) may depend on later tokens of the same
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
             token, which is strictly causal. There a row's budget is a share of the blocks that it
-            sees itself, whatever the length of the sequence, so that generation with a cache
-            equals generation without (:meth:`BlockSparseAdaptive.decode`).
+            sees itself, and its threshold that of the tokens that its first one sees, whatever the
+            length of the sequence, so that generation with a cache equals generation without
+            (:meth:`BlockSparseAdaptive.decode`).
         share_within_kv_group: One pattern for the query heads of a KV group.
         hierarchy: Choose in levels: children per super-block, from the finest level up; ``(8, 4)``
             are super-blocks of 8 blocks and of 4 such super-blocks. Only what lies inside the
@@ -153,11 +154,6 @@ class AdaptiveConfig:
             raise ValueError(
                 "pooling must be ('attention',) with scorer='prototypes', which pools by itself, "
                 f"got {self.pooling}."
-            )
-        if self.scorer == "low_rank" and self.query_scope != "block":
-            raise ValueError(
-                "scorer='low_rank' reads all queries of a block: it needs query_scope='block', got "
-                f"{self.query_scope!r}."
             )
         if self.num_selected_blocks is not None and self.budget != "fixed":
             raise ValueError(

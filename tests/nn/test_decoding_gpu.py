@@ -5,6 +5,7 @@ import torch
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -16,12 +17,21 @@ pytestmark = [
 SIZE, HEADS, KV_HEADS, DIM = 32, 8, 2, 64
 
 
+# The selectors of converted models by default.
+DISTILLED = {"scorer": "low_rank", "num_sink_blocks": 1}
+
+
 def make(scope="past", dtype=torch.float32, **options):
     torch.manual_seed(0)
+    if options.get("budget") == "threshold":
+        options |= DISTILLED
     config = AdaptiveConfig(
         block_size=SIZE, base_sparsity=0.6, query_scope=scope, **{"budget": "fixed", **options}
     )
     layer = BlockSparseAdaptive(None, None, HEADS, DIM, config, num_kv_heads=KV_HEADS)
+    if config.budget == "threshold":
+        # A little more than the mean mass of the 16 blocks.
+        layer.set_thresholds(ThresholdTable((512,), (0.066,)))
     return layer.to("cuda", dtype).eval()
 
 
@@ -34,7 +44,7 @@ def tokens(length, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("budget", ["fixed", "adaptive"])
+@pytest.mark.parametrize("budget", ["fixed", "adaptive", "threshold"])
 @torch.no_grad()
 def test_decoding_equals_one_causal_pass(budget, shared):
     """In float32 and IEEE products, so that equal scores stay equal."""
@@ -48,7 +58,7 @@ def test_decoding_equals_one_causal_pass(budget, shared):
 
 
 @pytest.mark.parametrize("scope", ["past", "block"])
-@pytest.mark.parametrize("budget", ["fixed", "adaptive"])
+@pytest.mark.parametrize("budget", ["fixed", "adaptive", "threshold"])
 @torch.no_grad()
 def test_nothing_waits_for_the_host(scope, budget):
     layer = make(scope, torch.bfloat16, budget=budget)
@@ -64,11 +74,33 @@ def test_nothing_waits_for_the_host(scope, budget):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@torch.no_grad()
+def test_low_rank_scores_of_a_row_are_those_of_the_whole_pass():
+    """The last row of a pass over so many tokens, by the same kernel, whichever token asks."""
+    layer = make("block", torch.bfloat16, budget="threshold")
+    q, k, v = tokens(512, torch.bfloat16)
+    state, agreement = SelectorState(512), []
+    layer.prefill(q[:, :300], k[:, :300], v[:, :300], state)
+    for n in range(300, 400):
+        layer.decode(q[:, n : n + 1], k, v, state)
+        memory, end = state.filled(), n + 1
+        _, info = layer(q[:, :end], k[:, :end], v[:, :end], is_causal=True, return_pattern=True)
+        wanted = info["pattern"].to_dense()[:, :, -1]
+        number = torch.arange(memory.indices.shape[2], device="cuda")
+        used = (number < memory.counts[..., None]).int()
+        got = torch.zeros(2, HEADS, 16, device="cuda", dtype=torch.int32)
+        got.scatter_add_(2, memory.indices.long(), used)
+        agreement.append(float((got[..., : wanted.shape[2]].bool() == wanted).float().mean()))
+    # Sums in another order move a tile over the threshold now and then.
+    assert sum(agreement) / len(agreement) > 0.995
+
+
+@pytest.mark.parametrize("budget", ["fixed", "threshold"])
 @pytest.mark.parametrize("scope", ["past", "block"])
 @torch.no_grad()
-def test_two_graphs_decode_a_sequence(scope):
+def test_two_graphs_decode_a_sequence(scope, budget):
     """One that chooses and one that does not, against eager decoding."""
-    layer, dtype = make(scope, torch.bfloat16), torch.bfloat16
+    layer, dtype = make(scope, torch.bfloat16, budget=budget), torch.bfloat16
     q, k, v = tokens(512, dtype)
     eager, state = SelectorState(512), SelectorState(512)
     for each in (eager, state):

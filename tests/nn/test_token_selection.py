@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.nn.decoding import token_scores
+from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
@@ -73,6 +75,32 @@ def refusal(layer: BlockSparseAdaptive) -> str | None:
     return layer.selection_refusal(inputs_of(layer, *tokens()))
 
 
+@pytest.mark.parametrize("scope", ["block", "past"])
+@torch.no_grad()
+def test_decoding_rates_a_row_with_the_kernel_as_in_pytorch(
+    scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache with room, samples of two lengths with padding on the left."""
+    layer, outs, kernels = adaptive(query_scope=scope), [], []
+    query, key = tokens()
+    starts = torch.tensor([0, 7], device=DEVICE)
+    counted = token_scores.low_rank_scores
+
+    def count(*args: Any, **options: Any) -> Tensor:
+        kernels.append(1)
+        return counted(*args, **options)
+
+    monkeypatch.setattr(token_scores, "low_rank_scores", count)
+    compact = [torch.stack([x[0, :60], x[1, 7:67]]) for x in (query, key)]
+    for backend in ("triton", "gather"):
+        layer.backend, state = backend, SelectorState()
+        layer.prefill(*compact, compact[1], state, key_lengths=60 - starts, starts=starts)
+        steps = [layer.decode(query[:, n : n + 1], key, key, state) for n in range(60, 65)]
+        outs.append(torch.cat(steps, 1))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    assert len(kernels) == 5
+
+
 CALLS = {
     "plain": {},
     "lengths": {"key_lengths": (100, 35)},
@@ -82,7 +110,18 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("settings", [{}, {"share_within_kv_group": True}, {"num_local_blocks": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"share_within_kv_group": True},
+        {"num_local_blocks": 2},
+        {"query_scope": "past"},
+        {"query_scope": "past", "query_stride": 1},
+        {"query_scope": "past", "scorer": "prototypes", "pooling": ("attention",)},
+    ],
+    ids=str,
+)
 def test_low_rank_chooses_as_in_pytorch(name: str, settings: dict[str, Any]) -> None:
     layer = adaptive(**settings)
     query, key = tokens()

@@ -52,6 +52,61 @@ def test_lengths_and_documents_are_those_of_the_mask():
     torch.testing.assert_close(got[1:, :, :3, :3], short.exp(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_the_past_is_the_queries_up_to_the_first_of_a_block(stride, documents):
+    """As many as a block has; those of another document count for nothing."""
+    q, k = tokens(4), tokens(2, seed=1)
+    # As a layer lays them out: every document begins a block.
+    ids = torch.arange(90).div(48, rounding_mode="floor").expand(2, 90) if documents else None
+    mask = AttentionMask(90, 90, causal=True, document_ids=ids)
+    net = exact(LowRankScorer(4, 8, 2, rank=8, query_stride=stride, scale=0.7))
+    got = net(q, k, mask, 16, past=True).exp()
+    for row in range(6):
+        first = row * 16
+        begin = 48 if documents and row >= 3 else 0
+        sampled = [t for t in range(first, first - 16, -stride) if t >= begin]
+        weights = torch.zeros(90).index_fill(0, torch.tensor(sampled), 1.0)
+        masses = tile_mass(q, k, mask, block_size=16, scale=0.7, row_weights=weights.view(1, 1, 90))
+        counts = weights.view(1, 1, 90)
+        counts = torch.nn.functional.pad(counts, (0, 6)).unflatten(2, (6, 16)).sum(-1)
+        want = (masses * counts[..., None]).sum(2) / len(sampled)
+        torch.testing.assert_close(got[:, :, row], want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_past_knows_nothing_later():
+    q, k = tokens(4), tokens(2, seed=1)
+    net = LowRankScorer(4, 8, 2, rank=3)
+    mask = AttentionMask(90, 90, causal=True)
+    want = net(q, k, mask, 16, past=True)
+    other_q, other_k = q.clone(), k.clone()
+    other_q[:, 33:], other_k[:, 33:] = 5.0, 5.0
+    got = net(other_q, other_k, mask, 16, past=True)
+    torch.testing.assert_close(got[:, :, :3], want[:, :, :3], rtol=0, atol=0)
+    assert not torch.allclose(got[:, :, 3:], want[:, :, 3:])
+    begin = net(q[:, :70], k[:, :70], AttentionMask(70, 70, causal=True), 16, past=True)
+    torch.testing.assert_close(begin, want[:, :, :5, :5])
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_row_can_be_rated_alone(share):
+    """By its own queries against keys as they are; one that does not count may hold anything."""
+    q, k = tokens(4), tokens(2, seed=1)
+    net = LowRankScorer(4, 8, 2, rank=3, heads_per_pattern=share)
+    with torch.no_grad():
+        net.key_map.add_(0.1 * torch.randn_like(net.key_map))
+    want = net(q, k, AttentionMask(90, 90, causal=True), 16)
+    sampled = torch.arange(64, 80, 4)
+    last = sampled.expand(2, 4).clone()
+    got = net.rate(q[:, sampled], k, last, 16)
+    torch.testing.assert_close(got, want[:, :, 4:5], rtol=1e-4, atol=1e-4)
+    last[0, 3], broken = -1, q[:, sampled].clone()
+    broken[0, 3] = torch.nan
+    three = net.rate(q[:, sampled[:3]], k, last[:, :3], 16)
+    got = net.rate(broken, k, last, 16)
+    torch.testing.assert_close(got[:1], three[:1], rtol=1e-5, atol=1e-5)
+
+
 def test_fitted_maps_are_the_closest_of_their_rank():
     """No other maps of rank 3 that are tried come closer to the logits; rank 8 meets them."""
     q, k = tokens(4, 4000, 1)[0].transpose(0, 1), tokens(2, 4000, 1, seed=1)[0].transpose(0, 1)
@@ -111,7 +166,5 @@ def test_bad_settings_are_refused():
         LowRankScorer(4, 8, 2, rank=9)
     with pytest.raises(ValueError, match="query_stride must divide block_size=64, got 7"):
         AdaptiveConfig(scorer="low_rank", query_stride=7)
-    with pytest.raises(ValueError, match="query_scope='block'"):
-        AdaptiveConfig(scorer="low_rank", query_scope="past")
     with pytest.raises(ValueError, match="hierarchy needs scorer='bilinear' or 'mlp'"):
         AdaptiveConfig(scorer="low_rank", hierarchy=(4,))

@@ -79,7 +79,7 @@ def summarise_blocks(
     learned = "attention" in config.pooling
     pools = (layer.query_pool, layer.key_pool) if learned else None
     valid = inputs.query_valid, inputs.key_valid
-    past = layer.looks_back(inputs)
+    past = layer.looks_back(inputs.mask)
     # Rows see from the first block of their document on.
     starts = intervals[:, 0] if past and inputs.mask.document_ids is not None else None
     return summarise_and_pass(
@@ -149,7 +149,7 @@ def allot_budget(
         else:
             means = summarise(inputs.key.detach(), layer.block_size, ("mean",), inputs.key_valid)
         means = means.transpose(1, 2)
-    allot = running_row_budget if layer.looks_back(inputs) else row_budget
+    allot = running_row_budget if layer.looks_back(inputs.mask) else row_budget
     rounded, exact = allot(
         inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
         means=means, gain=gain, offset=offset,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from dilated_attention_pytorch.selection.threshold import (
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+    from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
+
+_Lengths = TypeVar("_Lengths", int, Tensor)
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
 MAX_BUDGET_FACTOR = 2.0
@@ -79,7 +82,8 @@ def row_budgets(
     if config.hierarchy:
         # The budget depends on lengths alone, not on which super-blocks were kept.
         limit = rows.num_allowed.long()
-    rounded = budget_by_score(layer, scores, candidates, inputs.mask.kv_len)
+    threshold = row_thresholds(layer, inputs) if config.budget == "threshold" else None
+    rounded = budget_by_score(layer, scores, candidates, threshold)
     if rounded is not None:
         least = threshold_floor(inputs, config.threshold_floor, 1 - layer.densest)
         if least is not None:
@@ -96,7 +100,7 @@ def row_budgets(
         keep = (1 - layer.base_sparsity).expand(shape)
         if config.budget == "adaptive":
             keep = (keep * budget_factor(layer, rows, key_means, inputs.mask.causal)).clamp(max=1)
-        if layer.looks_back(inputs):
+        if layer.looks_back(inputs.mask):
             exact, rounded = running_budget(keep, forced, limit, rows)
             layer.record_density(exact, rows, None)
             return rounded
@@ -107,20 +111,20 @@ def row_budgets(
 
 
 def budget_by_score(
-    layer: BlockSparseAdaptive, scores: Tensor, candidates: Candidates, kv_len: int | Tensor
+    layer: BlockSparseAdaptive,
+    scores: Tensor,
+    candidates: Candidates,
+    threshold: float | Tensor | None,
 ) -> Tensor | None:
     """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do.
 
-    ``kv_len`` is the number of key tokens, or ``(b,)`` of each sample.
+    ``threshold`` as from :func:`row_thresholds`, for ``budget="threshold"``.
     """
     if layer.config.budget == "top_p":
         count = top_p_budget(scores, candidates.scored, layer.top_p)
-    elif layer.config.budget == "threshold":
-        threshold: float | Tensor
-        if isinstance(kv_len, Tensor):
-            threshold = thresholds_at(layer.thresholds, kv_len).view(-1, 1, 1, 1)
-        else:
-            threshold = layer.threshold_table().at(kv_len)
+    elif threshold is not None:
+        if isinstance(threshold, Tensor):
+            threshold = threshold[..., None]
         count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
     else:
         return None
@@ -150,6 +154,46 @@ def threshold_floor(inputs: SelectionInputs, share: float, sparsity: float) -> T
 
     # It follows from lengths alone, so all layers of a model share it.
     return rows.remember((rule, "floor", share, sparsity), compute)
+
+
+def row_lengths(layer: ScoringLayer, inputs: SelectionInputs) -> int | Tensor:
+    """The key tokens by which a row's threshold is looked up.
+
+    All that there are (:func:`whole_samples`); or, with ``query_scope="past"`` and causal, those
+    that the row's first token sees, ``(1 or b, 1, i)``.
+    """
+    mask, size = inputs.mask, layer.block_size
+    if not layer.looks_back(mask):
+        return whole_samples(layer, mask.kv_len)
+
+    def count() -> Tensor:
+        spans = mask.spans(torch.arange(0, mask.q_len, size, device=inputs.query.device))
+        return (spans[:, 1:] - spans[:, :1]).clamp(min=1)
+
+    return inputs.rows.remember(("row lengths", size), count)
+
+
+def whole_samples(layer: ScoringLayer, lengths: _Lengths) -> _Lengths:
+    """Lengths up to where the next query is sampled, for ``scorer="low_rank"``.
+
+    Between two sampled queries nothing of a row's choice changes but the threshold, by the
+    ``query_stride`` tokens at most; so that changes with the next one too.
+    """
+    if layer.config.scorer != "low_rank":
+        return lengths
+    stride = layer.config.query_stride
+    return -(-lengths // stride) * stride
+
+
+def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float | Tensor:
+    """The thresholds of ``budget="threshold"`` for :func:`row_lengths`, in their shape."""
+    table, lengths = layer.threshold_table(), row_lengths(layer, inputs)
+    if not isinstance(lengths, Tensor):
+        return table.at(lengths)
+    return inputs.rows.remember(
+        ("row thresholds", layer.block_size, table),
+        lambda: thresholds_at(layer.thresholds, lengths),
+    )
 
 
 def budget_factor(
@@ -195,7 +239,7 @@ def scored_bound(layer: BlockSparseAdaptive, inputs: SelectionInputs, count: Ten
 def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
     """The most scored blocks that any row can get, from the lengths alone."""
     config, width = layer.config, inputs.rule.width(inputs.rows)
-    if layer.looks_back(inputs):
+    if layer.looks_back(inputs.mask):
         return most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
     if config.num_selected_blocks is not None:
         return min(config.num_selected_blocks, width)

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import DensityRecord, threshold_floor
+from dilated_attention_pytorch.nn.row_budgets import (
+    DensityRecord,
+    row_lengths,
+    threshold_floor,
+)
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.selection.bounds import halvings
@@ -118,10 +122,11 @@ class ScheduledLayer(ScoringLayer):
         return self._sample(inputs, self.score(inputs)[0])
 
     def _sample(self, inputs: SelectionInputs, scores: Tensor) -> ThresholdSample:
-        candidates = inputs.candidates
+        candidates, lengths = inputs.candidates, row_lengths(self, inputs)
+        share = lengths / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
         return ThresholdSample.of(
             scores, candidates.scored, candidates.forced, inputs.rows.num_allowed,
-            threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest),
+            threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest), share=share,
         )  # fmt: skip
 
     def set_thresholds(self, table: ThresholdTable) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
@@ -111,7 +112,7 @@ class ScoringLayer(BlockSparseLayer):
         if isinstance(self.scorer, LowRankScorer):
             scores = self.scorer(
                 inputs.query, inputs.key, inputs.mask, self.block_size, inputs.candidates.indices,
-                query_valid=inputs.query_valid,
+                query_valid=inputs.query_valid, past=self.looks_back(inputs.mask),
             )  # fmt: skip
             return scores, self.key_means(inputs.key, inputs.key_valid)
         if isinstance(self.scorer, PrototypeScorer):
@@ -129,14 +130,14 @@ class ScoringLayer(BlockSparseLayer):
         queries = self.pool_queries(*self.scope(inputs))
         return (queries, *self.pool_keys(inputs.key, inputs.key_valid))
 
-    def looks_back(self, inputs: SelectionInputs) -> bool:
-        """Whether rows choose by nothing later than their first token."""
-        return self.config.query_scope == "past" and inputs.mask.causal
+    def looks_back(self, mask: AttentionMask) -> bool:
+        """Whether rows are judged by queries up to their first token alone."""
+        return self.config.query_scope == "past" and mask.causal
 
     def scope(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor | None]:
         """The query tokens that each row may be judged by, and which of them are real."""
         query, valid = inputs.query, inputs.query_valid
-        if self.looks_back(inputs):
+        if self.looks_back(inputs.mask):
             return past_windows(query, self.block_size, valid, inputs.mask.document_ids)
         return query, valid
 

@@ -34,6 +34,9 @@ class Memory:
             row asks for it.
         earned: ``(b, p, J + 1)`` int64: running sums of the rows' shares.
         given: ``(b, p, J + 1)`` int64: running sums of the rows' budgets.
+        masses: ``(b, p, J + 1)``: the sum of the mass that the newest row's sampled queries expect
+            in each block; p = 0 where choices keep no such sum.
+        sampled: ``(b,)`` int64: the newest token in that sum.
         counts: ``(b, p)`` int32: blocks that the newest token's row reads.
         indices: ``(b, p, k)`` int32: their numbers.
         bias: ``(b, p, k)`` float32: their logit bias, or k = 0.
@@ -48,30 +51,33 @@ class Memory:
     factors: Tensor
     earned: Tensor
     given: Tensor
+    masses: Tensor
+    sampled: Tensor
     counts: Tensor
     indices: Tensor
     bias: Tensor
 
-    def window(self, name: str, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def window(self, name: str, first: Tensor, count: int, step: int = 1) -> tuple[Tensor, Tensor]:
         """Tokens from the rings.
 
         Args:
             name: ``"queries"`` or ``"keys"``.
             first: ``(b,)`` the first token of each sample; may be negative.
             count: Tokens to read.
+            step: Take every so many.
 
         Returns:
             ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist and are known.
         """
         ring: Tensor = getattr(self, name)
-        token = first[:, None] + torch.arange(count, device=ring.device)
+        token = first[:, None] + step * torch.arange(count, device=ring.device)
         slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
         begin = self.known[:, None] if name == "queries" else 0
         return ring.gather(1, slots), (token >= begin) & (token < self.lengths[:, None])
 
 
 # The axis along which each tensor grows with the blocks.
-_GROWING = {"codes": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2}
+_GROWING = {"codes": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2, "masses": 2}
 
 
 class SelectorState:
@@ -124,6 +130,8 @@ class SelectorState:
         self._most_tokens = 0
         # Whether all samples are known to be equally long.
         self.uniform = True
+        # From this token on the queries of all samples are known, as far as the host knows.
+        self.known_from = 0
         # Whether the list belongs to the newest token's row.
         self.listed = False
         self.memory: Memory | None = None
@@ -197,8 +205,11 @@ class SelectorState:
         self.num_tokens = num_tokens
         self._most_tokens = max(self._most_tokens, num_tokens)
 
-    def restart(self, starts: Tensor | None, num_tokens: int, *, uniform: bool) -> None:
+    def restart(
+        self, starts: Tensor | None, num_tokens: int, known_from: int, *, uniform: bool
+    ) -> None:
         """Takes ``num_tokens`` tokens in the place of those before, all of them anew."""
+        self.known_from = known_from
         self.starts, self.uniform, self.listed = starts, uniform, False
         self.num_tokens = self._most_tokens = num_tokens
 
@@ -279,7 +290,7 @@ class SelectorState:
 
     def reset(self) -> None:
         """Forgets everything, and keeps the room."""
-        self.num_tokens = self._most_tokens = 0
+        self.num_tokens = self._most_tokens = self.known_from = 0
         self.uniform, self.listed, self.starts = True, False, None
         if self.memory is not None:
             self.memory.lengths.zero_()

@@ -30,7 +30,7 @@ def place_refusal(layer: BlockSparseLayer, inputs: SelectionInputs) -> str | Non
 def select_above(
     inputs: SelectionInputs,
     scores: Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     block_size: int,
     least: Tensor | None = None,
 ) -> Selection:
@@ -41,7 +41,7 @@ def select_above(
     Args:
         inputs: What a layer chooses by; without segments.
         scores: ``(b, heads, i, j)`` of all key blocks.
-        threshold: In [0, 1].
+        threshold: In [0, 1], for all rows or ``(1 or b, 1, i)``.
         block_size: Tokens per block.
         least: What a row keeps at least, from :func:`floor_budget`; None: its forced blocks.
     """

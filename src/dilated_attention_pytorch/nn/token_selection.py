@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.fused_selection import allot_budget, choose_blocks
-from dilated_attention_pytorch.nn.row_budgets import threshold_floor
+from dilated_attention_pytorch.nn.row_budgets import row_thresholds, threshold_floor
 from dilated_attention_pytorch.nn.threshold_selection import select_above
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
@@ -33,21 +35,45 @@ def score_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Tensor:
             query, inputs.key, layer.block_size, None,
             query_valid=valid, key_valid=inputs.key_valid,
         )  # fmt: skip
-    stride = scorer.query_stride
-
-    def spans() -> Tensor:
-        sampled = torch.arange(0, inputs.mask.q_len, stride, device=inputs.query.device)
-        found = inputs.mask.spans(sampled)
-        if inputs.query_valid is None:
-            return found
-        # Padding sees nothing, and so counts for nothing.
-        return torch.where(inputs.query_valid[:, None, sampled], found, 0)
-
+    stride, query, lead = scorer.query_stride, inputs.query, 0
+    if layer.looks_back(inputs.mask):
+        # Every block's samples are then those up to its first token.
+        lead = layer.block_size - stride
+        behind = -query.shape[1] % layer.block_size - lead
+        query = F.pad(query, (0, 0, 0, 0, lead, behind))
+    spans = rows.remember(
+        ("spans", layer.block_size, stride, lead),
+        lambda: _sample_spans(inputs, layer.block_size, stride, lead),
+    )
     return low_rank_scores(
-        inputs.query, inputs.key, scorer.query_map, scorer.key_map,
-        rows.remember(("spans", stride), spans), query_stride=stride,
+        query, inputs.key, scorer.query_map, scorer.key_map, spans, query_stride=stride,
         block_size=layer.block_size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
     )  # fmt: skip
+
+
+def _sample_spans(inputs: SelectionInputs, block_size: int, stride: int, lead: int) -> Tensor:
+    """Keys that every ``stride``-th query sees, ``lead`` tokens before the places of a block.
+
+    What is not there, padding and other documents than the block's see nothing, and so count for
+    nothing.
+    """
+    mask, device = inputs.mask, inputs.query.device
+    if lead == 0:
+        token = torch.arange(0, mask.q_len, stride, device=device)
+        found = mask.spans(token)
+        if inputs.query_valid is None:
+            return found
+        return torch.where(inputs.query_valid[:, None, token], found, 0)
+    place = torch.arange(0, ceil_div(mask.q_len, block_size) * block_size, stride, device=device)
+    token = place - lead
+    real = ((token >= 0) & (token < mask.q_len))[None]
+    token = token.clamp(0, mask.q_len - 1)
+    if inputs.query_valid is not None:
+        real = real & inputs.query_valid[:, token]
+    if mask.document_ids is not None:
+        ids, first = mask.document_ids, place - place % block_size
+        real = real & (ids[:, token] == ids[:, first])
+    return torch.where(real[:, None], mask.spans(token), 0)
 
 
 @torch.no_grad()
@@ -60,7 +86,7 @@ def select_by_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Sel
     if layer.config.budget == "threshold":
         least = threshold_floor(inputs, layer.config.threshold_floor, 1 - layer.densest)
         selection = select_above(
-            inputs, scores, layer.threshold_table().at(inputs.mask.kv_len), layer.block_size, least
+            inputs, scores, row_thresholds(layer, inputs), layer.block_size, least
         )
         layer.record_density(selection.pattern.kv_num_blocks, inputs.rows, None)
         return selection

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.scoring.summaries import past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
 
 
@@ -45,6 +46,12 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     values = values.clamp(min=least)
     root, back = (vectors * values[:, None] ** power @ vectors.mT for power in (0.5, -0.5))
     return root, back
+
+
+def _wide(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32, or float64 if the weight is."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return x.to(dtype), weight.to(dtype)
 
 
 class LowRankScorer(nn.Module):
@@ -123,6 +130,7 @@ class LowRankScorer(nn.Module):
         candidates: Tensor | None = None,
         *,
         query_valid: Tensor | None = None,
+        past: bool = False,
     ) -> Tensor:
         """Scores query blocks against key blocks.
 
@@ -134,37 +142,85 @@ class LowRankScorer(nn.Module):
             candidates: ``(1 or batch, 1 or heads, i, c)`` key block numbers; None: all.
             query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding,
                 which begins no block whose later tokens are real.
+            past: Rate block i by every ``query_stride``-th query up to its first token, as many as
+                a block has, in place of its own: a choice then depends on nothing later.
 
         Returns:
             Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all).
         """
-        stride = self.query_stride
+        stride, lead = self.query_stride, 0
+        if past:
+            query, query_valid = past_windows(query, block_size, query_valid, mask.document_ids)
+            lead = block_size - stride
+        # The last samples of a window are its last token and those ``stride`` before each other.
+        sampled = slice(stride - 1 if past else 0, None, stride)
         # Half precision would blur scores whose differences decide.
         with torch.autocast(query.device.type, enabled=False):
             groups = self.num_heads // self.num_kv_heads
-            q = torch.einsum("bnhd,hdr->bhnr", query[:, ::stride].float(), self.query_map)
-            k = key.float().repeat_interleave(groups, 2)
-            k = torch.einsum("bmhd,hdr->bhmr", k, self.key_map)
-            valid = None if query_valid is None else query_valid[:, ::stride]
-            mass = self._mass(q * self.scale, k, mask, block_size, valid)
-        if self.heads_per_pattern > 1:
-            mass = mass.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
-        scores = mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+            q = torch.einsum("bnhd,hdr->bhnr", *_wide(query[:, sampled], self.query_map))
+            k = torch.einsum(
+                "bmhd,hdr->bhmr", *_wide(key.repeat_interleave(groups, 2), self.key_map)
+            )
+            valid = None if query_valid is None else query_valid[:, sampled]
+            mass = self._mass(q * self.scale, k, mask, block_size, valid, lead)
+            scores = self._scores(mass)
         if candidates is None:
             return scores
         index = candidates.clamp(0, scores.shape[-1] - 1).long()
         return scores.gather(-1, index.expand(*scores.shape[:3], -1))
 
+    def rate(self, query: Tensor, key: Tensor, last: Tensor, block_size: int) -> Tensor:
+        """Scores of one row of blocks by a few queries, as in :meth:`forward`; no gradient.
+
+        Queries go through both maps and meet the keys as they are: nothing is kept or computed of
+        keys, and one read of a KV head serves all query heads of its group.
+
+        Args:
+            query: ``(batch, t, num_heads, head_dim)``: the queries of the row.
+            key: ``(batch, m, num_kv_heads, head_dim)``: keys from token 0 on.
+            last: ``(batch, t)`` integers: the last key that each query sees; -1: it counts for
+                nothing, and may hold anything.
+            block_size: Tokens per block.
+
+        Returns:
+            ``(batch, pattern heads, 1, j)``.
+        """
+        groups = self.num_heads // self.num_kv_heads
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            real = torch.where((last >= 0)[..., None, None], query, 0)
+            short = torch.einsum("bthd,hdr->bhtr", *_wide(real, self.query_map))
+            folded = short @ _wide(query, self.key_map)[1].mT * self.scale
+            folded = folded.unflatten(1, (self.num_kv_heads, groups)).flatten(2, 3)
+            logits = folded @ key.to(folded.dtype).permute(0, 2, 3, 1)
+            logits = logits.unflatten(2, (groups, -1)).flatten(1, 2)
+            column = torch.arange(key.shape[1], device=key.device)
+            seen = column <= last[:, None, :, None]
+            weights = (last >= 0)[:, None].to(logits.dtype)
+            return self._scores(mass_of_rows(logits, seen, weights, query.shape[1], block_size))
+
+    def _scores(self, mass: Tensor) -> Tensor:
+        """Logarithms of the mass of every head, averaged over those that share a pattern."""
+        if self.heads_per_pattern > 1:
+            mass = mass.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
+        return mass.clamp(min=torch.finfo(torch.float32).tiny).log()
+
     def _mass(
-        self, q: Tensor, k: Tensor, mask: AttentionMask, block_size: int, valid: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: AttentionMask,
+        block_size: int,
+        valid: Tensor | None,
+        lead: int,
     ) -> Tensor:
         """Mass ``(b, h, i, j)``, some rows of blocks at a time."""
         stride, maps = self.query_stride, q.shape[0] * q.shape[1]
+        per_block = block_size // stride
         blocks, parts = ceil_div(mask.kv_len, block_size), []
         for first, last, end in chunks(mask, max(maps // stride, 1), block_size, q.device):
-            part = slice(first // stride, ceil_div(last, stride))
+            part = slice(first // stride, ceil_div(last, block_size) * per_block)
             real = None if valid is None else valid[:, part]
-            given = (q[:, :, part], k[:, :, :end], mask, first, block_size, real)
+            given = (q[:, :, part], k[:, :, :end], mask, first - lead, block_size, real)
             if torch.is_grad_enabled() and last - first < mask.q_len:
                 rows = checkpoint(self._rows, *given, use_reentrant=False)
             else:
@@ -181,7 +237,10 @@ class LowRankScorer(nn.Module):
         block_size: int,
         valid: Tensor | None,
     ) -> Tensor:
-        """Mass of the blocks whose sampled queries are ``q`` (b, h, t, r), from token ``first``."""
+        """Mass of the blocks whose sampled queries are ``q`` (b, h, t, r), from token ``first``.
+
+        Tokens before the sequence are not valid.
+        """
         row = first + torch.arange(q.shape[2], device=q.device) * self.query_stride
         column = torch.arange(k.shape[2], device=q.device)
         seen = mask.tokens(row.view(1, 1, -1, 1), column.view(1, 1, 1, -1))

@@ -109,6 +109,8 @@ class ThresholdSample:
         forced: Tensor,
         num_allowed: Tensor,
         least: Tensor | None = None,
+        *,
+        share: Tensor | None = None,
     ) -> ThresholdSample:
         """Reads the scores of a layer.
 
@@ -119,6 +121,9 @@ class ThresholdSample:
             num_allowed: Tiles of dense attention per row, broadcasts to ``(batch, heads, i)``.
             least: The same: what a row keeps at least, from :func:`floor_budget`. None: the forced
                 tiles.
+            share: Where rows go by thresholds of their own length: that length over the sample's,
+                likewise. A row of half the length has twice the threshold
+                (:meth:`ThresholdTable.at`), which half the mass against one threshold says too.
         """
         p = visible_softmax(scores, scored, forced)
         if least is not None:
@@ -126,6 +131,8 @@ class ThresholdSample:
             count = (least - forced.sum(-1)).expand(shape[:3])
             kept = choose_top_k(p.expand(shape), scored.expand(shape), count, shape[3])
             forced, scored = forced | kept, scored & ~kept
+        if share is not None:
+            p = p * share[..., None]
         return cls(
             p[scored.expand(p.shape)],
             float(forced.expand(p.shape).sum()),
@@ -199,10 +206,10 @@ def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         table: ``(entries, 2)`` of length and threshold, ascending in the lengths.
-        lengths: ``(n,)`` integers.
+        lengths: Integers of any shape.
 
     Returns:
-        ``(n,)`` in the dtype of ``table``.
+        The thresholds in their shape, in the dtype of ``table``.
 
     Example:
         >>> table = torch.tensor([[1024, 0.04], [4096, 0.01]])

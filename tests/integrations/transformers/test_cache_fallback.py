@@ -172,11 +172,10 @@ def test_right_padding_and_gaps(make: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        AdaptiveConfig(scorer="low_rank", block_size=8),
         AdaptiveConfig(hierarchy=(2,), block_size=8),
         TrainingFreeConfig(method="mean_pool", block_size=8),
     ],
-    ids=["low rank", "hierarchy", "training-free"],
+    ids=["hierarchy", "training-free"],
 )
 @torch.no_grad()
 def test_selectors_without_states(config: Any) -> None:

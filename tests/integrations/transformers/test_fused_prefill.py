@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,9 +38,10 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def logits(backend: str, **call: Any) -> tuple[Tensor, Counter[str]]:
+def logits(backend: str, scope: str = "block", **call: Any) -> tuple[Tensor, Counter[str]]:
     model = tiny_model("llama").eval()
-    with adapt(model, LOW_RANK, backend=backend) as adapted, torch.no_grad():
+    config = replace(LOW_RANK, query_scope=scope)
+    with adapt(model, config, backend=backend) as adapted, torch.no_grad():
         for selector in adapted.selectors.values():
             torch.manual_seed(0)
             selector.scorer.reset_parameters()
@@ -50,10 +52,11 @@ def logits(backend: str, **call: Any) -> tuple[Tensor, Counter[str]]:
     return out, counter.found
 
 
+@pytest.mark.parametrize("scope", ["block", "past"])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_prefill_is_fused_and_says_the_same(cached: bool, padded: bool) -> None:
-    call: dict[str, Any] = {"use_cache": cached}
+def test_prefill_is_fused_and_says_the_same(cached: bool, padded: bool, scope: str) -> None:
+    call: dict[str, Any] = {"use_cache": cached, "scope": scope}
     if padded:
         call["attention_mask"] = (torch.arange(LENGTH) >= 10).long()[None]
     fused, found = logits("triton", **call)
@@ -66,14 +69,15 @@ def test_prefill_is_fused_and_says_the_same(cached: bool, padded: bool) -> None:
     torch.testing.assert_close(fused[:, 10:], plain[:, 10:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_adds_few_operators() -> None:
+@pytest.mark.parametrize("scope", ["block", "past"])
+def test_a_layer_adds_few_operators(scope: str) -> None:
     """Three of ours and what only looks at tensors in another way."""
-    _, found = logits("triton", use_cache=False)
+    _, found = logits("triton", scope, use_cache=False)
     model = tiny_model("llama").eval()
     with torch.no_grad(), CountOperators() as dense:
         model(tokens(1, LENGTH), use_cache=False)
     layers = model.config.num_hidden_layers
     # The first pass also plans the rows, once for all layers and later passes.
-    _, again = logits("triton", use_cache=False)
+    _, again = logits("triton", scope, use_cache=False)
     assert again.total() - dense.found.total() <= 12 * layers
     assert found["aten.topk.default"] == 0

@@ -21,10 +21,14 @@ from transformers import DynamicCache, StaticCache
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.integrations.transformers import adapt
+from dilated_attention_pytorch.integrations.transformers.pretrained_training import distilled_config
 from dilated_attention_pytorch.nn import scoring_layer
+from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
+DISTILLED = distilled_config(block_size=8, hidden_dim=4, query_stride=2, query_scope="past")
 OPTIONS = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -91,6 +95,82 @@ def test_generation_equals_generation_without_a_cache(family: str, name: str, pa
     assert count["prefill"] == count["forward"] == layers
     assert not count["remember"]
     assert count["decode"] == layers * (29 + (2 if name == "chunked" else 0))
+
+
+@contextmanager
+def distilled(model: Any, config: AdaptiveConfig = DISTILLED) -> Iterator[Any]:
+    """Adapted with low-rank selectors, whose thresholds are set as a calibration would."""
+    with adapt(model, config) as adapted:
+        for selector in adapted.selectors.values():
+            selector.set_thresholds(ThresholdTable((40, 80), (0.25, 0.12)))
+        yield adapted
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left padding"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_low_rank_selectors_with_thresholds(family: str, name: str, padded: bool) -> None:
+    """The default selectors of converted models, with choices from the past."""
+    ids, mask = tokens(length=60), torch.ones(2, 60, dtype=torch.long)
+    if padded:
+        mask[1, :9] = 0
+    beams = {k: v for k, v in OPTIONS[name].items() if k == "num_beams"}
+    model = tiny_model(family)
+    dense = generate(model, ids, mask, **beams)
+    with distilled(model):
+        wanted = generate(model, ids, mask, use_cache=False, **beams)
+        with calls() as count:
+            found = generate(model, ids, mask, **OPTIONS[name])
+    assert_same(found, wanted)
+    assert not torch.allclose(wanted.scores[-1], dense.scores[-1], atol=1e-2)
+    layers = sparse_layers(family)
+    assert count["prefill"] == count["forward"] == layers
+    assert not count["remember"]
+    assert count["decode"] == layers * (29 + (2 if name == "chunked" else 0))
+
+
+@pytest.mark.parametrize("drafts", ["prompt", "assistant"])
+def test_low_rank_selectors_take_drafts_back(drafts: str) -> None:
+    model, helper = tiny_model(), tiny_model("qwen3")
+    helper.generation_config.num_assistant_tokens = 5
+    helper.generation_config.num_assistant_tokens_schedule = "constant"
+    ids = tokens(1, 20).repeat(1, 3)
+    options = {"prompt": {"prompt_lookup_num_tokens": 5}, "assistant": {"assistant_model": helper}}
+    with distilled(model), distilled(helper):
+        wanted = generate(model, ids, use_cache=False)
+        with calls() as count:
+            found = generate(model, ids, **options[drafts])
+    assert_same(found, wanted)
+    assert count["forward"] == count["prefill"] == 2 * (1 + (drafts == "assistant"))
+    assert not count["remember"]
+
+
+@torch.no_grad()
+def test_low_rank_choices_read_the_cached_keys_once_per_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And with ``query_scope="block"`` at every sampled query, by that one alone."""
+    rated: list[tuple[int, int]] = []
+    original = LowRankScorer.rate
+
+    def count(self: Any, query: Tensor, key: Tensor, *args: Any) -> Tensor:
+        rated.append((query.shape[1], key.shape[1]))
+        return original(self, query, key, *args)
+
+    monkeypatch.setattr(LowRankScorer, "rate", count)
+    for scope, expected in (
+        ("past", [(4, 64 + 8 * n + 1) for n in range(3)]),
+        ("block", [(1 if n else 4, 64 + 2 * n + 1) for n in range(12)]),
+    ):
+        model = tiny_model(num_hidden_layers=1)
+        config = distilled_config(block_size=8, hidden_dim=4, query_stride=2, query_scope=scope)
+        with distilled(model, config):
+            cache = DynamicCache(config=model.config)
+            model(tokens(1, 64), past_key_values=cache)
+            rated.clear()
+            for step in range(24):
+                model(tokens(1, 1, seed=step), past_key_values=cache)
+        assert rated == expected
 
 
 @pytest.mark.parametrize("budget", ["fixed", "top_p"])

@@ -111,7 +111,10 @@ def main():
                             ints(B, H, many * K))  # fmt: skip
     launch.launch_lattice(rule, longs, ((4, 1), (8, 2)), 1, 2, ints(1, H, Q, 11), ints(1, H, Q),
                           ints(1, H, Q))  # fmt: skip
-    launch.launch_threshold(torch.zeros(B, H, Q, J), rule, 0.1, counts, ints(B, H, Q, J))
+    for by_row in (None, torch.zeros(1, 1, Q)):
+        launch.launch_threshold(
+            torch.zeros(B, H, Q, J), rule, 0.1, by_row, counts, ints(B, H, Q, J)
+        )
     maps, spans = torch.zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
         scores = torch.zeros(B, H, -(-N // size), -(-N // size))

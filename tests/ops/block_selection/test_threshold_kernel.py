@@ -30,10 +30,11 @@ def problem(blocks: int, local: int, sinks: int, lengths: Tensor | None = None):
     return mask, rows, rule
 
 
-def chosen(rule, rows, scores: Tensor, threshold: float) -> Tensor:
+def chosen(rule, rows, scores: Tensor, threshold: float | Tensor) -> Tensor:
     """The PyTorch path: budget by threshold, then the best within it."""
     candidates = rule.build(rows)
-    count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+    limit = threshold[..., None] if isinstance(threshold, Tensor) else threshold
+    count = threshold_budget(scores, candidates.scored, candidates.forced, limit)
     shape = torch.broadcast_shapes(scores.shape, candidates.scored.shape)
     best = choose_top_k(
         scores.expand(shape), candidates.scored.expand(shape), count, candidates.width
@@ -41,7 +42,7 @@ def chosen(rule, rows, scores: Tensor, threshold: float) -> Tensor:
     return best | candidates.forced
 
 
-def lists(rule, rows, scores: Tensor, threshold: float) -> Tensor:
+def lists(rule, rows, scores: Tensor, threshold: float | Tensor) -> Tensor:
     counts, indices = threshold_lists(scores, rule.intervals(rows), threshold)
     blocks = scores.shape[-1]
     tokens = blocks * SIZE
@@ -62,6 +63,18 @@ def test_the_choice_of_budget_and_top_k(
     scores = 2 * torch.randn(2, 2, blocks, blocks, generator=torch.Generator().manual_seed(blocks))
     scores = scores.to(DEVICE)
     assert torch.equal(lists(rule, rows, scores, threshold), chosen(rule, rows, scores, threshold))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_row_can_have_a_threshold_of_its_own(batch: int) -> None:
+    _, rows, rule = problem(16, 0, 1)
+    generator = torch.Generator().manual_seed(0)
+    scores = 2 * torch.randn(2, 2, 16, 16, generator=generator).to(DEVICE)
+    threshold = 0.3 * torch.rand(batch, 1, 16, generator=generator, dtype=torch.float64)
+    threshold = threshold.float().to(DEVICE)
+    got = lists(rule, rows, scores, threshold)
+    assert torch.equal(got, chosen(rule, rows, scores, threshold))
+    assert not torch.equal(got, lists(rule, rows, scores, float(threshold.mean())))
 
 
 def test_ties_all_pass_or_none_does() -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dilated_attention_pytorch.candidates import RowRange
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow, candidates_of
-from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of
+from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of, whole_samples
 from dilated_attention_pytorch.nn.selector_state import Memory
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
-from dilated_attention_pytorch.selection.threshold import floor_budget
+from dilated_attention_pytorch.selection.threshold import floor_budget, thresholds_at
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -42,7 +42,15 @@ def row_budget(
     config, candidates = layer.config, row.candidates
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    by_score = budget_by_score(layer, scores, candidates, memory.lengths)
+    threshold = None
+    if config.budget == "threshold":
+        if config.query_scope == "past":
+            # Those that the row's first token sees, whichever token chooses.
+            lengths = row.number * layer.block_size + 1
+        else:
+            lengths = whole_samples(layer, memory.lengths)
+        threshold = thresholds_at(layer.thresholds, lengths).view(-1, 1, 1)
+    by_score = budget_by_score(layer, scores, candidates, threshold)
     if by_score is not None:
         if config.threshold_floor:
             rows = _rows_so_far(row, blocks)

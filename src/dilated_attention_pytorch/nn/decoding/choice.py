@@ -16,9 +16,11 @@ from dilated_attention_pytorch.nn.decoding.codes import compare, key_codes, quer
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
 from dilated_attention_pytorch.nn.decoding.settings import (
     has_bias,
+    keeps_summaries,
     list_width,
     most_scored,
 )
+from dilated_attention_pytorch.nn.decoding.token_scores import CachedKeys, token_scores
 from dilated_attention_pytorch.nn.estimators import slot_bias
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
 from dilated_attention_pytorch.pattern import pack_ascending
@@ -28,29 +30,41 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 
 
-def choose(layer: BlockSparseAdaptive, state: SelectorState) -> None:
+def choose(layer: BlockSparseAdaptive, state: SelectorState, cached: CachedKeys | None) -> None:
     """Lists the blocks that the newest token of each sample reads."""
     size, memory = layer.block_size, state.filled()
     # With room fixed beforehand all shapes stay the same: a CUDA graph can replay them.
     needed = ceil_div(max(state.num_tokens, 1), size)
     state.grow(needed, list_width(layer, needed))
     blocks = state.num_blocks if state.max_tokens is not None else needed
-    (_compiled_list_blocks() if state.compile else list_blocks)(layer, memory, blocks)
+    (_compiled_list_blocks() if state.compile else list_blocks)(layer, memory, blocks, cached)
     state.listed = True
 
 
 @cache
-def _compiled_list_blocks() -> Callable[[BlockSparseAdaptive, Memory, int], None]:
+def _compiled_list_blocks() -> Callable[
+    [BlockSparseAdaptive, Memory, int, CachedKeys | None], None
+]:
     # On first use: the compiler is slow to import.
     return torch.compile(list_blocks, fullgraph=True, dynamic=False)
 
 
-def list_blocks(layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> None:
-    """Chooses among ``blocks`` blocks for the newest token of each sample: lists in ``memory``."""
-    row = NewestRow.of(layer, memory, blocks)
-    codes, complexity = _summarise(layer, memory, row)
-    asked = query_codes(layer, *_asking(layer, memory, row))
-    scores = compare(layer, asked, codes[:, :, 1 : blocks + 1], row.candidates.indices)
+def list_blocks(
+    layer: BlockSparseAdaptive, memory: Memory, blocks: int, cached: CachedKeys | None
+) -> None:
+    """Chooses among ``blocks`` blocks for the newest token of each sample: lists in ``memory``.
+
+    ``cached``: the keys, for scorers that read them.
+    """
+    row, complexity = NewestRow.of(layer, memory, blocks), None
+    if keeps_summaries(layer):
+        complexity = _summarise(layer, memory, row)
+    if cached is not None:
+        scores = token_scores(layer, memory, row, cached, blocks)
+    else:
+        asked = query_codes(layer, *_asking(layer, memory, row))
+        codes = memory.codes[:, :, 1 : blocks + 1]
+        scores = compare(layer, asked, codes, row.candidates.indices)
     budget = row_budget(layer, memory, row, scores, complexity, blocks)
     scored, forced = row.candidates.scored, row.candidates.forced
     count = (budget - forced.sum(-1)).clamp(min=0)
@@ -79,13 +93,11 @@ def _asking(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> tuple
     return memory.window("queries", start, size)
 
 
-def _summarise(
-    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow
-) -> tuple[Tensor, Tensor | None]:
+def _summarise(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor | None:
     """Summarises the block before the row and the row's own so far.
 
     Returns:
-        The codes of all blocks, and the row's complexity ``(b, g, 1)`` for an adaptive budget.
+        The row's complexity ``(b, g, 1)``, for an adaptive budget.
     """
     size = layer.block_size
     tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
@@ -93,7 +105,7 @@ def _summarise(
     for step in (-1, 0):
         row.put(memory.codes, step, codes[:, :, step + 1 : step + 2])
     if layer.config.budget != "adaptive":
-        return memory.codes, None
+        return None
     units = unit_means(means)
     before, own = units[:, :, :1], units[:, :, 1:]
     until = row.at(memory.unit_sums, -2) + before
@@ -105,7 +117,7 @@ def _summarise(
         mine, total, others = own, until + own, row.number
     others = others.view(-1, 1, 1)
     likeness = (mine * (total - mine)).sum(-1) / others.clamp(min=1)
-    return memory.codes, torch.where(others > 0, (1 - likeness).clamp(0, 1), 1.0)
+    return torch.where(others > 0, (1 - likeness).clamp(0, 1), 1.0)
 
 
 def unit_means(means: Tensor) -> Tensor:

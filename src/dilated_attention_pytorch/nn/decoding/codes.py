@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
+from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 
@@ -18,8 +19,12 @@ def key_codes(
 ) -> tuple[Tensor, Tensor]:
     """Codes ``(b, p, j, e)`` of blocks of keys ``(b, m, g, d)``, and their means ``(b, j, g, d)``.
 
-    A block's code depends on it alone; adaptive budgets go by the means.
+    A block's code depends on it alone; adaptive budgets go by the means. Low-rank scores take no
+    codes: p = e = 0.
     """
+    if isinstance(layer.scorer, LowRankScorer):
+        means = layer.key_means(key, valid)
+        return layer.scorer.key_map.new_zeros(key.shape[0], 0, means.shape[1], 0), means
     if isinstance(layer.scorer, PrototypeScorer):
         codes = layer.scorer.encode_keys(key, layer.block_size, valid)
         return codes, layer.key_means(key, valid)

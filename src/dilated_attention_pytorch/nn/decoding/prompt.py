@@ -15,8 +15,10 @@ from dilated_attention_pytorch.nn.decoding.codes import key_codes
 from dilated_attention_pytorch.nn.decoding.settings import (
     check_layer,
     has_bias,
+    keeps_summaries,
     list_width,
     runs_a_budget,
+    sums_mass,
 )
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
@@ -78,16 +80,18 @@ def remember(
     allocate(layer, state, query, key, length)
     memory, blocks = state.filled(), ceil_div(length, layer.block_size)
     _note_known_queries(memory, query_offset)
-    state.restart(starts, length, uniform=key_lengths is None)
+    known_from = 0 if query_offset is None else length - query.shape[1]
+    state.restart(starts, length, known_from, uniform=key_lengths is None)
     memory.lengths.fill_(length)
     if key_lengths is not None:
         memory.lengths.copy_(key_lengths)
     _fill_rings(memory, query, key, query_offset)
-    codes, means = key_codes(layer, key, valid)
-    memory.codes[:, :, 1 : blocks + 1] = codes
     size = (layer.block_size, layer.block_size)
     rows = row_ranges(mask, size, has_diagonal=True, device=key.device)
     keep = (1 - layer.base_sparsity).expand(1, layer.pattern_heads, blocks)
+    if keeps_summaries(layer):
+        codes, means = key_codes(layer, key, valid)
+        memory.codes[:, :, 1 : blocks + 1] = codes
     if layer.config.budget == "adaptive":
         memory.unit_sums[:, :, 1 : blocks + 1] = unit_means(means).cumsum(2)
         factor = budget_factor(layer, rows, means, causal=True)
@@ -190,6 +194,8 @@ def allocate(
         factors=table(heads if complexity and not past else 0, dtype=torch.float32),
         earned=table(heads, dtype=torch.int64),
         given=table(heads, dtype=torch.int64),
+        masses=table(heads if sums_mass(layer) else 0, dtype=sample.dtype),
+        sampled=counter(),
         counts=torch.zeros(batch, heads, dtype=torch.int32, device=query.device),
         indices=torch.zeros(batch, heads, width, dtype=torch.int32, device=query.device),
         bias=torch.zeros(batch, heads, bias, device=query.device),

@@ -12,12 +12,7 @@ if TYPE_CHECKING:
 
 def decoding_refusal(layer: BlockSparseAdaptive) -> str | None:
     """The setting for which no summaries can be kept, or None if the layer can decode."""
-    config = layer.config
-    refused = {
-        "scorer='low_rank'": config.scorer == "low_rank",
-        "hierarchy": bool(config.hierarchy),
-    }
-    return next((name for name, asked in refused.items() if asked), None)
+    return "hierarchy" if layer.config.hierarchy else None
 
 
 def check_layer(layer: BlockSparseAdaptive) -> None:
@@ -37,6 +32,16 @@ def runs_a_budget(layer: BlockSparseAdaptive) -> bool:
     config = layer.config
     by_share = config.budget in ("adaptive", "fixed") and config.num_selected_blocks is None
     return by_share and config.query_scope == "past"
+
+
+def keeps_summaries(layer: BlockSparseAdaptive) -> bool:
+    """Whether choices go by summaries of key blocks, the scorer's or those of adaptive budgets."""
+    return layer.config.scorer != "low_rank" or layer.config.budget == "adaptive"
+
+
+def sums_mass(layer: BlockSparseAdaptive) -> bool:
+    """Whether a row's queries add to its scores one after another."""
+    return layer.config.scorer == "low_rank" and layer.config.query_scope == "block"
 
 
 def has_bias(layer: BlockSparseAdaptive) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch.nn.decoding.choice import choose as choose_blocks
 from dilated_attention_pytorch.nn.decoding.prompt import allocate
-from dilated_attention_pytorch.nn.decoding.settings import check_layer
+from dilated_attention_pytorch.nn.decoding.settings import check_layer, sums_mass
+from dilated_attention_pytorch.nn.decoding.token_scores import CachedKeys
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
@@ -46,6 +47,10 @@ def decode(
             f"key_cache must hold the {state.num_tokens} tokens so far and the {new} new ones, got "
             f"{key_cache.shape[1]}."
         )
+    if selector_key is not None and layer.config.scorer == "low_rank":
+        raise ValueError(
+            "selector_key must be None with scorer='low_rank', which reads the keys of key_cache."
+        )
     score_query = query if selector_query is None else selector_query
     if state.memory is None:
         allocate(layer, state, score_query, key_cache, new)
@@ -53,14 +58,13 @@ def decode(
     outs, first = [], 0
     for count in _shared_choices(layer, state, new):
         part = slice(first, first + count)
-        begins = state.num_tokens % layer.block_size == 0
         if selector_key is None:
             state.append(score_query[:, part], key_cache, cached=True)
         else:
             state.append(score_query[:, part], selector_key[:, part], cached=False)
-        needed = not (layer.config.query_scope == "past" and state.uniform and state.listed)
-        if choose if choose is not None else needed or begins:
-            choose_blocks(layer, state)
+        # The first of the tokens that share a choice.
+        if _chooses(layer, state, state.num_tokens - count) if choose is None else choose:
+            choose_blocks(layer, state, CachedKeys.of(layer, state, key_cache))
         outs.append(_attend(layer, query[:, part], key_cache, value_cache, state))
         first += count
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
@@ -82,6 +86,19 @@ def _attend(
     )  # fmt: skip
     backend = layer.backend if layer.backend in BACKENDS else "auto"
     return run_decode(arguments, backend)[0]
+
+
+def _chooses(layer: BlockSparseAdaptive, state: SelectorState, token: int) -> bool:
+    """Whether a token that every sample has at the same place needs another list."""
+    if not (state.uniform and state.listed):
+        return True
+    if layer.config.query_scope == "past":
+        return token % layer.block_size == 0
+    if not (sums_mass(layer) and layer.config.budget != "adaptive"):
+        return True
+    # Nothing that low-rank scores go by has come between two sampled queries of a block.
+    known = token - token % layer.block_size >= state.known_from
+    return not known or token % layer.config.query_stride == 0
 
 
 def _shared_choices(layer: BlockSparseAdaptive, state: SelectorState, new: int) -> list[int]:

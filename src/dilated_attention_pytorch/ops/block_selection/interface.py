@@ -348,27 +348,26 @@ def low_rank_scores(
 
 
 def threshold_lists(
-    scores: Tensor, intervals: Tensor, threshold: float, least: Tensor | None = None
+    scores: Tensor, intervals: Tensor, threshold: float | Tensor, least: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Forced blocks and those whose share of the softmaxed scores reaches a threshold.
 
     Args:
         scores: ``(b, p, i, j)`` of all key blocks.
         intervals: ``rule.intervals(rows)``.
-        threshold: In [0, 1].
+        threshold: In [0, 1], for all rows or ``(1 or b, 1, i)``.
         least: What a row keeps at least, forced blocks included, the best ones: integers that
             broadcast to ``(b, p, i)``. None: the forced ones.
 
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import threshold_op
+    from dilated_attention_pytorch.ops.block_selection.operators import choose_op, threshold_op
 
-    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, threshold)
+    given = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
+    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, *given)
     if least is None:
         return found
-    from dilated_attention_pytorch.ops.block_selection.autograd import choose_op
-
     # What reaches a threshold are a row's best blocks, so the larger number of blocks decides.
     budget = torch.maximum(found[0], least.int())
     counts, indices, _, _ = choose_op(

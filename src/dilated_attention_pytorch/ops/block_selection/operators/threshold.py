@@ -10,19 +10,23 @@ from dilated_attention_pytorch.ops.block_selection.triton_launch.threshold impor
 
 
 @torch.library.custom_op(f"{NAMESPACE}::threshold_lists", mutates_args=())
-def threshold_op(scores: Tensor, rule: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def threshold_op(
+    scores: Tensor, rule: Tensor, threshold: float, row_thresholds: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """:func:`threshold_budget` and the choice within it, forced blocks included.
 
     Args:
         scores: ``(b, p, i, j)`` of all key blocks.
         rule: ``(1 or b, 5, i)`` int32, from :meth:`CandidateRule.intervals`.
         threshold: Of the softmax over what a row sees.
+        row_thresholds: ``(1 or b, 1, i)``: one for each row in its place, or None.
 
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
     """
     counts, indices = _empty(scores)
-    launch_threshold(rows_of(scores), rule.contiguous(), threshold, counts, indices)
+    by_row = None if row_thresholds is None else row_thresholds.float().contiguous()
+    launch_threshold(rows_of(scores), rule.contiguous(), threshold, by_row, counts, indices)
     return counts, indices
 
 
@@ -34,5 +38,7 @@ def _empty(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @threshold_op.register_fake
-def _(scores: Tensor, rule: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _(
+    scores: Tensor, rule: Tensor, threshold: float, row_thresholds: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return _empty(scores)

@@ -14,7 +14,12 @@ from dilated_attention_pytorch.ops.triton_device import on_device
 
 
 def launch_threshold(
-    scores: Tensor, rule: Tensor, threshold: float, counts: Tensor, indices: Tensor
+    scores: Tensor,
+    rule: Tensor,
+    threshold: float,
+    row_thresholds: Tensor | None,
+    counts: Tensor,
+    indices: Tensor,
 ) -> None:
     """Writes counts and lists; shapes as in ``threshold_op``, all contiguous but scores."""
     batch, heads, rows, columns = scores.shape
@@ -27,6 +32,9 @@ def launch_threshold(
     with on_device(scores.device):
         kernels.threshold_kernel[(rows * batch * heads,)](
             scores, *scores.stride()[:3], rule, batch_stride(rule), counts, indices, threshold,
+            rule if row_thresholds is None else row_thresholds,
+            0 if row_thresholds is None else batch_stride(row_thresholds),
             rows, columns, heads, columns, C=c, W=c, EVEN=columns % 16 == 0,
+            BY_ROW=row_thresholds is not None,
             num_warps=min(max(c // 512, 1), 32), **overlap(scores.device),
         )  # fmt: skip
