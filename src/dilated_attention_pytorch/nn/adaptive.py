@@ -264,7 +264,9 @@ class BlockSparseAdaptive(ScheduledLayer):
 
         Work per token grows with the kept blocks and the number of blocks, not with the tokens:
         blocks are scored by summaries that ``state`` keeps, and no key outside the kept blocks is
-        read. Nothing waits for a GPU.
+        read. Nothing waits for a GPU. With ``scorer="low_rank"`` a choice reads all cached keys:
+        with ``query_scope="past"`` once per block of tokens, with ``"block"`` once every
+        ``query_stride`` tokens, and at every token where samples differ in length.
 
         With ``query_scope="past"`` a block of tokens chooses once, at its first token, and the
         outputs are those of the causal forward pass over everything so far, in every layer of a
@@ -282,10 +284,12 @@ class BlockSparseAdaptive(ScheduledLayer):
             state: From :meth:`prefill`, or empty; the new tokens are added.
             selector_query: Shaped like ``query``: as in :meth:`forward`.
             selector_key: ``(batch, n, num_kv_heads, head_dim)``, of the new tokens: as in
-                :meth:`forward`. None: read from ``key_cache``.
+                :meth:`forward`. None: read from ``key_cache``, as ``scorer="low_rank"`` must.
             choose: None: choose where necessary. True or False: whether this call chooses, for
                 ``n = 1``; a CUDA graph records one or the other. False is right as long as no
-                sample begins a block, with ``query_scope="past"``.
+                sample begins a block, with ``query_scope="past"``; with ``"block"`` and
+                ``scorer="low_rank"`` between two sampled queries, and True goes on from the choices
+                before it: after a crop choose once with None.
 
         Returns:
             The output, shaped like ``query``.

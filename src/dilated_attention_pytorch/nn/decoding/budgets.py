@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.candidates import RowRange
-from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow, candidates_of
+from dilated_attention_pytorch.candidates import Candidates, RowRange
+from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow, rule_of
 from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of, whole_samples
 from dilated_attention_pytorch.nn.selector_state import Memory
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
@@ -25,7 +25,7 @@ def room(layer: BlockSparseAdaptive, rows: RowRange, blocks: int) -> tuple[Tenso
         # The sinks and the neighbours of the diagonal overlap in the first rows.
         limit = rows.num_allowed.long()
         return limit.clamp(max=layer.num_sink_blocks + layer.num_local_blocks + 1), limit
-    candidates = candidates_of(layer, rows, blocks)
+    candidates = rule_of(layer, blocks).build(rows)
     forced = candidates.forced.sum(-1)
     return forced, forced + candidates.scored.sum(-1)
 
@@ -34,22 +34,16 @@ def row_budget(
     layer: BlockSparseAdaptive,
     memory: Memory,
     row: NewestRow,
+    candidates: Candidates,
     scores: Tensor,
     complexity: Tensor | None,
     blocks: int,
 ) -> Tensor:
     """Blocks that the row reads, forced ones included, ``(b, p, 1)``; notes running sums."""
-    config, candidates = layer.config, row.candidates
+    config = layer.config
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    threshold = None
-    if config.budget == "threshold":
-        if config.query_scope == "past":
-            # Those that the row's first token sees, whichever token chooses.
-            lengths = row.number * layer.block_size + 1
-        else:
-            lengths = whole_samples(layer, memory.lengths)
-        threshold = thresholds_at(layer.thresholds, lengths).view(-1, 1, 1)
+    threshold = newest_thresholds(layer, memory, row) if config.budget == "threshold" else None
     by_score = budget_by_score(layer, scores, candidates, threshold)
     if by_score is not None:
         if config.threshold_floor:
@@ -76,11 +70,21 @@ def row_budget(
         row.put(memory.earned, 0, earned)
         row.put(memory.given, 0, given + budget)
         return budget
-    return _level_budget(layer, memory, row, blocks)
+    return _level_budget(layer, memory, row, candidates.width, blocks)
+
+
+def newest_thresholds(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor:
+    """The row's threshold in each sample, ``(b, 1, 1)``, for ``budget="threshold"``."""
+    if layer.config.query_scope == "past":
+        # Those that the row's first token sees, whichever token chooses.
+        lengths = row.number * layer.block_size + 1
+    else:
+        lengths = whole_samples(layer, memory.lengths)
+    return thresholds_at(layer.thresholds, lengths).view(-1, 1, 1)
 
 
 def _level_budget(
-    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow, blocks: int
+    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow, width: int, blocks: int
 ) -> Tensor:
     """The row's budget in a forward pass over everything so far: a level over all its rows."""
     rows = _rows_so_far(row, blocks)
@@ -89,7 +93,7 @@ def _level_budget(
     keep = (1 - layer.base_sparsity).expand(rows.end.shape[0], heads, blocks)
     if layer.config.budget == "adaptive":
         keep = (keep * memory.factors[:, :, 1 : blocks + 1]).clamp(max=1)
-    exact = water_level_budget(keep, forced, limit, rows, row.candidates.width)
+    exact = water_level_budget(keep, forced, limit, rows, width)
     return _newest(row, round_budget(exact, rows), heads)
 
 

@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
-from dilated_attention_pytorch.nn.decoding.budgets import row_budget
+from dilated_attention_pytorch.nn.decoding.budgets import newest_thresholds, row_budget
 from dilated_attention_pytorch.nn.decoding.codes import compare, key_codes, query_codes
-from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
+from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow, rule_of
 from dilated_attention_pytorch.nn.decoding.settings import (
     has_bias,
     keeps_summaries,
     list_width,
     most_scored,
 )
-from dilated_attention_pytorch.nn.decoding.token_scores import CachedKeys, token_scores
+from dilated_attention_pytorch.nn.decoding.token_scores import CachedKeys, has_kernel, token_scores
 from dilated_attention_pytorch.nn.estimators import slot_bias
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
+from dilated_attention_pytorch.ops.block_selection.interface import threshold_lists
 from dilated_attention_pytorch.pattern import pack_ascending
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
@@ -56,31 +57,49 @@ def list_blocks(
 
     ``cached``: the keys, for scorers that read them.
     """
-    row, complexity = NewestRow.of(layer, memory, blocks), None
+    row, rule, complexity = NewestRow.of(layer, memory), rule_of(layer, blocks), None
     if keeps_summaries(layer):
         complexity = _summarise(layer, memory, row)
+    if cached is not None and _lists_at_once(layer, cached, blocks):
+        scores = token_scores(layer, memory, row, None, cached, blocks)
+        threshold = newest_thresholds(layer, memory, row)
+        counts, indices = threshold_lists(scores, rule.intervals(row.rows), threshold)
+        memory.counts.copy_(counts[..., 0])
+        memory.indices[..., :blocks].copy_(indices[:, :, 0])
+        return
+    candidates = rule.build(row.rows)
     if cached is not None:
-        scores = token_scores(layer, memory, row, cached, blocks)
+        scores = token_scores(layer, memory, row, candidates.indices, cached, blocks)
     else:
         asked = query_codes(layer, *_asking(layer, memory, row))
         codes = memory.codes[:, :, 1 : blocks + 1]
-        scores = compare(layer, asked, codes, row.candidates.indices)
-    budget = row_budget(layer, memory, row, scores, complexity, blocks)
-    scored, forced = row.candidates.scored, row.candidates.forced
+        scores = compare(layer, asked, codes, candidates.indices)
+    budget = row_budget(layer, memory, row, candidates, scores, complexity, blocks)
+    scored, forced = candidates.scored, candidates.forced
     count = (budget - forced.sum(-1)).clamp(min=0)
-    width = row.candidates.width
+    width = candidates.width
     chosen = choose_top_k(scores, scored, count, most_scored(layer, blocks, width))
     everything = chosen | forced
     slots = pack_ascending(everything, memory.indices.shape[2]).long()
     numbers = slots
-    if row.candidates.indices is not None:
-        numbers = row.candidates.indices.expand(scores.shape).gather(-1, slots)
+    if candidates.indices is not None:
+        numbers = candidates.indices.expand(scores.shape).gather(-1, slots)
     memory.counts.copy_(everything.sum(-1)[..., 0])
     memory.indices.copy_(numbers[:, :, 0])
     if has_bias(layer):
         used = torch.arange(slots.shape[-1], device=slots.device) < memory.counts[..., None, None]
         kept = scored.expand(scores.shape).gather(-1, slots) & used
         memory.bias.copy_(slot_bias(layer, scores, scored, slots, kept)[:, :, 0])
+
+
+def _lists_at_once(layer: BlockSparseAdaptive, cached: CachedKeys, blocks: int) -> bool:
+    """Whether the kernel that keeps what reaches a threshold can make the lists."""
+    config = layer.config
+    if config.budget != "threshold" or config.threshold_floor or has_bias(layer):
+        return False
+    if layer.segment_lengths is not None:
+        return False
+    return has_kernel(layer, cached.key, blocks)
 
 
 def _asking(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.candidates import Candidates, RowRange, build_candidates
+from dilated_attention_pytorch.candidates import CandidateRule, RowRange
 from dilated_attention_pytorch.nn.selector_state import Memory
 
 if TYPE_CHECKING:
@@ -22,20 +22,18 @@ class NewestRow:
     Attributes:
         number: ``(b,)`` int64.
         rows: What it sees.
-        candidates: What it may choose, ``(b, p, 1, c)``.
     """
 
     number: Tensor
     rows: RowRange
-    candidates: Candidates
 
     @classmethod
-    def of(cls, layer: BlockSparseAdaptive, memory: Memory, blocks: int) -> NewestRow:
-        """The rows of the newest tokens that a memory counts, among ``blocks`` blocks."""
+    def of(cls, layer: BlockSparseAdaptive, memory: Memory) -> NewestRow:
+        """The rows of the newest tokens that a memory counts."""
         number = (memory.lengths - 1).clamp(min=0).div(layer.block_size, rounding_mode="floor")
         own = number.view(-1, 1, 1)
         rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
-        return cls(number, rows, candidates_of(layer, rows, blocks))
+        return cls(number, rows)
 
     def at(self, table: Tensor, step: int) -> Tensor:
         """Entries ``(b, heads, 1, ...)`` of a table by block, ``step`` after the row's own."""
@@ -51,10 +49,9 @@ class NewestRow:
         return index.expand(-1, table.shape[1], 1, *table.shape[3:])
 
 
-def candidates_of(layer: BlockSparseAdaptive, rows: RowRange, blocks: int) -> Candidates:
+def rule_of(layer: BlockSparseAdaptive, blocks: int) -> CandidateRule:
     """What rows of a causal pass may choose among ``blocks`` blocks."""
-    return build_candidates(
-        rows,
+    return CandidateRule(
         num_heads=layer.pattern_heads,
         num_key_blocks=blocks,
         block_size=layer.block_size,

@@ -56,16 +56,21 @@ class CachedKeys:
 
 
 def token_scores(
-    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow, cached: CachedKeys, blocks: int
+    layer: BlockSparseAdaptive,
+    memory: Memory,
+    row: NewestRow,
+    candidates: Tensor | None,
+    cached: CachedKeys,
+    blocks: int,
 ) -> Tensor:
     """Scores ``(b, p, 1, c)`` of the newest row: as a pass over everything so far would give them.
 
     With ``query_scope="block"`` the mass that the row's queries have given so far is kept.
     """
     scores = _row_scores(layer, memory, row, cached, blocks)
-    if row.candidates.indices is None:
+    if candidates is None:
         return scores
-    index = row.candidates.indices.clamp(0, blocks - 1)
+    index = candidates.clamp(0, blocks - 1)
     return scores.gather(-1, index.expand(*scores.shape[:3], -1))
 
 
@@ -110,7 +115,7 @@ def _rate(
     token = start[:, None] + scorer.query_stride * torch.arange(count, device=query.device)
     last = torch.where(real, token, -1)
     key = cached.blocks(blocks, size)
-    if _has_kernel(layer, query, key):
+    if has_kernel(layer, key, blocks):
         spans = torch.stack([torch.zeros_like(last), last + 1], 1).int()
         scores = low_rank_scores(
             query, key, scorer.query_map, scorer.key_map, spans, query_stride=1,
@@ -123,12 +128,12 @@ def _rate(
     return F.pad(scores, (0, missing)) if missing else scores
 
 
-def _has_kernel(layer: BlockSparseAdaptive, query: Tensor, key: Tensor) -> bool:
-    """Whether the kernel of a forward pass serves here too."""
+def has_kernel(layer: BlockSparseAdaptive, key: Tensor, blocks: int) -> bool:
+    """Whether the kernels of a forward pass serve here too."""
     if layer.backend not in ("auto", "triton"):
         return False
-    if layer.backend == "auto" and query.device.type != "cuda":
+    if layer.backend == "auto" and key.device.type != "cuda":
         return False
     size, dim = layer.block_size, layer.head_dim
-    refusal = kernel_refusal(query.device, query.dtype, size, dim, 0)
-    return refusal is None and low_rank_refusal(query.dtype, size, dim) is None
+    refusal = kernel_refusal(key.device, key.dtype, size, dim, blocks)
+    return refusal is None and low_rank_refusal(key.dtype, size, dim) is None
