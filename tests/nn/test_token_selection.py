@@ -13,7 +13,7 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selectio
 from dilated_attention_pytorch.nn.decoding import token_scores
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
-from dilated_attention_pytorch.selection.threshold import ThresholdTable
+from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -99,6 +99,19 @@ def test_decoding_rates_a_row_with_the_kernel_as_in_pytorch(
         outs.append(torch.cat(steps, 1))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     assert len(kernels) == 5
+
+
+@pytest.mark.parametrize("scope", ["block", "past"])
+def test_a_calibration_meets_the_sparsity(scope: str) -> None:
+    """With thresholds of every row's own length too."""
+    layer = adaptive(query_scope=scope)
+    layer.backend = "gather"
+    inputs = inputs_of(layer, *tokens())
+    with torch.no_grad():
+        found = calibrate_threshold([layer.threshold_sample(inputs)], 0.5)
+        layer.set_thresholds(ThresholdTable((TOKENS,), (found,)))
+        pattern = layer.select(inputs).pattern
+    assert abs(float(pattern.sparsity.mean()) - 0.5) < 0.02
 
 
 CALLS = {
