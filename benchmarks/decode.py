@@ -167,6 +167,8 @@ class Timer:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
+            # The graph does not keep what it reads alive, such as the lists in a state.
+            self.recorded = run
             self.run = graph.replay
             self.run()
 
