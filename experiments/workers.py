@@ -70,7 +70,12 @@ class Workers:
         """
         if self.jobs == 1 and self.minutes is None:
             while (job := next_job()) is not None:
-                yield job, job.run(quick, self.device)
+                result: dict[str, Any] | Exception
+                try:
+                    result = job.run(quick, self.device)
+                except Exception as error:  # whatever it was, the others go on
+                    result = error
+                yield job, result
             return
         end = float("inf") if self.minutes is None else time.monotonic() + 60 * self.minutes
         # Threads of numpy and the like: there are as many processes as cores already.

@@ -15,7 +15,6 @@ from dilated_attention_pytorch.nn.row_budgets import MAX_BUDGET_FACTOR, most_sco
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
-    running_row_budget,
     summarise,
     summarise_and_pass,
 )
@@ -149,11 +148,10 @@ def allot_budget(
         else:
             means = summarise(inputs.key.detach(), layer.block_size, ("mean",), inputs.key_valid)
         means = means.transpose(1, 2)
-    allot = running_row_budget if layer.looks_back(inputs.mask) else row_budget
-    rounded, exact = allot(
+    rounded, exact = row_budget(
         inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
         means=means, gain=gain, offset=offset,
-        max_factor=MAX_BUDGET_FACTOR,
+        max_factor=MAX_BUDGET_FACTOR, running=layer.looks_back(inputs.mask),
     )  # fmt: skip
     layer.record_density(exact, rows, None)
     return rounded

@@ -14,13 +14,21 @@ from dilated_attention_pytorch.ops.block_selection.interface import kernel_refus
 from dilated_attention_pytorch.pattern import BlockPattern
 
 
+def backend_refusal(layer: BlockSparseLayer, device: torch.device) -> str | None:
+    """Why a layer's backend leaves the selection on a device to PyTorch, or None."""
+    if layer.backend not in ("auto", "triton"):
+        return f"backend={layer.backend!r} asks for the PyTorch path"
+    if layer.backend == "auto" and device.type != "cuda":
+        return f"the PyTorch path runs on {device.type}"
+    return None
+
+
 def place_refusal(layer: BlockSparseLayer, inputs: SelectionInputs) -> str | None:
     """Why the selection kernels cannot run for this layer here, or None if they can."""
     query = inputs.query
-    if layer.backend not in ("auto", "triton"):
-        return f"backend={layer.backend!r} asks for the PyTorch path"
-    if layer.backend == "auto" and query.device.type != "cuda":
-        return f"the PyTorch path runs on {query.device.type}"
+    refusal = backend_refusal(layer, query.device)
+    if refusal is not None:
+        return refusal
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func takes the PyTorch path"
     width = inputs.rule.width(inputs.rows)

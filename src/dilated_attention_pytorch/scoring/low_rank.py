@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.scoring.summaries import past_windows
+from dilated_attention_pytorch.scoring.summaries import exact_dtype, past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
 
 
@@ -50,7 +50,7 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 def _wide(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32, or float64 if the weight is."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = exact_dtype(weight.dtype)
     return x.to(dtype), weight.to(dtype)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -74,18 +74,17 @@ def assert_same(found: Any, wanted: Any) -> None:
         torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left padding"])
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generation_equals_generation_without_a_cache(family: str, name: str, padded: bool) -> None:
-    """And after the prompt no layer looks at the whole cache."""
+def check_generation(
+    family: str, name: str, padded: bool, adapted: Callable[[Any], AbstractContextManager[Any]]
+) -> None:
+    """Cached generation against uncached; after the prompt no layer looks at the whole cache."""
     ids, mask = tokens(length=60), torch.ones(2, 60, dtype=torch.long)
     if padded:
         mask[1, :9] = 0
     beams = {k: v for k, v in OPTIONS[name].items() if k == "num_beams"}
     model = tiny_model(family)
     dense = generate(model, ids, mask, **beams)
-    with adapt(model, SPARSE):
+    with adapted(model):
         wanted = generate(model, ids, mask, use_cache=False, **beams)
         with calls() as count:
             found = generate(model, ids, mask, **OPTIONS[name])
@@ -95,6 +94,13 @@ def test_generation_equals_generation_without_a_cache(family: str, name: str, pa
     assert count["prefill"] == count["forward"] == layers
     assert not count["remember"]
     assert count["decode"] == layers * (29 + (2 if name == "chunked" else 0))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left padding"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_generation_without_a_cache(family: str, name: str, padded: bool) -> None:
+    check_generation(family, name, padded, lambda model: adapt(model, SPARSE))
 
 
 @contextmanager
@@ -111,22 +117,7 @@ def distilled(model: Any, config: AdaptiveConfig = DISTILLED) -> Iterator[Any]:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_low_rank_selectors_with_thresholds(family: str, name: str, padded: bool) -> None:
     """The default selectors of converted models, with choices from the past."""
-    ids, mask = tokens(length=60), torch.ones(2, 60, dtype=torch.long)
-    if padded:
-        mask[1, :9] = 0
-    beams = {k: v for k, v in OPTIONS[name].items() if k == "num_beams"}
-    model = tiny_model(family)
-    dense = generate(model, ids, mask, **beams)
-    with distilled(model):
-        wanted = generate(model, ids, mask, use_cache=False, **beams)
-        with calls() as count:
-            found = generate(model, ids, mask, **OPTIONS[name])
-    assert_same(found, wanted)
-    assert not torch.allclose(wanted.scores[-1], dense.scores[-1], atol=1e-2)
-    layers = sparse_layers(family)
-    assert count["prefill"] == count["forward"] == layers
-    assert not count["remember"]
-    assert count["decode"] == layers * (29 + (2 if name == "chunked" else 0))
+    check_generation(family, name, padded, distilled)
 
 
 @pytest.mark.parametrize("drafts", ["prompt", "assistant"])

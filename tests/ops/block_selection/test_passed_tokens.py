@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     summarise_and_pass,
     summarise_both,
 )
+from dilated_attention_pytorch.ops.block_selection.operators import passed_tokens
+from dilated_attention_pytorch.ops.block_selection.operators.summaries import summaries_backward_op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("mean", "max", "attention")
@@ -86,7 +90,16 @@ def test_half_precision_rounds_once() -> None:
     torch.testing.assert_close(got, want.half(), rtol=0, atol=0)
 
 
-def test_the_layers_gradients_do_not_depend_on_whether_tokens_are_shared() -> None:
+def test_the_layers_gradients_do_not_depend_on_whether_tokens_are_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = []
+
+    def watched(*args: Any) -> Any:
+        shared.append(args[-1] is not None)
+        return summaries_backward_op(*args)
+
+    monkeypatch.setattr(passed_tokens, "summaries_backward_op", watched)
     torch.manual_seed(0)
     config = AdaptiveConfig(block_size=16, base_sparsity=0.5, hard_sparsity=True)
     layer = BlockSparseAdaptive(None, None, 4, 16, config, num_kv_heads=2, backend="triton")
@@ -97,5 +110,7 @@ def test_the_layers_gradients_do_not_depend_on_whether_tokens_are_shared() -> No
     for given in ({}, {"selector_query": x.clone(), "selector_key": y.clone()}):
         out = layer(x, y, y.detach(), is_causal=True, **given)
         found.append(torch.autograd.grad(out.square().sum(), [x, y]))
+    # Attention's gradient reaches the kernel where both read the same tokens, and there alone.
+    assert shared == [True, True, False, False]
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
 from dilated_attention_pytorch.nn.decoding.settings import sums_mass
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
+from dilated_attention_pytorch.nn.threshold_selection import backend_refusal
 from dilated_attention_pytorch.ops.block_selection.interface import (
     kernel_refusal,
     low_rank_refusal,
@@ -130,9 +131,7 @@ def _rate(
 
 def has_kernel(layer: BlockSparseAdaptive, key: Tensor, blocks: int) -> bool:
     """Whether the kernels of a forward pass serve here too."""
-    if layer.backend not in ("auto", "triton"):
-        return False
-    if layer.backend == "auto" and key.device.type != "cuda":
+    if backend_refusal(layer, key.device) is not None:
         return False
     size, dim = layer.block_size, layer.head_dim
     refusal = kernel_refusal(key.device, key.dtype, size, dim, blocks)

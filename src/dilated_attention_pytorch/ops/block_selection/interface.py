@@ -229,6 +229,7 @@ def row_budget(
     gain: Tensor | None = None,
     offset: Tensor | None = None,
     max_factor: float = 1.0,
+    running: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`water_level_budget` and :func:`round_budget`, scaled by ``content_complexity``.
 
@@ -245,53 +246,35 @@ def row_budget(
         gain: ``(p,)``, with ``means``.
         offset: ``(p,)``, with ``means``.
         max_factor: Bound of ``offset + gain * complexity``.
+        running: :func:`running_budget` in their place, by the complexity of what lies before each
+            row; from equal complexities the integers equal PyTorch's.
 
     Returns:
         Integer budgets ``(batch, p, i)``, forced blocks included, and the exact ones in float32,
         differentiable in gain and offset.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import budget_op, round_op
+    from dilated_attention_pytorch.ops.block_selection.operators import (
+        budget_op,
+        round_op,
+        running_budget_op,
+    )
 
+    given = (
+        None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
+        rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
+    )  # fmt: skip
+    sizes = batch, rule.num_heads, rows.has_diagonal, max_factor
+    if running:
+        exact, _, _, whole = running_budget_op(*given, *sizes, FRACTION_BITS)
+        return whole, exact
     width = rule.width(rows)
     tables = rows.remember((rule, "levels"), lambda: level_tables(forced, limit, rows, width))
     exact, _, _ = budget_op(
-        None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
-        rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
-        tables.filled, tables.rising, tables.visible[:, 0].contiguous(),
-        batch, rule.num_heads, rows.has_diagonal, max_factor,
-    )  # fmt: skip
+        *given, tables.filled, tables.rising, tables.visible[:, 0].contiguous(), *sizes
+    )
     if rows.num_documents > 1:
         return round_budget(exact, rows), exact
     return round_op(exact.detach(), FRACTION_BITS), exact
-
-
-def running_row_budget(
-    rule: CandidateRule,
-    rows: RowRange,
-    intervals: Tensor,
-    forced: Tensor,
-    limit: Tensor,
-    base_sparsity: Tensor,
-    *,
-    batch: int,
-    means: Tensor | None = None,
-    gain: Tensor | None = None,
-    offset: Tensor | None = None,
-    max_factor: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`running_budget`, scaled by ``content_complexity`` of what lies before each row.
-
-    From equal complexities the whole budgets equal PyTorch's in every bit. Arguments and results
-    as for :func:`row_budget`.
-    """
-    from dilated_attention_pytorch.ops.block_selection.operators import running_budget_op
-
-    exact, _, _, whole = running_budget_op(
-        None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
-        rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
-        batch, rule.num_heads, rows.has_diagonal, max_factor, FRACTION_BITS,
-    )  # fmt: skip
-    return whole, exact
 
 
 def low_rank_refusal(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
