@@ -12,6 +12,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = ("summaries", "candidates", "scores", "budget", "choose", "transpose")
+# Of the layer to dense attention.
+RATIOS = (
+    "times faster, forward", "times faster, step", "share of ideal, forward",
+    "share of ideal, step",
+)  # fmt: skip
 
 
 def median(row: dict[str, Any], name: str) -> float | None:
@@ -25,7 +30,7 @@ def write_table(record: dict[str, Any], path: Path) -> None:
     names = [*STAGES, "selection", "attention forward", "layer forward", "selection step",
              "attention step", "layer step"]  # fmt: skip
     head = ["tokens", "candidates", "sparsity", *names, "dense forward", "dense step",
-            "times faster, forward", "times faster, step"]  # fmt: skip
+            *RATIOS]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row, line in zip(record["lengths"], record["conclusions"]["rows"], strict=True):
         cells = [f"{row['tokens']:,}", "linear" if row["linear"] else "all"]
@@ -34,16 +39,19 @@ def write_table(record: dict[str, Any], path: Path) -> None:
         for key in ("dense forward ms", "dense step ms"):
             mark = "" if row["tokens"] <= record["conclusions"]["dense_extrapolated_from"] else "*"
             cells.append(f"{line[key]:.2f}{mark}")
-        for key in ("times faster, forward", "times faster, step"):
+        for key in RATIOS:
             cells.append(f"{line[key]:.2f}" if key in line else "")
         lines.append("| " + " | ".join(cells) + " |")
-    about = record["environment"]
+    about, found = record["environment"], record["conclusions"]
+    even = [f"{found[f'break-even {part}, tokens']:,}" for part in ("forward", "step")]
     longest = record["conclusions"]["dense_extrapolated_from"]
     lines += [
         "",
         f"Milliseconds, median. 16 heads of 128, bfloat16, block 64, not causal; "
         f"{about['device']}, torch {about['torch']}, commit {about['commit']}. "
-        f"* extrapolated from {longest:,} tokens with the square of the length.",
+        f"* extrapolated from {longest:,} tokens with the square of the length. "
+        f"The layer overtakes dense from {even[0]} tokens on forward, from {even[1]} in a step. "
+        "Share of the ideal: dense time x share of the tiles kept / the layer's time.",
         "",
     ]
     path.write_text("\n".join(lines))

@@ -123,6 +123,11 @@ def test_sparsity_by_length_can_say_no() -> None:
     names = [f"{n} tokens, {rule}" for n in module.LENGTHS for rule in module.RULES]
     assert said("sparsity_by_length", accuracies(names, *[1.0] * len(names)))
     assert not said("sparsity_by_length", accuracies(names, *[1.0] * (len(names) - 1), 0.8))
+    # The longest is left out where it is not learned, and the one before decides.
+    assert said("sparsity_by_length", accuracies(names, *[1.0] * (len(names) - 2), 0.1, 0.0))
+    unlearned = accuracies(names, *[1.0] * (len(names) - 3), 0.8, 0.1, 0.1)
+    assert not said("sparsity_by_length", unlearned)
+    assert not said("sparsity_by_length", accuracies(names, *[0.1] * len(names)))
 
 
 def test_head_specialisation_can_say_no() -> None:
