@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +31,11 @@ DEBIAN_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "debian-handbook": ("en-US/*.html", ()),
     "debian-reference-en": ("debian-reference.en.txt.gz", ()),
     "git-doc": ("*.txt", ("RelNotes",)),
+    "jargon-text": ("jargon.txt.gz", ()),
     "linux-doc-6.1": ("*.rst.gz", ("translations",)),
     "perl-doc": ("*.pod", ()),
     "python3.11-doc": ("*.rst.txt*", ()),
+    "r-cran-janeaustenr": ("Rdata.rdb", ()),
 }
 # The standard library's folders that read like code rather than tables or tests.
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings"}
@@ -101,8 +104,31 @@ def _documents(package: str, unpacked: Path) -> list[str]:
     return [_plain(_read(p)) if p.suffix == ".html" else _read(p) for p in paths]
 
 
+def _r_strings(content: bytes) -> list[bytes]:
+    """All strings of an R package's data: zlib streams of R's serialised vectors.
+
+    Every stream follows four bytes of its length; a string is a word of flags whose last byte is 9,
+    its length, and its bytes ("Serialization Formats", R Internals).
+    """
+    strings = []
+    while content:
+        stream = zlib.decompressobj()
+        data = stream.decompress(content[4:])
+        content = stream.unused_data
+        position = 0
+        for found in re.finditer(rb"\x00[\x00-\x0f]\x00\x09(....)", data, re.DOTALL):
+            if found.start() < position:
+                # Inside the string before.
+                continue
+            position = found.end() + int.from_bytes(found[1], "big", signed=True)
+            strings.append(data[found.end() : max(position, found.end())])
+    return strings
+
+
 def _read(path: Path) -> str:
     content = path.read_bytes()
+    if path.suffix == ".rdb":
+        content = b"\n".join(_r_strings(content))
     if path.suffix == ".gz":
         content = gzip.decompress(content)
     return content.decode("utf-8", "replace")

@@ -13,6 +13,7 @@ as it is, its learning rate not yet at the end. Several processes may run at onc
     python experiments/pretrained.py unpack         # there, offline
     python experiments/pretrained.py distill --block-size 64
     python experiments/pretrained.py evaluate --block-size 64
+    python experiments/pretrained.py allot              # budgets that differ between layers
     python experiments/pretrained.py tune --attention dense --steps 1000
     python experiments/pretrained.py tune --sparsity 0.8 --steps 1000
     python experiments/pretrained.py evaluate-tuned
@@ -52,6 +53,12 @@ OWN = ("adapter", "adapter:fixed")
 BY_THRESHOLD = tuple(f"{name}:threshold" for name in RIVALS[1:])
 # Thresholds above a share of the even budget.
 WITH_FLOOR = ("adapter", "oracle", "antidiagonal")
+# Thresholds with shares of the layers by what sparsity costs in each, and the selectors without.
+ALLOTTED = ("adapter:threshold", "oracle:allotted", "antidiagonal:allotted")
+
+
+# By how much the measured sparsity may exceed the nominal one.
+TOLERANCE = 0.0005
 
 
 def train(job: Any, folder: Path, stop: Callable[[], bool], about: dict[str, Any]) -> None:
@@ -129,6 +136,54 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     train(job, folder, stop, {**origin(options), "trained_on": TRAINED_ON})
 
 
+def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
+    """Measures what sparsity costs in each layer, on held-out windows of the training texts.
+
+    The selectors with these costs are another adapter, ``distill-<blocks><name>-allotted``. With
+    ``--background`` the costs are measured once more beside layers that are sparse themselves.
+    """
+    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
+    from dilated_attention_pytorch.integrations.transformers.calibrate import (
+        calibrate,
+        spread_windows,
+    )
+    from dilated_attention_pytorch.integrations.transformers.sensitivity import (
+        SPARSITIES,
+        measure_costs,
+    )
+    from dilated_attention_pytorch.integrations.transformers.tokens import (
+        load_model,
+        load_tokenizer,
+        load_tokens,
+    )
+    from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+
+    source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
+    folder = RUNS / f"distill-{options.block_size}{options.name}-allotted"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = load_tokens(load_tokenizer(MODEL), training_texts(), seq_len=options.length)
+    windows = spread_windows(text.validation, options.length + 1, options.windows)
+    adapter = SelectorAdapter.read(source)
+    path = folder / "costs.jsonl"
+    with adapter.apply(load_model(MODEL, device=options.device, dtype=options.weights)) as adapted:
+        known = {row["layer"]: tuple(row["costs"]) for row in read_lines(path)}
+        layers = [number for number in adapted.selectors if number not in known]
+        background = options.background or None
+        for number, costs in measure_costs(adapted, windows, layers=layers, background=background):
+            known[number] = costs
+            append(path, {"layer": number, "sparsities": SPARSITIES, "costs": costs,
+                          "background": background, **origin(options)})  # fmt: skip
+            print(number, *(f"{cost:.5f}" for cost in costs), flush=True)
+            if stop():
+                return
+        adapted.costs = LayerCosts(SPARSITIES, known)
+        for sparsity in (0.8, 0.9):
+            shares = adapted.layer_sparsities(sparsity)
+            print(sparsity, {number: round(value, 3) for number, value in shares.items()})
+        calibrate(adapted, text.train, 0.9, lengths=(options.length,))
+        SelectorAdapter.of(adapted).save_pretrained(folder / "adapter")
+
+
 def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Tunes selectors and weights at one sparsity, or the dense baseline."""
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
@@ -180,7 +235,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     """Cells ``(text, length, method, sparsity)``, the ones that the bars need first."""
     longest = options.length
     floors = tuple(f"{name}:floor{options.floor or 0.5:g}" for name in WITH_FLOOR)
-    every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors)
+    every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors, *ALLOTTED)
     some = ("adapter", "adapter:fixed", "oracle:threshold", "antidiagonal:threshold", "oracle",
             "antidiagonal", "sink_window", *floors)  # fmt: skip
     grid = [
@@ -228,27 +283,33 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
 
 
 def reaching(measured: Any, cell: tuple[str, int, str, float]) -> dict[str, Any]:
-    """Measures a cell, and again with higher aims until it leaves out as much as it should.
+    """Measures a cell, and again with other aims until it leaves out what it should.
 
     Thresholds are calibrated on other windows than are measured. What is adjusted is the budget; no
     perplexity has a say. Where the forced blocks take more than the budget it cannot be met.
     """
     _, _, method, sparsity = cell
-    row: dict[str, Any] = measured.measure(*cell)
+    row = measured.measure(*cell)
     by_threshold = method == "adapter" or method.partition(":")[2].startswith(
-        ("threshold", "floor")
+        ("threshold", "floor", "allotted")
     )
-    aim = sparsity
-    for attempt in range(4):
-        short = sparsity - row["measured_sparsity"]
-        if short <= 0 or not by_threshold:
+    low, high, aim, rows = 0.0, 0.999, sparsity, [row]
+    for _ in range(6):
+        over = rows[-1]["measured_sparsity"] - sparsity
+        if 0 <= over <= TOLERANCE or not by_threshold:
             break
-        aim = min(aim + short * 2**attempt + 1e-4, 0.999)
-        again = measured.measure(*cell, aim=aim) | {"aim": aim}
-        if attempt and again["measured_sparsity"] == row["measured_sparsity"]:
-            break
-        row = again
-    return row
+        low, high = (aim, high) if over < 0 else (low, aim)
+        # The measured sparsity follows the aim nearly one to one.
+        aim -= over - TOLERANCE / 2
+        if not low < aim < high:
+            aim = (low + high) / 2
+        rows.append(measured.measure(*cell, aim=aim) | {"aim": aim})
+
+    def miss(found: dict[str, Any]) -> tuple[bool, float]:
+        over = found["measured_sparsity"] - sparsity
+        return over < 0, abs(over)
+
+    return min(rows, key=miss)
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
@@ -380,7 +441,8 @@ def commit() -> str:
 def main() -> None:
     """Runs one stage."""
     stages: dict[str, Callable[..., None]] = {
-        "pack": pack, "unpack": unpack, "distill": distill, "evaluate": evaluate, "tune": tune,
+        "pack": pack, "unpack": unpack, "distill": distill, "allot": allot, "evaluate": evaluate,
+        "tune": tune,
         "evaluate-tuned": evaluate_tuned, "report": report,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -415,6 +477,9 @@ def main() -> None:
         help="threshold_floor to tune with, or to measure (0: 0.5 there)",
     )
     parser.add_argument("--selector-every", type=int, default=8)
+    parser.add_argument(
+        "--background", type=float, default=0.0, help="sparsity of the other layers (0: dense)"
+    )
     parser.add_argument("--commit", default=commit(), help="to record beside the results")
     options = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)

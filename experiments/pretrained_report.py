@@ -89,7 +89,12 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for r in rows
             if (r["text"], r["length"], r["block_size"], r["sparsity"]) == key
         }
-        rivals = {m: x for m, x in ratio.items() if not m.startswith(("adapter", "oracle"))}
+        # With our shares of the layers a rival is no longer free of training.
+        rivals = {
+            m: x
+            for m, x in ratio.items()
+            if not m.startswith(("adapter", "oracle")) and not m.endswith(":allotted")
+        }
         mine = [method for method in ratio if method.startswith("adapter")]
         if not mine or not rivals:
             continue

@@ -17,7 +17,8 @@ from fetch_smollm2 import CACHE, GGUF_NAME, convert
 RUNS = CACHE / "pretrained"
 MODEL = CACHE / "smollm2"
 TRAINED_ON = (
-    "debian-handbook", "debian-reference-en", "git-doc", "linux-doc-6.1", "perl-doc", "stdlib",
+    "debian-handbook", "debian-reference-en", "git-doc", "jargon-text", "linux-doc-6.1", "perl-doc",
+    "r-cran-janeaustenr", "stdlib",
 )  # fmt: skip
 MEASURED_ON = ("anarchism", "python3.11-doc")
 # Bytes of each text: the rest would only cost time.
@@ -38,7 +39,8 @@ def pack() -> None:
         (parts / name / "model.part").write_bytes(piece)
     for name in (*TRAINED_ON, *MEASURED_ON):
         text = (CACHE / "texts" / f"{name}.txt").read_bytes()[: TEXT_BYTES.get(name)]
-        (parts / "b" / f"{name}.txt.xz").write_bytes(lzma.compress(text))
+        part = "a" if name in TRAINED_ON else "b"
+        (parts / part / f"{name}.txt.xz").write_bytes(lzma.compress(text))
     # Reading the model's file needs this one pure Python package.
     wheels = parts / "b" / "wheels"
     subprocess.run(
@@ -57,7 +59,7 @@ def unpack() -> None:
     gguf = CACHE / GGUF_NAME
     gguf.write_bytes(b"".join((parts / x / "model.part").read_bytes() for x in ("a", "b")))
     (CACHE / "texts").mkdir(exist_ok=True)
-    for packed in (parts / "b").glob("*.txt.xz"):
+    for packed in parts.glob("*/*.txt.xz"):
         (CACHE / "texts" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
     for wheel in (parts / "b" / "wheels").glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:

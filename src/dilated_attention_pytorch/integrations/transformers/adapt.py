@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
 from dilated_attention_pytorch.integrations.transformers.cache_handover import hand_over_cache
 from dilated_attention_pytorch.integrations.transformers.families import (
@@ -21,6 +21,7 @@ from dilated_attention_pytorch.integrations.transformers.register import registe
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
 
 SelectorConfig = AdaptiveConfig | TrainingFreeConfig
 
@@ -34,7 +35,12 @@ class AdaptedModel:
         model: The model, changed in place.
         sites: Its attention layers.
         configs: Settings by layer number; layers that are missing attend densely.
+        costs: What sparsity costs in each layer
+            (:func:`~dilated_attention_pytorch.integrations.transformers.sensitivity.measure_costs`),
+            by which a mean sparsity is shared among the layers; None: the same for all.
     """
+
+    costs: LayerCosts | None = None
 
     def __init__(
         self, model: Any, sites: list[AttentionSite], configs: dict[int, SelectorConfig]
@@ -68,15 +74,32 @@ class AdaptedModel:
                 parameter.requires_grad_(False)
         return self
 
+    def layer_sparsities(self, mean: float) -> dict[int, float]:
+        """The sparsity of each adapted layer at a mean over all of them: shared by :attr:`costs`.
+
+        Raises:
+            ValueError: If the mean is not in [0, 1), or costs are of other layers.
+        """
+        check_sparsity("mean", mean)
+        if self.costs is None:
+            return dict.fromkeys(self.selectors, mean)
+        if set(self.costs.costs) != set(self.selectors):
+            raise ValueError(
+                f"costs must be those of the adapted layers {sorted(self.selectors)}, got "
+                f"{sorted(self.costs.costs)}."
+            )
+        return self.costs.allot(mean)
+
     def set_base_sparsity(self, value: float) -> None:
-        """Sets the mean sparsity of every selector.
+        """Sets the mean sparsity over all selectors (:meth:`layer_sparsities`).
 
         Raises:
             ValueError: If it is not in [0, 1).
         """
-        for selector in self.selectors.values():
+        for number, sparsity in self.layer_sparsities(value).items():
+            selector = self.selectors[number]
             if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
-                selector.set_base_sparsity(value)
+                selector.set_base_sparsity(sparsity)
 
     @contextmanager
     def replaced(self, selectors: Mapping[int, BlockSparseLayer]) -> Iterator[None]:

@@ -24,9 +24,11 @@ from dilated_attention_pytorch.integrations.transformers.base_identity import (
 )
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
 
 FORMAT = "dilated_attention_pytorch.adapter"
-VERSION = 1
+# Version 2 may hold costs of the layers; files of version 1 hold none.
+VERSION, READABLE = 2, (1, 2)
 CONFIG_NAME = "adapter.json"
 WEIGHTS_NAME = "selectors.safetensors"
 
@@ -51,12 +53,14 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         tensors: Weights and buffers, ``"<layer>.<name>"``.
         base: Identity of the base model.
         versions: Of the packages that wrote it.
+        costs: By which a mean sparsity is shared among the layers; None: the same for all.
     """
 
     configs: dict[int, SelectorConfig]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     versions: dict[str, str]
+    costs: LayerCosts | None = None
 
     def __post_init__(self) -> None:
         """Keeps the mixin from writing a config.json of what it takes for settings."""
@@ -72,7 +76,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         }
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         base = base_identity(adapted.model, adapted.sites)
-        return cls(dict(adapted.configs), tensors, base, versions)
+        return cls(dict(adapted.configs), tensors, base, versions, adapted.costs)
 
     def with_budget(self, budget: str, threshold_floor: float = 0.0) -> SelectorAdapter:
         """The same selectors under another rule for how many blocks each row reads.
@@ -92,7 +96,15 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             for name, value in self.tensors.items()
             if budget == "threshold" or not name.endswith(".thresholds")
         }
-        return SelectorAdapter(configs, tensors, self.base, self.versions)
+        return SelectorAdapter(configs, tensors, self.base, self.versions, self.costs)
+
+    def with_costs(self, costs: LayerCosts | None) -> SelectorAdapter:
+        """The same selectors with a mean sparsity shared among layers by other costs.
+
+        Thresholds that were calibrated before are those of the former shares until they are
+        calibrated again.
+        """
+        return SelectorAdapter(self.configs, self.tensors, self.base, self.versions, costs)
 
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:
         """Adapts a model with these selectors.
@@ -113,6 +125,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
                 "for this one."
             )
         adapted = adapt(model, self.configs, backend=backend)
+        adapted.costs = self.costs
         try:
             for number, selector in adapted.selectors.items():
                 own = f"{number}."
@@ -137,6 +150,8 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             "base": self.base,
             "layers": {str(number): _plain(config) for number, config in self.configs.items()},
         }
+        if self.costs is not None:
+            about["costs"] = self.costs.to_dict()
         save_directory.mkdir(parents=True, exist_ok=True)
         save_file(self.tensors, str(save_directory / WEIGHTS_NAME), metadata={"format": FORMAT})
         text = json.dumps(about, indent=2) + "\n"
@@ -184,14 +199,15 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
                 )
         try:
             about = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-            if about["format"] != FORMAT or about["version"] != VERSION:
+            if about["format"] != FORMAT or about["version"] not in READABLE:
                 raise AdapterError(
-                    f"{folder} must hold an adapter of version {VERSION}, got "
+                    f"{folder} must hold an adapter of version {VERSION} or earlier, got "
                     f"format={about['format']!r} version={about['version']!r}."
                 )
             configs = {int(n): _config(values) for n, values in about["layers"].items()}
             tensors = load_file(folder / WEIGHTS_NAME)
-            return cls(configs, tensors, about["base"], about["versions"])
+            costs = LayerCosts.from_dict(about["costs"]) if "costs" in about else None
+            return cls(configs, tensors, about["base"], about["versions"], costs)
         except AdapterError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:

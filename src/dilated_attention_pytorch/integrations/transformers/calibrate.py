@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
@@ -32,9 +33,9 @@ def calibrate(
 ) -> None:
     """Sets the thresholds of every selector with ``budget="threshold"``; does nothing to others.
 
-    Each layer meets the sparsity by itself, as a mean over its heads, rows and windows. What
-    earlier layers leave out changes what later ones see, so after a dense pass the thresholds are
-    found once more with the sparse model itself.
+    Each layer meets its sparsity (:meth:`AdaptedModel.layer_sparsities`) by itself, as a mean over
+    its heads, rows and windows. What earlier layers leave out changes what later ones see, so after
+    a dense pass the thresholds are found once more with the sparse model itself.
 
     Args:
         adapted: The model.
@@ -64,12 +65,13 @@ def calibrate(
             f"tokens must hold at least {min(lengths)} tokens to calibrate at, got {len(tokens)}."
         )
     lengths = sorted(lengths)
+    goals = adapted.layer_sparsities(sparsity)
     for dense in (True, False):
         found: dict[int, list[float]] = {number: [] for number in chosen}
         for length in lengths:
-            samples = _samples(adapted, tokens, length, windows, dense)
+            samples = threshold_samples(adapted, spread_windows(tokens, length, windows), dense)
             for number in chosen:
-                found[number].append(calibrate_threshold(samples[number], sparsity))
+                found[number].append(calibrate_threshold(samples[number], goals[number]))
         for number, selector in chosen.items():
             selector.set_thresholds(ThresholdTable(tuple(lengths), tuple(found[number])))
 
@@ -82,19 +84,36 @@ def default_lengths(longest: int) -> list[int]:
     return out[::-1]
 
 
-def _samples(
-    adapted: AdaptedModel, tokens: Tensor, length: int, windows: int, dense: bool
+def spread_windows(tokens: Tensor, length: int, windows: int) -> Tensor:
+    """Windows ``(windows, length)`` spread evenly over a text; fewer where they would be the same.
+
+    Args:
+        tokens: ``(tokens,)``, at least ``length``.
+        length: Tokens per window.
+        windows: How many.
+    """
+    room = len(tokens) - length
+    starts = sorted({room * n // max(windows - 1, 1) for n in range(windows)})
+    return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def threshold_samples(
+    adapted: AdaptedModel, windows: Tensor, dense: bool
 ) -> dict[int, list[ThresholdSample]]:
+    """What thresholds are calibrated on, by layer: one sample per window ``(windows, length)``.
+
+    Args:
+        adapted: The model.
+        windows: Tokens.
+        dense: Of dense activations; False: of those with the selectors' own choice.
+    """
     samples: dict[int, list[ThresholdSample]] = {number: [] for number in adapted.selectors}
 
     def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
         if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
             samples[number].append(selector.threshold_sample(inputs))
 
-    room = len(tokens) - length
-    starts = sorted({room * n // max(windows - 1, 1) for n in range(windows)})
     with evaluating(adapted.model), observe_selection(adapted, look, dense=dense):
-        for start in starts:
-            window = tokens[None, start : start + length].to(adapted.model.device).long()
-            adapted.model.base_model(window, use_cache=False)
+        for window in windows.split(1):
+            adapted.model.base_model(window.to(adapted.model.device).long(), use_cache=False)
     return samples

@@ -27,8 +27,9 @@ from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.integrations.transformers.tokens import check_length
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
+from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
 
-ADAPTER = "adapter"
+ADAPTER, ALLOTTED = "adapter", "allotted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,10 @@ class EvaluationSettings:
         lengths: Tokens per window.
         sparsities: Nominal ones; the measured ones are reported beside.
         rivals: Training-free selectors to compare with, ``"<method>"``, ``"<method>:threshold"``
-            for a budget by calibrated thresholds, or ``"<method>:floor0.5"`` for thresholds above
-            a floor (``threshold_floor``).
+            for a budget by calibrated thresholds, ``"<method>:floor0.5"`` for thresholds above a
+            floor (``threshold_floor``), or ``"<method>:allotted"`` for thresholds whose sparsity
+            differs between layers as the adapter's does (:class:`LayerCosts`). All others have the
+            same sparsity in every layer, as has ``"adapter:threshold"``.
         block_size: Tokens per block of the rivals; an adapter brings its own, which must agree.
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
@@ -101,9 +104,11 @@ def budget_named(rule: str) -> tuple[str, float]:
         ValueError: If the floor is no number.
 
     Example:
-        >>> budget_named("threshold"), budget_named("floor0.5")
-        (('threshold', 0.0), ('threshold', 0.5))
+        >>> budget_named("threshold"), budget_named("floor0.5"), budget_named("allotted")
+        (('threshold', 0.0), ('threshold', 0.5), ('threshold', 0.0))
     """
+    if rule == ALLOTTED:
+        return "threshold", 0.0
     if not rule.startswith("floor"):
         return rule, 0.0
     share = rule.removeprefix("floor")
@@ -236,16 +241,28 @@ class Evaluation:
         name, _, rule = method.partition(":")
         if name == ADAPTER and self.adapter is not None:
             adapter = self.adapter.with_budget(*budget_named(rule)) if rule else self.adapter
+            if rule and rule != ALLOTTED:
+                adapter = adapter.with_costs(None)
             adapted = adapter.apply(self.model)
-            adapted.set_base_sparsity(sparsity)
         else:
             layers = None if self.adapter is None else self.adapter.configs
             config = rival_config(method, s.block_size, sparsity)
             adapted = adapt(self.model, config, layers=layers)
+            if rule == ALLOTTED:
+                adapted.costs = self._costs()
         with adapted:
+            adapted.set_base_sparsity(sparsity)
             sample = self.texts[text][: length * s.calibration_windows]
             calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
             yield adapted
+
+    def _costs(self) -> LayerCosts:
+        if self.adapter is None or self.adapter.costs is None:
+            raise ValueError(
+                f"rivals named ':{ALLOTTED}' need an adapter with costs of its layers, which "
+                "`dilated-attention allot` measures."
+            )
+        return self.adapter.costs
 
     def _retrieval(self, text: str, length: int) -> dict[str, float]:
         s, out = self.settings, {}

@@ -142,10 +142,11 @@ class Tuning(PretrainedTraining):
     def _set_sparsity(self, value: float) -> None:
         if self.adapted is None:
             return
-        for selector in self.adapted.selectors.values():
+        warm, goal = (self.adapted.layer_sparsities(x) for x in (value, self.run.base_sparsity))
+        for number, selector in self.adapted.selectors.items():
             if isinstance(selector, BlockSparseAdaptive):
                 calibrated = selector.config.budget == "threshold"
-                selector.set_base_sparsity(self.run.base_sparsity if calibrated else value)
+                selector.set_base_sparsity((goal if calibrated else warm)[number])
                 # Selectors that were distilled need little noise to explore.
                 selector.set_temperature(selector.config.min_temperature)
 

@@ -1,0 +1,112 @@
+"""Measures what sparsity costs in each layer of an adapted model, one layer at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
+from dilated_attention_pytorch.integrations.transformers.calibrate import threshold_samples
+from dilated_attention_pytorch.integrations.transformers.observer import (
+    SelectionObserver,
+    evaluating,
+)
+from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
+from dilated_attention_pytorch.selection.threshold import (
+    ThresholdSample,
+    ThresholdTable,
+    calibrate_threshold,
+)
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.96)
+
+
+def measure_costs(
+    adapted: AdaptedModel,
+    windows: Tensor,
+    sparsities: Sequence[float] = SPARSITIES,
+    *,
+    layers: Sequence[int] | None = None,
+    background: float | None = None,
+) -> Iterator[tuple[int, tuple[float, ...]]]:
+    """Loss with one layer sparse, above the loss with that layer dense; nothing is changed.
+
+    That the costs of all layers add up is an assumption; ``background`` measures them where they
+    are used.
+
+    Args:
+        adapted: The model.
+        windows: Tokens ``(windows, length + 1)``, of text that nothing is evaluated on.
+        sparsities: At which to measure, ascending.
+        layers: Which; None: all adapted ones.
+        background: Mean sparsity of all other layers, shared by the costs that the model has
+            already. None: the others are dense.
+
+    Yields:
+        A layer's number and its costs in nats per token, for :class:`LayerCosts`.
+
+    Raises:
+        ValueError: If a sparsity is not in [0, 1).
+    """
+    for value in sparsities:
+        check_sparsity("sparsities", value)
+    inputs = windows[:, :-1]
+    length = inputs.shape[1]
+    others: dict[int, BlockSparseLayer] = {
+        number: _dense(number, selector) for number, selector in adapted.selectors.items()
+    }
+    samples = threshold_samples(adapted, inputs, dense=True)
+    if background is not None:
+        goals = adapted.layer_sparsities(background)
+        for _ in range(2):
+            others = {
+                number: at_sparsity(selector, goals[number], samples[number], length)
+                for number, selector in adapted.selectors.items()
+            }
+            with adapted.replaced(others):
+                samples = threshold_samples(adapted, inputs, dense=False)
+    chosen = list(adapted.selectors) if layers is None else list(layers)
+    dense_loss = None
+    for number in chosen:
+        selector = adapted.selectors[number]
+        if background is not None or dense_loss is None:
+            # With a dense background it is the same for all layers.
+            dense_loss = _loss(adapted, {**others, number: _dense(number, selector)}, windows)
+        costs = []
+        for sparsity in sparsities:
+            own = at_sparsity(selector, sparsity, samples[number], length)
+            costs.append(_loss(adapted, {**others, number: own}, windows) - dense_loss)
+        yield number, tuple(costs)
+
+
+def at_sparsity(
+    selector: BlockSparseLayer, sparsity: float, samples: Sequence[ThresholdSample], length: int
+) -> BlockSparseLayer:
+    """A copy of a selector at a sparsity, with its threshold calibrated on samples of a length."""
+    own = copy.deepcopy(selector)
+    if isinstance(own, BlockSparseAdaptive | BlockSparseTrainingFree):
+        own.set_base_sparsity(sparsity)
+        if own.config.budget == "threshold":
+            threshold = calibrate_threshold(samples, sparsity)
+            own.set_thresholds(ThresholdTable((length,), (threshold,)))
+    return own
+
+
+def _dense(number: int, selector: BlockSparseLayer) -> SelectionObserver:
+    return SelectionObserver(number, selector, lambda *_: None, dense=True)
+
+
+def _loss(adapted: AdaptedModel, selectors: dict[int, BlockSparseLayer], windows: Tensor) -> float:
+    model: nn.Module = adapted.model
+    with adapted.replaced(selectors), evaluating(model):
+        losses = [
+            float(next_token_loss(model, window.to(adapted.model.device).long()))
+            for window in windows.split(1)
+        ]
+    return sum(losses) / len(losses)
