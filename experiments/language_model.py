@@ -10,6 +10,7 @@ it sees as many: at 0.9 (0.909 by tiles) 6 of 64 bytes; two are its own and the 
     python experiments/language_model.py --device cuda --only dense "adaptive 0.9" --seeds 0
     python experiments/language_model.py --device cuda --probe 40   # speeds alone; nothing kept
     python experiments/language_model.py --device cuda --graph      # a step is one CUDA graph
+    python experiments/language_model.py --device cuda --compile    # all but attention
     python experiments/language_model.py --quick
 
 One seed of every method comes first, then the other seeds of dense, adaptive 0.9, mean pooling and
@@ -189,11 +190,13 @@ def main() -> int:
     parser = option_parser(EXPERIMENT, __doc__)
     parser.add_argument("--probe", type=int, metavar="STEPS", help="print speeds, keep nothing")
     parser.add_argument("--graph", action="store_true", help="replay steps as CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="compile all but attention")
     parser.add_argument("--batch-size", type=int, help="of as many bytes in all; default: 4")
     parsed = parser.parse_args()
     if parsed.graph and parsed.device != "cuda":
         parser.error("--graph needs --device cuda")
-    changes: dict[str, Any] = {"graph": True} if parsed.graph else {}
+    flags = ("graph", "compile")
+    changes: dict[str, Any] = {name: True for name in flags if getattr(parsed, name)}
     if parsed.batch_size is not None:
         changes["batch_size"] = parsed.batch_size
     cells = [replace(cell, settings={**cell.settings, **changes}) for cell in CELLS]

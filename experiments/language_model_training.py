@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -118,6 +119,28 @@ def loss_of(model: nn.Module, windows: Tensor, device: str) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
+def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
+    """Compiles what surrounds attention, in place: one graph each, which all blocks share.
+
+    Only training uses it: held-out windows come in batches of other sizes.
+    """
+    for name in ("before_attention", "after_attention"):
+        method = compiled_in_training(getattr(type(model.blocks[0]), name), backend)
+        for block in model.blocks:
+            setattr(block, name, MethodType(method, block))
+
+
+def compiled_in_training(method: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A module's method that runs compiled while the module trains."""
+    # fullgraph: too many recompilations are an error, not a silent return to eager mode.
+    compiled = torch.compile(method, fullgraph=True, dynamic=False, backend=backend)
+
+    def choose(module: nn.Module, *args: Any) -> Any:
+        return (compiled if module.training else method)(module, *args)
+
+    return choose
+
+
 @dataclass
 class Replay:
     """A step recorded as a CUDA graph: launching thousands of small kernels takes the host long.
@@ -141,7 +164,7 @@ class Training:
 
     Args:
         settings: Of the cell: ``"attention"`` and ``"sparsity"``; ``"graph"``: record the step as
-            a CUDA graph and replay it.
+            a CUDA graph and replay it; ``"compile"``: compile what surrounds attention.
         size: How large and how long.
         text: Bytes to train on.
         seed: Of weights, order and exploration.
@@ -158,6 +181,8 @@ class Training:
         self.model = build_model(settings, size)
         self.model.load_state_dict(backbone, strict=False)
         self.model.to(device)
+        if settings.get("compile"):
+            compile_blocks(self.model)
         self.selectors = scorer_parameters(self.model)
         own = {id(p) for p in self.selectors}
         self.rest = [p for p in self.model.parameters() if id(p) not in own]

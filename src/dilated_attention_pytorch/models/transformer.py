@@ -83,13 +83,20 @@ def build_attention(
     )
 
 
-def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of ``(batch, n, heads, dim)``."""
-    n, half = x.shape[1], x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(n, device=x.device, dtype=torch.float32)[:, None] * frequency
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
-    left, right = x[..., :half], x[..., half:]
+def rotary_table(
+    n: int, dim: int, device: torch.device, base: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (arXiv 2104.09864), each ``(n, 1, dim // 2)``."""
+    half = dim // 2
+    frequency = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle = torch.arange(n, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates ``(batch, n, heads, dim)`` by its positions."""
+    cos, sin = (part.to(x.dtype) for part in table)
+    left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)
 
 
@@ -101,11 +108,10 @@ class _Block(nn.Module):
         num_kv_heads: int,
         attention: nn.Module,
         feed_forward: int,
-        rope: bool,
         residual_branches: int,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.rope = num_heads, num_kv_heads, rope
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.attention_norm = nn.RMSNorm(dim)
         projected = (num_heads + 2 * num_kv_heads) * (dim // num_heads)
         self.qkv = nn.Linear(dim, projected, bias=False)
@@ -125,26 +131,41 @@ class _Block(nn.Module):
                 nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim)
             )
 
-    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, dict[str, Any] | None]:
-        b, n, dim = x.shape
+    def before_attention(
+        self, x: Tensor, table: tuple[Tensor, Tensor] | None, unrotated: bool
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Query, key and value, and query and key before rotary positions if they are wanted."""
+        b, n, _ = x.shape
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         projected = self.qkv(self.attention_norm(x)).view(b, n, sum(heads), -1)
         q, k, v = projected.split(heads, 2)
         # In float32 also under autocast, where the weights are.
         q, k = self.query_norm(q.float()).to(q.dtype), self.key_norm(k.float()).to(k.dtype)
-        if self.rope:
-            if isinstance(self.attention, BlockSparseAdaptive):
-                # Rotated summaries match by content at short distances only.
-                options = {"selector_query": q, "selector_key": k, **options}
-            q, k = rotary(q), rotary(k)
+        if table is None:
+            return q, k, v, None
+        return rotary(q, table), rotary(k, table), v, (q, k) if unrotated else None
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Adds what attention found, and the feed-forward part."""
+        x = x + self.out(attended.reshape(x.shape))
+        if hasattr(self, "feed_forward"):
+            x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor] | None, **options: Any
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        # Rotated summaries match by content at short distances only.
+        selects = isinstance(self.attention, BlockSparseAdaptive)
+        q, k, v, unrotated = self.before_attention(x, table, selects)
+        if unrotated is not None:
+            query, key = unrotated
+            options = {"selector_query": query, "selector_key": key, **options}
         attended = self.attention(q, k, v, is_causal=True, **options)
         info = None
         if isinstance(attended, tuple):
             attended, info = attended
-        x = x + self.out(attended.reshape(b, n, dim))
-        if hasattr(self, "feed_forward"):
-            x = x + self.feed_forward(self.feed_forward_norm(x))
-        return x, info
+        return self.after_attention(x, attended), info
 
 
 class Transformer(nn.Module):
@@ -185,9 +206,10 @@ class Transformer(nn.Module):
         super().__init__()
         if layers_per_selection < 1:
             raise ValueError(f"layers_per_selection must be positive, got {layers_per_selection}.")
-        self.layers_per_selection = layers_per_selection
+        self.layers_per_selection, self.rope = layers_per_selection, rope
         if dim % num_heads or num_heads < 1:
             raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}.")
+        self.head_dim = dim // num_heads
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {kv_heads}.")
@@ -200,9 +222,8 @@ class Transformer(nn.Module):
                 dim,
                 num_heads,
                 kv_heads,
-                make_attention(num_heads, dim // num_heads),
+                make_attention(num_heads, self.head_dim),
                 feed_forward,
-                rope,
                 branches,
             )
             for _ in range(num_layers)
@@ -231,19 +252,20 @@ class Transformer(nn.Module):
         self, x: Tensor, keep: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[dict[str, Any] | None]]:
         x = x if self.embedding is None else self.embedding(x)
+        table = rotary_table(x.shape[1], self.head_dim, x.device) if self.rope else None
         infos: list[dict[str, Any] | None] = []
         patterns: list[BlockPattern] = []
         for number, block in enumerate(self.blocks):
             layer = block.attention
             if not isinstance(layer, BlockSparseLayer):
-                x, info = block(x)
+                x, info = block(x, table)
             elif number % self.layers_per_selection:
-                x, info = block(x, **options, pattern=patterns[-1])
+                x, info = block(x, table, **options, pattern=patterns[-1])
             elif self.layers_per_selection == 1:
-                x, info = block(x, **options)
+                x, info = block(x, table, **options)
             else:
                 with observe_patterns([layer], lambda _, pattern: patterns.append(pattern)):
-                    x, info = block(x, **options)
+                    x, info = block(x, table, **options)
             infos.append(info)
         x = self.norm(x if keep is None else x[keep])
         return self.head(x), infos
