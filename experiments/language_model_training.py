@@ -43,9 +43,11 @@ class Size:
     max_bytes: int | None = None
 
     def of(self, settings: Mapping[str, Any]) -> Size:
-        """The same number of bytes in batches of ``settings["batch_size"]``, if it is there."""
+        """With ``"block_size"`` and ``"batch_size"`` of a cell, of as many bytes in all."""
         batch = settings.get("batch_size", self.batch_size)
-        return replace(self, batch_size=batch, steps=self.steps * self.batch_size // batch)
+        block = settings.get("block_size", self.block_size)
+        steps = self.steps * self.batch_size // batch
+        return replace(self, batch_size=batch, steps=steps, block_size=block)
 
 
 FULL = Size()
