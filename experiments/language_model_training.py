@@ -38,7 +38,7 @@ class Size:
     batch_size: int = 4
     steps: int = 3060
     learning_rate: float = 1e-3
-    block_size: int = 64
+    block_size: int = 32
     validation: int = 64
     max_bytes: int | None = None
 
