@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -139,49 +140,31 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Measures what sparsity costs in each layer, on held-out windows of the training texts.
 
-    The selectors with these costs are another adapter, ``distill-<blocks><name>-allotted``. With
-    ``--background`` the costs are measured once more beside layers that are sparse themselves.
+    The selectors with these costs are another adapter, ``distill-<blocks><name>-allotted``.
     """
-    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
-    from dilated_attention_pytorch.integrations.transformers.calibrate import (
-        calibrate,
-        spread_windows,
-    )
-    from dilated_attention_pytorch.integrations.transformers.sensitivity import (
-        SPARSITIES,
-        measure_costs,
-    )
-    from dilated_attention_pytorch.integrations.transformers.tokens import (
-        load_model,
-        load_tokenizer,
-        load_tokens,
-    )
-    from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+    from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
 
     source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
     folder = RUNS / f"distill-{options.block_size}{options.name}-allotted"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = load_tokens(load_tokenizer(MODEL), training_texts(), seq_len=options.length)
-    windows = spread_windows(text.validation, options.length + 1, options.windows)
-    adapter = SelectorAdapter.read(source)
-    path = folder / "costs.jsonl"
-    with adapter.apply(load_model(MODEL, device=options.device, dtype=options.weights)) as adapted:
-        known = {row["layer"]: tuple(row["costs"]) for row in read_lines(path)}
-        layers = [number for number in adapted.selectors if number not in known]
-        background = options.background or None
-        for number, costs in measure_costs(adapted, windows, layers=layers, background=background):
-            known[number] = costs
-            append(path, {"layer": number, "sparsities": SPARSITIES, "costs": costs,
-                          "background": background, **origin(options)})  # fmt: skip
-            print(number, *(f"{cost:.5f}" for cost in costs), flush=True)
-            if stop():
-                return
-        adapted.costs = LayerCosts(SPARSITIES, known)
+    if is_done(folder):
+        return
+    job = AllotJob(
+        model=str(MODEL), adapter=str(source), text=training_texts(),
+        lengths=(options.length, options.length // 2), windows=options.windows,
+        background=options.background or None, device=options.device, dtype=options.weights,
+    )  # fmt: skip
+    allotment, start = Allotment(job, folder), time.perf_counter()
+    for length, number in allotment.steps():
+        costs = allotment.measured[length][number]
+        print(length, number, *(f"{cost:.5f}" for cost in costs), flush=True)
+        if stop():
+            return
+    for costs in allotment.costs():
         for sparsity in (0.8, 0.9):
-            shares = adapted.layer_sparsities(sparsity)
-            print(sparsity, {number: round(value, 3) for number, value in shares.items()})
-        calibrate(adapted, text.train, 0.9, lengths=(options.length,))
-        SelectorAdapter.of(adapted).save_pretrained(folder / "adapter")
+            shares = {number: round(x, 3) for number, x in costs.allot(sparsity).items()}
+            print(costs.length, sparsity, shares)
+    done = {"seconds": time.perf_counter() - start, "job": asdict(job), **origin(options)}
+    (folder / "done.json").write_text(json.dumps({**done, "trained_on": TRAINED_ON}))
 
 
 def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:

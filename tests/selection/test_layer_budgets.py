@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+from dilated_attention_pytorch.selection.layer_budgets import LayerCosts, costs_near
 
 GRID = (0.3, 0.6, 0.8, 0.9)
 
@@ -23,7 +23,7 @@ def random_costs(seed: int, layers: int = 5) -> LayerCosts:
             before = x
             costs.append(height)
         found[layer] = tuple(costs)
-    return LayerCosts(GRID, found)
+    return LayerCosts(4096, GRID, found)
 
 
 def price(costs: LayerCosts, shares: dict[int, float]) -> float:
@@ -56,16 +56,16 @@ def test_mean_is_met_and_no_exchange_between_layers_is_cheaper(seed: int, mean: 
 
 
 def test_layers_that_cost_the_same_get_the_same() -> None:
-    costs = LayerCosts((0.5, 0.9), dict.fromkeys(range(3), (0.1, 0.4)))
+    costs = LayerCosts(4096, (0.5, 0.9), dict.fromkeys(range(3), (0.1, 0.4)))
     assert costs.allot(0.7) == pytest.approx(dict.fromkeys(range(3), 0.7))
 
 
 def test_noise_that_bends_costs_downwards_is_bridged() -> None:
     # Read literally, layer 0 would cost less at 0.6 than at 0.3.
-    bent = LayerCosts((0.3, 0.6, 0.9), {0: (0.5, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
-    straight = LayerCosts((0.3, 0.6, 0.9), {0: (0.1, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
+    bent = LayerCosts(4096, (0.3, 0.6, 0.9), {0: (0.5, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
+    straight = LayerCosts(4096, (0.3, 0.6, 0.9), {0: (0.1, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
     assert bent.allot(0.5) == pytest.approx(straight.allot(0.5))
-    negative = LayerCosts((0.3, 0.6, 0.9), {0: (-0.1, -0.2, -0.1), 1: (0.1, 0.2, 0.9)})
+    negative = LayerCosts(4096, (0.3, 0.6, 0.9), {0: (-0.1, -0.2, -0.1), 1: (0.1, 0.2, 0.9)})
     assert negative.allot(0.45) == pytest.approx({0: 0.9, 1: 0.0})
 
 
@@ -92,4 +92,19 @@ def test_bad_costs_are_refused(
     sparsities: tuple[float, ...], costs: dict[int, tuple[float, ...]], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        LayerCosts(sparsities, costs)
+        LayerCosts(4096, sparsities, costs)
+
+
+def test_costs_serve_lengths_near_theirs_alone() -> None:
+    short, long = (LayerCosts(n, (0.5,), {0: (0.1,)}) for n in (2048, 8192))
+    assert costs_near((short, long), 8192) is long
+    assert costs_near((short, long), 6000) is long
+    assert costs_near((short, long), 2800) is short
+    assert costs_near((short, long), 4096) is None
+    assert costs_near((short, long), 32768) is None
+    assert costs_near((), 2048) is None
+
+
+def test_a_length_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="length must be positive, got 0"):
+        LayerCosts(0, (0.5,), {0: (0.1,)})

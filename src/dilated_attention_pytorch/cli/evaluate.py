@@ -51,8 +51,8 @@ def add_parser(commands: Any) -> None:
     for name, kind, what in (
         ("lengths", int, "tokens per window (default: 1024 2048)"),
         ("sparsities", float, "(default: 0.5 0.8 0.9)"),
-        ("rivals", str, "training-free selectors, as method, method:threshold or "
-         "method:floor0.5 (default: all); 'none': none"),
+        ("rivals", str, "training-free selectors, as method, method:threshold, "
+         "method:floor0.5 or method:allotted (default: all); 'none': none"),
         ("depths", float, "of the needles (default: 0.1 0.5 0.9); -1: no retrieval"),
     ):  # fmt: skip
         parser.add_argument(

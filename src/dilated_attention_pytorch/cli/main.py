@@ -44,6 +44,7 @@ def _report(name: str, error: Exception, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from dilated_attention_pytorch.cli import (
+        allot,
         demo,
         diagnose_command,
         distill,
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_parser(commands)
     demo.add_parser(commands)
     distill.add_parser(commands)
+    allot.add_parser(commands)
     tune.add_parser(commands)
     evaluate.add_parser(commands)
     report_command.add_parser(commands)

@@ -1,8 +1,14 @@
-"""Shares one budget among layers by what sparsity costs in each of them."""
+"""Shares one budget among layers by what sparsity costs in each of them.
+
+Budgets that differ between layers are known from caches of keys and values (PyramidKV, arXiv
+2406.02069; SqueezeAttention, arXiv 2404.04793), which set them by rules; here they come from the
+loss that was measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,11 +21,13 @@ class LayerCosts:
     """What sparsity costs in each layer, measured one layer at a time.
 
     Attributes:
+        length: Tokens of the sequences that they were measured on.
         sparsities: At which they were measured, ascending, in (0, 1).
         costs: By layer, one per sparsity: the loss with it in that layer minus the loss without,
             in nats per token.
     """
 
+    length: int
     sparsities: tuple[float, ...]
     costs: Mapping[int, tuple[float, ...]]
 
@@ -28,8 +36,10 @@ class LayerCosts:
 
         Raises:
             ValueError: If sparsities do not ascend in (0, 1), or a layer has another number of
-                costs.
+                costs, or the length is not positive.
         """
+        if self.length < 1:
+            raise ValueError(f"length must be positive, got {self.length}.")
         if not self.sparsities or list(self.sparsities) != sorted(set(self.sparsities)):
             raise ValueError(f"sparsities must ascend, got {self.sparsities}.")
         for value in self.sparsities:
@@ -58,7 +68,7 @@ class LayerCosts:
             The sparsity by layer.
 
         Example:
-            >>> costs = LayerCosts((0.5, 0.9), {0: (0.0, 0.1), 1: (0.1, 1.0)})
+            >>> costs = LayerCosts(8192, (0.5, 0.9), {0: (0.0, 0.1), 1: (0.1, 1.0)})
             >>> {layer: round(value, 3) for layer, value in costs.allot(0.7).items()}
             {0: 0.9, 1: 0.5}
         """
@@ -92,13 +102,24 @@ class LayerCosts:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         costs = {str(layer): list(values) for layer, values in self.costs.items()}
-        return {"sparsities": list(self.sparsities), "costs": costs}
+        return {"length": self.length, "sparsities": list(self.sparsities), "costs": costs}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayerCosts:
         """Builds them from :meth:`to_dict`'s result."""
         costs = {int(layer): tuple(map(float, x)) for layer, x in values["costs"].items()}
-        return cls(tuple(map(float, values["sparsities"])), costs)
+        return cls(int(values["length"]), tuple(map(float, values["sparsities"])), costs)
+
+
+def costs_near(costs: Iterable[LayerCosts], length: int) -> LayerCosts | None:
+    r"""The costs that were measured nearest to a length; None beyond a factor of :math:`\sqrt 2`.
+
+    What sparsity costs depends on how many blocks are left: shares of 8,192 tokens are worse than
+    equal ones at 4,096 (``docs/log.md``).
+    """
+    near = [(abs(math.log2(length / one.length)), one) for one in costs]
+    distance, found = min(near, key=lambda pair: pair[0], default=(math.inf, None))
+    return found if distance <= 0.5 else None
 
 
 def _convex_steps(x: tuple[float, ...], y: tuple[float, ...]) -> list[tuple[float, float, float]]:

@@ -30,7 +30,7 @@ from tiny_models import tiny_model, tokens
 BLOCK = 8
 CONFIG = AdaptiveConfig(block_size=BLOCK, budget="fixed", base_sparsity=0.5)
 BY_THRESHOLD = AdaptiveConfig(block_size=BLOCK, budget="threshold", base_sparsity=0.5)
-COSTS = LayerCosts((0.3, 0.7), {0: (0.0, 0.1), 1: (0.5, 5.0)})
+COSTS = LayerCosts(150, (0.3, 0.7), {0: (0.0, 0.1), 1: (0.5, 5.0)})
 
 
 def loss(model: Any, windows: torch.Tensor) -> float:
@@ -83,7 +83,7 @@ def test_thresholds_meet_the_sparsity_of_each_layer() -> None:
     sample = tokens(1, 600)[0]
     model = tiny_model()
     with adapt(model, BY_THRESHOLD) as adapted:
-        adapted.costs = COSTS
+        adapted.costs = (COSTS,)
         goals = adapted.layer_sparsities(0.6)
         assert goals[0] != goals[1]
         calibrate(adapted, sample, 0.6, lengths=(150,), windows=4)
@@ -94,17 +94,31 @@ def test_thresholds_meet_the_sparsity_of_each_layer() -> None:
             assert tiles.sparsity == pytest.approx(goals[layer], abs=0.01)
 
 
+def test_lengths_far_from_the_measured_one_have_the_same_sparsity_in_every_layer() -> None:
+    with adapt(tiny_model(), BY_THRESHOLD) as adapted:
+        adapted.costs = (COSTS,)
+        assert adapted.layer_sparsities(0.6, 160) == adapted.layer_sparsities(0.6)
+        assert adapted.layer_sparsities(0.6, 300) == {0: 0.6, 1: 0.6}
+        calibrate(adapted, tokens(1, 300)[0], 0.6, lengths=(150, 300), windows=1)
+        tables = [s.thresholds for s in adapted.selectors.values()]
+        adapted.costs = ()
+        calibrate(adapted, tokens(1, 300)[0], 0.6, lengths=(150, 300), windows=1)
+        even = [s.thresholds for s in adapted.selectors.values()]
+        for shared, same in zip(tables, even, strict=True):
+            assert shared[0, 1] != same[0, 1]
+
+
 def test_costs_travel_with_the_adapter(tmp_path: Path) -> None:
     model = tiny_model()
     with adapt(model, CONFIG) as adapted:
-        adapted.costs = COSTS
+        adapted.costs = (COSTS,)
         save_adapter(adapted, tmp_path / "a")
     with load_adapter(model, tmp_path / "a") as adapted:
-        assert adapted.costs == COSTS
+        assert adapted.costs == (COSTS,)
         adapted.set_base_sparsity(0.6)
         found = {n: float(s.base_sparsity) for n, s in adapted.selectors.items()}
         assert found == pytest.approx(COSTS.allot(0.6))
-    assert SelectorAdapter.read(tmp_path / "a").with_costs(None).costs is None
+    assert SelectorAdapter.read(tmp_path / "a").with_costs(()).costs == ()
 
 
 def test_adapters_without_costs_and_of_version_1_are_read(tmp_path: Path) -> None:
@@ -117,13 +131,13 @@ def test_adapters_without_costs_and_of_version_1_are_read(tmp_path: Path) -> Non
     assert "costs" not in about
     path.write_text(json.dumps({**about, "version": 1}))
     with load_adapter(model, tmp_path / "a") as adapted:
-        assert adapted.costs is None
+        assert adapted.costs == ()
         assert adapted.layer_sparsities(0.6) == {0: 0.6, 1: 0.6}
 
 
 def test_costs_of_other_layers_are_refused() -> None:
     with adapt(tiny_model(), CONFIG, layers=[1]) as adapted:
-        adapted.costs = COSTS
+        adapted.costs = (COSTS,)
         with pytest.raises(ValueError, match=r"adapted layers \[1\], got \[0, 1\]"):
             adapted.set_base_sparsity(0.5)
 
@@ -135,7 +149,7 @@ def test_rivals_can_be_given_the_adapters_shares() -> None:
         windows=2, depths=(), kept_mass=False, repeats=0,
     )  # fmt: skip
     with adapt(model, BY_THRESHOLD) as adapted:
-        adapted.costs = COSTS
+        adapted.costs = (COSTS,)
         adapter = SelectorAdapter.of(adapted)
     evaluation = Evaluation(model, None, {"a": text}, settings, adapter)
     rows = {
@@ -146,7 +160,7 @@ def test_rivals_can_be_given_the_adapters_shares() -> None:
         assert row["measured_sparsity"] == pytest.approx(0.6, abs=0.03)
     assert rows["oracle:allotted"]["ratio"] != rows["oracle:threshold"]["ratio"]
     assert rows["adapter"]["ratio"] != rows["adapter:threshold"]["ratio"]
-    plain = Evaluation(model, None, {"a": text}, settings, adapter.with_costs(None))
+    plain = Evaluation(model, None, {"a": text}, settings, adapter.with_costs(()))
     again = plain.measure("a", 128, "adapter", 0.6)
     assert again["ratio"] == rows["adapter:threshold"]["ratio"]
     with pytest.raises(ValueError, match="need an adapter with costs"):

@@ -21,7 +21,7 @@ from dilated_attention_pytorch.integrations.transformers.register import registe
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
-from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+from dilated_attention_pytorch.selection.layer_budgets import LayerCosts, costs_near
 
 SelectorConfig = AdaptiveConfig | TrainingFreeConfig
 
@@ -35,12 +35,13 @@ class AdaptedModel:
         model: The model, changed in place.
         sites: Its attention layers.
         configs: Settings by layer number; layers that are missing attend densely.
-        costs: What sparsity costs in each layer
-            (:func:`~dilated_attention_pytorch.integrations.transformers.sensitivity.measure_costs`),
-            by which a mean sparsity is shared among the layers; None: the same for all.
+        costs: What sparsity costs in each layer, measured by
+            :func:`~dilated_attention_pytorch.integrations.transformers.sensitivity.measure_costs`
+            at one or more lengths: by them a mean sparsity is shared among the layers at lengths
+            near those. Empty: every layer has the same.
     """
 
-    costs: LayerCosts | None = None
+    costs: tuple[LayerCosts, ...] = ()
 
     def __init__(
         self, model: Any, sites: list[AttentionSite], configs: dict[int, SelectorConfig]
@@ -74,29 +75,38 @@ class AdaptedModel:
                 parameter.requires_grad_(False)
         return self
 
-    def layer_sparsities(self, mean: float) -> dict[int, float]:
-        """The sparsity of each adapted layer at a mean over all of them: shared by :attr:`costs`.
+    def layer_sparsities(self, mean: float, length: int | None = None) -> dict[int, float]:
+        """The sparsity of each adapted layer at a mean over all of them.
+
+        Args:
+            mean: In [0, 1).
+            length: Tokens of a sequence: the layers share by :attr:`costs` of a length near it, and
+                have the same sparsity without. None: by the costs of the longest.
 
         Raises:
             ValueError: If the mean is not in [0, 1), or costs are of other layers.
         """
         check_sparsity("mean", mean)
-        if self.costs is None:
+        if length is not None:
+            costs = costs_near(self.costs, length)
+        else:
+            costs = max(self.costs, key=lambda one: one.length, default=None)
+        if costs is None:
             return dict.fromkeys(self.selectors, mean)
-        if set(self.costs.costs) != set(self.selectors):
+        if set(costs.costs) != set(self.selectors):
             raise ValueError(
                 f"costs must be those of the adapted layers {sorted(self.selectors)}, got "
-                f"{sorted(self.costs.costs)}."
+                f"{sorted(costs.costs)}."
             )
-        return self.costs.allot(mean)
+        return costs.allot(mean)
 
-    def set_base_sparsity(self, value: float) -> None:
-        """Sets the mean sparsity over all selectors (:meth:`layer_sparsities`).
+    def set_base_sparsity(self, value: float, length: int | None = None) -> None:
+        """Sets the mean sparsity over all selectors; the arguments are :meth:`layer_sparsities`'.
 
         Raises:
             ValueError: If it is not in [0, 1).
         """
-        for number, sparsity in self.layer_sparsities(value).items():
+        for number, sparsity in self.layer_sparsities(value, length).items():
             selector = self.selectors[number]
             if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
                 selector.set_base_sparsity(sparsity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,14 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         tensors: Weights and buffers, ``"<layer>.<name>"``.
         base: Identity of the base model.
         versions: Of the packages that wrote it.
-        costs: By which a mean sparsity is shared among the layers; None: the same for all.
+        costs: Those of :class:`AdaptedModel`, by which a mean sparsity is shared among layers.
     """
 
     configs: dict[int, SelectorConfig]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     versions: dict[str, str]
-    costs: LayerCosts | None = None
+    costs: tuple[LayerCosts, ...] = ()
 
     def __post_init__(self) -> None:
         """Keeps the mixin from writing a config.json of what it takes for settings."""
@@ -98,13 +99,13 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         }
         return SelectorAdapter(configs, tensors, self.base, self.versions, self.costs)
 
-    def with_costs(self, costs: LayerCosts | None) -> SelectorAdapter:
+    def with_costs(self, costs: Iterable[LayerCosts]) -> SelectorAdapter:
         """The same selectors with a mean sparsity shared among layers by other costs.
 
         Thresholds that were calibrated before are those of the former shares until they are
         calibrated again.
         """
-        return SelectorAdapter(self.configs, self.tensors, self.base, self.versions, costs)
+        return SelectorAdapter(self.configs, self.tensors, self.base, self.versions, tuple(costs))
 
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:
         """Adapts a model with these selectors.
@@ -150,8 +151,8 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             "base": self.base,
             "layers": {str(number): _plain(config) for number, config in self.configs.items()},
         }
-        if self.costs is not None:
-            about["costs"] = self.costs.to_dict()
+        if self.costs:
+            about["costs"] = [costs.to_dict() for costs in self.costs]
         save_directory.mkdir(parents=True, exist_ok=True)
         save_file(self.tensors, str(save_directory / WEIGHTS_NAME), metadata={"format": FORMAT})
         text = json.dumps(about, indent=2) + "\n"
@@ -206,7 +207,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
                 )
             configs = {int(n): _config(values) for n, values in about["layers"].items()}
             tensors = load_file(folder / WEIGHTS_NAME)
-            costs = LayerCosts.from_dict(about["costs"]) if "costs" in about else None
+            costs = tuple(LayerCosts.from_dict(values) for values in about.get("costs", ()))
             return cls(configs, tensors, about["base"], about["versions"], costs)
         except AdapterError:
             raise

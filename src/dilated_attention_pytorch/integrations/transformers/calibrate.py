@@ -65,11 +65,11 @@ def calibrate(
             f"tokens must hold at least {min(lengths)} tokens to calibrate at, got {len(tokens)}."
         )
     lengths = sorted(lengths)
-    goals = adapted.layer_sparsities(sparsity)
     for dense in (True, False):
         found: dict[int, list[float]] = {number: [] for number in chosen}
         for length in lengths:
             samples = threshold_samples(adapted, spread_windows(tokens, length, windows), dense)
+            goals = adapted.layer_sparsities(sparsity, length)
             for number in chosen:
                 found[number].append(calibrate_threshold(samples[number], goals[number]))
         for number, selector in chosen.items():

@@ -242,7 +242,7 @@ class Evaluation:
         if name == ADAPTER and self.adapter is not None:
             adapter = self.adapter.with_budget(*budget_named(rule)) if rule else self.adapter
             if rule and rule != ALLOTTED:
-                adapter = adapter.with_costs(None)
+                adapter = adapter.with_costs(())
             adapted = adapter.apply(self.model)
         else:
             layers = None if self.adapter is None else self.adapter.configs
@@ -251,13 +251,13 @@ class Evaluation:
             if rule == ALLOTTED:
                 adapted.costs = self._costs()
         with adapted:
-            adapted.set_base_sparsity(sparsity)
+            adapted.set_base_sparsity(sparsity, length)
             sample = self.texts[text][: length * s.calibration_windows]
             calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
             yield adapted
 
-    def _costs(self) -> LayerCosts:
-        if self.adapter is None or self.adapter.costs is None:
+    def _costs(self) -> tuple[LayerCosts, ...]:
+        if self.adapter is None or not self.adapter.costs:
             raise ValueError(
                 f"rivals named ':{ALLOTTED}' need an adapter with costs of its layers, which "
                 "`dilated-attention allot` measures."

@@ -63,7 +63,7 @@ def measure_costs(
     }
     samples = threshold_samples(adapted, inputs, dense=True)
     if background is not None:
-        goals = adapted.layer_sparsities(background)
+        goals = adapted.layer_sparsities(background, length)
         for _ in range(2):
             others = {
                 number: at_sparsity(selector, goals[number], samples[number], length)

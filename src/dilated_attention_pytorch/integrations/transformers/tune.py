@@ -142,7 +142,10 @@ class Tuning(PretrainedTraining):
     def _set_sparsity(self, value: float) -> None:
         if self.adapted is None:
             return
-        warm, goal = (self.adapted.layer_sparsities(x) for x in (value, self.run.base_sparsity))
+        run = self.run
+        warm, goal = (
+            self.adapted.layer_sparsities(x, run.seq_len) for x in (value, run.base_sparsity)
+        )
         for number, selector in self.adapted.selectors.items():
             if isinstance(selector, BlockSparseAdaptive):
                 calibrated = selector.config.budget == "threshold"

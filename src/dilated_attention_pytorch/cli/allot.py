@@ -1,0 +1,120 @@
+"""``dilated-attention allot``: shares an adapter's budget among the layers of the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
+from dilated_attention_pytorch.cli.folder_command import named_options
+from dilated_attention_pytorch.cli.interrupt import StopRequest
+from dilated_attention_pytorch.cli.pretrained_options import (
+    add_model_and_text,
+    require_transformers,
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "allot",
+        help="share an adapter's budget among the layers by what sparsity costs in each",
+        description="Measures the loss with one layer sparse and the others dense, at several "
+        "sparsities, on held-out text, and writes an adapter whose layers have the sparsities "
+        "that cost least at the same mean. The same command again goes on where it stopped.",
+    )
+    parser.set_defaults(command=run)
+    add_model_and_text(parser, required=True)
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="what distill wrote")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True,
+        help="where costs.json and the new adapter go",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the shares as JSON")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="N", default=argparse.SUPPRESS,
+        help="tokens per window: the lengths of use (default: 2048)",
+    )  # fmt: skip
+    for name, kind, what in (
+        ("windows", int, "held-out windows per length (default: 3)"),
+        ("max-bytes", int, "read as many bytes at most"),
+        ("device", str, "cpu, cuda, ... (default: cpu)"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, default=argparse.SUPPRESS, help=what,
+            metavar={int: "N", str: "NAME"}[kind],
+        )  # fmt: skip
+    parser.add_argument(
+        "--dtype", default=argparse.SUPPRESS, choices=("float32", "bfloat16", "float16"),
+        help="of the model's weights (default: float32)",
+    )  # fmt: skip
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Measures and writes; returns the exit code."""
+    require_transformers()
+    from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
+
+    console = Console(stderr=True)
+    try:
+        job = AllotJob(**named_options(parsed))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        allotment = Allotment(job, parsed.out)
+        with StopRequest() as stop:
+            finished = _measure(allotment, console, stop)
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            f"out of memory; lower --lengths, or use --dtype bfloat16. {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if not finished:
+        console.print(
+            f"Stopped after {allotment.done} of {allotment.total} measurements, which "
+            f"{shlex.quote(str(parsed.out))} keeps. The same command goes on.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return stop.exit_code
+    _print(allotment, parsed)
+    return OK
+
+
+def _measure(allotment: Any, console: Console, stop: StopRequest) -> bool:
+    """Whether all was measured and the adapter written."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
+        for length, layer in allotment.steps():
+            bar.update(task, completed=allotment.done, description=f"{length:,} tokens, {layer}")
+            if stop():
+                return False
+    return True
+
+
+def _print(allotment: Any, parsed: argparse.Namespace) -> None:
+    mean = allotment.sparsity()
+    shares = {costs.length: costs.allot(mean) for costs in allotment.costs()}
+    if parsed.json:
+        print(json.dumps({"adapter": str(parsed.out / "adapter"), "sparsity": mean,
+                          "layers": shares}, indent=2))  # fmt: skip
+        return
+    table = Table(title=f"sparsity by layer, {mean:g} in the mean", title_justify="left")
+    table.add_column("layer", justify="right")
+    for length in shares:
+        table.add_column(f"{length:,} tokens", justify="right")
+    for layer in allotment.source.configs:
+        table.add_row(str(layer), *(f"{found[layer]:.3f}" for found in shares.values()))
+    Console().print(table)
+    Console().print(f"The adapter is in {parsed.out / 'adapter'}.", highlight=False, soft_wrap=True)

@@ -1,0 +1,197 @@
+"""Shares an adapter's budget among its layers: measures costs in a folder, and goes on there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
+from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.calibrate import (
+    calibrate,
+    default_lengths,
+    spread_windows,
+)
+from dilated_attention_pytorch.integrations.transformers.sensitivity import (
+    SPARSITIES,
+    measure_costs,
+)
+from dilated_attention_pytorch.integrations.transformers.tokens import (
+    load_model,
+    load_tokenizer,
+    load_tokens,
+)
+from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+from dilated_attention_pytorch.training.checkpoint import write_atomically
+
+STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllotJob:
+    """What to measure on which model and text.
+
+    Attributes:
+        model: Folder of the model.
+        adapter: Folder of its selectors.
+        text: Files or folders of text; costs are measured on the held-out part of it.
+        lengths: Tokens of the windows: the lengths of use, as shares of other lengths do not serve.
+        windows: Held-out windows per length, spread over the text.
+        sparsities: At which every layer is measured, ascending in (0, 1).
+        background: Mean sparsity of the layers that are not measured; None: they are dense.
+        validation_share: Share of the bytes to hold out.
+        max_bytes: Read as many bytes at most; None: all.
+        device: Where to measure.
+        dtype: Of the model's weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    """
+
+    model: str
+    adapter: str
+    text: tuple[str, ...]
+    lengths: tuple[int, ...] = (2048,)
+    windows: int = 3
+    sparsities: tuple[float, ...] = SPARSITIES
+    background: float | None = None
+    validation_share: float = 0.05
+    max_bytes: int | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks every number."""
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths must be positive, got {self.lengths}.")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths must differ, got {self.lengths}.")
+        if self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}.")
+        # They check themselves.
+        LayerCosts(1, self.sparsities, {})
+
+
+class Allotment:
+    """A job in a folder, which keeps every layer that was measured.
+
+    Args:
+        job: What to do. The same job in the same folder goes on where it stopped.
+        folder: Created if needed; ``costs.json`` and at the end ``adapter`` go there.
+
+    Raises:
+        FileExistsError: If the folder holds another job, or the text or adapter changed.
+        ValueError: If model, adapter or text cannot be read or do not fit.
+
+    Attributes:
+        measured: Costs by length and layer.
+    """
+
+    def __init__(self, job: AllotJob, folder: Path) -> None:
+        self.job, self.folder = job, folder
+        self.source = SelectorAdapter.read(job.adapter)
+        text = load_tokens(
+            load_tokenizer(job.model), job.text, seq_len=max(job.lengths),
+            validation_share=job.validation_share, max_bytes=job.max_bytes,
+        )  # fmt: skip
+        self.train, self.held_out = text.train, text.validation
+        self._identity = {
+            "job": json.loads(json.dumps(asdict(job))),
+            "text": text.fingerprint(),
+            "selectors": _fingerprint(self.source),
+        }
+        self.measured: dict[int, dict[int, tuple[float, ...]]] = {n: {} for n in job.lengths}
+        self._read()
+
+    @property
+    def total(self) -> int:
+        """Measurements in all: one per layer and length."""
+        return len(self.job.lengths) * len(self.source.configs)
+
+    @property
+    def done(self) -> int:
+        """Measurements that are there."""
+        return sum(map(len, self.measured.values()))
+
+    def costs(self) -> tuple[LayerCosts, ...]:
+        """What was measured of the lengths that are complete."""
+        return tuple(
+            LayerCosts(length, self.job.sparsities, costs)
+            for length, costs in self.measured.items()
+            if len(costs) == len(self.source.configs)
+        )
+
+    def steps(self) -> Iterator[tuple[int, int]]:
+        """Measures what is missing, and then writes the adapter.
+
+        Yields:
+            Length and layer, after each of them.
+        """
+        job = self.job
+        adapted = self.source.apply(load_model(job.model, device=job.device, dtype=job.dtype))
+        with adapted:
+            for length in job.lengths:
+                known = self.measured[length]
+                layers = [number for number in adapted.selectors if number not in known]
+                if not layers:
+                    continue
+                windows = spread_windows(self.held_out, length + 1, job.windows)
+                for number, costs in measure_costs(
+                    adapted, windows, job.sparsities, layers=layers, background=job.background
+                ):
+                    known[number] = costs
+                    self._write()
+                    yield length, number
+            self._save(adapted)
+
+    def _save(self, adapted: AdaptedModel) -> None:
+        adapted.costs = self.costs()
+        sparsity = self.sparsity()
+        longest = max(self.job.lengths)
+        adapted.set_base_sparsity(sparsity, longest)
+        lengths = sorted({*default_lengths(longest), *self.job.lengths})
+        calibrate(adapted, self.train, sparsity, lengths=lengths)
+        SelectorAdapter.of(adapted).save_pretrained(self.folder / ADAPTER_NAME)
+
+    def sparsity(self) -> float:
+        """The mean sparsity that the adapter was made for."""
+        values = [config.base_sparsity for config in self.source.configs.values()]
+        return sum(values) / len(values)
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        costs = {
+            str(length): {str(number): list(values) for number, values in found.items()}
+            for length, found in self.measured.items()
+        }
+        content = json.dumps({**self._identity, "costs": costs}, indent=1) + "\n"
+        write_atomically(self.folder / STATE_NAME, content.encode())
+
+    def _read(self) -> None:
+        path = self.folder / STATE_NAME
+        if not path.is_file():
+            return
+        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        for name, own in self._identity.items():
+            if state.get(name) != own:
+                raise FileExistsError(
+                    f"{self.folder} holds the costs of another job ({name} differs); name another "
+                    "folder, or remove this one to measure anew."
+                )
+        for length, found in state["costs"].items():
+            self.measured[int(length)] = {int(n): tuple(values) for n, values in found.items()}
+
+
+def _fingerprint(adapter: SelectorAdapter) -> str:
+    digest = hashlib.sha256(repr(sorted(adapter.configs.items())).encode())
+    for name, value in sorted(adapter.tensors.items()):
+        digest.update(name.encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().numpy().tobytes()
