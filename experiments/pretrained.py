@@ -276,23 +276,39 @@ def reaching(measured: Any, cell: tuple[str, int, str, float]) -> dict[str, Any]
     by_threshold = method == "adapter" or method.partition(":")[2].startswith(
         ("threshold", "floor", "allotted")
     )
-    low, high, aim, rows = 0.0, 0.999, sparsity, [row]
-    for _ in range(6):
-        over = rows[-1]["measured_sparsity"] - sparsity
-        if 0 <= over <= TOLERANCE or not by_threshold:
-            break
-        low, high = (aim, high) if over < 0 else (low, aim)
-        # The measured sparsity follows the aim nearly one to one.
-        aim -= over - TOLERANCE / 2
-        if not low < aim < high:
-            aim = (low + high) / 2
+    rows, tries = [row], [(sparsity, row["measured_sparsity"] - sparsity)]
+    while by_threshold and len(tries) < 7 and not 0 <= tries[-1][1] <= TOLERANCE:
+        aim = _next_aim(tries)
         rows.append(measured.measure(*cell, aim=aim) | {"aim": aim})
+        tries.append((aim, rows[-1]["measured_sparsity"] - sparsity))
 
     def miss(found: dict[str, Any]) -> tuple[bool, float]:
         over = found["measured_sparsity"] - sparsity
         return over < 0, abs(over)
 
     return min(rows, key=miss)
+
+
+def _next_aim(tries: list[tuple[float, float]]) -> float:
+    """Where the excess over the nominal sparsity should be half the tolerance.
+
+    Args:
+        tries: Aims and their excesses.
+    """
+    below = [point for point in tries if point[1] < 0]
+    above = [point for point in tries if point[1] >= 0]
+    # At first as if the measured sparsity followed the aim one to one.
+    aim, excess = tries[-1]
+    slope = 1.0
+    if below and above:
+        points = max(below, key=lambda point: point[1]), min(above, key=lambda point: point[1])
+    else:
+        points = tuple(tries[-2:]) if len(tries) > 1 else None
+    if points is not None and points[0][0] != points[1][0]:
+        (x, low), (y, high) = points
+        slope = min(max((high - low) / (y - x), 0.3), 3.0)
+        aim, excess = points[1]
+    return min(max(aim + (TOLERANCE / 2 - excess) / slope, 0.0), 0.999)
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:

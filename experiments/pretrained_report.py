@@ -107,6 +107,12 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if oracle in ratio and rivals[best] > ratio[oracle]:
                 gap = rivals[best] - ratio[oracle]
                 entry[f"{own}_closed"] = (rivals[best] - ratio[own]) / gap
+        shared = ratio.get("oracle:allotted", rivals[best])
+        if "adapter" in mine and shared < rivals[best]:
+            # The oracle that is given the adapter's shares of the layers, too.
+            entry["adapter_closed_allotted"] = (rivals[best] - ratio["adapter"]) / (
+                rivals[best] - shared
+            )
         out.append(entry)
     return out
 

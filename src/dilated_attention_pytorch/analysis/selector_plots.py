@@ -48,10 +48,13 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    # One colour for a method, dashed with thresholds; the oracle in black.
-    plain = dict.fromkeys(row["method"].partition(":")[0] for row in rows)
+    # One colour for a method, one line style for a budget; the oracle in black.
+    styles = {"": "-", "threshold": "--", "allotted": "-."}
+    plain = dict.fromkeys(_name(row["method"]) for row in rows)
     colours = {name: f"C{number}" for number, name in enumerate(plain)} | {"oracle": "black"}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = sorted(
+        {row["method"] for row in rows}, key=lambda m: (list(plain).index(_name(m)), m)
+    )
     lines_by_method: dict[str, Any] = {}
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -65,16 +68,22 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 and (row["text"], row["length"], row["block_size"]) == panel
             )
             if points:
-                name, _, rule = method.partition(":")
+                name, rule = _name(method), method.partition(":")[2]
                 (lines_by_method[method],) = axis.plot(
                     *zip(*points, strict=True), marker="o", markersize=3, label=method,
-                    color=colours[name], linestyle="--" if rule else "-",
+                    color=colours[name], linestyle=styles.get(rule, ":"),
+                    linewidth=2.5 if method == "adapter" else 1.2,
                 )  # fmt: skip
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_title(f"{text}: {length:,} tokens, blocks of {block_size}", fontsize=9)
         axis.set(xlabel="sparsity", ylabel="perplexity / dense")
     if lines_by_method:
-        figure.legend(
-            lines_by_method.values(), lines_by_method, fontsize=8, loc="outside right upper"
-        )
+        shown = [method for method in methods if method in lines_by_method]
+        handles = [lines_by_method[method] for method in shown]
+        figure.legend(handles, shown, fontsize=8, loc="outside right upper")
     return figure
+
+
+def _name(method: str) -> str:
+    """A method without its budget."""
+    return method.partition(":")[0]
