@@ -26,6 +26,7 @@ TRAINED = "--steps 2 --seq-len 256 --block-size 16 --base-sparsity 0.6"
 SMALLER = {
     "distill": TRAINED + " --num-prototypes 2",
     "tune": TRAINED,
+    "allot": "--lengths 256 --windows 1",
     "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --needles 1 "
     "--repeats 0 --rivals mean_pool",
     "report": "--samples 1",
