@@ -138,11 +138,12 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
 
 def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Measures what sparsity costs in each layer, on held-out windows of the training texts.
+    """Measures what sparsity costs in each layer or head, on held-out training windows.
 
     The selectors with these costs are another adapter, ``distill-<blocks><name>-allotted``.
     """
     from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
+    from dilated_attention_pytorch.integrations.transformers.sensitivity import SPARSITIES
 
     source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
     folder = RUNS / f"distill-{options.block_size}{options.name}-allotted"
@@ -151,20 +152,26 @@ def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     job = AllotJob(
         model=str(MODEL), adapter=str(source), text=training_texts(),
         lengths=(options.length, options.length // 2), windows=options.windows,
-        background=options.background or None, device=options.device, dtype=options.weights,
+        heads=options.heads, background=options.background or None, device=options.device,
+        dtype=options.weights, sparsities=sparsities_of(options) or SPARSITIES,
     )  # fmt: skip
     allotment, start = Allotment(job, folder), time.perf_counter()
-    for length, number in allotment.steps():
-        costs = allotment.measured[length][number]
-        print(length, number, *(f"{cost:.5f}" for cost in costs), flush=True)
+    for length, unit in allotment.steps():
+        costs = allotment.measured[length][unit]
+        print(length, unit, *(f"{cost:.5f}" for cost in costs), flush=True)
         if stop():
             return
     for costs in allotment.costs():
         for sparsity in (0.8, 0.9):
-            shares = {number: round(x, 3) for number, x in costs.allot(sparsity).items()}
+            shares = {unit: round(x, 3) for unit, x in costs.allot(sparsity).items()}
             print(costs.length, sparsity, shares)
     done = {"seconds": time.perf_counter() - start, "job": asdict(job), **origin(options)}
     (folder / "done.json").write_text(json.dumps({**done, "trained_on": TRAINED_ON}))
+
+
+def sparsities_of(options: argparse.Namespace) -> tuple[float, ...]:
+    """Those that the command line names; none if it names none."""
+    return tuple(float(x) for x in options.sparsities.split(",") if x)
 
 
 def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
@@ -325,11 +332,11 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     done = read_lines(target)
     seen = {(r["text"], r["length"], r["method"], r["sparsity"]) for r in done}
     wanted = options.methods.split(",") if options.methods else None
-    sparsities = [float(x) for x in options.sparsities.split(",")] if options.sparsities else None
+    sparsities = sparsities_of(options)
     cells = [
         cell for cell in plan(options)
         if cell not in seen and (wanted is None or cell[2] in wanted)
-        and (sparsities is None or cell[3] in sparsities)
+        and (not sparsities or cell[3] in sparsities)
     ]  # fmt: skip
     model = load_model(MODEL, device=options.device, dtype=options.weights)
     adapter = SelectorAdapter.read(folder / "adapter")
@@ -479,6 +486,7 @@ def main() -> None:
     parser.add_argument(
         "--background", type=float, default=0.0, help="sparsity of the other layers (0: dense)"
     )
+    parser.add_argument("--heads", action="store_true", help="shares of heads, not of layers")
     parser.add_argument("--commit", default=commit(), help="to record beside the results")
     options = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)

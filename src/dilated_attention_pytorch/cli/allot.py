@@ -1,4 +1,4 @@
-"""``dilated-attention allot``: shares an adapter's budget among the layers of the model."""
+"""``dilated-attention allot``: shares an adapter's budget among the layers or heads of a model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     require_transformers,
 )
+from dilated_attention_pytorch.selection.cost_shares import by_layer, unit_name
 
 
 def add_parser(commands: Any) -> None:
@@ -39,6 +40,10 @@ def add_parser(commands: Any) -> None:
         help="where costs.json and the new adapter go",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the shares as JSON")
+    parser.add_argument(
+        "--heads", action="store_true", default=argparse.SUPPRESS,
+        help="share among single heads; takes as many times longer",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="N", default=argparse.SUPPRESS,
         help="tokens per window: the lengths of use (default: 2048)",
@@ -96,16 +101,22 @@ def _measure(allotment: Any, console: Console, stop: StopRequest) -> bool:
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
-        for length, layer in allotment.steps():
-            bar.update(task, completed=allotment.done, description=f"{length:,} tokens, {layer}")
+        for length, unit in allotment.steps():
+            words = f"{length:,} tokens: {unit_name(unit)}"
+            bar.update(task, completed=allotment.done, description=words)
             if stop():
                 return False
     return True
 
 
+def _shown(share: float | tuple[float, ...]) -> str:
+    shares = share if isinstance(share, tuple) else (share,)
+    return " ".join(f"{value:.3f}" for value in shares)
+
+
 def _print(allotment: Any, parsed: argparse.Namespace) -> None:
     mean = allotment.sparsity()
-    shares = {costs.length: costs.allot(mean) for costs in allotment.costs()}
+    shares = {costs.length: by_layer(costs.allot(mean)) for costs in allotment.costs()}
     if parsed.json:
         print(json.dumps({"adapter": str(parsed.out / "adapter"), "sparsity": mean,
                           "layers": shares}, indent=2))  # fmt: skip
@@ -115,6 +126,6 @@ def _print(allotment: Any, parsed: argparse.Namespace) -> None:
     for length in shares:
         table.add_column(f"{length:,} tokens", justify="right")
     for layer in allotment.source.configs:
-        table.add_row(str(layer), *(f"{found[layer]:.3f}" for found in shares.values()))
+        table.add_row(str(layer), *(_shown(found[layer]) for found in shares.values()))
     Console().print(table)
     Console().print(f"The adapter is in {parsed.out / 'adapter'}.", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -23,6 +24,7 @@ from dilated_attention_pytorch.selection.budget import (
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
 from dilated_attention_pytorch.selection.threshold import (
+    ThresholdTable,
     floor_budget,
     threshold_budget,
     thresholds_at,
@@ -186,14 +188,37 @@ def whole_samples(layer: ScoringLayer, lengths: _Lengths) -> _Lengths:
 
 
 def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float | Tensor:
-    """The thresholds of ``budget="threshold"`` for :func:`row_lengths`, in their shape."""
+    """The thresholds of ``budget="threshold"`` for :func:`row_lengths`.
+
+    Returns:
+        One number, or ``(1 or b, 1 or pattern heads, 1 or i)``.
+    """
     table, lengths = layer.threshold_table(), row_lengths(layer, inputs)
     if not isinstance(lengths, Tensor):
-        return table.at(lengths)
+        return heads_thresholds(table, lengths, layer.thresholds.device)
     return inputs.rows.remember(
         ("row thresholds", layer.block_size, table),
-        lambda: thresholds_at(layer.thresholds, lengths),
+        # There is one length for all heads, which may have thresholds of their own.
+        lambda: thresholds_at(layer.thresholds, lengths.squeeze(1)),
     )
+
+
+def heads_thresholds(table: ThresholdTable, length: int, device: torch.device) -> float | Tensor:
+    """Thresholds at one length: a number, or ``(1, heads, 1)`` on a device if heads have their own.
+
+    The numbers reach a device once per table and length: a copy would wait for all work before.
+    """
+    found = table.at(length)
+    if not isinstance(found, tuple):
+        return found
+    return _on_device(found, device) if torch.compiler.is_compiling() else _kept(found, device)
+
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1)
+
+
+_kept = lru_cache(maxsize=1024)(_on_device)
 
 
 def budget_factor(

@@ -47,7 +47,7 @@ class ScheduledLayer(ScoringLayer):
         self.register_buffer("base_sparsity", torch.tensor(float(config.base_sparsity)))
         self.register_buffer("top_p", torch.tensor(float(config.top_p)))
         if config.budget == "threshold":
-            # Rows of (tokens, threshold), ascending in the tokens.
+            # Rows of tokens, ascending, and the threshold, or one for each head.
             self.register_buffer("thresholds", torch.zeros(0, 2, dtype=torch.float64))
         self._note_densest(1 - config.base_sparsity)
         self._table: ThresholdTable | None = None
@@ -137,7 +137,12 @@ class ScheduledLayer(ScoringLayer):
         """
         if self.config.budget != "threshold":
             raise ValueError(f"thresholds need budget='threshold', got {self.config.budget!r}.")
-        rows = list(zip(table.lengths, table.thresholds, strict=True))
+        rows = table.rows()
+        if len(rows[0]) - 1 not in (1, self.pattern_heads):
+            raise ValueError(
+                f"thresholds must be one for all heads or {self.pattern_heads}, one for each "
+                f"pattern head, got {len(rows[0]) - 1}."
+            )
         device = self.base_sparsity.device
         self.thresholds = torch.tensor(rows, dtype=torch.float64, device=device)
         self._table = table
@@ -150,8 +155,7 @@ class ScheduledLayer(ScoringLayer):
                     "budget='threshold' needs thresholds: calibrate or load them first "
                     "(set_thresholds)."
                 )
-            lengths, values = self.thresholds.T.tolist()
-            self._table = ThresholdTable(tuple(map(int, lengths)), tuple(values))
+            self._table = ThresholdTable.from_rows(self.thresholds.tolist())
         return self._table
 
     def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:

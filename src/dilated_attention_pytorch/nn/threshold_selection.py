@@ -49,7 +49,7 @@ def select_above(
     Args:
         inputs: What a layer chooses by; without segments.
         scores: ``(b, heads, i, j)`` of all key blocks.
-        threshold: In [0, 1], for all rows or ``(1 or b, 1, i)``.
+        threshold: In [0, 1], for all rows or ``(1 or b, 1 or heads, 1 or i)``.
         block_size: Tokens per block.
         least: What a row keeps at least, from :func:`floor_budget`; None: its forced blocks.
     """

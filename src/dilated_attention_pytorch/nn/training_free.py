@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_floor, check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import threshold_floor
+from dilated_attention_pytorch.nn.row_budgets import heads_thresholds, threshold_floor
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
@@ -177,13 +177,14 @@ class BlockSparseTrainingFree(BlockSparseLayer):
         if self.config.budget == "threshold":
             if self.thresholds is None:
                 raise RuntimeError("budget='threshold' needs set_thresholds before the first call.")
-            threshold = self.thresholds.at(inputs.mask.kv_len)
+            threshold = heads_thresholds(self.thresholds, inputs.mask.kv_len, inputs.query.device)
             least = self._floor(inputs)
             if place_refusal(self, inputs) is None:
                 return select_above(inputs, scores, threshold, self.block_size, least)
         candidates = inputs.candidates
         if self.config.budget == "threshold":
-            count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
+            each = threshold[..., None] if isinstance(threshold, Tensor) else threshold
+            count = threshold_budget(scores, candidates.scored, candidates.forced, each)
             if least is not None:
                 count = torch.maximum(count, least - candidates.forced.sum(-1))
         else:

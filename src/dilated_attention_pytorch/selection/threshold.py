@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -92,14 +93,19 @@ class ThresholdSample:
     """What a calibration needs of the scores of one layer on one sample.
 
     Attributes:
-        expected: Expected mass of every tile that a threshold decides on, flat.
-        forced: Tiles read in any case.
-        allowed: Tiles of dense attention.
+        expected: Expected mass of every tile that a threshold decides on: per head a flat tensor.
+        forced: Tiles of a head that are read in any case, by head.
+        allowed: Tiles of dense attention, likewise.
     """
 
-    expected: Tensor
-    forced: float
-    allowed: float
+    expected: tuple[Tensor, ...]
+    forced: tuple[float, ...]
+    allowed: tuple[float, ...]
+
+    def head(self, number: int) -> ThresholdSample:
+        """The sample of one head."""
+        one = slice(number, number + 1)
+        return ThresholdSample(self.expected[one], self.forced[one], self.allowed[one])
 
     @classmethod
     def of(
@@ -133,10 +139,12 @@ class ThresholdSample:
             forced, scored = forced | kept, scored & ~kept
         if share is not None:
             p = p * share[..., None]
+        scored, forced = scored.expand(p.shape), forced.expand(p.shape)
+        allowed = num_allowed.expand(p.shape[:3])
         return cls(
-            p[scored.expand(p.shape)],
-            float(forced.expand(p.shape).sum()),
-            float(num_allowed.expand(p.shape[:3]).sum()),
+            tuple(p[:, head][scored[:, head]] for head in range(p.shape[1])),
+            tuple(forced.sum((0, 2, 3)).tolist()),
+            tuple(allowed.sum((0, 2)).tolist()),
         )
 
 
@@ -155,9 +163,9 @@ def calibrate_threshold(samples: Sequence[ThresholdSample], sparsity: float) -> 
     """
     if not samples:
         raise ValueError("samples must hold at least one ThresholdSample, got none.")
-    expected = torch.cat([s.expected for s in samples]).sort(descending=True).values
-    allowed = sum(s.allowed for s in samples)
-    room = round((1 - sparsity) * allowed - sum(s.forced for s in samples))
+    expected = torch.cat([x for s in samples for x in s.expected]).sort(descending=True).values
+    allowed = sum(sum(s.allowed) for s in samples)
+    room = round((1 - sparsity) * allowed - sum(sum(s.forced) for s in samples))
     tiny = float(torch.finfo(torch.float32).tiny)
     if room <= 0 or len(expected) == 0:
         return 2.0
@@ -173,14 +181,37 @@ class ThresholdTable:
 
     Attributes:
         lengths: Key tokens, ascending.
-        thresholds: One for each length.
+        thresholds: One for each length, or a tuple with one for each head.
+
+    Raises:
+        ValueError: If numbers are missing: every length needs as many.
     """
 
     lengths: tuple[int, ...]
-    thresholds: tuple[float, ...]
+    thresholds: tuple[float | tuple[float, ...], ...]
 
-    def at(self, length: int) -> float:
-        """The threshold for a length.
+    def __post_init__(self) -> None:
+        """Checks that there is a threshold for every length, and as many for each."""
+        sizes = {len(row) for row in self.rows()}
+        if len(self.lengths) != len(self.thresholds) or len(sizes) != 1:
+            raise ValueError(
+                "thresholds must be one for each length, or one for each length and head, got "
+                f"{self.thresholds} for the lengths {self.lengths}."
+            )
+
+    def rows(self) -> list[tuple[float, ...]]:
+        """Per length its number and its thresholds, of all heads or of each."""
+        given = (x if isinstance(x, tuple) else (x,) for x in self.thresholds)
+        return [(length, *own) for length, own in zip(self.lengths, given, strict=False)]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[float]]) -> ThresholdTable:
+        """The table of :meth:`rows`' result."""
+        own = [tuple(row[1:]) if len(row) > 2 else row[1] for row in rows]
+        return cls(tuple(int(row[0]) for row in rows), tuple(own))
+
+    def at(self, length: int) -> float | tuple[float, ...]:
+        """The threshold for a length, or those of the heads.
 
         Between two lengths on a straight line of logarithms; outside in inverse proportion to the
         length, as the mean mass of a block falls.
@@ -190,38 +221,46 @@ class ThresholdTable:
             >>> round(table.at(2048), 3), round(table.at(8192), 3)
             (0.02, 0.005)
         """
-        first, last = self.lengths[0], self.lengths[-1]
-        if length <= first:
-            return self.thresholds[0] * first / max(length, 1)
-        for n, (low, high) in enumerate(zip(self.lengths, self.lengths[1:], strict=False)):
-            if length <= high:
-                share = math.log(length / low) / math.log(high / low)
-                a, b = self.thresholds[n], self.thresholds[n + 1]
-                return math.exp(math.log(a) + share * (math.log(b) - math.log(a)))
-        return self.thresholds[-1] * last / length
+        rows = self.rows()
+        found = tuple(self._interpolate(length, column) for column in range(1, len(rows[0])))
+        return found if isinstance(self.thresholds[0], tuple) else found[0]
+
+    def _interpolate(self, length: int, column: int) -> float:
+        rows = self.rows()
+        if length <= self.lengths[0]:
+            return rows[0][column] * self.lengths[0] / max(length, 1)
+        for before, after in pairwise(rows):
+            if length <= after[0]:
+                share = math.log(length / before[0]) / math.log(after[0] / before[0])
+                a, b = math.log(before[column]), math.log(after[column])
+                return math.exp(a + share * (b - a))
+        return rows[-1][column] * self.lengths[-1] / length
 
 
 def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:
     """:meth:`ThresholdTable.at` for many lengths on their device.
 
     Args:
-        table: ``(entries, 2)`` of length and threshold, ascending in the lengths.
-        lengths: Integers of any shape.
+        table: ``(entries, 1 + t)`` of lengths, ascending, and thresholds of all heads (t = 1) or of
+            each.
+        lengths: Integers ``(..., i)``.
 
     Returns:
-        The thresholds in their shape, in the dtype of ``table``.
+        The thresholds ``(..., t, i)``, in the dtype of ``table``.
 
     Example:
         >>> table = torch.tensor([[1024, 0.04], [4096, 0.01]])
-        >>> [round(x, 3) for x in thresholds_at(table, torch.tensor([512, 2048, 8192])).tolist()]
+        >>> lengths = torch.tensor([512, 2048, 8192])
+        >>> [round(x, 3) for x in thresholds_at(table, lengths)[0].tolist()]
         [0.08, 0.02, 0.005]
     """
-    known, values = table.unbind(1)
+    known, values = table[:, 0], table[:, 1:]
     x = lengths.clamp(min=1).to(table.dtype)
     # Beyond the ends in inverse proportion, which is a straight line of logarithms too.
     known = torch.cat([known[:1] / 2, known, known[-1:] * 2])
     values = torch.cat([values[:1] * 2, values, values[-1:] / 2])
-    place = torch.searchsorted(known, x).clamp(1, len(known) - 1)
+    place = torch.searchsorted(known.contiguous(), x).clamp(1, len(known) - 1)
     low, high = known[place - 1], known[place]
     share = (x / low).log() / (high / low).log()
-    return torch.lerp(values[place - 1].log(), values[place].log(), share).exp()
+    a, b = values[place - 1].log(), values[place].log()
+    return torch.lerp(a, b, share[..., None]).exp().transpose(-1, -2)

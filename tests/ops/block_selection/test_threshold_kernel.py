@@ -65,12 +65,12 @@ def test_the_choice_of_budget_and_top_k(
     assert torch.equal(lists(rule, rows, scores, threshold), chosen(rule, rows, scores, threshold))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_every_row_can_have_a_threshold_of_its_own(batch: int) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 1, 16), (1, 2, 1), (2, 2, 1), (2, 2, 16)])
+def test_samples_heads_and_rows_can_have_thresholds_of_their_own(shape: tuple[int, ...]) -> None:
     _, rows, rule = problem(16, 0, 1)
     generator = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(2, 2, 16, 16, generator=generator).to(DEVICE)
-    threshold = 0.3 * torch.rand(batch, 1, 16, generator=generator, dtype=torch.float64)
+    threshold = torch.linspace(0.02, 0.3, shape[0] * shape[1] * shape[2]).view(shape)
     threshold = threshold.float().to(DEVICE)
     got = lists(rule, rows, scores, threshold)
     assert torch.equal(got, chosen(rule, rows, scores, threshold))

@@ -25,7 +25,7 @@ from dilated_attention_pytorch.integrations.transformers.base_identity import (
 )
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 FORMAT = "dilated_attention_pytorch.adapter"
 # Version 2 may hold costs of the layers; files of version 1 hold none.
@@ -61,7 +61,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     versions: dict[str, str]
-    costs: tuple[LayerCosts, ...] = ()
+    costs: tuple[SparsityCosts, ...] = ()
 
     def __post_init__(self) -> None:
         """Keeps the mixin from writing a config.json of what it takes for settings."""
@@ -99,7 +99,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         }
         return SelectorAdapter(configs, tensors, self.base, self.versions, self.costs)
 
-    def with_costs(self, costs: Iterable[LayerCosts]) -> SelectorAdapter:
+    def with_costs(self, costs: Iterable[SparsityCosts]) -> SelectorAdapter:
         """The same selectors with a mean sparsity shared among layers by other costs.
 
         Thresholds that were calibrated before are those of the former shares until they are
@@ -207,7 +207,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
                 )
             configs = {int(n): _config(values) for n, values in about["layers"].items()}
             tensors = load_file(folder / WEIGHTS_NAME)
-            costs = tuple(LayerCosts.from_dict(values) for values in about.get("costs", ()))
+            costs = tuple(SparsityCosts.from_dict(values) for values in about.get("costs", ()))
             return cls(configs, tensors, about["base"], about["versions"], costs)
         except AdapterError:
             raise

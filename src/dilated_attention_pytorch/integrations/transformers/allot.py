@@ -1,4 +1,4 @@
-"""Shares an adapter's budget among its layers: measures costs in a folder, and goes on there."""
+"""Shares an adapter's budget among its layers or heads, by costs measured in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
@@ -21,13 +20,19 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
 from dilated_attention_pytorch.integrations.transformers.sensitivity import (
     SPARSITIES,
     measure_costs,
+    units_of,
 )
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_model,
     load_tokenizer,
     load_tokens,
 )
-from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+from dilated_attention_pytorch.selection.cost_shares import (
+    SparsityCosts,
+    Unit,
+    unit_name,
+    unit_of,
+)
 from dilated_attention_pytorch.training.checkpoint import write_atomically
 
 STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
@@ -43,7 +48,8 @@ class AllotJob:
         text: Files or folders of text; costs are measured on the held-out part of it.
         lengths: Tokens of the windows: the lengths of use, as shares of other lengths do not serve.
         windows: Held-out windows per length, spread over the text.
-        sparsities: At which every layer is measured, ascending in (0, 1).
+        heads: Shares of single heads instead of layers; takes as many times longer.
+        sparsities: At which every layer or head is measured, ascending in (0, 1).
         background: Mean sparsity of the layers that are not measured; None: they are dense.
         validation_share: Share of the bytes to hold out.
         max_bytes: Read as many bytes at most; None: all.
@@ -56,6 +62,7 @@ class AllotJob:
     text: tuple[str, ...]
     lengths: tuple[int, ...] = (2048,)
     windows: int = 3
+    heads: bool = False
     sparsities: tuple[float, ...] = SPARSITIES
     background: float | None = None
     validation_share: float = 0.05
@@ -72,7 +79,7 @@ class AllotJob:
         if self.windows < 1:
             raise ValueError(f"windows must be at least 1, got {self.windows}.")
         # They check themselves.
-        LayerCosts(1, self.sparsities, {})
+        SparsityCosts(1, self.sparsities, {})
 
 
 class Allotment:
@@ -87,7 +94,8 @@ class Allotment:
         ValueError: If model, adapter or text cannot be read or do not fit.
 
     Attributes:
-        measured: Costs by length and layer.
+        measured: Costs by length and by layer or head.
+        units: What is measured: layers or heads.
     """
 
     def __init__(self, job: AllotJob, folder: Path) -> None:
@@ -98,56 +106,57 @@ class Allotment:
             validation_share=job.validation_share, max_bytes=job.max_bytes,
         )  # fmt: skip
         self.train, self.held_out = text.train, text.validation
+        self.adapted = self.source.apply(load_model(job.model, device=job.device, dtype=job.dtype))
+        self.units = units_of(self.adapted, job.heads)
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),
             "text": text.fingerprint(),
             "selectors": _fingerprint(self.source),
         }
-        self.measured: dict[int, dict[int, tuple[float, ...]]] = {n: {} for n in job.lengths}
+        self.measured: dict[int, dict[Unit, tuple[float, ...]]] = {n: {} for n in job.lengths}
         self._read()
 
     @property
     def total(self) -> int:
-        """Measurements in all: one per layer and length."""
-        return len(self.job.lengths) * len(self.source.configs)
+        """Measurements in all: one per layer or head, and length."""
+        return len(self.job.lengths) * len(self.units)
 
     @property
     def done(self) -> int:
         """Measurements that are there."""
         return sum(map(len, self.measured.values()))
 
-    def costs(self) -> tuple[LayerCosts, ...]:
+    def costs(self) -> tuple[SparsityCosts, ...]:
         """What was measured of the lengths that are complete."""
         return tuple(
-            LayerCosts(length, self.job.sparsities, costs)
+            SparsityCosts(length, self.job.sparsities, costs)
             for length, costs in self.measured.items()
-            if len(costs) == len(self.source.configs)
+            if len(costs) == len(self.units)
         )
 
-    def steps(self) -> Iterator[tuple[int, int]]:
+    def steps(self) -> Iterator[tuple[int, Unit]]:
         """Measures what is missing, and then writes the adapter.
 
         Yields:
-            Length and layer, after each of them.
+            Length and layer or head, after each of them.
         """
         job = self.job
-        adapted = self.source.apply(load_model(job.model, device=job.device, dtype=job.dtype))
-        with adapted:
-            for length in job.lengths:
-                known = self.measured[length]
-                layers = [number for number in adapted.selectors if number not in known]
-                if not layers:
-                    continue
-                windows = spread_windows(self.held_out, length + 1, job.windows)
-                for number, costs in measure_costs(
-                    adapted, windows, job.sparsities, layers=layers, background=job.background
-                ):
-                    known[number] = costs
-                    self._write()
-                    yield length, number
-            self._save(adapted)
+        for length in job.lengths:
+            known = self.measured[length]
+            missing = [unit for unit in self.units if unit not in known]
+            if not missing:
+                continue
+            windows = spread_windows(self.held_out, length + 1, job.windows)
+            for unit, costs in measure_costs(
+                self.adapted, windows, job.sparsities, units=missing, background=job.background
+            ):
+                known[unit] = costs
+                self._write()
+                yield length, unit
+        self._save()
 
-    def _save(self, adapted: AdaptedModel) -> None:
+    def _save(self) -> None:
+        adapted = self.adapted
         adapted.costs = self.costs()
         sparsity = self.sparsity()
         longest = max(self.job.lengths)
@@ -164,7 +173,7 @@ class Allotment:
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         costs = {
-            str(length): {str(number): list(values) for number, values in found.items()}
+            str(length): {unit_name(unit): list(values) for unit, values in found.items()}
             for length, found in self.measured.items()
         }
         content = json.dumps({**self._identity, "costs": costs}, indent=1) + "\n"
@@ -182,7 +191,7 @@ class Allotment:
                     "folder, or remove this one to measure anew."
                 )
         for length, found in state["costs"].items():
-            self.measured[int(length)] = {int(n): tuple(values) for n, values in found.items()}
+            self.measured[int(length)] = {unit_of(n): tuple(values) for n, values in found.items()}
 
 
 def _fingerprint(adapter: SelectorAdapter) -> str:

@@ -27,7 +27,7 @@ from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.integrations.transformers.tokens import check_length
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
-from dilated_attention_pytorch.selection.layer_budgets import LayerCosts
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 ADAPTER, ALLOTTED = "adapter", "allotted"
 
@@ -42,8 +42,8 @@ class EvaluationSettings:
         rivals: Training-free selectors to compare with, ``"<method>"``, ``"<method>:threshold"``
             for a budget by calibrated thresholds, ``"<method>:floor0.5"`` for thresholds above a
             floor (``threshold_floor``), or ``"<method>:allotted"`` for thresholds whose sparsity
-            differs between layers as the adapter's does (:class:`LayerCosts`). All others have the
-            same sparsity in every layer, as has ``"adapter:threshold"``.
+            differs between layers or heads as the adapter's does (:class:`SparsityCosts`). All
+            others have the same sparsity in every layer, as has ``"adapter:threshold"``.
         block_size: Tokens per block of the rivals; an adapter brings its own, which must agree.
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
@@ -256,7 +256,7 @@ class Evaluation:
             calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
             yield adapted
 
-    def _costs(self) -> tuple[LayerCosts, ...]:
+    def _costs(self) -> tuple[SparsityCosts, ...]:
         if self.adapter is None or not self.adapter.costs:
             raise ValueError(
                 f"rivals named ':{ALLOTTED}' need an adapter with costs of its layers, which "

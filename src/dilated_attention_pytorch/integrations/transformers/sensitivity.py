@@ -1,4 +1,4 @@
-"""Measures what sparsity costs in each layer of an adapted model, one layer at a time."""
+"""Measures what sparsity costs in each layer or head of an adapted model, one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-from dilated_attention_pytorch.integrations.transformers.calibrate import threshold_samples
+from dilated_attention_pytorch.integrations.transformers.calibrate import (
+    threshold_samples,
+    thresholds_for,
+)
 from dilated_attention_pytorch.integrations.transformers.observer import (
     SelectionObserver,
     evaluating,
@@ -18,13 +21,31 @@ from dilated_attention_pytorch.integrations.transformers.tune import next_token_
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
-from dilated_attention_pytorch.selection.threshold import (
-    ThresholdSample,
-    ThresholdTable,
-    calibrate_threshold,
-)
+from dilated_attention_pytorch.selection.cost_shares import Unit, mean_of
+from dilated_attention_pytorch.selection.threshold import ThresholdSample, ThresholdTable
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.96)
+
+
+def units_of(adapted: AdaptedModel, heads: bool) -> list[Unit]:
+    """All adapted layers, or all their heads.
+
+    Raises:
+        ValueError: If heads cannot differ, as a layer has no thresholds.
+    """
+    if not heads:
+        return list(adapted.selectors)
+    for number, config in adapted.configs.items():
+        if config.budget != "threshold":
+            raise ValueError(
+                f"budget must be 'threshold' for heads to differ, got {config.budget!r} in layer "
+                f"{number}."
+            )
+    return [
+        (number, head)
+        for number, selector in adapted.selectors.items()
+        for head in range(selector.pattern_heads)
+    ]
 
 
 def measure_costs(
@@ -32,24 +53,24 @@ def measure_costs(
     windows: Tensor,
     sparsities: Sequence[float] = SPARSITIES,
     *,
-    layers: Sequence[int] | None = None,
+    units: Sequence[Unit] | None = None,
     background: float | None = None,
-) -> Iterator[tuple[int, tuple[float, ...]]]:
-    """Loss with one layer sparse, above the loss with that layer dense; nothing is changed.
+) -> Iterator[tuple[Unit, tuple[float, ...]]]:
+    """Loss with one layer or head sparse, above the loss with its layer dense; changes nothing.
 
-    That the costs of all layers add up is an assumption; ``background`` measures them where they
-    are used.
+    That the costs of all add up is an assumption; ``background`` measures them where they are used.
 
     Args:
         adapted: The model.
         windows: Tokens ``(windows, length + 1)``, of text that nothing is evaluated on.
         sparsities: At which to measure, ascending.
-        layers: Which; None: all adapted ones.
+        units: Layers, or heads as pairs of layer and head, from :func:`units_of`; None: all layers.
+            The other heads of a head's layer are dense.
         background: Mean sparsity of all other layers, shared by the costs that the model has
             already. None: the others are dense.
 
     Yields:
-        A layer's number and its costs in nats per token, for :class:`LayerCosts`.
+        A layer or head and its costs in nats per token, for :class:`SparsityCosts`.
 
     Raises:
         ValueError: If a sparsity is not in [0, 1).
@@ -71,31 +92,48 @@ def measure_costs(
             }
             with adapted.replaced(others):
                 samples = threshold_samples(adapted, inputs, dense=False)
-    chosen = list(adapted.selectors) if layers is None else list(layers)
-    dense_loss = None
-    for number in chosen:
+    reference: tuple[int, float] | None = None
+    for unit in list(adapted.selectors) if units is None else units:
+        number = unit if isinstance(unit, int) else unit[0]
         selector = adapted.selectors[number]
-        if background is not None or dense_loss is None:
-            # With a dense background it is the same for all layers.
-            dense_loss = _loss(adapted, {**others, number: _dense(number, selector)}, windows)
+        # With a dense background it is the same for all layers.
+        if reference is None or (background is not None and reference[0] != number):
+            dense = {**others, number: _dense(number, selector)}
+            reference = number, _loss(adapted, dense, windows)
         costs = []
         for sparsity in sparsities:
-            own = at_sparsity(selector, sparsity, samples[number], length)
-            costs.append(_loss(adapted, {**others, number: own}, windows) - dense_loss)
-        yield number, tuple(costs)
+            goal = sparsity if isinstance(unit, int) else _one_head(selector, unit[1], sparsity)
+            own = at_sparsity(selector, goal, samples[number], length)
+            costs.append(_loss(adapted, {**others, number: own}, windows) - reference[1])
+        yield unit, tuple(costs)
 
 
 def at_sparsity(
-    selector: BlockSparseLayer, sparsity: float, samples: Sequence[ThresholdSample], length: int
+    selector: BlockSparseLayer,
+    sparsity: float | tuple[float, ...],
+    samples: Sequence[ThresholdSample],
+    length: int,
 ) -> BlockSparseLayer:
-    """A copy of a selector at a sparsity, with its threshold calibrated on samples of a length."""
+    """A copy of a selector at a sparsity, with thresholds calibrated on samples of a length.
+
+    Args:
+        selector: Of one layer.
+        sparsity: Of the layer, or of each head.
+        samples: Of the layer.
+        length: Tokens of the samples.
+    """
     own = copy.deepcopy(selector)
     if isinstance(own, BlockSparseAdaptive | BlockSparseTrainingFree):
-        own.set_base_sparsity(sparsity)
+        own.set_base_sparsity(mean_of(sparsity))
         if own.config.budget == "threshold":
-            threshold = calibrate_threshold(samples, sparsity)
-            own.set_thresholds(ThresholdTable((length,), (threshold,)))
+            found = thresholds_for(samples, sparsity)
+            own.set_thresholds(ThresholdTable((length,), (found,)))
     return own
+
+
+def _one_head(selector: BlockSparseLayer, head: int, sparsity: float) -> tuple[float, ...]:
+    """The others of the layer read everything."""
+    return tuple(sparsity if n == head else 0.0 for n in range(selector.pattern_heads))
 
 
 def _dense(number: int, selector: BlockSparseLayer) -> SelectionObserver:

@@ -26,6 +26,7 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
 )
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.selection.cost_shares import mean_of
 
 TRAINED = ("selectors", "lora", "all")
 ATTENTION = ("sparse", "dense")
@@ -149,7 +150,7 @@ class Tuning(PretrainedTraining):
         for number, selector in self.adapted.selectors.items():
             if isinstance(selector, BlockSparseAdaptive):
                 calibrated = selector.config.budget == "threshold"
-                selector.set_base_sparsity((goal if calibrated else warm)[number])
+                selector.set_base_sparsity(mean_of((goal if calibrated else warm)[number]))
                 # Selectors that were distilled need little noise to explore.
                 selector.set_temperature(selector.config.min_temperature)
 

@@ -338,7 +338,7 @@ def threshold_lists(
     Args:
         scores: ``(b, p, i, j)`` of all key blocks.
         intervals: ``rule.intervals(rows)``.
-        threshold: In [0, 1], for all rows or ``(1 or b, 1, i)``.
+        threshold: In [0, 1], for all rows or ``(1 or b, 1 or p, 1 or i)``.
         least: What a row keeps at least, forced blocks included, the best ones: integers that
             broadcast to ``(b, p, i)``. None: the forced ones.
 

@@ -11,7 +11,7 @@ from dilated_attention_pytorch.ops.block_selection.triton_launch.threshold impor
 
 @torch.library.custom_op(f"{NAMESPACE}::threshold_lists", mutates_args=())
 def threshold_op(
-    scores: Tensor, rule: Tensor, threshold: float, row_thresholds: Tensor | None
+    scores: Tensor, rule: Tensor, threshold: float, own_thresholds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`threshold_budget` and the choice within it, forced blocks included.
 
@@ -19,14 +19,15 @@ def threshold_op(
         scores: ``(b, p, i, j)`` of all key blocks.
         rule: ``(1 or b, 5, i)`` int32, from :meth:`CandidateRule.intervals`.
         threshold: Of the softmax over what a row sees.
-        row_thresholds: ``(1 or b, 1, i)``: one for each row in its place, or None.
+        own_thresholds: ``(1 or b, 1 or p, 1 or i)``: those of samples, heads or rows in its place,
+            or None.
 
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
     """
     counts, indices = _empty(scores)
-    by_row = None if row_thresholds is None else row_thresholds.float().contiguous()
-    launch_threshold(rows_of(scores), rule.contiguous(), threshold, by_row, counts, indices)
+    own = None if own_thresholds is None else own_thresholds.float()
+    launch_threshold(rows_of(scores), rule.contiguous(), threshold, own, counts, indices)
     return counts, indices
 
 
@@ -39,6 +40,6 @@ def _empty(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @threshold_op.register_fake
 def _(
-    scores: Tensor, rule: Tensor, threshold: float, row_thresholds: Tensor | None
+    scores: Tensor, rule: Tensor, threshold: float, own_thresholds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _empty(scores)

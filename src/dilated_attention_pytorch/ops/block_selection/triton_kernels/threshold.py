@@ -14,13 +14,13 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 @triton.jit(do_not_specialize=VARYING)
 def threshold_kernel(
     scores, s_stride_b, s_stride_h, s_stride_i, rows, r_stride_b, counts, indices, threshold,
-    row_thresholds, t_stride_b, num_rows, columns, heads, width,
-    C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, BY_ROW: tl.constexpr, PDL: tl.constexpr,
+    own_thresholds, t_stride_b, t_stride_h, t_stride_i, num_rows, columns, heads, width,
+    C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax over what a row sees; the packed ascending list of forced and likely blocks.
 
-    What reaches a threshold needs no ranking: of equal scores all do or none does. ``BY_ROW``: each
-    row has its own.
+    What reaches a threshold needs no ranking: of equal scores all do or none does. ``OWN``:
+    heads or rows have thresholds of their own.
     """
     follow(PDL)
     row = tl.program_id(0) % num_rows
@@ -46,8 +46,9 @@ def threshold_kernel(
     total = tl.sum(likely, 0)
     likely = tl.div_rn(likely, tl.where(total > 0.0, total, 1.0))
     forced = (column < sink_end) | ((column >= near_first) & (column < near_end))
-    if BY_ROW:
-        threshold = tl.load(row_thresholds + batch * t_stride_b + row)
+    if OWN:
+        place = batch * t_stride_b + plane % heads * t_stride_h + row * t_stride_i
+        threshold = tl.load(own_thresholds + place)
     every = (visible & (forced | (likely >= threshold))).to(tl.int32)
     slot = _running_count(every, C) - 1
     count = tl.minimum(tl.sum(every, 0), width)

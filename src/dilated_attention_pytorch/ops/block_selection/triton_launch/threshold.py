@@ -9,6 +9,7 @@ from dilated_attention_pytorch.ops.block_selection import triton_kernels as kern
 from dilated_attention_pytorch.ops.block_selection.triton_launch.shared import (
     batch_stride,
     overlap,
+    plane_strides,
 )
 from dilated_attention_pytorch.ops.triton_device import on_device
 
@@ -17,11 +18,11 @@ def launch_threshold(
     scores: Tensor,
     rule: Tensor,
     threshold: float,
-    row_thresholds: Tensor | None,
+    own_thresholds: Tensor | None,
     counts: Tensor,
     indices: Tensor,
 ) -> None:
-    """Writes counts and lists; shapes as in ``threshold_op``, all contiguous but scores."""
+    """Writes counts and lists; shapes as in ``threshold_op``, the outputs contiguous."""
     batch, heads, rows, columns = scores.shape
     if counts.numel() == 0:
         return
@@ -32,9 +33,11 @@ def launch_threshold(
     with on_device(scores.device):
         kernels.threshold_kernel[(rows * batch * heads,)](
             scores, *scores.stride()[:3], rule, batch_stride(rule), counts, indices, threshold,
-            rule if row_thresholds is None else row_thresholds,
-            0 if row_thresholds is None else batch_stride(row_thresholds),
+            rule if own_thresholds is None else own_thresholds,
+            *plane_strides(own_thresholds),
+            own_thresholds.stride(2) if own_thresholds is not None and own_thresholds.shape[2] > 1
+            else 0,
             rows, columns, heads, columns, C=c, W=c, EVEN=columns % 16 == 0,
-            BY_ROW=row_thresholds is not None,
+            OWN=own_thresholds is not None,
             num_warps=min(max(c // 512, 1), 32), **overlap(scores.device),
         )  # fmt: skip

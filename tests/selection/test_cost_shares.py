@@ -6,12 +6,18 @@ import random
 
 import pytest
 
-from dilated_attention_pytorch.selection.layer_budgets import LayerCosts, costs_near
+from dilated_attention_pytorch.selection.cost_shares import (
+    SparsityCosts,
+    by_layer,
+    costs_near,
+    unit_name,
+    unit_of,
+)
 
 GRID = (0.3, 0.6, 0.8, 0.9)
 
 
-def random_costs(seed: int, layers: int = 5) -> LayerCosts:
+def random_costs(seed: int, layers: int = 5) -> SparsityCosts:
     draw = random.Random(seed)
     found = {}
     for layer in range(layers):
@@ -23,10 +29,10 @@ def random_costs(seed: int, layers: int = 5) -> LayerCosts:
             before = x
             costs.append(height)
         found[layer] = tuple(costs)
-    return LayerCosts(4096, GRID, found)
+    return SparsityCosts(4096, GRID, found)
 
 
-def price(costs: LayerCosts, shares: dict[int, float]) -> float:
+def price(costs: SparsityCosts, shares: dict[int, float]) -> float:
     """Total cost on straight lines between the measured points."""
     total = 0.0
     x = (0.0, *GRID)
@@ -56,16 +62,16 @@ def test_mean_is_met_and_no_exchange_between_layers_is_cheaper(seed: int, mean: 
 
 
 def test_layers_that_cost_the_same_get_the_same() -> None:
-    costs = LayerCosts(4096, (0.5, 0.9), dict.fromkeys(range(3), (0.1, 0.4)))
+    costs = SparsityCosts(4096, (0.5, 0.9), dict.fromkeys(range(3), (0.1, 0.4)))
     assert costs.allot(0.7) == pytest.approx(dict.fromkeys(range(3), 0.7))
 
 
 def test_noise_that_bends_costs_downwards_is_bridged() -> None:
     # Read literally, layer 0 would cost less at 0.6 than at 0.3.
-    bent = LayerCosts(4096, (0.3, 0.6, 0.9), {0: (0.5, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
-    straight = LayerCosts(4096, (0.3, 0.6, 0.9), {0: (0.1, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
+    bent = SparsityCosts(4096, (0.3, 0.6, 0.9), {0: (0.5, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
+    straight = SparsityCosts(4096, (0.3, 0.6, 0.9), {0: (0.1, 0.2, 0.9), 1: (0.1, 0.2, 0.9)})
     assert bent.allot(0.5) == pytest.approx(straight.allot(0.5))
-    negative = LayerCosts(4096, (0.3, 0.6, 0.9), {0: (-0.1, -0.2, -0.1), 1: (0.1, 0.2, 0.9)})
+    negative = SparsityCosts(4096, (0.3, 0.6, 0.9), {0: (-0.1, -0.2, -0.1), 1: (0.1, 0.2, 0.9)})
     assert negative.allot(0.45) == pytest.approx({0: 0.9, 1: 0.0})
 
 
@@ -75,7 +81,7 @@ def test_beyond_what_was_measured_all_layers_get_the_mean() -> None:
 
 def test_plain_values_give_the_same_costs() -> None:
     costs = random_costs(1)
-    assert LayerCosts.from_dict(costs.to_dict()) == costs
+    assert SparsityCosts.from_dict(costs.to_dict()) == costs
 
 
 @pytest.mark.parametrize(
@@ -85,18 +91,18 @@ def test_plain_values_give_the_same_costs() -> None:
         ((), {}, "sparsities must ascend"),
         ((0.0, 0.5), {0: (1.0, 1.0)}, "sparsities must be positive"),
         ((0.5, 1.0), {0: (1.0, 1.0)}, "sparsities"),
-        ((0.5, 0.9), {3: (1.0,)}, "costs of layer 3 must be 2 numbers"),
+        ((0.5, 0.9), {3: (1.0,)}, "costs of 3 must be 2 numbers"),
     ],
 )
 def test_bad_costs_are_refused(
     sparsities: tuple[float, ...], costs: dict[int, tuple[float, ...]], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        LayerCosts(4096, sparsities, costs)
+        SparsityCosts(4096, sparsities, costs)
 
 
 def test_costs_serve_lengths_near_theirs_alone() -> None:
-    short, long = (LayerCosts(n, (0.5,), {0: (0.1,)}) for n in (2048, 8192))
+    short, long = (SparsityCosts(n, (0.5,), {0: (0.1,)}) for n in (2048, 8192))
     assert costs_near((short, long), 8192) is long
     assert costs_near((short, long), 6000) is long
     assert costs_near((short, long), 2800) is short
@@ -107,4 +113,17 @@ def test_costs_serve_lengths_near_theirs_alone() -> None:
 
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="length must be positive, got 0"):
-        LayerCosts(0, (0.5,), {0: (0.1,)})
+        SparsityCosts(0, (0.5,), {0: (0.1,)})
+
+
+def test_heads_share_a_budget_as_layers_do() -> None:
+    costs = random_costs(2, layers=6)
+    heads = SparsityCosts(4096, GRID, {(n // 3, n % 3): x for n, x in costs.costs.items()})
+    assert list(heads.allot(0.6).values()) == list(costs.allot(0.6).values())
+    assert SparsityCosts.from_dict(heads.to_dict()) == heads
+    grouped = by_layer(heads.allot(0.6))
+    assert grouped == {n: tuple(costs.allot(0.6)[3 * n + h] for h in range(3)) for n in (0, 1)}
+    for unit in (7, (7, 3)):
+        assert unit_of(unit_name(unit)) == unit
+    with pytest.raises(ValueError, match="every head from 0 on"):
+        by_layer({(0, 1): 0.5})

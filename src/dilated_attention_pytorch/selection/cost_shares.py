@@ -1,8 +1,8 @@
-"""Shares one budget among layers by what sparsity costs in each of them.
+"""Shares one budget among layers, or among heads, by what sparsity costs in each of them.
 
-Budgets that differ between layers are known from caches of keys and values (PyramidKV, arXiv
-2406.02069; SqueezeAttention, arXiv 2404.04793), which set them by rules; here they come from the
-loss that was measured.
+Budgets that differ between layers or heads are known from caches of keys and values (PyramidKV,
+arXiv 2406.02069; Ada-KV, arXiv 2407.11550), which set them by rules; here they come from the loss
+that was measured.
 """
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
 
+# A layer by its number, or a head by the numbers of its layer and of itself.
+Unit = int | tuple[int, int]
+
 
 @dataclass(frozen=True)
-class LayerCosts:
-    """What sparsity costs in each layer, measured one layer at a time.
+class SparsityCosts:
+    """What sparsity costs in each layer, or in each head, measured one at a time.
 
     Attributes:
         length: Tokens of the sequences that they were measured on.
         sparsities: At which they were measured, ascending, in (0, 1).
-        costs: By layer, one per sparsity: the loss with it in that layer minus the loss without,
-            in nats per token.
+        costs: By layer, or by layer and head, one per sparsity: the loss with it there minus the
+            loss without, in nats per token.
     """
 
     length: int
     sparsities: tuple[float, ...]
-    costs: Mapping[int, tuple[float, ...]]
+    costs: Mapping[Unit, tuple[float, ...]]
 
     def __post_init__(self) -> None:
         """Checks the numbers.
 
         Raises:
-            ValueError: If sparsities do not ascend in (0, 1), or a layer has another number of
-                costs, or the length is not positive.
+            ValueError: If sparsities do not ascend in (0, 1), a layer or head has another number
+                of costs, or the length is not positive.
         """
         if self.length < 1:
             raise ValueError(f"length must be positive, got {self.length}.")
@@ -46,29 +49,29 @@ class LayerCosts:
             check_sparsity("sparsities", value)
         if self.sparsities[0] == 0:
             raise ValueError("sparsities must be positive: 0 costs nothing by definition.")
-        for layer, costs in self.costs.items():
+        for unit, costs in self.costs.items():
             if len(costs) != len(self.sparsities):
                 raise ValueError(
-                    f"costs of layer {layer} must be {len(self.sparsities)} numbers, one per "
+                    f"costs of {unit} must be {len(self.sparsities)} numbers, one per "
                     f"sparsity, got {len(costs)}."
                 )
 
-    def allot(self, sparsity: float) -> dict[int, float]:
-        """Sparsities of the layers with that mean, at which the sum of the costs is least.
+    def allot(self, sparsity: float) -> dict[Unit, float]:
+        """Sparsities of the layers, or heads, with that mean and the least sum of the costs.
 
         Costs count as straight lines between the measured sparsities, from 0 at 0; where they
         would bend downwards, which a measurement's noise makes of them, they are bridged. The best
-        shares of such costs are found exactly: every next bit of sparsity goes to the layer where
-        it costs least. A mean above the largest measured sparsity is the same for all layers.
+        shares of such costs are found exactly: every next bit of sparsity goes where it costs
+        least. A mean above the largest measured sparsity is the same for all.
 
         Args:
-            sparsity: Mean over the layers, in [0, 1).
+            sparsity: Mean over the layers or heads, in [0, 1).
 
         Returns:
-            The sparsity by layer.
+            The sparsity of each.
 
         Example:
-            >>> costs = LayerCosts(8192, (0.5, 0.9), {0: (0.0, 0.1), 1: (0.1, 1.0)})
+            >>> costs = SparsityCosts(8192, (0.5, 0.9), {0: (0.0, 0.1), 1: (0.1, 1.0)})
             >>> {layer: round(value, 3) for layer, value in costs.allot(0.7).items()}
             {0: 0.9, 1: 0.5}
         """
@@ -78,14 +81,14 @@ class LayerCosts:
         left = sparsity * len(self.costs)
         out = dict.fromkeys(self.costs, 0.0)
         steps = [
-            (slope, start, layer, width)
-            for layer, costs in self.costs.items()
+            (slope, start, unit, width)
+            for unit, costs in self.costs.items()
             for slope, start, width in _convex_steps((0.0, *self.sparsities), (0.0, *costs))
         ]
-        steps.sort()
+        steps.sort(key=lambda step: step[:2])
         position = 0
         while left > 0 and position < len(steps):
-            # Layers that cost the same share what is left.
+            # Those that cost the same share what is left.
             alike = [steps[position]]
             while position + len(alike) < len(steps) and (
                 steps[position + len(alike)][0] == alike[0][0]
@@ -94,24 +97,63 @@ class LayerCosts:
             position += len(alike)
             width = sum(step[3] for step in alike)
             share = min(1.0, left / width)
-            for _, _, layer, part in alike:
-                out[layer] += share * part
+            for _, _, unit, part in alike:
+                out[unit] += share * part
             left -= share * width
         return out
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        costs = {str(layer): list(values) for layer, values in self.costs.items()}
+        costs = {unit_name(unit): list(values) for unit, values in self.costs.items()}
         return {"length": self.length, "sparsities": list(self.sparsities), "costs": costs}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayerCosts:
+    def from_dict(cls, values: Mapping[str, Any]) -> SparsityCosts:
         """Builds them from :meth:`to_dict`'s result."""
-        costs = {int(layer): tuple(map(float, x)) for layer, x in values["costs"].items()}
+        costs = {unit_of(name): tuple(map(float, x)) for name, x in values["costs"].items()}
         return cls(int(values["length"]), tuple(map(float, values["sparsities"])), costs)
 
 
-def costs_near(costs: Iterable[LayerCosts], length: int) -> LayerCosts | None:
+def unit_name(unit: Unit) -> str:
+    """``"7"`` of layer 7, ``"7.3"`` of its head 3."""
+    return str(unit) if isinstance(unit, int) else f"{unit[0]}.{unit[1]}"
+
+
+def unit_of(name: str) -> Unit:
+    """The layer or head of :func:`unit_name`'s result."""
+    layer, dot, head = name.partition(".")
+    return (int(layer), int(head)) if dot else int(layer)
+
+
+def by_layer(shares: Mapping[Unit, float]) -> dict[int, float | tuple[float, ...]]:
+    """Per layer its share, or a tuple of those of its heads, which must be numbered from 0.
+
+    Raises:
+        ValueError: If heads are missing.
+
+    Example:
+        >>> by_layer({(0, 0): 0.8, (0, 1): 0.9, (1, 0): 0.7, (1, 1): 0.8})
+        {0: (0.8, 0.9), 1: (0.7, 0.8)}
+    """
+    out: dict[int, float | tuple[float, ...]] = {}
+    for unit, share in sorted(shares.items()):
+        if isinstance(unit, int):
+            out[unit] = share
+            continue
+        layer, head = unit
+        before = out.get(layer, ())
+        if not isinstance(before, tuple) or head != len(before):
+            raise ValueError(f"costs must be of every head from 0 on, got {sorted(shares)}.")
+        out[layer] = (*before, share)
+    return out
+
+
+def mean_of(share: float | tuple[float, ...]) -> float:
+    """The mean over the heads, where they differ."""
+    return sum(share) / len(share) if isinstance(share, tuple) else share
+
+
+def costs_near(costs: Iterable[SparsityCosts], length: int) -> SparsityCosts | None:
     r"""The costs that were measured nearest to a length; None beyond a factor of :math:`\sqrt 2`.
 
     What sparsity costs depends on how many blocks are left: shares of 8,192 tokens are worse than
