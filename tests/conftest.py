@@ -12,9 +12,8 @@ from interpreted_kernels import hasten_interpreter
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 # Without a GPU the kernels run interpreted; Triton reads this when they are imported.
-if not torch.cuda.is_available():
-    if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
-        hasten_interpreter()
+if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    hasten_interpreter()
 
 # One process per core runs the tests; more threads than cores only wait for each other.
 torch.set_num_threads(1)
