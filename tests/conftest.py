@@ -5,13 +5,15 @@ import os
 import hypothesis
 import torch
 
+from interpreted_kernels import hasten_interpreter
+
 # Some virtual machines announce matrix instructions that they do not run: half precision on the
 # CPU would end the process. oneDNN reads this on its first use.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 # Without a GPU the kernels run interpreted; Triton reads this when they are imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    hasten_interpreter()
 
 # One process per core runs the tests; more threads than cores only wait for each other.
 torch.set_num_threads(1)

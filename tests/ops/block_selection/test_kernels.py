@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import BlockPattern, ImportanceScorer, block_summaries
-from dilated_attention_pytorch.candidates import CandidateRule, count_forced, row_ranges
+from dilated_attention_pytorch.candidates import CandidateRule, RowRange, count_forced, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.scoring.summaries import past_windows
 from dilated_attention_pytorch.selection.budget import (
@@ -97,8 +99,12 @@ def window_starts(length: int, size: int) -> tuple[Tensor, Tensor]:
     return first.repeat_interleave(size, 1)[:, :length], first.int()
 
 
-@pytest.mark.parametrize("names", [("mean", "max"), ("min", "attention", "mean", "max")])
-@pytest.mark.parametrize(("length", "size"), [(1, 16), (64, 16), (50, 16), (66, 12), (37, 64)])
+# Where windows begin and end is the same for all poolings: every length with all of them at once.
+@pytest.mark.parametrize(("names", "length", "size"), [
+    *((("min", "attention", "mean", "max"), length, size)
+      for length, size in ((1, 16), (64, 16), (50, 16), (66, 12), (37, 64))),
+    (("mean", "max"), 50, 16),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", ["plain", "padded", "documents"])
 def test_windows_of_the_past_and_their_gradients(
     names: tuple[str, ...], length: int, size: int, kind: str
@@ -423,13 +429,9 @@ def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kin
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
-@pytest.mark.parametrize("kind", ["plain", "lengths", "documents", "segments", "offset"])
-@pytest.mark.parametrize("content", [True, False])
-def test_running_budgets_equal_the_formulas(
-    heads: int, kv_heads: int, kind: str, content: bool
-) -> None:
-    """In every bit, from the complexity that the kernel found."""
+@functools.cache
+def causal_rows(heads: int, kind: str) -> tuple[RowRange, Tensor, Tensor, Tensor]:
+    """Rows over 40 blocks, their intervals, and how many blocks are forced and allowed."""
     blocks, lengths, ids, queries = 40, None, None, 40
     if kind == "lengths":
         lengths = torch.tensor([40, 23], device=DEVICE)
@@ -448,6 +450,18 @@ def test_running_budgets_equal_the_formulas(
     )  # fmt: skip
     spans = rule.intervals(rows)
     _, forced, limit = find_candidates(rule, rows, spans)
+    return rows, spans, forced, limit
+
+
+@pytest.mark.parametrize("content", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
+@pytest.mark.parametrize("kind", ["plain", "lengths", "documents", "segments", "offset"])
+def test_running_budgets_equal_the_formulas(
+    heads: int, kv_heads: int, kind: str, content: bool
+) -> None:
+    """In every bit, from the complexity that the kernel found."""
+    rows, spans, forced, limit = causal_rows(heads, kind)
+    queries, blocks = spans.shape[-1], 40
     means = randn(2, kv_heads, blocks, 12) + 2 * randn(2, kv_heads, 1, 12, seed=1)
     gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
     offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
