@@ -171,7 +171,8 @@ def test_rows_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, scorer = case(mask, torch.float32)
     want = found(query, key, scorer, mask, 16)
     monkeypatch.setattr(low_rank, "_WORKSPACE", 8 * 7 * 4 * 2)
-    assert torch.equal(found(query, key, scorer, mask, 16), want)
+    # Products of other shapes are rounded in another order on some processors.
+    torch.testing.assert_close(found(query, key, scorer, mask, 16), want, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_but_the_scores_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
