@@ -109,18 +109,16 @@ def order(runs: Runs) -> list[tuple[str, int]]:
     compared = ["adaptive 0.9", "dense", "mean-pooled 0.9"]
     if known:
         compared.insert(2, min(known, key=known.__getitem__))
-    names = [cell.name for cell in CELLS]
-    main = [name for name in names if ", blocks of" not in name]
     more = [(name, seed) for seed in (1, 2) for name in compared]
-    return [(name, 0) for name in main] + more + [(name, 0) for name in names if name not in main]
+    rest = [(cell.name, 0) for cell in CELLS if cell.name not in MAIN]
+    return [*((name, 0) for name in MAIN), *more, *rest]
 
 
 def finding(runs: Runs) -> str:
     """Holds the numbers against the bars."""
-    names = [cell.name for cell in CELLS if ", blocks of" not in cell.name]
-    means = {name: average(runs, name, "loss") for name in names}
-    rates = {name: average(runs, name, "steps_per_second") for name in names}
-    rivals = [name for name in names if not name.startswith("adaptive") and name != "dense"]
+    means = {name: average(runs, name, "loss") for name in MAIN}
+    rates = {name: average(runs, name, "steps_per_second") for name in MAIN}
+    rivals = [name for name in MAIN if not name.startswith("adaptive") and name != "dense"]
     best = min(rivals, key=means.__getitem__)
     noise = spread(runs, ["adaptive 0.9", best], "loss")
     gap, lead = means["adaptive 0.9"] - means["dense"], means[best] - means["adaptive 0.9"]
@@ -145,17 +143,22 @@ def finding(runs: Runs) -> str:
 def _other_blocks(runs: Runs) -> str:
     """What the size of the blocks makes of the comparison."""
     words = []
-    for suffix in (COARSE, ", blocks of 16"):
+    for size in OTHER_SIZES:
         found = {
-            cell.name.removesuffix(suffix): average(runs, cell.name, "loss")
+            cell.name.removesuffix(_suffix(size)): average(runs, cell.name, "loss")
             for cell in CELLS
-            if cell.name.endswith(suffix)
+            if cell.settings.get("block_size") == size
         }
         listed = ", ".join(
             f"{name} {loss:.4f}" for name, loss in sorted(found.items(), key=lambda item: item[1])
         )
-        words.append(f"With{suffix.removeprefix(',')}: {listed}.")
+        words.append(f"With blocks of {size}: {listed}.")
     return " ".join(words)
+
+
+def _suffix(size: int) -> str:
+    """What follows the name of a cell with other blocks."""
+    return f", blocks of {size}"
 
 
 def plot(runs: Runs) -> Figure:
@@ -181,22 +184,26 @@ def _cells() -> list[Cell]:
     methods = ("adaptive", "dense", "local", "mean_pooled", *FIXED[1:], "flex_window")
     names = {"mean_pooled": "mean-pooled", "flex_window": "FlexAttention window"}
 
-    def cell(attention: str, sparsity: float, suffix: str = "", **changes: Any) -> Cell:
+    def cell(attention: str, sparsity: float, size: int | None = None) -> Cell:
         name = names.get(attention, attention)
         if attention != "dense":
-            name += f" {sparsity:g}{suffix}"
-        return Cell(name, {"attention": attention, "sparsity": sparsity, **changes})
+            name += f" {sparsity:g}"
+        settings = {"attention": attention, "sparsity": sparsity}
+        if size is None:
+            return Cell(name, settings)
+        return Cell(name + _suffix(size), {**settings, "block_size": size})
 
     main = [cell(method, 0.0 if method == "dense" else 0.9) for method in methods]
     main += [cell("adaptive", sparsity) for sparsity in (0.8, 0.95)]
-    large = [cell(method, 0.9, COARSE, block_size=64) for method in methods if method != "dense"]
-    large.append(cell("adaptive", 0.8, COARSE, block_size=64))
-    return [*main, *large, cell("adaptive", 0.9, ", blocks of 16", block_size=16)]
+    large = [cell(method, 0.9, 64) for method in methods if method != "dense"]
+    large.append(cell("adaptive", 0.8, 64))
+    return [*main, *large, cell("adaptive", 0.9, 16)]
 
 
-# What blocks of the other sizes are called; dense attention has none.
-COARSE = ", blocks of 64"
+OTHER_SIZES = (64, 16)
 CELLS = _cells()
+# Names of the cells that the bars compare.
+MAIN = [cell.name for cell in CELLS if "block_size" not in cell.settings]
 EXPERIMENT = Experiment(
     "language_model",
     "On real text, adaptive attention at sparsity 0.9 comes within 0.01 nats per byte of dense, "

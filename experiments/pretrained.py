@@ -1,9 +1,9 @@
 """A real pretrained model made sparse: distilled, evaluated against rivals, tuned end to end.
 
 The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on two English
-Debian books, the manuals of Git, Linux and Perl, and the Python standard library's sources;
-perplexity is measured on prose (Debian's ``anarchism``) and documentation (the Python manual's
-sources), which nothing is trained on.
+Debian books, six novels, the Jargon File, the manuals of Git, Linux and Perl, and the Python
+standard library's sources; perplexity is measured on prose (Debian's ``anarchism``) and
+documentation (the Python manual's sources), which nothing is trained on.
 
 Every stage goes on where it stopped and ends after ``--minutes``; a training that ends so is saved
 as it is, its learning rate not yet at the end. Several processes may run at once::

@@ -191,6 +191,7 @@ def test_more_seeds_go_to_the_fixed_pattern_that_did_best() -> None:
     module = load("language_model")
     names = [cell.name for cell in module.CELLS]
     main = [(name, 0) for name in names if ", blocks of" not in name]
+    assert [name for name, _ in main] == module.MAIN
     others = [(name, 0) for name in names if ", blocks of" in name]
     runs = runs_of(**language_model_runs(0.81, 21.0))
     for known in ([], runs):

@@ -8,14 +8,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
+from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
 from dilated_attention_pytorch.cli.interrupt import StopRequest
+from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     require_transformers,
@@ -73,16 +72,10 @@ def run(parsed: argparse.Namespace) -> int:
         job = AllotJob(**named_options(parsed))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    try:
+    with measuring_errors():
         allotment = Allotment(job, parsed.out)
         with StopRequest() as stop:
             finished = _measure(allotment, console, stop)
-    except torch.OutOfMemoryError as error:
-        raise CommandError(
-            f"out of memory; lower --lengths, or use --dtype bfloat16. {error}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
     if not finished:
         console.print(
             f"Stopped after {allotment.done} of {allotment.total} measurements, which "
@@ -96,10 +89,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _measure(allotment: Any, console: Console, stop: StopRequest) -> bool:
     """Whether all was measured and the adapter written."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with measuring_bar(console) as bar:
         task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
         for length, unit in allotment.steps():
             words = f"{length:,} tokens: {unit_name(unit)}"

@@ -8,13 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.errors import OK, CommandError, UsageError
+from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
+from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     require_transformers,
@@ -75,15 +74,9 @@ def run(parsed: argparse.Namespace) -> int:
     """Measures; returns the exit code."""
     require_transformers()
     console = Console(stderr=True)
-    try:
+    with measuring_errors():
         evaluation = _build(parsed)
         rows = _measure(evaluation, console)
-    except torch.OutOfMemoryError as error:
-        raise CommandError(
-            f"out of memory; lower --lengths, or use --dtype bfloat16. {error}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
     dense = [
         {"text": text, "length": length, **evaluation.dense(text, length)}
         for text in evaluation.texts
@@ -140,10 +133,7 @@ def _build(parsed: argparse.Namespace) -> Any:
 
 def _measure(evaluation: Any, console: Console) -> list[dict[str, Any]]:
     rows = []
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with measuring_bar(console) as bar:
         cells = evaluation.cells()
         task = bar.add_task("measuring", total=len(cells))
         for text, length, method, sparsity in cells:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
@@ -81,23 +81,17 @@ class SparsityCosts:
         left = sparsity * len(self.costs)
         out = dict.fromkeys(self.costs, 0.0)
         steps = [
-            (slope, start, unit, width)
+            (slope, unit, width)
             for unit, costs in self.costs.items()
-            for slope, start, width in _convex_steps((0.0, *self.sparsities), (0.0, *costs))
+            for slope, width in _convex_steps((0.0, *self.sparsities), (0.0, *costs))
         ]
-        steps.sort(key=lambda step: step[:2])
-        position = 0
-        while left > 0 and position < len(steps):
+        steps.sort(key=lambda step: step[0])
+        for _, group in groupby(steps, key=lambda step: step[0]):
             # Those that cost the same share what is left.
-            alike = [steps[position]]
-            while position + len(alike) < len(steps) and (
-                steps[position + len(alike)][0] == alike[0][0]
-            ):
-                alike.append(steps[position + len(alike)])
-            position += len(alike)
-            width = sum(step[3] for step in alike)
-            share = min(1.0, left / width)
-            for _, _, unit, part in alike:
+            alike = list(group)
+            width = sum(step[2] for step in alike)
+            share = min(1.0, max(left, 0.0) / width)
+            for _, unit, part in alike:
                 out[unit] += share * part
             left -= share * width
         return out
@@ -164,14 +158,14 @@ def costs_near(costs: Iterable[SparsityCosts], length: int) -> SparsityCosts | N
     return found if distance <= 0.5 else None
 
 
-def _convex_steps(x: tuple[float, ...], y: tuple[float, ...]) -> list[tuple[float, float, float]]:
-    """The lower convex hull of points: slope, start and width of its steps, from left to right."""
+def _convex_steps(x: tuple[float, ...], y: tuple[float, ...]) -> list[tuple[float, float]]:
+    """The lower convex hull of points: slope and width of its steps, from left to right."""
     hull: list[tuple[float, float]] = []
     for point in zip(x, y, strict=True):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [(max(_slope(a, b), 0.0), a[0], b[0] - a[0]) for a, b in pairwise(hull)]
+    return [(max(_slope(a, b), 0.0), b[0] - a[0]) for a, b in pairwise(hull)]
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    SelectorAdapter,
+)
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
@@ -111,7 +113,7 @@ class Allotment:
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),
             "text": text.fingerprint(),
-            "selectors": _fingerprint(self.source),
+            "adapter": _fingerprint(Path(job.adapter)),
         }
         self.measured: dict[int, dict[Unit, tuple[float, ...]]] = {n: {} for n in job.lengths}
         self._read()
@@ -194,13 +196,7 @@ class Allotment:
             self.measured[int(length)] = {unit_of(n): tuple(values) for n, values in found.items()}
 
 
-def _fingerprint(adapter: SelectorAdapter) -> str:
-    digest = hashlib.sha256(repr(sorted(adapter.configs.items())).encode())
-    for name, value in sorted(adapter.tensors.items()):
-        digest.update(name.encode())
-        digest.update(_bytes(value))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().numpy().tobytes()
+def _fingerprint(adapter: Path) -> str:
+    """SHA-256 of an adapter's files."""
+    contents = ((adapter / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    return hashlib.sha256(b"".join(contents)).hexdigest()

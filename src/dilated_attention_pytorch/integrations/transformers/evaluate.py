@@ -25,7 +25,7 @@ from dilated_attention_pytorch.integrations.transformers.retrieval import (
 from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_kept_mass
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.integrations.transformers.tokens import check_length
-from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
+from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
@@ -293,11 +293,7 @@ class Evaluation:
 
 def perplexity(model: Any, windows: Tensor) -> float:
     """``exp`` of the mean cross entropy of the next token, one window at a time."""
-    total = 0.0
-    with evaluating(model):
-        for window in windows.split(1):
-            total += float(next_token_loss(model, window.to(model.device).long()))
-    return math.exp(total / len(windows))
+    return math.exp(mean_loss(model, windows))
 
 
 def _wait(device: torch.device) -> None:

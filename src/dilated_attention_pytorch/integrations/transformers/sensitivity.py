@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
@@ -13,11 +13,8 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
     threshold_samples,
     thresholds_for,
 )
-from dilated_attention_pytorch.integrations.transformers.observer import (
-    SelectionObserver,
-    evaluating,
-)
-from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
+from dilated_attention_pytorch.integrations.transformers.observer import SelectionObserver
+from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
@@ -141,10 +138,5 @@ def _dense(number: int, selector: BlockSparseLayer) -> SelectionObserver:
 
 
 def _loss(adapted: AdaptedModel, selectors: dict[int, BlockSparseLayer], windows: Tensor) -> float:
-    model: nn.Module = adapted.model
-    with adapted.replaced(selectors), evaluating(model):
-        losses = [
-            float(next_token_loss(model, window.to(adapted.model.device).long()))
-            for window in windows.split(1)
-        ]
-    return sum(losses) / len(losses)
+    with adapted.replaced(selectors):
+        return mean_loss(adapted.model, windows)

@@ -168,11 +168,8 @@ class Tuning(PretrainedTraining):
         self._set_sparsity(self.run.base_sparsity)
         if self.step_count == 0:
             self._calibrate()
-        total = 0.0
-        with evaluating(self.model), self.autocast(), CountTiles(self.adapted) as tiles:
-            for window in self.validation.split(1):
-                total += float(next_token_loss(self.model, window.to(self.run.device)))
-        values = {"validation_loss": total / len(self.validation)}
+        with self.autocast(), CountTiles(self.adapted) as tiles:
+            values = {"validation_loss": mean_loss(self.model, self.validation)}
         return values if self.adapted is None else {**values, "sparsity": tiles.sparsity}
 
     def save(self, folder: Path) -> None:
@@ -204,3 +201,13 @@ def next_token_loss(model: Any, batch: Tensor) -> Tensor:
     """Mean cross entropy of ``(batch, tokens + 1)`` tokens, in nats."""
     logits = model(batch[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+def mean_loss(model: Any, windows: Tensor) -> float:
+    """:func:`next_token_loss` of ``(windows, tokens + 1)`` in evaluation mode, one at a time."""
+    with evaluating(model):
+        losses = [
+            float(next_token_loss(model, window.to(model.device).long()))
+            for window in windows.split(1)
+        ]
+    return sum(losses) / len(losses)

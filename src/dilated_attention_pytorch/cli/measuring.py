@@ -1,0 +1,37 @@
+"""What ``evaluate`` and ``allot`` share: the bar of a measurement, and how its errors read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dilated_attention_pytorch.cli.errors import CommandError
+
+
+def measuring_bar(console: Console) -> Progress:
+    """A bar that counts measurements."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def measuring_errors() -> Iterator[None]:
+    """Turns what can go wrong while measuring a model into a message.
+
+    Raises:
+        CommandError: If memory runs out, or files, model or text do not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CommandError(
+            f"out of memory; lower --lengths, or use --dtype bfloat16. {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
