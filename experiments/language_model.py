@@ -11,6 +11,8 @@ before; with blocks of 64 (0.909 by tiles) 6, two of them likewise.
     python experiments/language_model.py --device cuda --only dense "adaptive 0.9" --seeds 0
     python experiments/language_model.py --device cuda --probe 40   # speeds alone; nothing kept
     python experiments/language_model.py --device cuda --graph --compile  # faster, for all alike
+    python experiments/language_model.py --device cuda --only "adaptive 0.9" --seeds 1 \
+        --config '{"hidden_dim": 64}' --name "hidden 64"    # an attempt, not on the page
     python experiments/language_model.py --quick
 
 One seed of every method comes first, then the other seeds of dense, adaptive 0.9, mean pooling and
@@ -20,9 +22,10 @@ options.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -31,11 +34,13 @@ import torch
 
 from dilated_attention_pytorch.tasks.text import validation_windows
 from harness import (
+    RESULTS,
     Cell,
     Experiment,
     Runs,
     average,
     conduct,
+    load_runs,
     option_parser,
     spread,
     values,
@@ -221,6 +226,32 @@ EXPERIMENT = Experiment(
 )
 
 
+def attempts(
+    cells: Sequence[Cell], only: Sequence[str] | None, config: dict[str, Any], name: str
+) -> tuple[Experiment, list[str]]:
+    """Adaptive cells with another config, on a page of their own; and which of them to run."""
+    changed = [
+        replace(cell, name=f"{cell.name}, {name}", settings={**cell.settings, "config": config})
+        for cell in cells
+        if cell.settings["attention"] == "adaptive" and (only is None or cell.name in only)
+    ]
+    wanted = [cell.name for cell in changed]
+    page = f"{EXPERIMENT.name}_attempts"
+    before = dict.fromkeys(run["cell"] for run in load_runs(RESULTS / page))
+    known = [Cell(each) for each in before if each not in wanted]
+    experiment = replace(
+        EXPERIMENT, name=page, cells=[*known, *changed], order=None, finding=_listed,
+        promise="Other settings bring adaptive attention nearer to dense.",
+    )  # fmt: skip
+    return experiment, wanted
+
+
+def _listed(runs: Runs) -> str:
+    """The losses, best first."""
+    found = {run["cell"]: average(runs, run["cell"], "loss") for run in runs}
+    return ", ".join(f"{name} {found[name]:.4f}" for name in sorted(found, key=found.__getitem__))
+
+
 def main() -> int:
     """The command line: the harness's, and the probe."""
     parser = option_parser(EXPERIMENT, __doc__)
@@ -228,6 +259,8 @@ def main() -> int:
     parser.add_argument("--graph", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="compile all but attention")
     parser.add_argument("--batch-size", type=int, help="of as many bytes in all; default: 4")
+    parser.add_argument("--config", metavar="JSON", help="of adaptive layers, for an attempt")
+    parser.add_argument("--name", help="what that attempt is called")
     parsed = parser.parse_args()
     if parsed.graph and parsed.device != "cuda":
         parser.error("--graph needs --device cuda")
@@ -236,13 +269,17 @@ def main() -> int:
     if parsed.batch_size is not None:
         changes["batch_size"] = parsed.batch_size
     cells = [replace(cell, settings={**cell.settings, **changes}) for cell in CELLS]
+    if (parsed.config is None) != (parsed.name is None):
+        parser.error("--config and --name go together")
+    experiment, only = replace(EXPERIMENT, cells=cells), parsed.only
+    if parsed.config is not None:
+        experiment, only = attempts(cells, only, json.loads(parsed.config), parsed.name)
     if parsed.probe is None:
         return conduct(
-            [replace(EXPERIMENT, cells=cells)], workers_of(parsed), only=parsed.only,
-            seeds=parsed.seeds, quick=parsed.quick,
-        )  # fmt: skip
-    for cell in cells:
-        if parsed.only is None or cell.name in parsed.only:
+            [experiment], workers_of(parsed), only=only, seeds=parsed.seeds, quick=parsed.quick
+        )
+    for cell in experiment.cells:
+        if only is None or cell.name in only:
             try:
                 words = probe(cell.settings, parsed.probe, parsed.quick, parsed.device)
             except RuntimeError as error:

@@ -83,10 +83,12 @@ def build_model(settings: Mapping[str, Any], size: Size) -> Transformer:
     num_blocks = size.seq_len // size.block_size
     per_row = blocks_per_row(settings["sparsity"], num_blocks)
     sparsity = 1 - kept_tiles(per_row, num_blocks) / (num_blocks * (num_blocks + 1) / 2)
-    config = AdaptiveConfig(
-        block_size=size.block_size, base_sparsity=sparsity, query_scope="past", budget="fixed",
-        num_selected_blocks=max(per_row - 2, 0), num_local_blocks=1, num_explore_blocks=1,
-    )  # fmt: skip
+    values = {
+        "block_size": size.block_size, "base_sparsity": sparsity, "query_scope": "past",
+        "budget": "fixed", "num_selected_blocks": max(per_row - 2, 0), "num_local_blocks": 1,
+        "num_explore_blocks": 1, **settings.get("config", {}),
+    }  # fmt: skip
+    config = AdaptiveConfig(**values)
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         if settings["attention"] == "flex_window":
@@ -165,8 +167,9 @@ class Training:
     """A model, its optimiser and its data; :meth:`step` waits for nothing on the device.
 
     Args:
-        settings: Of the cell: ``"attention"`` and ``"sparsity"``; ``"graph"``: record the step as
-            a CUDA graph and replay it; ``"compile"``: compile what surrounds attention.
+        settings: Of the cell: ``"attention"`` and ``"sparsity"``; ``"config"``: changes of the
+            adaptive layers' config; ``"graph"``: record the step as a CUDA graph and replay it;
+            ``"compile"``: compile what surrounds attention.
         size: How large and how long.
         text: Bytes to train on.
         seed: Of weights, order and exploration.
