@@ -202,10 +202,10 @@ def _cells() -> list[Cell]:
     main += [cell("adaptive", sparsity) for sparsity in (0.8, 0.95)]
     large = [cell(method, 0.9, 64) for method in methods if method != "dense"]
     large.append(cell("adaptive", 0.8, 64))
-    return [*main, *large, cell("adaptive", 0.9, 16)]
+    return [*main, *large]
 
 
-OTHER_SIZES = (64, 16)
+OTHER_SIZES = (64,)
 CELLS = _cells()
 # Names of the cells that the bars compare.
 MAIN = [cell.name for cell in CELLS if "block_size" not in cell.settings]
