@@ -66,6 +66,7 @@ class Experiment:
         plot: Draws the runs.
         order: Cells and seeds in the order in which to run them, given the finished runs; None:
             one seed of all cells after another.
+        needed: Cells without which nothing can be said; None: all of them.
     """
 
     name: str
@@ -76,6 +77,18 @@ class Experiment:
     finding: Callable[[Runs], str]
     plot: Callable[[Runs], Figure]
     order: Callable[[Runs], Sequence[tuple[str, int]]] | None = None
+    needed: Sequence[str] | None = None
+
+    def says(self, runs: Runs) -> str:
+        """The finding, as far as the runs go."""
+        done = {run["cell"] for run in runs}
+        missing = [cell.name for cell in self.cells if cell.name not in done]
+        if not missing:
+            return self.finding(runs)
+        words = f"Not finished: no run of {', '.join(missing)} yet."
+        if self.needed is None or not done.issuperset(self.needed):
+            return words
+        return f"{words} So far: {self.finding(runs)}"
 
 
 def values(runs: Runs, cell: str, key: str) -> list[float]:
@@ -134,9 +147,7 @@ def write_results(experiment: Experiment, runs: Runs, folder: Path) -> None:
     for run in runs:
         cells[run["cell"]] = [*cells[run["cell"]], run]
     lines = [f"# {experiment.name}", "", f"**Promise.** {experiment.promise}", ""]
-    missing = [name for name in order if name not in cells]
-    finding = f"Not finished: no run of {', '.join(missing)} yet."
-    lines += [f"**Finding.** {finding if missing else experiment.finding(runs)}", ""]
+    lines += [f"**Finding.** {experiment.says(runs)}", ""]
     lines += ["| setting | " + " | ".join(experiment.columns.values()) + " |"]
     lines += ["|---|" + "---|" * len(experiment.columns)]
     for name in cells:

@@ -109,11 +109,11 @@ def probe(settings: Mapping[str, Any], steps: int, quick: bool, device: str) -> 
 
 def order(runs: Runs) -> list[tuple[str, int]]:
     """One seed of all, then more seeds of the methods that the bars compare."""
-    fixed = {f"{name} 0.9": average(runs, f"{name} 0.9", "loss") for name in FIXED}
-    known = {name: loss for name, loss in fixed.items() if loss == loss}
+    first = {run["cell"]: run["loss"] for run in runs if run["seed"] == 0}
+    known = [name for name in (f"{kind} 0.9" for kind in FIXED) if name in first]
     compared = ["adaptive 0.9", "dense", "mean-pooled 0.9"]
     if known:
-        compared.insert(2, min(known, key=known.__getitem__))
+        compared.insert(2, min(known, key=first.__getitem__))
     more = [(name, seed) for seed in (1, 2) for name in compared]
     rest = [(cell.name, 0) for cell in CELLS if cell.name not in MAIN]
     return [*((name, 0) for name in MAIN), *more, *rest]
@@ -121,43 +121,61 @@ def order(runs: Runs) -> list[tuple[str, int]]:
 
 def finding(runs: Runs) -> str:
     """Holds the numbers against the bars."""
-    means = {name: average(runs, name, "loss") for name in MAIN}
-    rates = {name: average(runs, name, "steps_per_second") for name in MAIN}
-    rivals = [name for name in MAIN if not name.startswith("adaptive") and name != "dense"]
+    means = _means(runs, MAIN)
+    rates = {name: average(runs, name, "steps_per_second") for name in NEEDED}
+    rivals = [name for name in means if not name.startswith("adaptive") and name != "dense"]
     best = min(rivals, key=means.__getitem__)
     noise = spread(runs, ["adaptive 0.9", best], "loss")
     gap, lead = means["adaptive 0.9"] - means["dense"], means[best] - means["adaptive 0.9"]
     speed = rates["adaptive 0.9"] / rates["dense"]
     seeds = min(len(values(runs, name, "loss")) for name in ("adaptive 0.9", best))
-    listed = ", ".join(
-        f"{name} {loss:.4f}" for name, loss in sorted(means.items(), key=lambda item: item[1])
-    )
     words = verdict(gap <= 0.01 and lead > noise and speed > 1 and seeds > 1) + (
-        f"adaptive at 0.9 is {gap:+.4f} nats per byte from dense (bar: +0.01) and makes "
-        f"{speed:.2f} times as many steps per second. The best method without a learned choice, "
-        f"{best}, is {lead:+.4f} from adaptive 0.9; "
+        f"adaptive at 0.9 is {gap:+.4f} nats per byte from dense (bar: +0.01; seed by seed "
+        f"{_pairs(runs, 'dense', 'adaptive 0.9')}) and makes {speed:.2f} times as many steps per "
+        f"second. The best method without a learned choice, {best}, is {lead:+.4f} from adaptive "
+        f"0.9 (seed by seed {_pairs(runs, 'adaptive 0.9', best)}); "
     )
     words += (
         f"the spread of the two over {seeds} seeds is {noise:.4f}"
         if seeds > 1
         else "how far seeds differ is not known"
     )
-    return f"{words}. Held-out loss: {listed}. {_other_blocks(runs)}"
+    return f"{words}. Held-out loss: {_listed(runs, MAIN)}. {_other_blocks(runs)}"
+
+
+def _means(runs: Runs, names: Sequence[str]) -> dict[str, float]:
+    """The mean loss of the cells that have run, best first."""
+    done = {run["cell"] for run in runs}
+    means = {name: average(runs, name, "loss") for name in names if name in done}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def _listed(runs: Runs, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in _means(runs, names).items())
+
+
+def _pairs(runs: Runs, name: str, other: str) -> str:
+    """By how much the second loss exceeds the first, for every seed that both have.
+
+    A seed's weights, text and order of the text are the same for all methods.
+    """
+    first, second = (
+        {run["seed"]: run["loss"] for run in runs if run["cell"] == cell} for cell in (name, other)
+    )
+    common = sorted(first.keys() & second.keys())
+    return " ".join(f"{second[seed] - first[seed]:+.4f}" for seed in common)
 
 
 def _other_blocks(runs: Runs) -> str:
     """What the size of the blocks makes of the comparison."""
     words = []
     for size in OTHER_SIZES:
-        found = {
-            cell.name.removesuffix(_suffix(size)): average(runs, cell.name, "loss")
-            for cell in CELLS
-            if cell.settings.get("block_size") == size
-        }
-        listed = ", ".join(
-            f"{name} {loss:.4f}" for name, loss in sorted(found.items(), key=lambda item: item[1])
-        )
-        words.append(f"With blocks of {size}: {listed}.")
+        names = [cell.name for cell in CELLS if cell.settings.get("block_size") == size]
+        listed = _listed(runs, names).replace(_suffix(size), "")
+        if not listed:
+            continue
+        cards = {run["environment"]["device"] for run in runs if run["cell"] in names}
+        words.append(f"With blocks of {size}, on {' and '.join(sorted(cards))}: {listed}.")
     return " ".join(words)
 
 
@@ -209,6 +227,7 @@ OTHER_SIZES = (64,)
 CELLS = _cells()
 # Names of the cells that the bars compare.
 MAIN = [cell.name for cell in CELLS if "block_size" not in cell.settings]
+NEEDED = ("adaptive 0.9", "dense", "strided 0.9")
 EXPERIMENT = Experiment(
     "language_model",
     "On real text, adaptive attention at sparsity 0.9 comes within 0.01 nats per byte of dense, "
@@ -223,6 +242,7 @@ EXPERIMENT = Experiment(
     finding,
     plot,
     order,
+    NEEDED,
 )
 
 
@@ -240,16 +260,11 @@ def attempts(
     before = dict.fromkeys(run["cell"] for run in load_runs(RESULTS / page))
     known = [Cell(each) for each in before if each not in wanted]
     experiment = replace(
-        EXPERIMENT, name=page, cells=[*known, *changed], order=None, finding=_listed,
+        EXPERIMENT, name=page, cells=[*known, *changed], order=None, needed=None,
+        finding=lambda runs: _listed(runs, [*before, *wanted]),
         promise="Other settings bring adaptive attention nearer to dense.",
     )  # fmt: skip
     return experiment, wanted
-
-
-def _listed(runs: Runs) -> str:
-    """The losses, best first."""
-    found = {run["cell"]: average(runs, run["cell"], "loss") for run in runs}
-    return ", ".join(f"{name} {found[name]:.4f}" for name in sorted(found, key=found.__getitem__))
 
 
 def main() -> int:

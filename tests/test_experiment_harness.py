@@ -78,7 +78,12 @@ def test_what_runs_when_time_is_over_is_ended_and_lost(
 
 def runs_of(**cells: dict[str, Any]) -> list[dict[str, Any]]:
     """Two seeds of every cell."""
-    return [{"cell": c, "seed": s, **numbers} for c, numbers in cells.items() for s in (0, 1)]
+    about = {"environment": {"device": "a card"}}
+    return [
+        {"cell": cell, "seed": seed, **about, **numbers}
+        for cell, numbers in cells.items()
+        for seed in (0, 1)
+    ]
 
 
 def said(name: str, numbers: Mapping[str, dict[str, Any]]) -> bool:
@@ -185,6 +190,23 @@ def language_model_runs(adaptive: float, rate: float) -> dict[str, dict[str, Any
 )
 def test_language_model_can_say_no(adaptive: float, rate: float, holds: bool) -> None:
     assert said("language_model", language_model_runs(adaptive, rate)) is holds
+
+
+def test_language_model_says_how_far_it_has_come() -> None:
+    module = load("language_model")
+    numbers = language_model_runs(0.809, 21.0)
+    for name in list(numbers):
+        if name not in (*module.NEEDED, "local 0.9"):
+            del numbers[name]
+    runs = runs_of(**numbers)
+    words = module.EXPERIMENT.says(runs)
+    assert words.startswith("Not finished: no run of mean-pooled 0.9, ")
+    assert " So far: The promise holds" in words
+    assert "strided 0.9, is +0.0410 from adaptive 0.9 (seed by seed +0.0410 +0.0410)" in words
+    assert "nan" not in words
+    assert "blocks of 64, on" not in words
+    without_dense = [run for run in runs if run["cell"] != "dense"]
+    assert "So far" not in module.EXPERIMENT.says(without_dense)
 
 
 def test_more_seeds_go_to_the_fixed_pattern_that_did_best() -> None:

@@ -14,7 +14,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
     thresholds_for,
 )
 from dilated_attention_pytorch.integrations.transformers.observer import SelectionObserver
-from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
+from dilated_attention_pytorch.integrations.transformers.prefix import KeptPrefix
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
@@ -89,19 +89,22 @@ def measure_costs(
             }
             with adapted.replaced(others):
                 samples = threshold_samples(adapted, inputs, dense=False)
+    prefix = KeptPrefix(adapted, windows)
     reference: tuple[int, float] | None = None
     for unit in list(adapted.selectors) if units is None else units:
         number = unit if isinstance(unit, int) else unit[0]
         selector = adapted.selectors[number]
+        with adapted.replaced(others):
+            prefix.move_to(number)
         # With a dense background it is the same for all layers.
         if reference is None or (background is not None and reference[0] != number):
             dense = {**others, number: _dense(number, selector)}
-            reference = number, _loss(adapted, dense, windows)
+            reference = number, _loss(adapted, prefix, dense)
         costs = []
         for sparsity in sparsities:
             goal = sparsity if isinstance(unit, int) else _one_head(selector, unit[1], sparsity)
             own = at_sparsity(selector, goal, samples[number], length)
-            costs.append(_loss(adapted, {**others, number: own}, windows) - reference[1])
+            costs.append(_loss(adapted, prefix, {**others, number: own}) - reference[1])
         yield unit, tuple(costs)
 
 
@@ -137,6 +140,8 @@ def _dense(number: int, selector: BlockSparseLayer) -> SelectionObserver:
     return SelectionObserver(number, selector, lambda *_: None, dense=True)
 
 
-def _loss(adapted: AdaptedModel, selectors: dict[int, BlockSparseLayer], windows: Tensor) -> float:
+def _loss(
+    adapted: AdaptedModel, prefix: KeptPrefix, selectors: dict[int, BlockSparseLayer]
+) -> float:
     with adapted.replaced(selectors):
-        return mean_loss(adapted.model, windows)
+        return prefix.loss()
