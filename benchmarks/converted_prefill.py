@@ -7,9 +7,9 @@ with threshold budgets, blocks of 64. Its queries and keys are random with a par
 a block share, so that some tiles matter more than others. Thresholds are calibrated on the same
 inputs; the sparsity that came out is recorded. The model is a random Llama of the same shape, its
 query projections scaled up so that attention is not uniform, run over random tokens up to the last
-hidden state. Contenders take turns, in a new order each round; medians. Layer times are the
-device's; model times are the clock's, from an idle device to an idle device. Writes
-``results/converted_prefill.json``.
+hidden state: as it is, and as a CUDA graph, which does not wait for Python to start its kernels.
+Contenders take turns, in a new order each round; medians. Layer times are the device's; model times
+are the clock's, from an idle device to an idle device. Writes ``results/converted_prefill.json``.
 """
 
 from __future__ import annotations
@@ -188,6 +188,26 @@ def model_sparsity(adapted: Any, tokens: Tensor) -> float:
     return float(torch.stack(found).mean())
 
 
+def as_graph(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """The model's pass over these tokens as a CUDA graph.
+
+    Raises:
+        AssertionError: If a replay gives something else than the model.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = model(ids, use_cache=False).last_hidden_state
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = model(ids, use_cache=False).last_hidden_state
+    graph.replay()
+    assert torch.equal(found, expected), "the graph computes something else"
+    return graph.replay
+
+
 def model_rows(lengths: list[int], rounds: int) -> list[dict[str, Any]]:
     """Tokens a second of the dense and of the converted models."""
     from dilated_attention_pytorch.integrations.transformers import adapt
@@ -210,6 +230,14 @@ def model_rows(lengths: list[int], rounds: int) -> list[dict[str, Any]]:
             row["measured_sparsity"][name] = model_sparsity(adapted, ids)
             calls[name] = lambda m=adapted.model, ids=ids: m(ids, use_cache=False)
             calls[f"{name}, cache"] = lambda m=adapted.model, ids=ids: m(ids, use_cache=True)
+        for name, each in [
+            ("dense", model),
+            *((f"converted {s}", a.model) for s, a in converted.items()),
+        ]:
+            try:
+                calls[f"{name}, graph"] = as_graph(each, ids)
+            except (RuntimeError, AssertionError) as error:
+                row.setdefault("graph_failed", {})[name] = repr(error)[:300]
         times = take_turns(calls, rounds if length <= 32768 else 2, wall_ms)
         row["tokens_per_second"] = {name: round(1000 * length / ms) for name, ms in times.items()}
         print(row, flush=True)
