@@ -71,7 +71,7 @@ def test_the_layer_is_one_graph_and_equals_eager(backend, device, compiler, trai
     layer = small(backend, hard_sparsity=True).to(device).train(training)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     exact = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {"rtol": 1e-4, "atol": 1e-4}
-    for step in range(3):
+    for step in range(2):
         inputs = tokens(64, device, step)
         got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
         want = gradients(layer(*inputs, is_causal=True), layer, inputs)
@@ -85,7 +85,7 @@ def test_steps_of_training_with_schedules_do_not_recompile(backend, device, comp
     layer = small(backend).to(device).train()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    for step in range(6):
+    for step in range(4):
         layer.set_temperature(1.0 - 0.1 * step)
         layer.set_base_sparsity(0.55 + 0.01 * step)
         inputs = tokens(64, device, step)
@@ -101,18 +101,19 @@ def test_a_warm_up_from_dense_takes_few_graphs():
     layer = small("gather").train()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = tokens(64, "cpu")
-    for step in range(19):
-        layer.set_base_sparsity(0.05 * step)
+    for step in range(10):
+        layer.set_base_sparsity(0.1 * step)
         compiled(*inputs, is_causal=True)
     assert graphs() <= 4
 
 
 @pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
 @pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
 def test_another_length_recompiles_once_for_all_lengths(backend, device, compiler, causal):
     layer = small(backend).to(device).eval()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
-    for length in (64, 96, 112, 128, 160):
+    for length in (64, 96, 160):
         inputs = tokens(length, device)
         want = layer(*inputs, is_causal=causal)
         torch.testing.assert_close(compiled(*inputs, is_causal=causal), want, rtol=1e-5, atol=1e-5)
@@ -155,6 +156,7 @@ def test_padding_documents_and_offsets_are_one_graph(options):
 
 
 @pytest.mark.parametrize("kind", ["segments", "strided", "dense"])
+@torch.no_grad()
 def test_segments_and_fixed_patterns_are_one_graph(kind):
     if kind == "segments":
         config = AdaptiveConfig(block_size=16, base_sparsity=0.5)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.analysis.head_kinds import classify
@@ -229,15 +230,15 @@ def _period(profile: Tensor) -> tuple[float, int]:
     stop = int(used[-1]) + 1 if len(used) else 0
     values = profile[2:stop]
     count = len(values)
-    spread = float((values - values.mean()).square().sum()) if count else 0.0
+    values = values - values.mean() if count else values
+    spread = float(values.square().sum())
     if count < 2 * _REPEATS or spread < 1e-9:
         return 0.0, 0
     explained: dict[int, float] = {}
-    for period in range(2, count // _REPEATS + 1):
-        phase = torch.arange(count) % period
-        sums = torch.zeros(period, dtype=values.dtype).scatter_add_(0, phase, values)
-        sizes = torch.bincount(phase, minlength=period)
-        left = float((values - (sums / sizes)[phase]).square().sum()) / spread
+    for period in range(2, min(count // _REPEATS, _LONGEST_PERIOD) + 1):
+        sums = F.pad(values, (0, -count % period)).view(-1, period).sum(0)
+        sizes = (count - torch.arange(period) + period - 1) // period
+        left = 1 - float((sums.square() / sizes).sum()) / spread
         explained[period] = 1 - left * (count - 1) / (count - period)
     best = max(explained.values())
     if best <= 0:

@@ -352,11 +352,11 @@ def test_lattice_lists_what_the_enumeration_allows(
 ) -> None:
     if settings["causal"] and not diagonal:
         pytest.skip("causal masks have a diagonal")
-    lengths = torch.tensor([36, 17], device=DEVICE) if padded else None
-    mask = AttentionMask(36, 36, settings["causal"], 0, lengths)
+    lengths = torch.tensor([28, 13], device=DEVICE) if padded else None
+    mask = AttentionMask(28, 28, settings["causal"], 0, lengths)
     rows = row_ranges(mask, (2, 2), has_diagonal=diagonal, device=DEVICE)
     rule = CandidateRule(
-        num_heads=3, num_key_blocks=18, block_size=2, segment_lengths=(8, 24, 36),
+        num_heads=3, num_key_blocks=14, block_size=2, segment_lengths=(8, 24, 28),
         dilation_rates=(1, 2, 3), **settings,
     )  # fmt: skip
     segments, rates = zip(*rule.groups(), strict=True)
@@ -367,11 +367,11 @@ def test_lattice_lists_what_the_enumeration_allows(
     assert candidates.shape[-1] == rule.width(rows)
     built = rule.build(rows)
     assert built.indices is not None
-    want = torch.zeros(*limit.shape, 19, dtype=torch.bool, device=DEVICE)
+    want = torch.zeros(*limit.shape, 15, dtype=torch.bool, device=DEVICE)
     visible = built.scored | built.forced
-    index = torch.where(visible, built.indices, 18).expand(*limit.shape, -1)
+    index = torch.where(visible, built.indices, 14).expand(*limit.shape, -1)
     want.scatter_(3, index, True)
-    assert torch.equal(lists_of(limit, candidates.where(candidates >= 0, 0), 18), want[..., :18])
+    assert torch.equal(lists_of(limit, candidates.where(candidates >= 0, 0), 14), want[..., :14])
     assert torch.equal(forced, built.forced.sum(-1).int().expand_as(forced))
 
 
