@@ -34,7 +34,7 @@ CASES = [
     {"q_len": 63, "kv_len": 63, "causal": True},
     {"q_len": 64, "kv_len": 64},
     {"q_len": 65, "kv_len": 65, "causal": True},
-    {"q_len": 1000, "kv_len": 1000, "causal": True},
+    {"q_len": 600, "kv_len": 600, "causal": True},
     {"q_len": 100, "kv_len": 200, "causal": True},
     {"q_len": 130, "kv_len": 70},
     {"q_len": 130, "kv_len": 130, "lengths": [130, 40]},
