@@ -13,6 +13,7 @@ from dilated_attention_pytorch.analysis.attention_mass import tile_mass
 from dilated_attention_pytorch.analysis.head_kinds import HEAD_KINDS, classify
 from dilated_attention_pytorch.analysis.head_statistics import (
     distance_profile,
+    find_period,
     head_statistics,
     pattern_stability,
 )
@@ -174,6 +175,21 @@ def test_fixed_patterns_are_named_for_what_they_do(name: str) -> None:
         assert math.isnan(head.kept_mass)
     if name == "strided":
         assert [head.period for head in heads] == [0, 4, 2, 8]
+
+
+@pytest.mark.parametrize(("every", "period"), [(7, 7), (64, 64), (65, 0), (100, 0)])
+def test_periods_are_looked_for_up_to_64_blocks(every: int, period: int) -> None:
+    profile = (torch.arange(1000) % every == 0).double()
+    explained, found = find_period(profile)
+    assert found == period if period else explained < 0.5
+    # Noise beside it takes its part.
+    noise = torch.rand(1000, generator=torch.Generator().manual_seed(0)).double()
+    share, again = find_period(profile + noise)
+    if period:
+        assert again == period
+        assert explained == pytest.approx(1)
+        variance = profile[2:].var() / (profile + noise)[2:].var()
+        assert share == pytest.approx(float(variance), abs=0.1)
 
 
 def test_content_decides_in_an_adaptive_head() -> None:

@@ -110,7 +110,7 @@ def _layer_statistics(number: int, records: Sequence[LayerRecord]) -> list[HeadS
     for head in range(records[0].pattern.num_heads):
         values = {name: float(column[head]) for name, column in columns.items()}
         profile = profiles[head]
-        values["periodicity"], period = _period(profile)
+        values["periodicity"], period = find_period(profile)
         kind = classify(
             diversity=values["diversity"],
             locality=values["locality"],
@@ -218,7 +218,7 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.double() for x in values]).mean(0)
 
 
-def _period(profile: Tensor) -> tuple[float, int]:
+def find_period(profile: Tensor) -> tuple[float, int]:
     """The share of a profile's variance that folding explains, and the smallest such period.
 
     Distances from 2 to the last one in use, periods up to 64 blocks; corrected for the number of
@@ -238,7 +238,7 @@ def _period(profile: Tensor) -> tuple[float, int]:
     for period in range(2, min(count // _REPEATS, _LONGEST_PERIOD) + 1):
         sums = F.pad(values, (0, -count % period)).view(-1, period).sum(0)
         sizes = (count - torch.arange(period) + period - 1) // period
-        left = 1 - float((sums.square() / sizes).sum()) / spread
+        left = max(0.0, 1 - float((sums.square() / sizes).sum()) / spread)
         explained[period] = 1 - left * (count - 1) / (count - period)
     best = max(explained.values())
     if best <= 0:
