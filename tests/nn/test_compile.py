@@ -107,8 +107,15 @@ def test_a_warm_up_from_dense_takes_few_graphs():
     assert graphs() <= 4
 
 
-@pytest.mark.parametrize(("backend", "device", "compiler"), SETUPS)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "device", "compiler", "causal"),
+    [
+        *(pytest.param(*p.values, causal, id=f"{p.id}-{causal}", marks=p.marks)
+          for p in (SETUPS[0], SETUPS[2]) for causal in (False, True)),
+        # The graphs are those of the other setups; the interpreter takes its time.
+        pytest.param(*SETUPS[1].values, True, id="triton-interpreted", marks=CPU_TRITON),
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_another_length_recompiles_once_for_all_lengths(backend, device, compiler, causal):
     layer = small(backend).to(device).eval()

@@ -114,7 +114,7 @@ def test_the_choice_depends_on_nothing_later(settings: dict[str, Any]) -> None:
         changed = [x.clone() for x in tensors]
         for x in changed:
             x[:, start:] = 5 * torch.randn_like(x[:, start:])
-        for length in (TOKENS, 66):
+        for length in (TOKENS, 66) if start == 64 else (TOKENS,):
             other, again = run([x[:, :length] for x in changed])
             torch.testing.assert_close(other[:, :start], out[:, :start])
             # Rows whose first token comes before the change.

