@@ -36,7 +36,7 @@ from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_setups import event_ms
+from gpu_setups import Recorded, event_ms
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "converted_prefill.json"
@@ -188,24 +188,21 @@ def model_sparsity(adapted: Any, tokens: Tensor) -> float:
     return float(torch.stack(found).mean())
 
 
-def as_graph(model: Any, ids: Tensor) -> Callable[[], Any]:
+def as_graph(model: Any, ids: Tensor) -> Recorded:
     """The model's pass over these tokens as a CUDA graph.
 
     Raises:
-        AssertionError: If a replay gives something else than the model.
+        ValueError: If a replay gives something else than the model.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            expected = model(ids, use_cache=False).last_hidden_state
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = model(ids, use_cache=False).last_hidden_state
-    graph.replay()
-    assert torch.equal(found, expected), "the graph computes something else"
-    return graph.replay
+
+    def run() -> Tensor:
+        states: Tensor = model(ids, use_cache=False).last_hidden_state
+        return states
+
+    recorded, expected = Recorded(run), run()
+    if not torch.equal(recorded(), expected):
+        raise ValueError("the graph computes something else")
+    return recorded
 
 
 def model_rows(lengths: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -230,14 +227,9 @@ def model_rows(lengths: list[int], rounds: int) -> list[dict[str, Any]]:
             row["measured_sparsity"][name] = model_sparsity(adapted, ids)
             calls[name] = lambda m=adapted.model, ids=ids: m(ids, use_cache=False)
             calls[f"{name}, cache"] = lambda m=adapted.model, ids=ids: m(ids, use_cache=True)
-        for name, each in [
-            ("dense", model),
-            *((f"converted {s}", a.model) for s, a in converted.items()),
-        ]:
-            try:
-                calls[f"{name}, graph"] = as_graph(each, ids)
-            except (RuntimeError, AssertionError) as error:
-                row.setdefault("graph_failed", {})[name] = repr(error)[:300]
+        models = {"dense": model} | {f"converted {s}": a.model for s, a in converted.items()}
+        for name, each in models.items():
+            calls[f"{name}, graph"] = as_graph(each, ids)
         times = take_turns(calls, rounds if length <= 32768 else 2, wall_ms)
         row["tokens_per_second"] = {name: round(1000 * length / ms) for name, ms in times.items()}
         print(row, flush=True)

@@ -34,6 +34,7 @@ from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gpu_setups import Recorded
 from provenance import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -158,18 +159,7 @@ class Timer:
         self.times: list[float] = []
         run()
         if device == "cuda":
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                run()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            # The graph does not keep what it reads alive, such as the lists in a state.
-            self.recorded = run
-            self.run = graph.replay
+            self.run = Recorded(run)
             self.run()
 
     def measure(self) -> None:

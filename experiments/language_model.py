@@ -16,7 +16,7 @@ before; with blocks of 64 (0.909 by tiles) 6, two of them likewise.
     python experiments/language_model.py --quick
 
 One seed of every method comes first, then the other seeds of dense, adaptive 0.9, mean pooling and
-the fixed pattern that did best, and at last blocks of other sizes. See ``harness.py`` for the other
+the fixed pattern that did best, and at last larger blocks. See ``harness.py`` for the other
 options.
 """
 
@@ -53,6 +53,8 @@ from python_sources import python_sources
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LARGE = 64
+LARGE_SUFFIX = f", blocks of {LARGE}"
 FIXED = ("local", "dilated", "strided", "hierarchical", "sink_local", "random")
 
 
@@ -140,7 +142,7 @@ def finding(runs: Runs) -> str:
         if seeds > 1
         else "how far seeds differ is not known"
     )
-    return f"{words}. Held-out loss: {_listed(runs, MAIN)}. {_other_blocks(runs)}"
+    return f"{words}. Held-out loss: {_listed(runs, MAIN)}. {_large_blocks(runs)}"
 
 
 def _means(runs: Runs, names: Sequence[str]) -> dict[str, float]:
@@ -166,32 +168,24 @@ def _pairs(runs: Runs, name: str, other: str) -> str:
     return " ".join(f"{second[seed] - first[seed]:+.4f}" for seed in common)
 
 
-def _other_blocks(runs: Runs) -> str:
-    """What the size of the blocks makes of the comparison."""
-    words = []
-    for size in OTHER_SIZES:
-        names = [cell.name for cell in CELLS if cell.settings.get("block_size") == size]
-        listed = _listed(runs, names).replace(_suffix(size), "")
-        if not listed:
-            continue
-        cards = {run["environment"]["device"] for run in runs if run["cell"] in names}
-        words.append(f"With blocks of {size}, on {' and '.join(sorted(cards))}: {listed}.")
-    return " ".join(words)
-
-
-def _suffix(size: int) -> str:
-    """What follows the name of a cell with other blocks."""
-    return f", blocks of {size}"
+def _large_blocks(runs: Runs) -> str:
+    """What larger blocks make of the comparison; they ran on another card."""
+    names = [cell.name for cell in CELLS if cell.name not in MAIN]
+    cards = {run["environment"]["device"] for run in runs if run["cell"] in names}
+    if not cards:
+        return ""
+    listed = _listed(runs, names).replace(LARGE_SUFFIX, "")
+    return f"With blocks of {LARGE}, on {' and '.join(sorted(cards))}: {listed}."
 
 
 def plot(runs: Runs) -> Figure:
-    """Loss against speed; blocks of other sizes ran elsewhere."""
+    """Loss against speed; larger blocks ran on another card."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    others = {cell.name for cell in CELLS} - set(MAIN)
-    for name in dict.fromkeys(each["cell"] for each in runs if each["cell"] not in others):
+    cells = dict.fromkeys(run["cell"] for run in runs)
+    for name in (name for name in cells if not name.endswith(LARGE_SUFFIX)):
         x, y = values(runs, name, "steps_per_second"), values(runs, name, "loss")
         (line,) = axis.plot(x, y, "o", ms=5)
         axis.annotate(
@@ -209,23 +203,22 @@ def _cells() -> list[Cell]:
     methods = ("adaptive", "dense", "local", "mean_pooled", *FIXED[1:], "flex_window")
     names = {"mean_pooled": "mean-pooled", "flex_window": "FlexAttention window"}
 
-    def cell(attention: str, sparsity: float, size: int | None = None) -> Cell:
+    def cell(attention: str, sparsity: float, large: bool = False) -> Cell:
         name = names.get(attention, attention)
         if attention != "dense":
             name += f" {sparsity:g}"
         settings = {"attention": attention, "sparsity": sparsity}
-        if size is None:
+        if not large:
             return Cell(name, settings)
-        return Cell(name + _suffix(size), {**settings, "block_size": size})
+        return Cell(name + LARGE_SUFFIX, {**settings, "block_size": LARGE})
 
     main = [cell(method, 0.0 if method == "dense" else 0.9) for method in methods]
     main += [cell("adaptive", sparsity) for sparsity in (0.8, 0.95)]
-    large = [cell(method, 0.9, 64) for method in methods if method != "dense"]
-    large.append(cell("adaptive", 0.8, 64))
+    large = [cell(method, 0.9, large=True) for method in methods if method != "dense"]
+    large.append(cell("adaptive", 0.8, large=True))
     return [*main, *large]
 
 
-OTHER_SIZES = (64,)
 CELLS = _cells()
 # Names of the cells that the bars compare.
 MAIN = [cell.name for cell in CELLS if "block_size" not in cell.settings]
