@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.analysis import Recording, plots, record
+from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,15 @@ def test_training_and_annealing() -> None:
     assert len(lines) == 3
     for line in lines:
         assert [line.get_ydata()[n] for n in (0, -1)] == pytest.approx([1.0, 0.1])
+
+
+def test_perplexity_stands_at_the_sparsity_that_was_measured() -> None:
+    about = {"text": "book", "length": 512, "block_size": 32, "sparsity": 0.7}
+    rows = [
+        {**about, "method": "adapter", "measured_sparsity": 0.64, "ratio": 1.18},
+        {**about, "method": "oracle:threshold", "measured_sparsity": 0.68, "ratio": 1.21},
+    ]
+    lines = plot_perplexity(rows).axes[0].get_lines()
+    points = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+    assert points["adapter"] == ([0.64], [1.18])
+    assert points["oracle:threshold"] == ([0.68], [1.21])

@@ -168,7 +168,10 @@ def _table(text: str, result: dict[str, Any]) -> Table:
     table = Table(title=f"{text}: perplexity relative to dense attention", title_justify="left")
     for heading in ("tokens", "method", "sparsity\n(measured)", "perplexity", "/ dense",
                     "kept\nmass", "needles", "tokens/s"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        # Names are folded rather than cut where the terminal is narrow.
+        table.add_column(
+            heading, justify="left" if heading == "method" else "right", overflow="fold"
+        )
     dense = [{"method": "dense", "sparsity": 0.0, "measured_sparsity": 0.0, "ratio": 1.0, **row}
              for row in result["dense"]]  # fmt: skip
     for row in sorted((r for r in dense + result["rows"] if r["text"] == text),
