@@ -8,6 +8,8 @@ a block share, so that some tiles matter more than others. Thresholds are calibr
 inputs; the sparsity that came out is recorded. The model is a random Llama of the same shape, its
 query projections scaled up so that attention is not uniform, run over random tokens up to the last
 hidden state: as it is, and as a CUDA graph, which does not wait for Python to start its kernels.
+While a graph is recorded transformers cannot look at positions to see that there is one document
+alone, and would make masks as for several; so the recorded models get no mask, or the compact one.
 Contenders take turns, in a new order each round; medians. Layer times are the device's; model times
 are the clock's, from an idle device to an idle device. Writes ``results/converted_prefill.json``.
 """
@@ -189,18 +191,35 @@ def model_sparsity(adapted: Any, tokens: Tensor) -> float:
 
 
 def as_graph(model: Any, ids: Tensor) -> Recorded:
-    """The model's pass over these tokens as a CUDA graph.
+    """The model's pass over these tokens as a CUDA graph, as one unpadded document.
 
     Raises:
         RuntimeError: If the pass cannot be captured.
         ValueError: If a replay gives something else than the model.
     """
 
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from dilated_attention_pytorch.integrations.transformers.mask import PLAIN
+
+    mask, before = None, model.config._attn_implementation
+    if before == "sdpa":
+        # The same under a name for which transformers makes no masks.
+        AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+        model.config._attn_implementation = "sdpa_without_mask"
+    else:
+        # What adapted models make of such a document.
+        mask = torch.empty(1, 1, PLAIN, ids.shape[1], dtype=torch.int32, device=ids.device)
+
     def run() -> Tensor:
-        states: Tensor = model(ids, use_cache=False).last_hidden_state
+        states: Tensor = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         return states
 
-    recorded, expected = Recorded(run), run()
+    try:
+        recorded, expected = Recorded(run), run()
+    finally:
+        model.config._attn_implementation = before
     if not torch.equal(recorded(), expected):
         raise ValueError("the graph computes something else")
     return recorded

