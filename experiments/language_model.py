@@ -142,7 +142,8 @@ def finding(runs: Runs) -> str:
         if seeds > 1
         else "how far seeds differ is not known"
     )
-    return f"{words}. Held-out loss: {_listed(runs, MAIN)}. {_large_blocks(runs)}"
+    words = f"{words}. Held-out loss: {_listed(runs, MAIN)}. {_large_blocks(runs)}"
+    return f"{words} {_elsewhere(runs)}".rstrip()
 
 
 def _means(runs: Runs, names: Sequence[str]) -> dict[str, float]:
@@ -178,22 +179,52 @@ def _large_blocks(runs: Runs) -> str:
     return f"With blocks of {LARGE}, on {' and '.join(sorted(cards))}: {listed}."
 
 
+def _card(run: Mapping[str, Any]) -> str:
+    card: str = run["environment"]["device"]
+    return card
+
+
+def _same_card(runs: Runs) -> Runs:
+    """The runs whose speed compares to dense's."""
+    cards = {_card(run) for run in runs if run["cell"] == "dense"}
+    return [run for run in runs if _card(run) in cards]
+
+
+def _elsewhere(runs: Runs) -> str:
+    """Which runs of the comparison had another card than dense, so that speeds do not compare."""
+    compared = _same_card(runs)
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run["cell"] in MAIN and run not in compared:
+            found.setdefault(_card(run), []).append(f"{run['cell']} (seed {run['seed']})")
+    return " ".join(f"On {card}: {', '.join(names)}." for card, names in sorted(found.items()))
+
+
 def plot(runs: Runs) -> Figure:
-    """Loss against speed; larger blocks ran on another card."""
+    """Loss against speed; what ran on another card than dense is hollow."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
+    compared = _same_card(runs)
+    others = [run for run in runs if run not in compared]
     cells = dict.fromkeys(run["cell"] for run in runs)
     for name in (name for name in cells if not name.endswith(LARGE_SUFFIX)):
-        x, y = values(runs, name, "steps_per_second"), values(runs, name, "loss")
-        (line,) = axis.plot(x, y, "o", ms=5)
-        axis.annotate(
-            name, (x[0], y[0]), xytext=(5, 4), textcoords="offset points", fontsize=8,
-            color=line.get_color(),
-        )  # fmt: skip
+        color = None
+        for group, face in ((compared, None), (others, "none")):
+            if not (x := values(group, name, "steps_per_second")):
+                continue
+            y = values(group, name, "loss")
+            (line,) = axis.plot(x, y, "o", ms=5, color=color, markerfacecolor=face)
+            if color is None:
+                place, side = ((5, 4), "left") if group is compared else ((-5, -11), "right")
+                axis.annotate(
+                    name, (x[0], y[0]), xytext=place, textcoords="offset points", fontsize=8,
+                    color=line.get_color(), ha=side,
+                )  # fmt: skip
+            color = line.get_color()
     axis.margins(x=0.15)
-    axis.set_xlabel("steps per second")
+    axis.set_xlabel("steps per second (hollow: on another card than dense)")
     axis.set_ylabel("held-out loss, nats per byte")
     axis.grid(alpha=0.3)
     return figure
