@@ -201,7 +201,7 @@ def as_graph(model: Any, ids: Tensor) -> Recorded:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from dilated_attention_pytorch.integrations.transformers.mask import PLAIN
+    from dilated_attention_pytorch.integrations.transformers import plain_mask
 
     mask, before = None, model.config._attn_implementation
     if before == "sdpa":
@@ -210,7 +210,7 @@ def as_graph(model: Any, ids: Tensor) -> Recorded:
         model.config._attn_implementation = "sdpa_without_mask"
     else:
         # What adapted models make of such a document.
-        mask = torch.empty(1, 1, PLAIN, ids.shape[1], dtype=torch.int32, device=ids.device)
+        mask = plain_mask(1, ids.shape[1], ids.device)
 
     def run() -> Tensor:
         states: Tensor = model(ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -44,7 +44,7 @@ def report() -> None:
     }  # fmt: skip
     path.write_text(json.dumps(content, indent=1) + "\n")
     if rows:
-        plot_perplexity(rows).savefig(RESULTS / "perplexity.png", dpi=120)
+        plot_perplexity(rows).savefig(RESULTS / "perplexity.png", dpi=90)
     for size, suffix in ((64, ""), (32, "-32")):
         folder = RUNS / f"distill-{size}"
         if (folder / "adapter").is_dir():

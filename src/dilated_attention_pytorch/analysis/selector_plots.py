@@ -37,9 +37,10 @@ def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Perplexity relative to dense by sparsity, one panel per text, length and block size.
+    """Perplexity in percent above dense by sparsity, one panel per text, length and block size.
 
-    Who misses the sparsity asked for has its point where it is, not where it should be.
+    Linear up to one percent, logarithmic beyond: at high sparsities everybody loses much. Who
+    misses the sparsity asked for has its point where it is, not where it should be.
 
     Args:
         rows: Of an evaluation: ``text``, ``length``, ``block_size``, ``method``,
@@ -64,7 +65,7 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         text, length, block_size = panel
         for method in methods:
             points = sorted(
-                (row["measured_sparsity"], row["ratio"])
+                (row["measured_sparsity"], 100 * (row["ratio"] - 1))
                 for row in rows
                 if row["method"] == method
                 and (row["text"], row["length"], row["block_size"]) == panel
@@ -76,9 +77,13 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
                     color=colours[name], linestyle=styles.get(rule, ":"),
                     linewidth=2.5 if method == "adapter" else 1.2,
                 )  # fmt: skip
-        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.axhline(0.0, color="grey", linewidth=0.8)
+        axis.set_yscale("symlog", linthresh=1, linscale=0.5, subs=(2, 5))
+        axis.set_ylim(bottom=min(min(line.get_ydata()) for line in axis.get_lines()) - 0.2)
+        for shown in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            shown("{x:g}")
         axis.set_title(f"{text}: {length:,} tokens, blocks of {block_size}", fontsize=9)
-        axis.set(xlabel="measured sparsity", ylabel="perplexity / dense")
+        axis.set(xlabel="measured sparsity", ylabel="perplexity above dense, %")
     if lines_by_method:
         shown = [method for method in methods if method in lines_by_method]
         handles = [lines_by_method[method] for method in shown]

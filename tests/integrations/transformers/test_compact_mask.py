@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tiny_models import tiny_model, tokens
+
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from transformers.masking_utils import (
@@ -15,6 +17,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from dilated_attention_pytorch import AdaptiveConfig
+from dilated_attention_pytorch.integrations.transformers import adapt
+from dilated_attention_pytorch.integrations.transformers import mask as mask_module
 from dilated_attention_pytorch.integrations.transformers.mask import (
     OFFSET,
     PACKED,
@@ -22,6 +27,7 @@ from dilated_attention_pytorch.integrations.transformers.mask import (
     PLAIN,
     check_compact,
     compact_mask,
+    plain_mask,
     token_mask,
 )
 from dilated_attention_pytorch.integrations.transformers.padding import CompactTokens
@@ -102,3 +108,19 @@ def test_padding_moves_to_the_end_and_back() -> None:
     assert k.flatten(1).tolist() == [[2, 3, 4, 5, 0, 1], [0, 1, 2, 4, 3, 5]]
     assert q.flatten(1).tolist() == [[3, 4, 5], [2, 4, 3]]
     assert tokens.spread(q).flatten(1).tolist() == [[3, 4, 5], [2, 0, 4]]
+
+
+def test_plain_mask_says_what_the_model_would_find_out() -> None:
+    model, ids = tiny_model(), tokens()
+    adapt(model, AdaptiveConfig(base_sparsity=0.6, block_size=16))
+    mask = plain_mask(*ids.shape)
+    given = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(given, model(ids, use_cache=False).logits)
+    with pytest.raises(ValueError, match="tokens must be positive, got 0"):
+        plain_mask(1, 0)
+
+
+def test_a_recorded_graph_cannot_look_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_module, "recording", lambda: True)
+    with pytest.raises(ValueError, match=r"attention_mask must be given while a CUDA graph"):
+        compact_mask(2, **CASES["packed"][1])

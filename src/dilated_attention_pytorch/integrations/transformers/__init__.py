@@ -9,6 +9,7 @@ from dilated_attention_pytorch.integrations.transformers.adapter import (
 )
 from dilated_attention_pytorch.integrations.transformers.families import FAMILIES
 from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
+from dilated_attention_pytorch.integrations.transformers.mask import plain_mask
 from dilated_attention_pytorch.integrations.transformers.register import register
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "adapt",
     "fit_low_rank",
     "load_adapter",
+    "plain_mask",
     "register",
     "save_adapter",
 ]

@@ -32,6 +32,29 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import docum
 PLAIN, OFFSET, PADDED, PACKED = 0, 1, 2, 3
 
 
+def plain_mask(batch_size: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """The mask of samples that fill the whole length, each one document, without a cache.
+
+    As ``attention_mask`` of an adapted model it says what the model otherwise finds out by looking
+    at positions, for which a GPU must be waited for, and which recording a CUDA graph forbids.
+
+    Args:
+        batch_size: Samples.
+        tokens: Of each.
+        device: That of the model.
+
+    Returns:
+        int32 ``(batch_size, 1, 0, tokens)``: it holds nothing but its shape.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+    for name, value in (("batch_size", batch_size), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    return torch.empty(batch_size, 1, PLAIN, tokens, dtype=torch.int32, device=device)
+
+
 def compact_mask(
     batch_size: int,
     q_length: int,
@@ -84,7 +107,7 @@ def compact_mask(
     if padding is None and not isinstance(q_offset, Tensor):
         offset = q_offset - kv_offset
         if offset == kv_length - q_length:
-            return torch.empty(batch_size, 1, PLAIN, kv_length, dtype=torch.int32, device=device)
+            return plain_mask(batch_size, kv_length, device)
     first = torch.zeros(batch_size, 1, 1, kv_length, dtype=torch.int32, device=device)
     first = first + (q_offset - kv_offset)
     if padding is None:
@@ -104,8 +127,11 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
 
 def tracing() -> bool:
     """Whether values cannot be looked at now."""
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or recording()
+
+
+def recording() -> bool:
+    """Whether the current stream is recorded as a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -117,6 +143,13 @@ def _packed(
     device: torch.device | str,
 ) -> Tensor:
     """Finds the documents by asking the rule about neighbours: linear in the tokens."""
+    if recording():
+        raise ValueError(
+            "attention_mask must be given while a CUDA graph is recorded, as nothing can be looked "
+            "at to see whether documents are packed: plain_mask(batch, tokens, device) of "
+            "dilated_attention_pytorch.integrations.transformers if every sample is one document "
+            "without padding; other inputs cannot be recorded."
+        )
     sample = torch.arange(batch, device=device)[:, None]
     head = torch.zeros((), dtype=torch.long, device=device)
     here = torch.arange(1, kv_length, device=device)[None]
