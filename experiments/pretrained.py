@@ -269,54 +269,9 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
         "lengths": (options.length, options.length // 2, options.length // 4),
         "sparsities": (0.9,), "rivals": RIVALS, "windows": options.windows, "needles": 4,
         "block_size": options.block_size, "depths": (), "kept_mass": False, "repeats": 0,
+        "tolerance": TOLERANCE,
     }  # fmt: skip
     return EvaluationSettings(**(settings | changes))
-
-
-def reaching(measured: Any, cell: tuple[str, int, str, float]) -> dict[str, Any]:
-    """Measures a cell, and again with other aims until it leaves out what it should.
-
-    Thresholds are calibrated on other windows than are measured. What is adjusted is the budget; no
-    perplexity has a say. Where the forced blocks take more than the budget it cannot be met.
-    """
-    _, _, method, sparsity = cell
-    row = measured.measure(*cell)
-    by_threshold = method == "adapter" or method.partition(":")[2].startswith(
-        ("threshold", "floor", "allotted")
-    )
-    rows, tries = [row], [(sparsity, row["measured_sparsity"] - sparsity)]
-    while by_threshold and len(tries) < 7 and not 0 <= tries[-1][1] <= TOLERANCE:
-        aim = _next_aim(tries)
-        rows.append(measured.measure(*cell, aim=aim) | {"aim": aim})
-        tries.append((aim, rows[-1]["measured_sparsity"] - sparsity))
-
-    def miss(found: dict[str, Any]) -> tuple[bool, float]:
-        over = found["measured_sparsity"] - sparsity
-        return over < 0, abs(over)
-
-    return min(rows, key=miss)
-
-
-def _next_aim(tries: list[tuple[float, float]]) -> float:
-    """Where the excess over the nominal sparsity should be half the tolerance.
-
-    Args:
-        tries: Aims and their excesses.
-    """
-    below = [point for point in tries if point[1] < 0]
-    above = [point for point in tries if point[1] >= 0]
-    # At first as if the measured sparsity followed the aim one to one.
-    aim, excess = tries[-1]
-    slope = 1.0
-    if below and above:
-        points = max(below, key=lambda point: point[1]), min(above, key=lambda point: point[1])
-    else:
-        points = tuple(tries[-2:]) if len(tries) > 1 else None
-    if points is not None and points[0][0] != points[1][0]:
-        (x, low), (y, high) = points
-        slope = min(max((high - low) / (y - x), 0.3), 3.0)
-        aim, excess = points[1]
-    return min(max(aim + (TOLERANCE / 2 - excess) / slope, 0.0), 0.999)
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
@@ -354,7 +309,7 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
             break
         start = time.perf_counter()
         measured = needles if with_needles(cell, options.length) else plain
-        row = reaching(measured, cell)
+        row = measured.measure(*cell)
         row["dense"] = measured.dense(cell[0], cell[1])
         row |= {"seconds": round(time.perf_counter() - start, 1), **origin(options)}
         append(target, row)
@@ -384,7 +339,7 @@ def evaluate_tuned(options: argparse.Namespace, stop: Callable[[], bool]) -> Non
                     row |= {"text": text, "length": length, "perplexity": dense,
                             "measured_sparsity": 0.0}  # fmt: skip
                 else:
-                    row |= reaching(measured, (text, length, "adapter", run["base_sparsity"]))
+                    row |= measured.measure(text, length, "adapter", run["base_sparsity"])
                     # Relative to the same weights without selectors, not to those tuned dense.
                     row["ratio_of_own_dense"] = row.pop("ratio")
                 row |= origin(options)

@@ -117,41 +117,6 @@ def test_tuned_models_are_compared_with_dense_tuned_on_the_same_tokens(report: M
     assert found["runs"]["tune-all-dense"]["job"]["model"] == ".cache/smollm2"
 
 
-@pytest.mark.parametrize("drift", [0.0, -0.03, 0.04])
-@pytest.mark.parametrize("slope", [1.0, 0.6, 1.7])
-def test_budgets_are_changed_until_the_sparsity_is_met(
-    report: ModuleType, drift: float, slope: float
-) -> None:
-    """With a text on which thresholds leave out less, or more, than where they were calibrated."""
-    pretrained = importlib.import_module("pretrained")
-
-    class Measured:
-        def measure(self, *cell: Any, aim: float | None = None) -> dict[str, Any]:
-            aims.append(aim)
-            moved = 0.9 - drift + slope * ((aim or cell[3]) - 0.9)
-            return {"measured_sparsity": 0.9 if cell[2] == "adapter:fixed" else moved}
-
-    for method in ("adapter", "oracle:floor0.5", "oracle:allotted", "adapter:fixed"):
-        aims: list[float | None] = []
-        row = pretrained.reaching(Measured(), ("prose", 8192, method, 0.9))
-        assert 0.9 <= row["measured_sparsity"] <= 0.9 + pretrained.TOLERANCE
-        assert (len(aims) > 1) == (drift != 0 and method != "adapter:fixed")
-        assert row.get("aim") == aims[-1]
-
-
-def test_a_sparsity_that_forced_blocks_prevent_is_missed_by_as_little_as_can_be(
-    report: ModuleType,
-) -> None:
-    pretrained = importlib.import_module("pretrained")
-
-    class Measured:
-        def measure(self, *cell: Any, aim: float | None = None) -> dict[str, Any]:
-            return {"measured_sparsity": min(0.88, aim or 0.87)}
-
-    row = pretrained.reaching(Measured(), ("prose", 2048, "adapter", 0.9))
-    assert row["measured_sparsity"] == 0.88
-
-
 def test_what_was_not_measured_is_not_written(report: ModuleType, tmp_path: Path) -> None:
     pretrained = importlib.import_module("pretrained")
     nothing = float("nan")

@@ -58,6 +58,11 @@ def add_parser(commands: Any) -> None:
             f"--{name}", type=kind, nargs="+", default=argparse.SUPPRESS, help=what,
             metavar={int: "N", float: "X", str: "NAME"}[kind],
         )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", default=argparse.SUPPRESS,
+        help="by how much budgets by thresholds may exceed a sparsity before they are calibrated "
+        "again (default: 0.005); -1: never again",
+    )  # fmt: skip
     for name, what in (
         ("windows", "windows per text and length (default: 4)"),
         ("calibration-windows", "windows to calibrate thresholds on (default: 2)"),
@@ -115,6 +120,8 @@ def _build(parsed: argparse.Namespace) -> Any:
         options.setdefault("block_size", block_size_of(adapter))
     if options.get("rivals") == ("none",):
         options["rivals"] = ()
+    if options.get("tolerance") == -1:
+        options["tolerance"] = None
     if options.get("depths") == (-1.0,):
         options["depths"] = ()
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.aim import find_aim
 from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
 from dilated_attention_pytorch.integrations.transformers.retrieval import (
@@ -39,6 +40,9 @@ class EvaluationSettings:
     Attributes:
         lengths: Tokens per window.
         sparsities: Nominal ones; the measured ones are reported beside.
+        tolerance: By how much a budget by thresholds may exceed the nominal sparsity on the
+            measured windows. Where it does by more, or falls short, thresholds are calibrated again
+            for another aim, up to six times; no perplexity has a say in it. None: as calibrated.
         rivals: Training-free selectors to compare with, ``"<method>"``, ``"<method>:threshold"``
             for a budget by calibrated thresholds, ``"<method>:floor0.5"`` for thresholds above a
             floor (``threshold_floor``), or ``"<method>:allotted"`` for thresholds whose sparsity
@@ -56,6 +60,7 @@ class EvaluationSettings:
 
     lengths: tuple[int, ...] = (1024, 2048)
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9)
+    tolerance: float | None = 0.005
     rivals: tuple[str, ...] = METHODS
     block_size: int = 64
     windows: int = 4
@@ -72,6 +77,8 @@ class EvaluationSettings:
         for name in ("windows", "calibration_windows", "needles", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in (0, 1) or be None, got {self.tolerance}.")
         if self.repeats < 0:
             raise ValueError(f"repeats must not be negative, got {self.repeats}.")
         if not self.lengths or min(self.lengths) < 2 * self.block_size:
@@ -181,9 +188,7 @@ class Evaluation:
             }
         return self._dense[text, length]
 
-    def measure(
-        self, text: str, length: int, method: str, sparsity: float, *, aim: float | None = None
-    ) -> dict[str, Any]:
+    def measure(self, text: str, length: int, method: str, sparsity: float) -> dict[str, Any]:
         """One row: see :meth:`rows`.
 
         Args:
@@ -191,28 +196,52 @@ class Evaluation:
             length: Tokens per window.
             method: :data:`ADAPTER` or a rival, with its budget.
             sparsity: The nominal one.
-            aim: Sparsity to calibrate thresholds for, where the nominal one is missed on the
-                measured windows because they differ from those to calibrate on. None: the nominal.
         """
         dense, windows = self.dense(text, length), self.windows(text, length)
-        with self._adapted(text, length, method, sparsity, aim or sparsity) as adapted:
-            with CountTiles(adapted) as tiles:
-                found = perplexity(self.model, windows)
+        with self._adapted(length, method, sparsity) as adapted:
+            aim, measured, found = self._calibrated(adapted, text, length, sparsity)
             row: dict[str, Any] = {
                 "text": text,
                 "length": length,
                 "block_size": self.settings.block_size,
                 "method": method,
                 "sparsity": sparsity,
-                "measured_sparsity": tiles.sparsity,
+                "measured_sparsity": measured,
                 "perplexity": found,
                 "ratio": found / dense["perplexity"],
                 "tokens_per_second": self._speed(windows),
                 **self._retrieval(text, length),
             }
+            if aim != sparsity:
+                row["aim"] = aim
             if self.settings.kept_mass:
                 row["kept_mass"] = measure_kept_mass(adapted, windows[:1, :-1])
         return row
+
+    def _calibrated(
+        self, adapted: AdaptedModel, text: str, length: int, sparsity: float
+    ) -> tuple[float, float, float]:
+        """Leaves the model with its thresholds; the aim, the measured sparsity, the perplexity."""
+        s, windows = self.settings, self.windows(text, length)
+        sample = self.texts[text][: length * s.calibration_windows]
+        found: dict[float, float] = {}
+        latest = sparsity
+
+        def measure(aim: float) -> float:
+            nonlocal latest
+            latest = aim
+            calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
+            with CountTiles(adapted) as tiles:
+                found[aim] = perplexity(self.model, windows)
+            return tiles.sparsity
+
+        if s.tolerance is None or not _by_threshold(adapted):
+            aim, measured = sparsity, measure(sparsity)
+        else:
+            aim, measured = find_aim(measure, sparsity, s.tolerance)
+        if latest != aim:
+            calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
+        return aim, measured, found[aim]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measures every cell.
@@ -220,7 +249,8 @@ class Evaluation:
         Yields:
             ``text``, ``length``, ``block_size``, ``method``, ``sparsity``, ``measured_sparsity``,
             ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``tokens_per_second`` and
-            ``retrieval_<depth>``.
+            ``retrieval_<depth>``; ``aim``, what thresholds were calibrated for, if it is not
+            ``sparsity``.
         """
         for cell in self.cells():
             yield self.measure(*cell)
@@ -234,9 +264,7 @@ class Evaluation:
         return torch.stack([tokens[s : s + length + 1] for s in starts])
 
     @contextmanager
-    def _adapted(
-        self, text: str, length: int, method: str, sparsity: float, aim: float
-    ) -> Iterator[AdaptedModel]:
+    def _adapted(self, length: int, method: str, sparsity: float) -> Iterator[AdaptedModel]:
         s = self.settings
         name, _, rule = method.partition(":")
         if name == ADAPTER and self.adapter is not None:
@@ -252,8 +280,6 @@ class Evaluation:
                 adapted.costs = self._costs()
         with adapted:
             adapted.set_base_sparsity(sparsity, length)
-            sample = self.texts[text][: length * s.calibration_windows]
-            calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
             yield adapted
 
     def _costs(self) -> tuple[SparsityCosts, ...]:
@@ -289,6 +315,12 @@ class Evaluation:
                 times.append(time.perf_counter() - start)
         # The first pass warms up.
         return tokens.shape[1] / statistics.median(times[1:])
+
+
+def _by_threshold(adapted: AdaptedModel) -> bool:
+    """Whether thresholds decide how many blocks are read."""
+    configs = (getattr(selector, "config", None) for selector in adapted.selectors.values())
+    return any(getattr(config, "budget", None) == "threshold" for config in configs)
 
 
 def perplexity(model: Any, windows: Tensor) -> float:
