@@ -36,6 +36,10 @@ def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+# Of the axis of sparsities: less would show by how little the measured ones differ.
+_LEAST_SPAN = 0.1
+
+
 def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Perplexity in percent above dense by sparsity, one panel per text, length and block size.
 
@@ -49,7 +53,8 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
     panels = sorted({(row["text"], row["length"], row["block_size"]) for row in rows})
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    # The legend stands beside the panels.
+    figure = Figure(figsize=(4 * columns + 2.2, 3.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     # One colour for a method, one line style for a budget; the oracle in black.
     styles = {"": "-", "threshold": "--", "allotted": "-."}
@@ -82,6 +87,10 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_ylim(bottom=min(min(line.get_ydata()) for line in axis.get_lines()) - 0.2)
         for shown in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             shown("{x:g}")
+        left, right = axis.get_xlim()
+        if right - left < _LEAST_SPAN:
+            middle = (left + right) / 2
+            axis.set_xlim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
         axis.set_title(f"{text}: {length:,} tokens, blocks of {block_size}", fontsize=9)
         axis.set(xlabel="measured sparsity", ylabel="perplexity above dense, %")
     if lines_by_method:

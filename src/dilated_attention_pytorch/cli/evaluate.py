@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -172,13 +173,17 @@ def _finite(value: Any) -> Any:
 
 
 def _table(text: str, result: dict[str, Any]) -> Table:
-    table = Table(title=f"{text}: perplexity relative to dense attention", title_justify="left")
-    for heading in ("tokens", "method", "sparsity\n(measured)", "perplexity", "/ dense",
+    table = Table(
+        title=f"{text}: perplexity relative to dense attention", title_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
+    for heading in ("tokens", "method", "sparsity\n(measured)", "per-\nplexity", "/ dense",
                     "kept\nmass", "needles", "tokens/s"):  # fmt: skip
-        # Names are folded rather than cut where the terminal is narrow.
-        table.add_column(
-            heading, justify="left" if heading == "method" else "right", overflow="fold"
-        )
+        # Names of methods are folded where the terminal is narrow, and nothing else.
+        if heading == "method":
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     dense = [{"method": "dense", "sparsity": 0.0, "measured_sparsity": 0.0, "ratio": 1.0, **row}
              for row in result["dense"]]  # fmt: skip
     for row in sorted((r for r in dense + result["rows"] if r["text"] == text),
@@ -186,7 +191,7 @@ def _table(text: str, result: dict[str, Any]) -> Table:
         needles = [value for name, value in row.items() if name.startswith("retrieval_")]
         table.add_row(
             f"{row['length']:,}", row["method"],
-            f"{row['sparsity']:.2f} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}",
+            f"{row['sparsity']:g} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}",
             f"{row['ratio']:.4f}",
             f"{row['kept_mass']:.3f}" if "kept_mass" in row else "-",
             f"{sum(needles) / len(needles):.2f}" if needles else "-",
