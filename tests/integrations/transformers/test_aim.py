@@ -41,7 +41,19 @@ def test_what_forced_blocks_prevent_is_missed_by_as_little_as_can_be() -> None:
     aim, found = find_aim(measure, 0.9, 0.0005)
     assert found == 0.88
     assert aim in aims
-    assert len(aims) <= MOST_TRIES
+    assert len(aims) == 3
+
+
+def test_the_search_ends() -> None:
+    """Where the sparsity jumps over what is wanted."""
+    aims: list[float] = []
+
+    def measure(aim: float) -> float:
+        aims.append(aim)
+        return 0.95 if aim > 0.9 else 0.8 + 0.01 * aim
+
+    assert find_aim(measure, 0.9, 0.0005)[1] == 0.95
+    assert len(aims) == MOST_TRIES
 
 
 def test_falling_short_is_worse_than_exceeding() -> None:

@@ -15,8 +15,8 @@ def find_aim(
 
     Thresholds that are calibrated on some windows leave out more or less on others. At first the
     measured sparsity is taken to follow the aim one to one; then aims lie on the line through the
-    nearest below and the nearest above. Where forced blocks prevent the sparsity it is missed by as
-    little as can be.
+    nearest below and the nearest above. Where forced blocks prevent the sparsity, so that a higher
+    aim changes nothing, it is missed by as little as can be.
 
     Args:
         measure: Calibrates for an aim and returns the sparsity that comes out.
@@ -34,7 +34,8 @@ def find_aim(
     tries: list[tuple[float, float]] = []
     aim = sparsity
     while not tries or not 0 <= tries[-1][1] <= tolerance:
-        if len(tries) == MOST_TRIES or any(aim == tried for tried, _ in tries):
+        stuck = len(tries) > 1 and tries[-1][1] == tries[-2][1] < 0
+        if stuck or len(tries) == MOST_TRIES or any(aim == tried for tried, _ in tries):
             break
         tries.append((aim, measure(aim) - sparsity))
         aim = _next(tries, tolerance)
@@ -53,7 +54,8 @@ def _next(tries: list[tuple[float, float]], tolerance: float) -> float:
     above = [point for point in tries if point[1] >= 0]
     points = tries[-2:]
     if below and above:
-        points = [max(below, key=lambda point: point[1]), min(above, key=lambda point: point[1])]
+        # Of those that miss by as much the ones whose aims lie closest together.
+        points = [max(below, key=lambda p: (p[1], p[0])), min(above, key=lambda p: (p[1], p[0]))]
     aim, excess = points[-1]
     slope = 1.0
     if len(points) == 2:
