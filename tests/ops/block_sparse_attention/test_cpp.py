@@ -65,7 +65,7 @@ CASES = [
     {"q_len": 63, "kv_len": 63, "causal": True},
     {"q_len": 64, "kv_len": 64},
     {"q_len": 65, "kv_len": 65, "causal": True},
-    {"q_len": 1000, "kv_len": 1000, "causal": True},
+    {"q_len": 400, "kv_len": 400, "causal": True},
     {"q_len": 1, "kv_len": 300, "causal": True},
     {"q_len": 100, "kv_len": 200, "causal": True},
     {"q_len": 200, "kv_len": 100, "causal": True},
