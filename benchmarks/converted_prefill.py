@@ -197,7 +197,6 @@ def as_graph(model: Any, ids: Tensor) -> Recorded:
         RuntimeError: If the pass cannot be captured.
         ValueError: If a replay gives something else than the model.
     """
-
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

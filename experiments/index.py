@@ -115,7 +115,6 @@ def section(name: str) -> str:
         lines += [f"**Promise.** {experiment.promise} **Finding.** Not run yet.", ""]
         return "\n".join(lines)
     body = (folder / "README.md").read_text().partition("\n")[2].strip()
-    PICTURES.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "plot.png", PICTURES / f"{name}.png")
     return "\n".join([*lines, "", body, "", f"![{title}](pictures/experiments/{name}.png)", ""])
 
@@ -124,6 +123,8 @@ def render() -> str:
     """The page."""
     head = HEAD.replace("NEEDLE", table(RESULTS / "needle" / "table.md"))
     head = head.replace("HIERARCHICAL", table(RESULTS / "hierarchical" / "table.md"))
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(RESULTS / "pretrained" / "perplexity.png", PICTURES / "pretrained.png")
     head = head.replace("FROZEN", table(RESULTS / "frozen_summaries" / "table.md"))
     return "\n".join([head, *(section(name) for name in NAMES)])
 

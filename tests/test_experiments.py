@@ -58,5 +58,8 @@ def test_the_index_page_is_what_the_results_say(
 ) -> None:
     index = importlib.import_module("index")
     assert sorted(index.NAMES) == NAMES
+    shown = index.PICTURES
     monkeypatch.setattr(index, "PICTURES", tmp_path)
     assert index.PAGE.read_text() == index.render()
+    for picture in tmp_path.iterdir():
+        assert picture.read_bytes() == (shown / picture.name).read_bytes(), picture.name

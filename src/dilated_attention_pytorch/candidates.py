@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.tracing import tracing
 
 _T = TypeVar("_T")
 
@@ -43,7 +44,7 @@ class RowRange:
 
     def remember(self, key: Any, make: Callable[[], _T]) -> _T:
         """What follows from these ranges alone: made once per ``key``, kept with them."""
-        if not may_keep_tensors():
+        if tracing():
             return make()
         if key not in self.derived:
             # A tensor made in inference mode could not be saved for a later backward pass.
@@ -152,17 +153,6 @@ def count_forced(intervals: Tensor) -> tuple[Tensor, Tensor]:
     return sink - low + near.clamp(min=0), end - low
 
 
-def may_keep_tensors() -> bool:
-    """Whether a tensor made now is good for later calls.
-
-    Not while compiling (it would be a symbol) nor while a CUDA graph is captured (its memory
-    belongs to the graph).
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
 def row_ranges(
     mask: AttentionMask,
     block_size: tuple[int, int],
@@ -182,7 +172,7 @@ def row_ranges(
         has_diagonal: Whether queries and keys are positions of one sequence.
         device: Where to build the tensors.
     """
-    if mask.per_sample or not may_keep_tensors():
+    if mask.per_sample or tracing():
         return _row_ranges(mask, block_size, has_diagonal, device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -9,10 +9,10 @@ from torch import nn
 
 from dilated_attention_pytorch.integrations.transformers.attention import CACHE, SELECTOR
 from dilated_attention_pytorch.integrations.transformers.followed_cache import CacheHandle
-from dilated_attention_pytorch.integrations.transformers.mask import tracing
 from dilated_attention_pytorch.integrations.transformers.register import ATTENTION_NAME
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.decoding import decoding_refusal
+from dilated_attention_pytorch.tracing import tracing
 
 
 def hand_over_cache(

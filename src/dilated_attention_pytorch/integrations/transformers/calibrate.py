@@ -50,12 +50,7 @@ def calibrate(
         ValueError: If the text is shorter than the shortest length.
     """
     check_sparsity("sparsity", sparsity)
-    chosen = {
-        number: selector
-        for number, selector in adapted.selectors.items()
-        if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree)
-        and selector.config.budget == "threshold"
-    }
+    chosen = calibrated_selectors(adapted)
     if not chosen:
         return
     if lengths is None:
@@ -74,6 +69,18 @@ def calibrate(
                 found[number].append(thresholds_for(samples[number], goals[number]))
         for number, selector in chosen.items():
             selector.set_thresholds(ThresholdTable(tuple(lengths), alike(found[number])))
+
+
+def calibrated_selectors(
+    adapted: AdaptedModel,
+) -> dict[int, BlockSparseAdaptive | BlockSparseTrainingFree]:
+    """The selectors that :func:`calibrate` sets thresholds of, by layer."""
+    return {
+        number: selector
+        for number, selector in adapted.selectors.items()
+        if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree)
+        and selector.config.budget == "threshold"
+    }
 
 
 def thresholds_for(

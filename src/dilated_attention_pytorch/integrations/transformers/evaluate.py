@@ -17,7 +17,10 @@ from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
 from dilated_attention_pytorch.integrations.transformers.aim import find_aim
-from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.calibrate import (
+    calibrate,
+    calibrated_selectors,
+)
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
 from dilated_attention_pytorch.integrations.transformers.retrieval import (
     build_needles,
@@ -235,7 +238,7 @@ class Evaluation:
                 found[aim] = perplexity(self.model, windows)
             return tiles.sparsity
 
-        if s.tolerance is None or not _by_threshold(adapted):
+        if s.tolerance is None or not calibrated_selectors(adapted):
             aim, measured = sparsity, measure(sparsity)
         else:
             aim, measured = find_aim(measure, sparsity, s.tolerance)
@@ -315,12 +318,6 @@ class Evaluation:
                 times.append(time.perf_counter() - start)
         # The first pass warms up.
         return tokens.shape[1] / statistics.median(times[1:])
-
-
-def _by_threshold(adapted: AdaptedModel) -> bool:
-    """Whether thresholds decide how many blocks are read."""
-    configs = (getattr(selector, "config", None) for selector in adapted.selectors.values())
-    return any(getattr(config, "budget", None) == "threshold" for config in configs)
 
 
 def perplexity(model: Any, windows: Tensor) -> float:

@@ -28,6 +28,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import document_numbers
+from dilated_attention_pytorch.tracing import recording, tracing
 
 PLAIN, OFFSET, PADDED, PACKED = 0, 1, 2, 3
 
@@ -123,16 +124,6 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
     attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     # A static cache has room for more keys than there are tokens yet.
     return F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
-
-
-def tracing() -> bool:
-    """Whether values cannot be looked at now."""
-    return torch.compiler.is_compiling() or recording()
-
-
-def recording() -> bool:
-    """Whether the current stream is recorded as a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _packed(
