@@ -18,6 +18,7 @@ PICTURES = HERE.parent / "docs" / "pictures" / "experiments"
 # Scripts that describe an Experiment, in the order of the page.
 NAMES = (
     "language_model",
+    "language_model_speed",
     "input_dependent_sparsity",
     "head_specialisation",
     "annealing_speed",
@@ -36,7 +37,7 @@ and keeps nothing; without it, it runs what is not there yet.
 
 ```
 python experiments/head_specialisation.py --device cuda --jobs 8
-python experiments/run_all.py --device cuda --jobs 12     # all of them but the language model
+python experiments/run_all.py --device cuda --jobs 12     # all but the language models
 python experiments/index.py      # writes this page anew
 ```
 

@@ -9,15 +9,14 @@ before; with blocks of 64 (0.909 by tiles) 6, two of them likewise.
     python experiments/language_model.py --device cuda              # one at a time: it is timed
     python experiments/language_model.py --device cuda --jobs 2 --gpus 2 --minutes 19
     python experiments/language_model.py --device cuda --only dense "adaptive 0.9" --seeds 0
-    python experiments/language_model.py --device cuda --probe 40   # speeds alone; nothing kept
     python experiments/language_model.py --device cuda --graph --compile  # faster, for all alike
     python experiments/language_model.py --device cuda --only "adaptive 0.9" --seeds 1 \
         --config '{"hidden_dim": 64}' --name "hidden 64"    # an attempt, not on the page
     python experiments/language_model.py --quick
 
-One seed of every method comes first, then the other seeds of dense, adaptive 0.9, mean pooling and
-the fixed pattern that did best, and at last larger blocks. See ``harness.py`` for the other
-options.
+One seed of every method comes first, then the other two seeds, and at last one seed of larger
+blocks. ``language_model_speed.py`` measures speeds alone, at longer contexts too. See
+``harness.py`` for the other options.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from dilated_attention_pytorch.tasks.text import validation_windows
 from harness import (
@@ -85,40 +82,10 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
     }
 
 
-def probe(settings: Mapping[str, Any], steps: int, quick: bool, device: str) -> str:
-    """How fast a method trains, from the code of the real runs; nothing is kept."""
-    size = (QUICK if quick else FULL).of(settings)
-    text = python_sources(size.max_bytes)
-    begin = time.perf_counter()
-    training = Training(settings, size, text.train, 0, device)
-    for _ in range(5):
-        loss = training.step()
-    loss.item()
-    start = time.perf_counter()
-    for _ in range(steps):
-        loss = training.step()
-    value = loss.item()
-    now = time.perf_counter()
-    words = (
-        f"{steps / (now - start):.2f} steps/s = {size.steps * (now - start) / steps:.0f} s a run"
-    )
-    words += f", set-up and 5 steps {start - begin:.1f} s, loss {value:.4f}"
-    if device == "cuda":
-        words += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        torch.cuda.reset_peak_memory_stats()
-    return words
-
-
 def order(runs: Runs) -> list[tuple[str, int]]:
-    """One seed of all, then more seeds of the methods that the bars compare."""
-    first = {run["cell"]: run["loss"] for run in runs if run["seed"] == 0}
-    known = [name for name in (f"{kind} 0.9" for kind in FIXED) if name in first]
-    compared = ["adaptive 0.9", "dense", "mean-pooled 0.9"]
-    if known:
-        compared.insert(2, min(known, key=first.__getitem__))
-    more = [(name, seed) for seed in (1, 2) for name in compared]
-    rest = [(cell.name, 0) for cell in CELLS if cell.name not in MAIN]
-    return [*((name, 0) for name in MAIN), *more, *rest]
+    """One seed of all methods, then the other seeds of all, then larger blocks."""
+    main = [(name, seed) for seed in (0, 1, 2) for name in MAIN]
+    return [*main, *((cell.name, 0) for cell in CELLS if cell.name not in MAIN)]
 
 
 def finding(runs: Runs) -> str:
@@ -294,9 +261,8 @@ def attempts(
 
 
 def main() -> int:
-    """The command line: the harness's, and the probe."""
+    """The command line: the harness's, and how the models run."""
     parser = option_parser(EXPERIMENT, __doc__)
-    parser.add_argument("--probe", type=int, metavar="STEPS", help="print speeds, keep nothing")
     parser.add_argument("--graph", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="compile all but attention")
     parser.add_argument("--batch-size", type=int, help="of as many bytes in all; default: 4")
@@ -315,18 +281,9 @@ def main() -> int:
     experiment, only = replace(EXPERIMENT, cells=cells), parsed.only
     if parsed.config is not None:
         experiment, only = attempts(cells, only, json.loads(parsed.config), parsed.name)
-    if parsed.probe is None:
-        return conduct(
-            [experiment], workers_of(parsed), only=only, seeds=parsed.seeds, quick=parsed.quick
-        )
-    for cell in experiment.cells:
-        if only is None or cell.name in only:
-            try:
-                words = probe(cell.settings, parsed.probe, parsed.quick, parsed.device)
-            except RuntimeError as error:
-                words = f"FAILED: {error!r}"
-            print(f"{cell.name}: {words}", flush=True)
-    return 0
+    return conduct(
+        [experiment], workers_of(parsed), only=only, seeds=parsed.seeds, quick=parsed.quick
+    )
 
 
 if __name__ == "__main__":

@@ -43,11 +43,17 @@ class Size:
     max_bytes: int | None = None
 
     def of(self, settings: Mapping[str, Any]) -> Size:
-        """With ``"block_size"`` and ``"batch_size"`` of a cell, of as many bytes in all."""
-        batch = settings.get("batch_size", self.batch_size)
+        """With what a cell asks for: ``"block_size"``, ``"batch_size"``, and ``"longer"`` windows.
+
+        Steps and windows change so that there are as many bytes in all, as far as they divide.
+        """
+        longer = settings.get("longer", 1)
+        batch = settings.get("batch_size", max(1, self.batch_size // longer))
         block = settings.get("block_size", self.block_size)
-        steps = self.steps * self.batch_size // batch
-        return replace(self, batch_size=batch, steps=steps, block_size=block)
+        steps = max(1, self.steps * self.batch_size // (batch * longer))
+        return replace(
+            self, batch_size=batch, steps=steps, block_size=block, seq_len=self.seq_len * longer
+        )
 
 
 FULL = Size()

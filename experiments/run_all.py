@@ -4,8 +4,8 @@
     python experiments/run_all.py --device cuda --jobs 24 --gpus 2 --only segments block_sizes
     python experiments/run_all.py --quick --jobs 2
 
-The first seed of everything comes first. ``language_model.py``, whose speed is measured, has the
-GPUs to itself and is not among them. See ``harness.py`` for the options.
+The first seed of everything comes first. The language models, whose speed is measured, have the
+GPUs to themselves and are not among them. See ``harness.py`` for the options.
 """
 
 from __future__ import annotations

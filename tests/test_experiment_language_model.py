@@ -72,6 +72,17 @@ def test_other_batches_hold_as_many_bytes(training: ModuleType) -> None:
     assert (size.batch_size, size.steps) == (8, 1530)
 
 
+@pytest.mark.parametrize(
+    ("longer", "expected"),
+    [(1, (8192, 4, 3060)), (4, (32768, 1, 3060)), (8, (65536, 1, 1530))],
+)
+def test_longer_windows_hold_as_many_bytes(
+    training: ModuleType, longer: int, expected: tuple[int, int, int]
+) -> None:
+    size = training.FULL.of({"longer": longer})
+    assert (size.seq_len, size.batch_size, size.steps) == expected
+
+
 def test_every_selector_learns(training: ModuleType) -> None:
     trial = start(training, "adaptive")
     before = [p.clone() for p in trial.selectors]
