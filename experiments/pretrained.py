@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from pretrained_report import read_lines, report
+from pretrained_report import most_sparse, read_lines, report
 from pretrained_texts import (
     MEASURED_ON,
     MODEL,
@@ -224,24 +224,29 @@ def tuned_name(options: argparse.Namespace) -> str:
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     """Cells ``(text, length, method, sparsity)``, the ones that the bars need first."""
-    longest = options.length
+    longest, *shorter = lengths_of(options)
     floors = tuple(f"{name}:floor{options.floor or 0.5:g}" for name in WITH_FLOOR)
     every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors, *ALLOTTED)
-    some = ("adapter", "adapter:fixed", "oracle:threshold", "antidiagonal:threshold", "oracle",
-            "antidiagonal", "sink_window", *floors)  # fmt: skip
     grid = [
-        ((longest,), (0.8, 0.9), every),
-        ((longest // 2, longest // 4), (0.9, 0.8), some),
-        ((longest,), (0.5, 0.7, 0.95), every),
+        ((longest,), (0.8, 0.9)),
+        (shorter, (0.9, 0.8)),
+        ((longest, *shorter), (0.7, 0.5, 0.95)),
     ]
     return [
         (text, length, method, sparsity)
-        for lengths, sparsities, methods in grid
+        for lengths, sparsities in grid
         for length in lengths
         for sparsity in sparsities
-        for method in methods
+        if sparsity <= most_sparse(length, options.block_size)
+        for method in every
         for text in MEASURED_ON
     ]
+
+
+def lengths_of(options: argparse.Namespace) -> tuple[int, ...]:
+    """Tokens per window, the longest first."""
+    named = tuple(int(x) for x in options.lengths.split(",") if x)
+    return tuple(sorted(named or (options.length // n for n in (1, 2, 4)), reverse=True))
 
 
 def with_needles(cell: tuple[str, int, str, float], longest: int) -> bool:
@@ -266,8 +271,8 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
     from dilated_attention_pytorch.integrations.transformers.evaluate import EvaluationSettings
 
     settings: dict[str, Any] = {
-        "lengths": (options.length, options.length // 2, options.length // 4),
-        "sparsities": (0.9,), "rivals": RIVALS, "windows": options.windows, "needles": 4,
+        "lengths": lengths_of(options), "sparsities": (0.9,), "rivals": RIVALS,
+        "windows": options.windows, "needles": 4,
         "block_size": options.block_size, "depths": (), "kept_mass": False, "repeats": 0,
         "tolerance": TOLERANCE,
     }  # fmt: skip
@@ -308,7 +313,7 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         if stop():
             break
         start = time.perf_counter()
-        measured = needles if with_needles(cell, options.length) else plain
+        measured = needles if with_needles(cell, lengths_of(options)[0]) else plain
         row = measured.measure(*cell)
         row["dense"] = measured.dense(cell[0], cell[1])
         row |= {"seconds": round(time.perf_counter() - start, 1), **origin(options)}
@@ -329,7 +334,7 @@ def evaluate_tuned(options: argparse.Namespace, stop: Callable[[], bool]) -> Non
         seen = {(r["run"], r["text"], r["length"], r["steps"]) for r in read_lines(target)}
         measured = None
         for text in MEASURED_ON:
-            for length in (options.length, options.length // 2, options.length // 4):
+            for length in lengths_of(options):
                 if stop() or (folder.name, text, length, steps) in seen:
                     continue
                 measured = measured or tuned_evaluation(folder, options)
@@ -415,6 +420,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="of training")
     parser.add_argument("--weights", default="bfloat16" if cuda else "float32", help="of measuring")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the longest window")
+    parser.add_argument(
+        "--lengths", default="", help="tokens to measure at (default: --length, half, a quarter)"
+    )
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=0, help="0: the stage's own number")
     parser.add_argument("--batch", type=int, default=1, help="windows per step of training")

@@ -18,7 +18,8 @@ ORACLES = {"adapter": "oracle:threshold", "adapter:fixed": "oracle"}
 def report() -> None:
     """Gathers results, adapters and the plot where they are committed, and prints the bars.
 
-    What was measured anew replaces the committed row of the same cell, and nothing else.
+    What was measured anew replaces the committed row of the same cell, and nothing else. Rows at
+    sparsities that leave nothing to choose say nothing and are left out.
     """
     from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
 
@@ -31,6 +32,7 @@ def report() -> None:
         before.get("rows", []), [row for file in files for row in read_lines(file)],
         ("text", "length", "block_size", "method", "sparsity"),
     )  # fmt: skip
+    rows = [r for r in rows if r["sparsity"] <= most_sparse(r["length"], r["block_size"])]
     tuned = merged(
         before.get("tuned", []), read_lines(RUNS / "evaluate-tuned.jsonl"),
         ("run", "text", "length"),
@@ -77,6 +79,15 @@ def portable(value: Any) -> Any:
         parts = Path(value).parts
         return "/".join(parts[parts.index(".cache") :])
     return value
+
+
+def most_sparse(length: int, block_size: int) -> float:
+    """The sparsity at which rows read their own block and the first one alone.
+
+    Above it there is nothing to choose: all methods are the same one.
+    """
+    blocks = length // block_size
+    return 1 - (2 * blocks - 1) / (blocks * (blocks + 1) / 2)
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,3 +122,18 @@ def test_what_was_not_measured_is_not_written(report: ModuleType, tmp_path: Path
     nothing = float("nan")
     pretrained.append(tmp_path / "x.jsonl", {"a": 1, "b": nothing, "dense": {"c": nothing, "d": 2}})
     assert report.read_lines(tmp_path / "x.jsonl") == [{"a": 1, "dense": {"d": 2}}]
+
+
+def test_cells_without_anything_to_choose_are_left_out(report: ModuleType) -> None:
+    # 32 blocks: the first row reads one, the other 31 their own and the first, of 528 tiles.
+    assert report.most_sparse(2048, 64) == pytest.approx(1 - 63 / 528)
+    write(report.RUNS / "evaluate-64.jsonl", [row("oracle", 2.0, length=2048), row("oracle", 1.1)])
+    report.report()
+    rows = json.loads((report.RESULTS / "results.json").read_text())["rows"]
+    assert [r["length"] for r in rows] == [8192]
+    pretrained = importlib.import_module("pretrained")
+    options = SimpleNamespace(length=8192, lengths="2048,4096", block_size=64, floor=0.0)
+    cells = {(length, sparsity) for _, length, _, sparsity in pretrained.plan(options)}
+    assert cells == {
+        (4096, 0.9), (4096, 0.8), (4096, 0.7), (4096, 0.5), (2048, 0.8), (2048, 0.7), (2048, 0.5),
+    }  # fmt: skip
