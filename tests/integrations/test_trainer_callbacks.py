@@ -134,6 +134,9 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
             def on_step_end(self, *args: Any, **others: Any) -> None:
                 spy.note()
 
+            def on_log(self, *args: Any, logs: dict[str, float], **others: Any) -> None:
+                shown.append(logs)
+
         arguments = transformers.TrainingArguments(
             str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, save_steps=3, logging_steps=1, report_to=[],
@@ -147,8 +150,12 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=resume)
         return model, spy.seen, trainer
 
+    shown: list[dict[str, float]] = []
     whole, seen, trainer = run(6, False)
     assert seen == EXPECTED[:6]
+    # What callbacks such as TensorBoard's show.
+    temperatures = [line["sparsity/temperature"] for line in shown if "loss" in line]
+    assert temperatures == pytest.approx([temperature for temperature, _ in EXPECTED[:6]])
     logged = [line for line in trainer.state.log_history if "sparsity/layer" in line]
     assert logged[-1]["sparsity/temperature"] == pytest.approx(EXPECTED[5][0])
     assert not whole.layer.observers

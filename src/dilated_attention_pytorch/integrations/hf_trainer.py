@@ -20,15 +20,18 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
     """Anneals the adaptive layers of a model that the Hugging Face ``Trainer`` trains.
 
     Resuming needs nothing: the schedules follow the trainer's own count of steps. Metrics join
-    the lines of ``trainer.state.log_history`` and, if given, a TensorBoard writer.
+    the lines of ``trainer.state.log_history`` and what the callbacks behind this one log: as those
+    that ``report_to`` names come first, list them here with ``report_to="none"``.
 
     Args:
         trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training.
         every: Steps between two measurements.
-        writer: Such as ``torch.utils.tensorboard.SummaryWriter``.
+        writer: Gets every measurement at its own step, whenever the trainer logs; such as
+            ``torch.utils.tensorboard.SummaryWriter``.
 
     Example:
-        ``Trainer(model, arguments, callbacks=[AdaptiveSparsityCallback()], ...).train()``
+        ``Trainer(model, arguments, callbacks=[AdaptiveSparsityCallback(), TensorBoardCallback()],
+        ...).train()``
     """
 
     def __init__(
@@ -67,11 +70,20 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
             self.monitor.step()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **others: Any,
     ) -> None:
-        """Adds the latest measurement to the trainer's own line."""
-        if self.monitor is not None and state.log_history:
+        """Adds the latest measurement to the trainer's own line and to what later callbacks log."""
+        if self.monitor is None:
+            return
+        if state.log_history:
             state.log_history[-1].update(self.monitor.latest)
+        if logs is not None:
+            logs.update(self.monitor.latest)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
