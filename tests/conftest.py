@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+import signal
 
 import hypothesis
 import torch
@@ -14,6 +15,10 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 # Without a GPU the kernels run interpreted; Triton reads this when they are imported.
 if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
     hasten_interpreter()
+
+# Shells start jobs in the background with Ctrl-C ignored, which processes of tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One process per core runs the tests; more threads than cores only wait for each other.
 torch.set_num_threads(1)

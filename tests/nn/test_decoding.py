@@ -394,8 +394,10 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", [1, 24, 37])
-def test_a_model_generates_the_same_tokens_with_and_without_a_cache(prompt: int) -> None:
+@pytest.mark.parametrize(("prompt", "new_tokens"), [(1, 70), (24, 150), (37, 70)])
+def test_a_model_generates_the_same_tokens_with_and_without_a_cache(
+    prompt: int, new_tokens: int
+) -> None:
     torch.manual_seed(prompt)
     blocks = [Block("past", seed) for seed in range(3)]
     table, other = (torch.randn(50, HEADS * DIM).double() for _ in range(2))
@@ -408,12 +410,12 @@ def test_a_model_generates_the_same_tokens_with_and_without_a_cache(prompt: int)
         return (x[:, -1] @ other.T).argmax(-1)
 
     uncached = text
-    for _ in range(150):
+    for _ in range(new_tokens):
         uncached = torch.cat([uncached, full(uncached)[:, None]], 1)
     states = [SelectorState() for _ in blocks]
     caches: list[list[Tensor]] = [[] for _ in blocks]
     cached, new = text, text
-    for step in range(150):
+    for step in range(new_tokens):
         x = table[new]
         for block, state, cache in zip(blocks, states, caches, strict=True):
             q, *kv = block.project(x)

@@ -29,7 +29,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    x, y = drawn(2, 70, 4, 16, seed=0), drawn(2, 70, 2, 16, seed=1)
+    x, y = drawn(2, 45, 4, 16, seed=0), drawn(2, 45, 2, 16, seed=1)
     return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
 
 
@@ -38,9 +38,9 @@ def tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 def test_the_gradients_are_the_sum_of_both(past: bool, padded: bool) -> None:
     x, y = tokens()
     u = [drawn(4, 16, seed=2).requires_grad_(), drawn(2, 16, seed=3).requires_grad_()]
-    valid = (drawn(2, 70, seed=4) < 0.5, drawn(2, 70, seed=5) < 0.5) if padded else (None, None)
+    valid = (drawn(2, 45, seed=4) < 0.5, drawn(2, 45, seed=5) < 0.5) if padded else (None, None)
     # Attention's gradient may come in any layout.
-    more = drawn(2, 4, 70, 16, seed=6).transpose(1, 2), drawn(2, 70, 2, 16, seed=7)
+    more = drawn(2, 4, 45, 16, seed=6).transpose(1, 2), drawn(2, 45, 2, 16, seed=7)
     found, wanted = [], []
     for passing in (True, False):
         a, b = x, y
