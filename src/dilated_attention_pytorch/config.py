@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
 SCORERS = ("bilinear", "mlp", "prototypes", "low_rank")
@@ -21,7 +23,8 @@ class AdaptiveConfig:
 
     Attributes:
         base_sparsity: Mean sparsity to meet, in [0, 1): 1 - tiles computed / tiles that dense
-            attention under the same mask would compute.
+            attention under the same mask would compute. 0 keeps every candidate. In training the
+            blocks of ``num_explore_blocks`` are read on top.
         temperature: Scale of the Gumbel noise on the ranking while training, > 0; the value
             that annealing starts from.
         learnable_temperature: Learn a factor on the temperature (one number per layer, starting
@@ -58,7 +61,8 @@ class AdaptiveConfig:
         query_stride: Every so many queries of a block are scored by ``scorer="low_rank"``. It must
             divide ``block_size``.
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
-            see, from half of the base share (repetition) to one and a half (unrelated content);
+            see, from half of the base share (repetition) to one and a half (unrelated content), all
+            of it at a base sparsity of 0;
             ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
             ``top_p`` of the softmaxed score; ``"threshold"``: the blocks whose softmaxed score
             reaches a threshold that a calibration finds; heads and rows with spread-out attention
@@ -74,7 +78,9 @@ class AdaptiveConfig:
         num_local_blocks: Blocks next to the diagonal that are always read, besides the diagonal
             block itself; before it when causal, on both sides otherwise.
         num_sink_blocks: Blocks at the start of the sequence that are always read.
-        num_explore_blocks: Uniformly random extra blocks per row while training.
+        num_explore_blocks: Uniformly random extra blocks per row while training, on top of the
+            budget and at every temperature: of short sequences they are a large share (two of 16
+            blocks an eighth).
         query_scope: What a query block's summary sees when causal. ``"block"``: all its tokens,
             so that the *choice* of blocks (never a value) may depend on later tokens of the same
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
@@ -134,7 +140,8 @@ class AdaptiveConfig:
         object.__setattr__(self, "pooling", tuple(self.pooling))
         if not isinstance(self.hierarchy, list | tuple):
             raise TypeError(f"hierarchy must be a sequence of ints, got {self.hierarchy!r}.")
-        object.__setattr__(self, "hierarchy", tuple(self.hierarchy))
+        hierarchy = tuple(as_int("an entry of hierarchy", size) for size in self.hierarchy)
+        object.__setattr__(self, "hierarchy", hierarchy)
         _check_types(self)
         _check_ranges(self)
         _check_hierarchy(self)
@@ -206,13 +213,13 @@ def _check_types(config: AdaptiveConfig) -> None:
         if field.type in ("int", "int | None"):
             if value is None and field.type == "int | None":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{field.name} must be an int, got {value!r}.")
+            object.__setattr__(config, field.name, as_int(field.name, value))
         if field.type == "float":
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{field.name} must be a number, got {value!r}.")
             if not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, got {value}.")
+            object.__setattr__(config, field.name, float(value))
         if field.type == "str" and not isinstance(value, str):
             raise TypeError(f"{field.name} must be a string, got {value!r}.")
 
@@ -251,11 +258,8 @@ def _check_ranges(config: AdaptiveConfig) -> None:
 
 
 def _check_hierarchy(config: AdaptiveConfig) -> None:
-    for size in config.hierarchy:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"hierarchy must hold ints, got {config.hierarchy!r}.")
-        if size < 2:
-            raise ValueError(f"hierarchy must hold sizes of at least 2, got {config.hierarchy}.")
+    if any(size < 2 for size in config.hierarchy):
+        raise ValueError(f"hierarchy must hold sizes of at least 2, got {config.hierarchy}.")
     if config.hierarchy and config.estimator != "mass":
         raise ValueError(
             f"hierarchy needs estimator='mass', which trains its scorers; got {config.estimator!r}."
@@ -270,6 +274,20 @@ def _check_hierarchy(config: AdaptiveConfig) -> None:
             "hierarchy needs budget='adaptive' or 'fixed': a share of all scores is not known "
             f"where not all blocks are scored; got {config.budget!r}."
         )
+
+
+def as_int(name: str, value: SupportsIndex) -> int:
+    """An integer of any kind, NumPy's too, as an int.
+
+    Raises:
+        TypeError: If it is none, or a bool.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}.") from None
 
 
 def check_sparsity(name: str, value: float) -> None:

@@ -11,6 +11,7 @@ from dilated_attention_pytorch import (
     BlockSparseFixed,
     create_adaptive_block_sparse,
 )
+from dilated_attention_pytorch.models.transformer import DenseAttention
 from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
 
 
@@ -32,6 +33,32 @@ def test_sparsity_follows_content(causal, segments, content, expected):
     assert info["sparsity"].shape == (1, 12)
     assert len(info["patterns"]) == 12
     assert (info["sparsity"] - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("scope", ["block", "past"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("content", ["ones", "rand", "zeros"])
+def test_nothing_is_left_out_at_sparsity_zero(content, causal, scope):
+    """Whatever the content; a warm-up from dense begins with dense attention."""
+    x = getattr(torch, content)(2, 300, 4, 16)
+    dense = DenseAttention()(x, x, x, is_causal=causal)
+    layer = small(query_scope=scope)
+    AdaptiveSparsityTrainer(layer, dense_steps=2, sparsity_warmup_steps=2)
+    for ready in (small(base_sparsity=0.0, query_scope=scope), layer):
+        for mode in (True, False):
+            ready.train(mode)
+            out, info = ready(x, x, x, is_causal=causal, return_pattern=True)
+            assert (info["sparsity"] == 0).all()
+            torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
+        assert float(ready.get_sparsity_loss()) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 4, 16), (2, 0, 4, 16)])
+def test_an_empty_input_trains(shape):
+    for layer in (small(), small(hard_sparsity=True), small(hierarchy=(2,), budget="fixed")):
+        x = torch.randn(*shape, requires_grad=True)
+        layer(x, x, x, is_causal=True).sum().backward()
+        assert x.grad.shape == shape
 
 
 def test_repeated_half_is_sparser():

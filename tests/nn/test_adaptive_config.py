@@ -7,6 +7,7 @@ import io
 import itertools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -411,3 +412,37 @@ def test_the_bound_without_looking_at_values_is_never_exceeded(
         wanted = row_budgets(layer, inputs, scores, means)
         count = (wanted - inputs.candidates.forced.sum(-1)).clamp(min=0)
         assert scored_bound(layer, inputs, count.to("meta")) >= int(count.max())
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
+    config = AdaptiveConfig(
+        base_sparsity=numpy.float32(0.5), block_size=numpy.int64(16), hierarchy=(numpy.int64(2),)
+    )
+    assert config == AdaptiveConfig(base_sparsity=0.5, block_size=16, hierarchy=(2,))
+    assert all(
+        type(config.to_dict()[name]) in (int, float) for name in ("base_sparsity", "block_size")
+    )
+    layer = BlockSparseAdaptive([numpy.int64(64)], [numpy.int64(1)], numpy.int64(2), 8)
+    assert layer.segment_lengths == (64,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((2048, 1), "segment_lengths must be a list of integers"),
+        (([64.0], [1]), "an entry of segment_lengths must be an int, got 64.0"),
+        (([64], [True]), "an entry of dilation_rates must be an int, got True"),
+        ((None, None, 8.0), "num_heads must be an int, got 8.0"),
+        ((None, None, 8, 768 / 12), "head_dim must be an int, got 64.0"),
+    ],
+)
+def test_sizes_that_are_no_integers_are_named(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        BlockSparseAdaptive(*arguments)
+
+
+def test_a_temperature_is_positive_and_finite() -> None:
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="positive, finite temperature"):
+            BlockSparseAdaptive(num_heads=1, head_dim=8).set_temperature(value)

@@ -104,7 +104,8 @@ def test_a_warm_up_from_dense_takes_few_graphs():
     for step in range(10):
         layer.set_base_sparsity(0.1 * step)
         compiled(*inputs, is_causal=True)
-    assert graphs() <= 4
+    # One of them for a sparsity of 0, where content has no say.
+    assert graphs() <= 5
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
                         {"is_causal": True}),
     "past, not causal": (PAST, (None, None), {}),
     "cross": ({}, (None, None), {"cross_attention": True}),
+    "everything": ({"base_sparsity": 0.0}, (None, None), {"is_causal": True}),
+    "past, everything": ({**PAST, "base_sparsity": 0.0}, LATTICE, {"is_causal": True}),
 }  # fmt: skip
 
 

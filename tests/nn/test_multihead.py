@@ -350,3 +350,9 @@ X = torch.zeros(2, 20, DIM)
 def test_bad_input(error: type[Exception], match: str, changes: dict) -> None:
     with pytest.raises(error, match=match):
         make()(**{"query": X, "key": X, "value": X, **changes})
+
+
+def test_the_sparsity_loss_is_the_layers() -> None:
+    layer, x = make(AdaptiveConfig(block_size=16)), torch.randn(1, 128, DIM)
+    layer(x, x, x)
+    assert torch.equal(layer.get_sparsity_loss(), layer.attention.get_sparsity_loss())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,3 +131,19 @@ def test_gradients_equal_the_loop(names: tuple[str, ...], length: int) -> None:
     expected = torch.stack(rows).view(got.shape)
     grads = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"block_size": 0}, ValueError, "block_size must be positive"),
+        ({"pooling": "mean"}, TypeError, "pooling must be a sequence"),
+        ({"pooling": ("median",)}, ValueError, "pooling must name"),
+        ({"x": torch.ones(2, 3, 4)}, ValueError, r"x must have shape .* got \(2, 3, 4\)"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        block_summaries(**{"x": torch.ones(1, 8, 2, 4), **arguments})

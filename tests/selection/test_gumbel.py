@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -122,3 +123,26 @@ def test_bad_arguments(name: str, options: dict) -> None:
 def test_integer_scores() -> None:
     with pytest.raises(TypeError, match="scores"):
         gumbel_softmax_topk(torch.zeros(8, dtype=torch.int64), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"k": 6}, ValueError, r"k must lie in \[0, 5\]"),
+        ({"k": torch.tensor([1, 9])}, ValueError, r"k must lie in \[0, 5\].* got 1 to 9"),
+        ({"k": torch.tensor([-1, 2])}, ValueError, "got -1 to 2"),
+        ({"k": torch.tensor([1, 2, 3])}, ValueError, "one entry per row"),
+        ({"k": torch.tensor([1.0, 2.0])}, TypeError, "k must hold integers"),
+        ({"k": 2.0}, TypeError, "k must be an int"),
+        ({"k": True}, TypeError, "k must be an int"),
+        ({"k": 2, "temperature": 0}, ValueError, "temperature"),
+        ({"k": 2, "allowed": torch.ones(5)}, TypeError, "allowed must hold booleans"),
+        ({"k": 2, "scores": [1.0, 2.0]}, TypeError, "scores must be a floating-point tensor"),
+        ({"k": 2, "scores": torch.ones(2, 5).int()}, TypeError, "scores must be"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        gumbel_softmax_topk(**{"scores": torch.zeros(2, 5), **arguments})

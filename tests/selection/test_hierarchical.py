@@ -184,7 +184,7 @@ def test_coarse_scorers_learn_which_super_block_is_needed() -> None:
     ("settings", "error", "words"),
     [
         ({"hierarchy": (1,)}, ValueError, "at least 2"),
-        ({"hierarchy": (2.0,)}, TypeError, "hold ints"),
+        ({"hierarchy": (2.0,)}, TypeError, "an entry of hierarchy must be an int"),
         ({"hierarchy": 4}, TypeError, "sequence of ints"),
         ({"hierarchy": (4,), "estimator": "gumbel"}, ValueError, "estimator='mass'"),
         ({"hierarchy": (4,), "budget": "top_p"}, ValueError, "top_p"),

@@ -131,6 +131,10 @@ def test_resume_is_exact() -> None:
     for bad in ({}, {**state, "extra": 1}):
         with pytest.raises(ValueError, match="state"):
             resumed.load_state_dict(bad)
+    before = resumed.state_dict()
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        resumed.load_state_dict({**state, "current_step": 9, "schedule": "sudden"})
+    assert resumed.state_dict() == before
 
 
 def test_a_model_can_come_later() -> None:
@@ -144,6 +148,22 @@ def test_a_model_can_come_later() -> None:
     trainer.attach(layer)
     assert layer.temperature.item() == pytest.approx(0.55)
     assert trainer.step() == pytest.approx(0.325)
+
+
+def test_batches_that_do_not_fit_the_model_are_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = make()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.layer(inputs, inputs, inputs)
+
+    trainer, x = AdaptiveSparsityTrainer(Model()), torch.randn(3, 64, 2, 8)
+    for batch, words in (((x, torch.ones(3)), "2 entries"), ({"x": x}, r"\['x'\]")):
+        with pytest.raises(TypeError, match=rf"Model.forward\(inputs.*holds {words}.*labels"):
+            trainer.analyze_patterns([batch])
+    assert trainer.analyze_patterns([(x,)])["sparsity_ratios"]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "list"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -135,11 +136,29 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         batch: A tensor, a tuple or list of positional arguments, a mapping of keyword arguments,
             or an object for a model that takes one. A bare layer takes one tensor as query,
             key and value.
+
+    Raises:
+        TypeError: If the model cannot be called with so many arguments, or not by these names.
     """
     if isinstance(batch, Mapping):
+        _check_call(model, (), dict(batch))
         return model(**batch)
     if isinstance(batch, tuple | list):
+        _check_call(model, tuple(batch), {})
         return model(*batch)
     if isinstance(model, BlockSparseLayer) and isinstance(batch, Tensor):
         return model(batch, batch, batch)
     return model(batch)
+
+
+def _check_call(model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError as error:
+        holds = sorted(named) if named else f"{len(arguments)} entries"
+        raise TypeError(
+            f"a batch must hold what {type(model).__name__}.forward{signature} is called with, but "
+            f"holds {holds} ({error}). Give a loader without labels and the like, such as "
+            "((inputs,) for inputs, labels in loader)."
+        ) from None

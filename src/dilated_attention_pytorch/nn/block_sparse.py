@@ -18,6 +18,7 @@ from dilated_attention_pytorch.candidates import (
     list_candidates,
     row_ranges,
 )
+from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.replay import ReplayGuard
@@ -389,14 +390,15 @@ def check_heads(num_heads: int, head_dim: int, num_kv_heads: int | None) -> int:
     """Checks head counts and returns ``num_kv_heads``.
 
     Raises:
+        TypeError: If one is no integer.
         ValueError: If a count is not positive or does not divide.
     """
     for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
-        if value < 1:
+        if as_int(name, value) < 1:
             raise ValueError(f"{name} must be positive, got {value}.")
     if num_kv_heads is None:
         return num_heads
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if as_int("num_kv_heads", num_kv_heads) < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}.")
     return num_kv_heads
 
@@ -417,16 +419,20 @@ def check_segments(
             "segment_lengths and dilation_rates must be given together (or both None), got "
             f"{segment_lengths} and {dilation_rates}."
         )
-    lengths, rates = tuple(segment_lengths), tuple(dilation_rates)
+    for name, given in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(
+                f"{name} must be a list of integers, one per dilation group, got {given!r} "
+                "(num_heads and head_dim come behind them: name them)."
+            )
+    lengths = tuple(as_int("an entry of segment_lengths", x) for x in segment_lengths)
+    rates = tuple(as_int("an entry of dilation_rates", x) for x in dilation_rates)
     if len(lengths) != len(rates) or not lengths:
         raise ValueError(
             "segment_lengths and dilation_rates must have one entry for each group, got "
             f"{len(lengths)} and {len(rates)}: {list(lengths)} and {list(rates)}."
         )
     for name, values in (("segment_lengths", lengths), ("dilation_rates", rates)):
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must hold integers, got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {list(values)}.")
+        if min(values) < 1:
+            raise ValueError(f"{name} must be positive, got {list(values)}.")
     return lengths, rates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.config import AdaptiveConfig, as_int
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 
 
@@ -39,6 +39,7 @@ def create_adaptive_block_sparse(
         >>> layer.head_dim
         64
     """
+    embed_dim, num_heads = as_int("embed_dim", embed_dim), as_int("num_heads", num_heads)
     if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
         raise ValueError(
             f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}."

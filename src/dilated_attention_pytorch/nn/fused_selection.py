@@ -140,7 +140,7 @@ def allot_budget(
         layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows, None)
         return None
     means = gain = offset = None
-    if config.budget == "adaptive":
+    if config.budget == "adaptive" and not layer.keeps_all:
         gain, offset = layer.budget_gain, layer.budget_offset
         if keys is not None and "mean" in config.pooling:
             start = config.pooling.index("mean") * layer.head_dim

@@ -213,6 +213,10 @@ class MultiheadAdaptiveAttention(nn.Module):
             return out[0], info
         return (out if self.batch_first else out.transpose(0, 1)), info
 
+    def get_sparsity_loss(self) -> Tensor:
+        """That of the layer inside: :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
+        return self.attention.get_sparsity_loss()
+
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
         return (

@@ -101,7 +101,8 @@ def row_budgets(
     else:
         keep = (1 - layer.base_sparsity).expand(shape)
         if config.budget == "adaptive":
-            keep = (keep * budget_factor(layer, rows, key_means, inputs.mask.causal)).clamp(max=1)
+            factor = budget_factor(layer, rows, key_means, inputs.mask.causal)
+            keep = layer.share_by_content(keep, factor)
         if layer.looks_back(inputs.mask):
             exact, rounded = running_budget(keep, forced, limit, rows)
             layer.record_density(exact, rows, None)

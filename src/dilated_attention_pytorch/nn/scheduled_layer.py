@@ -6,6 +6,7 @@ their precision when the layer moves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -62,9 +63,13 @@ class ScheduledLayer(ScoringLayer):
         return (self.temperature * self.temperature_factor()).clamp(min=self.config.min_temperature)
 
     def set_temperature(self, value: float) -> None:
-        """Sets the scheduled temperature; :class:`AdaptiveSparsityTrainer` calls it."""
-        if not value > 0:
-            raise ValueError(f"value must be a positive temperature, got {value}.")
+        """Sets the scheduled temperature; :class:`AdaptiveSparsityTrainer` calls it.
+
+        Raises:
+            ValueError: If it is not positive and finite.
+        """
+        if not 0 < value < math.inf:
+            raise ValueError(f"value must be a positive, finite temperature, got {value}.")
         self.temperature.fill_(value)
 
     def set_base_sparsity(self, value: float) -> None:
@@ -90,6 +95,15 @@ class ScheduledLayer(ScoringLayer):
         # that seldom moves; a float that moves would become a symbol, and sizes with it.
         self.halvings = halvings(share)
         self.keeps_all = share == 1
+
+    def share_by_content(self, keep: Tensor, factor: Tensor) -> Tensor:
+        """The base budget's share times the rows' own factors; all of it where nothing is left out.
+
+        Args:
+            keep: ``1 - base_sparsity``, ``(b, h, i)``.
+            factor: By content, likewise.
+        """
+        return keep if self.keeps_all else (keep * factor).clamp(max=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         names = ["temperature", "base_sparsity", "top_p"]

@@ -42,13 +42,23 @@ def block_summaries(
         zeros.
 
     Raises:
-        ValueError: If a pooling is unknown, or ``"attention"`` comes without ``pool_query``.
+        TypeError: If ``pooling`` is one name instead of a sequence.
+        ValueError: If a pooling is unknown, ``"attention"`` comes without ``pool_query``,
+            ``block_size`` is not positive, or ``x`` has other dimensions.
 
     Example:
         >>> import torch
         >>> block_summaries(torch.randn(2, 100, 4, 8), 64).shape
         torch.Size([2, 2, 4, 16])
     """
+    if isinstance(pooling, str):
+        raise TypeError(f"pooling must be a sequence of names, got {pooling!r}: ({pooling!r},).")
+    if x.dim() != 4:
+        raise ValueError(
+            f"x must have shape (batch, seq_len, num_heads, head_dim), got {tuple(x.shape)}."
+        )
+    if block_size < 1:
+        raise ValueError(f"block_size must be positive, got {block_size}.")
     unknown = [name for name in pooling if name not in POOLINGS]
     if unknown or not pooling:
         raise ValueError(f"pooling must name one or more of {POOLINGS}, got {tuple(pooling)}.")

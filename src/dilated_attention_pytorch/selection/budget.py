@@ -44,6 +44,8 @@ def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = F
     than the row's own block a, clipped to [0, 1]: 0 for repetition, about 1 for unrelated content.
     Without a diagonal (cross-attention) a runs over all visible blocks: the mean over pairs.
     Linear in the number of blocks (prefix sums); a causal row sees only its past. No gradient.
+    What all keys have in common, such as a bias or the mean of positive inputs, makes them alike;
+    blocks of zeros have no direction and count as unrelated.
 
     Args:
         key_means: ``(batch, j, num_kv_heads, head_dim)``: mean-pooled key blocks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -86,28 +87,26 @@ def gumbel_softmax_topk(
         per row; relaxed weights sum to at most that.
 
     Raises:
-        TypeError: If ``scores`` is not floating point.
-        ValueError: If k or the temperature is out of range.
+        TypeError: If ``scores`` is not floating point, ``k`` no integers, or ``allowed`` no
+            booleans.
+        ValueError: If shapes do not fit, or k (an int; a tensor on the CPU) or the temperature is
+            out of range.
 
     Example:
         >>> import torch
         >>> gumbel_softmax_topk(torch.randn(4, 10), k=3).sum(-1)
         tensor([3., 3., 3., 3.])
     """
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {scores.dtype}.")
-    columns = scores.shape[-1]
-    if isinstance(k, int):
-        if not 0 <= k <= columns:
-            raise ValueError(f"k must lie in [0, {columns}] (the columns of scores), got {k}.")
-        most = k
-        k = torch.full(scores.shape[:-1], k, device=scores.device)
-    else:
-        most = columns
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.dim():
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores must be a floating-point tensor (..., columns), got {got}.")
+    k, most = _columns_per_row(k, scores)
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if allowed is None:
         allowed = torch.ones_like(scores, dtype=torch.bool)
+    elif allowed.dtype != torch.bool:
+        raise TypeError(f"allowed must hold booleans, got {allowed.dtype}.")
     allowed = allowed.expand(scores.shape)
     k = torch.minimum(k, allowed.sum(-1))
     logits = scores + gumbel_noise(scores, generator).to(scores.dtype) if noise else scores
@@ -117,3 +116,27 @@ def gumbel_softmax_topk(
     chosen = choose_top_k(logits, allowed, k, most).to(scores.dtype)
     # Written so that the value is exactly 0 or 1.
     return chosen + (soft - soft.detach())
+
+
+def _columns_per_row(k: int | Tensor, scores: Tensor) -> tuple[Tensor, int]:
+    """k for every row, and the most that any of them has."""
+    rows, columns = scores.shape[:-1], scores.shape[-1]
+    if not isinstance(k, Tensor):
+        k = as_int("k", k)
+        if not 0 <= k <= columns:
+            raise ValueError(f"k must lie in [0, {columns}] (the columns of scores), got {k}.")
+        return torch.full(rows, k, device=scores.device), k
+    if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
+        raise TypeError(f"k must hold integers, got {k.dtype}.")
+    if k.shape != rows:
+        raise ValueError(
+            f"k must have one entry per row of scores, shape {tuple(rows)}, got {tuple(k.shape)}."
+        )
+    # Reading values of a GPU would wait for all work before.
+    if k.device.type == "cpu" and not torch.compiler.is_compiling() and k.numel():
+        low, high = int(k.min()), int(k.max())
+        if low < 0 or high > columns:
+            raise ValueError(
+                f"k must lie in [0, {columns}] (the columns of scores), got {low} to {high}."
+            )
+    return k, columns

@@ -40,14 +40,14 @@ def coarse_summaries(summaries: Tensor, size: int, pooling: Sequence[str]) -> Te
     for name, part in zip(pooling, summaries.chunk(len(pooling), -1), strict=True):
         fill = {"max": -torch.inf, "min": torch.inf}.get(name, 0.0)
         tiles = F.pad(part, (0, 0, 0, 0, 0, pad), value=fill)
-        tiles = tiles.reshape(batch, groups, size, heads, -1)
+        tiles = tiles.reshape(batch, groups, size, heads, part.shape[-1])
         if name == "max":
             parts.append(tiles.amax(2))
         elif name == "min":
             parts.append(tiles.amin(2))
         else:
             count = torch.full((groups, 1, 1), size, device=part.device, dtype=part.dtype)
-            count[-1] = size - pad
+            count[-1:] = size - pad
             parts.append(tiles.sum(2) / count)
     return torch.cat(parts, -1)
 

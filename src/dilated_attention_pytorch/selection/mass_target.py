@@ -53,6 +53,8 @@ class _MassTarget(torch.autograd.Function):
 
 def mass_target_gradient(scores: Tensor, scored: Tensor, mass: Tensor, weight: float) -> Tensor:
     """The gradient of :func:`mass_target_probe`'s formula; ``weight`` is λ / R."""
+    if not scores.numel():
+        return torch.zeros_like(scores)
     mass = mass.float().masked_fill(~scored, 0)
     target = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     # Not -inf: a row without scored tiles must not become NaN.

@@ -77,8 +77,7 @@ class AdaptiveSparsityTrainer:
         ):
             if count < 0:
                 raise ValueError(f"{name} must not be negative, got {count}.")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}.")
+        _check_schedule(schedule)
         check_sparsity("initial_sparsity", initial_sparsity)
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.annealing_steps, self.schedule = annealing_steps, schedule
@@ -154,11 +153,12 @@ class AdaptiveSparsityTrainer:
         """Goes on from :meth:`state_dict`'s result.
 
         Raises:
-            ValueError: If keys are missing or unknown.
+            ValueError: If keys are missing or unknown, or the schedule is unknown.
         """
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"state must hold exactly {sorted(expected)}, got {sorted(state)}.")
+        _check_schedule(state["schedule"])
         for name, value in state.items():
             setattr(self, name, value)
         if self.model is not None:
@@ -213,6 +213,11 @@ class AdaptiveSparsityTrainer:
             layer.set_temperature(self.temperature)
             if self.sparsity_warmup_steps or self.dense_steps:
                 layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity))
+
+
+def _check_schedule(schedule: str) -> None:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}.")
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:

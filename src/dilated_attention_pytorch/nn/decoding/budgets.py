@@ -60,7 +60,7 @@ def row_budget(
     keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
     if complexity is not None:
         factor = factor_of(layer, complexity)
-        keep = (keep * factor).clamp(max=1)
+        keep = layer.share_by_content(keep, factor)
         if config.query_scope == "block":
             row.put(memory.factors, 0, factor)
     if config.query_scope == "past":
@@ -92,7 +92,7 @@ def _level_budget(
     heads = layer.pattern_heads
     keep = (1 - layer.base_sparsity).expand(rows.end.shape[0], heads, blocks)
     if layer.config.budget == "adaptive":
-        keep = (keep * memory.factors[:, :, 1 : blocks + 1]).clamp(max=1)
+        keep = layer.share_by_content(keep, memory.factors[:, :, 1 : blocks + 1])
     exact = water_level_budget(keep, forced, limit, rows, width)
     return _newest(row, round_budget(exact, rows), heads)
 

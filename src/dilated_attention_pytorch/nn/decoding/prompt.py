@@ -97,7 +97,7 @@ def remember(
         factor = budget_factor(layer, rows, means, causal=True)
         if layer.config.query_scope == "block":
             memory.factors[:, :, 1 : blocks + 1] = factor
-        keep = (keep * factor).clamp(max=1)
+        keep = layer.share_by_content(keep, factor)
     if runs_a_budget(layer):
         forced, limit = room(layer, rows, blocks)
         units = share_units(keep, rows.num_allowed, limit)
