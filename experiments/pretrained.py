@@ -36,7 +36,8 @@ from typing import Any
 
 import torch
 
-from pretrained_report import most_sparse, read_lines, report
+from dilated_attention_pytorch.selection.bounds import most_sparse
+from pretrained_report import read_lines, report
 from pretrained_texts import (
     MEASURED_ON,
     MODEL,
@@ -237,7 +238,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
         for lengths, sparsities in grid
         for length in lengths
         for sparsity in sparsities
-        if sparsity <= most_sparse(length, options.block_size)
+        if sparsity <= most_sparse(length, options.block_size, 1, 0)
         for method in every
         for text in MEASURED_ON
     ]

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.selection.bounds import most_sparse
 from pretrained_texts import MEASURED_ON, RUNS
 
 RESULTS = Path(__file__).parent / "results" / "pretrained"
@@ -32,7 +33,7 @@ def report() -> None:
         before.get("rows", []), [row for file in files for row in read_lines(file)],
         ("text", "length", "block_size", "method", "sparsity"),
     )  # fmt: skip
-    rows = [r for r in rows if r["sparsity"] <= most_sparse(r["length"], r["block_size"])]
+    rows = [r for r in rows if r["sparsity"] <= most_sparse(r["length"], r["block_size"], 1, 0)]
     tuned = merged(
         before.get("tuned", []), read_lines(RUNS / "evaluate-tuned.jsonl"),
         ("run", "text", "length"),
@@ -79,15 +80,6 @@ def portable(value: Any) -> Any:
         parts = Path(value).parts
         return "/".join(parts[parts.index(".cache") :])
     return value
-
-
-def most_sparse(length: int, block_size: int) -> float:
-    """The sparsity at which rows read their own block and the first one alone.
-
-    Above it there is nothing to choose: all methods are the same one.
-    """
-    blocks = length // block_size
-    return 1 - (2 * blocks - 1) / (blocks * (blocks + 1) / 2)
 
 
 def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def test_what_was_not_measured_is_not_written(report: ModuleType, tmp_path: Path
 
 def test_cells_without_anything_to_choose_are_left_out(report: ModuleType) -> None:
     # 32 blocks: the first row reads one, the other 31 their own and the first, of 528 tiles.
-    assert report.most_sparse(2048, 64) == pytest.approx(1 - 63 / 528)
+    assert report.most_sparse(2048, 64, 1, 0) == pytest.approx(1 - 63 / 528)
     write(report.RUNS / "evaluate-64.jsonl", [row("oracle", 2.0, length=2048), row("oracle", 1.1)])
     report.report()
     rows = json.loads((report.RESULTS / "results.json").read_text())["rows"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_model
 
 pytest.importorskip("rich", reason="needs the extra [cli]")
 pytest.importorskip("transformers", reason="needs the extra [hf]")
@@ -183,8 +183,6 @@ def test_errors_say_what_to_do(
     found = refused(capsys, ["evaluate", *folder, "--text", str(short)], 1)
     assert "too little text: short" in found
     assert "no such text" in refused(capsys, ["distill", *folder, "--text", "nowhere", *out], 1)
-    missing = ["--model", str(tmp_path / "nothing")]
-    assert "no tokenizer" in refused(capsys, ["distill", *missing, *text, *out, *DISTILL], 1)
     other = save_tiny(tmp_path / "other", num_hidden_layers=3)
     evaluate = ["evaluate", "--text", str(texts / "a.txt"), "--lengths", "256"]
     found = refused(
@@ -244,3 +242,62 @@ def test_defaults_shown_are_those_of_the_dataclasses() -> None:
     shown = AdaptiveConfig(**SELECTOR_DEFAULTS)
     for name in SELECTOR_DEFAULTS:
         assert getattr(shown, name) == getattr(distilled_config(), name), name
+
+
+def test_a_model_that_is_not_there_is_named_at_once(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--text", str(texts / "a.txt")]
+    (tmp_path / "empty").mkdir()
+    commands = (
+        ["distill", "--out", str(tmp_path / "out"), *text],
+        ["tune", "--out", str(tmp_path / "out"), *text],
+        ["evaluate", *EVALUATE, str(texts / "a.txt")],
+        ["allot", "--adapter", "a", "--out", str(tmp_path / "out"), *text],
+    )
+    for command in commands:
+        for place, why in (("nowhere", "no such folder"), ("empty", "no config.json")):
+            words = refused(capsys, [*command, "--model", str(tmp_path / place)], 2)
+            assert "--model must be the folder of a pretrained model" in words
+            assert why in words
+
+
+def test_another_models_tokenizer_is_named(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    tiny_model("llama", vocab_size=40).save_pretrained(small)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, small)
+    text, options = str(texts / "a.txt"), ["--model", str(small)]
+    for command in (
+        ["evaluate", *EVALUATE, text, "--rivals", "sink_window"],
+        ["distill", "--text", str(texts), "--out", str(tmp_path / "out"), *DISTILL],
+    ):
+        assert "the tokenizer is another model's" in refused(capsys, [*command, *options], 1)
+
+
+def test_lengths_that_leave_nothing_to_choose_are_named(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "evaluate", "--model", str(model), "--text", str(texts / "a.txt"), "--lengths", "256",
+        "--sparsities", "0.5", "0.95", "--rivals", "antidiagonal", "--windows", "1",
+        "--block-size", "32", "--depths", "-1", "--repeats", "0",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    # Eight blocks: 15 of 36 tiles are always read.
+    assert "0.95 (0.583)*" in shown.out
+    assert "0.5 (0.5" in shown.out
+    assert shown.out.count(")*") == 1
+    assert "* The blocks that are always read" in shown.out
+    # No terminal here: lines instead of a bar.
+    assert "a, 256 tokens: antidiagonal 0.5: 0 of 2" in shown.err
+    run = ["distill", "--model", str(model), "--text", str(texts), "--out", str(tmp_path), *DISTILL]
+    assert main([*run, "--base-sparsity", "0.9", "--steps", "1"]) == 0
+    words = " ".join(capsys.readouterr().err.split())
+    # As many, of 16 tokens.
+    assert "Nothing to choose at sparsity 0.9: in 128 tokens" in words
+    assert "leave out 0.58 at most" in words
+    assert "training: 1 of 1: loss" in words

@@ -174,7 +174,7 @@ def test_what_is_no_adapter_or_has_no_base(
     (other / "tokenizer.json").unlink()
     assert "no tokenizer" in refused(capsys, "report", adapter, *text, "--model", other)
     missing = ["--model", tmp_path / "missing"]
-    assert "no tokenizer" in refused(capsys, "report", adapter, *text, *missing)
+    assert "no such folder" in refused(capsys, "report", adapter, *text, *missing)
     (adapter / "selectors.safetensors").write_bytes(b"damaged")
     assert "damaged" in refused(capsys, "report", adapter, *text)
 

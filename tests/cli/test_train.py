@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,9 +51,13 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, caps
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=90)
+    output, errors = process.communicate(timeout=90)
     assert process.returncode == code, errors.decode()
     assert f"train --out {cut} --resume" in errors.decode()
+    # What was measured before the stop says when.
+    shown = output.decode()
+    assert re.search(r"held-out loss .*\(step 0\)", shown), shown
+    assert re.search(r"training loss .*\(step \d+\)", shown) or number == signal.SIGTERM, shown
     assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     for name in ("validation_loss", "training_loss", "validation_sparsity", "steps"):
@@ -164,3 +169,12 @@ def test_resume_refuses_other_settings_and_a_second_start(tmp_path, text, capsys
     assert main(["train", "--resume", "--out", out, "--steps", "9"]) == 2
     assert "steps is 2 there and 9 here" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", out, "--checkpoint-every", "3"]) == 0
+
+
+def test_a_wrong_option_shows_the_commands_own_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--wrong"])
+    assert ended.value.code == 2
+    words = capsys.readouterr().err
+    assert "usage: dilated-attention train" in words
+    assert "unrecognized arguments: --wrong" in words

@@ -210,7 +210,8 @@ def kept_mass(measures: Measures, history: History) -> Finding:
     question = "Do the kept blocks hold what dense attention would read?"
     kept = [_share(m.mass, m.kept) for m in measures]
     best = [_share(m.mass, _best(m)) for m in measures]
-    text = _by_layer(
+    # Where attention is local the own block, which is read in any case, holds most of it.
+    text = "own and forced blocks included: " + _by_layer(
         measures,
         [f"{a:.2f} (the best choice {b:.2f})" for a, b in zip(kept, best, strict=True)],
     )

@@ -17,6 +17,7 @@ from dilated_attention_pytorch.cli.interrupt import StopRequest
 from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
+    check_model_folder,
     require_transformers,
 )
 from dilated_attention_pytorch.selection.cost_shares import by_layer, unit_name
@@ -68,6 +69,7 @@ def run(parsed: argparse.Namespace) -> int:
     from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
 
     console = Console(stderr=True)
+    check_model_folder(parsed.model)
     try:
         job = AllotJob(**named_options(parsed))
     except ValueError as error:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dilated_attention_pytorch.cli.bar import ProgressBar
 from dilated_attention_pytorch.cli.demo_jobs import QUICK, DemoSize, needle_job, text_job
 from dilated_attention_pytorch.cli.demo_page import render_page
 from dilated_attention_pytorch.cli.errors import OK, CommandError
@@ -88,7 +89,7 @@ def _train(size: DemoSize, console: Console) -> dict[str, dict[str, Any]]:
         TextColumn("{task.fields[words]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with ProgressBar(*columns, console=console) as bar:
         whole = bar.add_task("all", total=sum(job.weight for job in jobs), words="")
         lines: dict[int, TaskID] = {}
 

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from dilated_attention_pytorch.cli.pretrained_command import PretrainedCommand, add_job_options
+from dilated_attention_pytorch.selection.bounds import most_sparse
 
 
 def add_parser(commands: Any) -> None:
@@ -35,6 +36,21 @@ class DistillCommand(PretrainedCommand):
     """Writes an adapter and a plot of how well it chooses."""
 
     KIND = "distill"
+
+    def about(self, loop: Any) -> str:
+        """Sizes, and whether there is anything to choose."""
+        run, words = loop.training.run, super().about(loop)
+        config, length = run.config, run.seq_len
+        limit = most_sparse(
+            length, config.block_size, config.num_sink_blocks, config.num_local_blocks
+        )
+        if config.base_sparsity > limit:
+            words += (
+                f"\nNothing to choose at sparsity {config.base_sparsity:g}: in {length:,} tokens "
+                f"the blocks that are always read leave out {limit:.2f} at most. Take smaller "
+                "blocks, longer windows or a lower sparsity."
+            )
+        return words
 
     def results(self, loop: Any) -> dict[str, str]:
         """The adapter, and the plot where matplotlib is there."""

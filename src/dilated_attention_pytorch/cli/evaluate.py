@@ -17,9 +17,15 @@ from dilated_attention_pytorch.cli.folder_command import named_options
 from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
+    check_model_folder,
     require_transformers,
 )
 from dilated_attention_pytorch.training.checkpoint import write_atomically
+
+_NO_CHOICE = (
+    "* The blocks that are always read leave out no more: little or nothing was chosen, and all "
+    "methods are nearly the same. Take smaller blocks, longer windows or lower sparsities."
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -96,6 +102,8 @@ def run(parsed: argparse.Namespace) -> int:
     else:
         for text in evaluation.texts:
             Console().print(_table(text, result))
+        if any(map(_without_choice, rows)):
+            Console().print(_NO_CHOICE, highlight=False)
     return OK
 
 
@@ -114,6 +122,7 @@ def _build(parsed: argparse.Namespace) -> Any:
     )
     from dilated_attention_pytorch.tasks.text import read_text
 
+    check_model_folder(parsed.model)
     options = named_options(parsed)
     adapter = None
     if parsed.adapter is not None:
@@ -172,6 +181,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _without_choice(row: dict[str, Any]) -> bool:
+    """Whether less was left out than was asked for, as blocks that are always read prevent it."""
+    return bool(row["measured_sparsity"] < row["sparsity"] - 0.005)
+
+
 def _table(text: str, result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{text}: perplexity relative to dense attention", title_justify="left",
@@ -191,7 +205,8 @@ def _table(text: str, result: dict[str, Any]) -> Table:
         needles = [value for name, value in row.items() if name.startswith("retrieval_")]
         table.add_row(
             f"{row['length']:,}", row["method"],
-            f"{row['sparsity']:g} ({row['measured_sparsity']:.3f})", f"{row['perplexity']:.2f}",
+            f"{row['sparsity']:g} ({row['measured_sparsity']:.3f}){'*' * _without_choice(row)}",
+            f"{row['perplexity']:.2f}",
             f"{row['ratio']:.4f}",
             f"{row['kept_mass']:.3f}" if "kept_mass" in row else "-",
             f"{sum(needles) / len(needles):.2f}" if needles else "-",

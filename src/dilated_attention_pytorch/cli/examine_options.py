@@ -91,7 +91,10 @@ def at_work(what: str) -> Iterator[None]:
         CommandError: In the place of running out of memory.
     """
     try:
-        with Console(stderr=True).status(what):
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console.print(f"{what} (minutes for a large model on a CPU)", highlight=False)
+        with console.status(what):
             yield
     except torch.OutOfMemoryError as error:
         raise CommandError(f"out of memory; lower --samples or --seq-len. {error}") from error

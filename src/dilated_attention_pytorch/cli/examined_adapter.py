@@ -14,7 +14,10 @@ from dilated_attention_pytorch.analysis import Diagnosis, Recording
 from dilated_attention_pytorch.analysis.report import Chart
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.cli.examined import Examined, line_chart
-from dilated_attention_pytorch.cli.pretrained_options import require_transformers
+from dilated_attention_pytorch.cli.pretrained_options import (
+    check_model_folder,
+    require_transformers,
+)
 from dilated_attention_pytorch.tasks.text import TextError, read_text, validation_windows
 from dilated_attention_pytorch.training.checkpoint import CheckpointError
 
@@ -103,6 +106,8 @@ def open_adapter(folder: Path, parsed: argparse.Namespace) -> ExaminedAdapter:
     require_transformers()
     from dilated_attention_pytorch.integrations.transformers.saved_adapter import SavedAdapter
 
+    if parsed.model is not None:
+        check_model_folder(parsed.model)
     try:
         saved = SavedAdapter.open(folder, parsed.model)
         tokenizer = saved.tokenizer()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
+from dilated_attention_pytorch.cli.bar import ProgressBar
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.interrupt import StopRequest
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, Progress
@@ -54,6 +54,8 @@ class FolderCommand(ABC):
 
     # How to need less memory.
     REMEDY = "lower --batch-size or --seq-len"
+    # What to say of the time before the first step.
+    BEFORE = ""
 
     def __init__(self, parsed: argparse.Namespace) -> None:
         self.parsed = parsed
@@ -95,6 +97,8 @@ class FolderCommand(ABC):
             UsageError: If the options do not fit.
         """
         try:
+            if self.BEFORE:
+                self.console.print(self.BEFORE, highlight=False)
             loop = self.open()
             with StopRequest() as stop:
                 self._train(loop, stop)
@@ -130,7 +134,7 @@ class FolderCommand(ABC):
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
         )
-        with Bar(*columns, console=self.console) as bar:
+        with ProgressBar(*columns, console=self.console) as bar:
             task = bar.add_task(
                 "training", total=training.run.steps, completed=training.step_count, state=""
             )

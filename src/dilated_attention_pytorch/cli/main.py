@@ -24,7 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print(f"dilated-attention: error: {_NEEDS_RICH}", file=sys.stderr)
         return FAILURE
-    parsed = _parser().parse_args(arguments)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    usage = vars(parsed).pop("usage")
+    if unknown:
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = parsed.command(parsed)
     except UsageError as error:
@@ -68,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     report_command.add_parser(commands)
     diagnose_command.add_parser(commands)
+    for command in commands.choices.values():
+        # Whose usage a wrong option shows.
+        command.set_defaults(usage=command)
     return parser
 
 

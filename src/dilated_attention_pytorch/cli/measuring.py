@@ -7,17 +7,18 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from dilated_attention_pytorch.cli.bar import ProgressBar
 from dilated_attention_pytorch.cli.errors import CommandError
 
 
-def measuring_bar(console: Console) -> Progress:
+def measuring_bar(console: Console) -> ProgressBar:
     """A bar that counts measurements."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    return Progress(*columns, console=console)
+    return ProgressBar(*columns, console=console)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class PretrainedCommand(FolderCommand):
     """Trains on a pretrained model; subclasses say what, and what they write."""
 
     REMEDY = "lower --batch-size or --seq-len, or use --dtype bfloat16"
+    BEFORE = "Loading the model, preparing the selectors, measuring: minutes on a CPU."
     KIND: ClassVar[str]
 
     def open(self) -> Any:
@@ -77,9 +78,11 @@ class PretrainedCommand(FolderCommand):
             "seconds": round(training.seconds, 1),
             "trained_parameters": sum(p.numel() for p in training.trained()),
             **loop.latest,
+            "measured_at_step": loop.measured_at,
             "metrics": str(loop.metrics.path),
         }
         if training.done:
+            self.console.print("Calibrating and writing the result.", highlight=False)
             loop.save_result()
             summary |= self.results(loop)
         return summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
@@ -42,6 +43,16 @@ def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
         "--text", nargs="+", metavar="PATH", required=required, default=default,
         help="text files, or folders to read with all below",
     )  # fmt: skip
+
+
+def check_model_folder(folder: str) -> None:
+    """Raises UsageError unless there is a model there; nothing is looked for on the Hub."""
+    if not (Path(folder) / "config.json").is_file():
+        missing = "it has no config.json" if Path(folder).is_dir() else "there is no such folder"
+        raise UsageError(
+            f"--model must be the folder of a pretrained model, got {folder}: {missing}. "
+            "Download the model first; save_pretrained writes such a folder."
+        )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +161,7 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
             name: values.pop(name) for name in ("validation_share", "max_bytes") if name in values
         }
         model, text = values.pop("model"), tuple(values.pop("text"))
+        check_model_folder(model)
         run = settings(config=distilled_config(**config), **values)
         return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
     except (TypeError, ValueError) as error:

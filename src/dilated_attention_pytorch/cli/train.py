@@ -92,7 +92,9 @@ class TrainCommand(FolderCommand):
             "steps": training.step_count,
             "steps_planned": run.steps,
             "training_loss": lines[-1]["loss"] if lines else None,
+            "training_loss_step": lines[-1]["step"] if lines else None,
             **loop.latest,
+            "validation_step": loop.measured_at,
             "parameters": sum(p.numel() for p in training.model.parameters()),
             "seconds": round(training.seconds, 3),
             "tokens_per_second": round(tokens / training.seconds, 1) if training.seconds else None,
@@ -109,10 +111,18 @@ class TrainCommand(FolderCommand):
 
         table.add_row("attention", summary["attention"])
         table.add_row("steps", f"{summary['steps']:,} of {summary['steps_planned']:,}")
-        table.add_row("training loss", f"{number(summary['training_loss'], 4)} nats per byte")
+
+        def at(step: int | None) -> str:
+            """Of which step a value is, if not of the last."""
+            return "" if step in (None, summary["steps"]) else f" (step {step:,})"
+
+        loss = number(summary["training_loss"], 4)
+        when = at(summary["training_loss_step"])
+        table.add_row("training loss", f"{loss} nats per byte{when}")
         bits = summary["validation_bits_per_byte"]
         loss = number(summary["validation_loss"], 4)
-        table.add_row("held-out loss", f"{loss} nats, {number(bits, 4)} bits per byte")
+        when = at(summary["validation_step"])
+        table.add_row("held-out loss", f"{loss} nats, {number(bits, 4)} bits per byte{when}")
         dense = summary["attention"] == "dense"
         sparsity = "0 (dense)" if dense else number(summary["validation_sparsity"], 4)
         table.add_row("sparsity, held-out", sparsity)

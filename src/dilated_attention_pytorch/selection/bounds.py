@@ -53,6 +53,26 @@ def most_visible_share(num_blocks: int, keep: float) -> int:
     return math.ceil(keep * _UNIT) * num_blocks // _UNIT + 2
 
 
+def most_sparse(
+    num_tokens: int, block_size: int, num_sink_blocks: int, num_local_blocks: int
+) -> float:
+    """The sparsity of causal rows that read their forced blocks alone: no choice is left above it.
+
+    Args:
+        num_tokens: Length.
+        block_size: Tokens per block.
+        num_sink_blocks: Forced at the start.
+        num_local_blocks: Forced before a row's own block, which is forced, too.
+
+    Example:
+        >>> round(most_sparse(2048, 64, 1, 0), 3)
+        0.881
+    """
+    blocks, forced = ceil_div(num_tokens, block_size), 1 + num_sink_blocks + num_local_blocks
+    kept = sum(min(row, forced) for row in range(1, blocks + 1))
+    return 1 - kept / (blocks * (blocks + 1) / 2)
+
+
 def halvings(share: float) -> int:
     """How often 1 can be halved and still cover ``share``.
 

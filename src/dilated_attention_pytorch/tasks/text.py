@@ -111,8 +111,8 @@ def load_text(
         if len(part) < seq_len + 1:
             raise TextError(
                 f"too little text in {source}: the {what} part has {len(part):,} bytes, but "
-                f"seq_len={seq_len} needs at least {seq_len + 1:,}. Give more text, a smaller "
-                "sequence length or a larger validation share."
+                f"seq_len={seq_len} needs at least {seq_len + 1:,}. Give more text or a smaller "
+                f"sequence length{'' if part is data.train else ', or hold more out'}."
             )
     return data
 

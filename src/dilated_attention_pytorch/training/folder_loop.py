@@ -143,6 +143,12 @@ class FolderLoop(ABC, Generic[Model, Data]):
         """Where the checkpoints lie."""
         return self.folder / CHECKPOINTS_NAME
 
+    @property
+    def measured_at(self) -> int:
+        """The step of :attr:`latest`."""
+        step, every = self.training.step_count, self.intervals.validate_every
+        return step if self.training.done else step // every * every
+
     @staticmethod
     def check_new(folder: Path) -> None:
         """Raises FileExistsError if a folder holds a run."""

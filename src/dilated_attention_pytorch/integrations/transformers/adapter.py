@@ -107,6 +107,16 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         """
         return SelectorAdapter(self.configs, self.tensors, self.base, self.versions, tuple(costs))
 
+    def check_base(self, model: Any) -> None:
+        """Raises AdapterError if the selectors were made for another model than this one."""
+        found = difference(self.base, base_identity(model, find_attention(model)))
+        if found:
+            raise AdapterError(
+                f"the adapter was made for another base model ({self.base.get('name') or 'unnamed'}"
+                f", {self.base.get('model_type')}): {found}. Load that model, or distil an adapter "
+                "for this one."
+            )
+
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:
         """Adapts a model with these selectors.
 
@@ -118,13 +128,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             AdapterError: If the model is another one.
             ValueError: If it cannot be adapted.
         """
-        found = difference(self.base, base_identity(model, find_attention(model)))
-        if found:
-            raise AdapterError(
-                f"the adapter was made for another base model ({self.base.get('name') or 'unnamed'}"
-                f", {self.base.get('model_type')}): {found}. Load that model, or distil an adapter "
-                "for this one."
-            )
+        self.check_base(model)
         adapted = adapt(model, self.configs, backend=backend)
         adapted.costs = self.costs
         try:

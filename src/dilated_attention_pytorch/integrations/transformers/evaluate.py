@@ -28,7 +28,10 @@ from dilated_attention_pytorch.integrations.transformers.retrieval import (
 )
 from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_kept_mass
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
-from dilated_attention_pytorch.integrations.transformers.tokens import check_length
+from dilated_attention_pytorch.integrations.transformers.tokens import (
+    check_length,
+    check_vocabulary,
+)
 from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
@@ -140,7 +143,8 @@ class Evaluation:
 
     Raises:
         TextError: If a text is shorter than a window.
-        ValueError: If the adapter's blocks are of another size.
+        AdapterError: If the adapter was made for another model.
+        ValueError: If the adapter's blocks are of another size, or tokens are not the model's.
     """
 
     def __init__(
@@ -157,7 +161,9 @@ class Evaluation:
             needed = max(settings.lengths) * (settings.calibration_windows + 1)
             check_length(tokens, needed, f"{name} (with {settings.calibration_windows} windows "
                          "to calibrate on)")  # fmt: skip
+            check_vocabulary(model, tokens, name)
         if adapter is not None:
+            adapter.check_base(model)
             sizes = {config.block_size for config in adapter.configs.values()}
             if sizes != {settings.block_size}:
                 raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 from dilated_attention_pytorch.integrations.transformers.distill import Distillation, DistillRun
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     TokenText,
+    check_vocabulary,
     load_model,
     load_tokenizer,
     load_tokens,
@@ -77,9 +78,11 @@ class PretrainedJob:
         """Loads and adapts the model.
 
         Raises:
-            ValueError: If it cannot be loaded or adapted.
+            ValueError: If it cannot be loaded or adapted, or the tokens are another model's.
         """
         model = load_model(self.model, device=self.run.device)
+        for part in (text.train, text.validation):
+            check_vocabulary(model, part, text.source)
         if isinstance(self.run, DistillRun):
             return Distillation(self.run, model, text)
         return Tuning(self.run, model, text)

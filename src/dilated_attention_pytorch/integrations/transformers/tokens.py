@@ -79,6 +79,16 @@ def check_length(tokens: Tensor, seq_len: int, what: str) -> None:
         )
 
 
+def check_vocabulary(model: Any, tokens: Tensor, what: str) -> None:
+    """Raises ValueError if there are tokens that the model does not know."""
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokens) and int(tokens.max()) >= known:
+        raise ValueError(
+            f"the tokenizer is another model's: {what} has token {int(tokens.max()):,}, but the "
+            f"model knows {known:,}. Copy the model's own tokenizer into its folder."
+        )
+
+
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Tokens of a text of any length, int32, without special ones."""
     pieces = _pieces(text.replace("\x00", "\n"))

@@ -1,0 +1,45 @@
+"""A progress bar that writes plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TaskID
+
+# Seconds between two lines.
+INTERVAL = 10.0
+
+
+class ProgressBar(Progress):
+    """A bar on a terminal; elsewhere, as in a log, a line every ten seconds.
+
+    Args:
+        columns: Of the bar.
+        console: Where to.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._next_line = 0.0
+
+    def update(self, task_id: TaskID, **values: Any) -> None:
+        """As rich's, and perhaps a line."""
+        super().update(task_id, **values)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As rich's, and perhaps a line."""
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        task, now = self._tasks[task_id], time.monotonic()
+        if self.console.is_terminal or not task.visible or now < self._next_line:
+            return
+        self._next_line = now + INTERVAL
+        words = [task.description, f"{task.completed:g} of {task.total:g}", *task.fields.values()]
+        self.console.print(
+            ": ".join(str(word) for word in words if word), highlight=False, soft_wrap=True
+        )
