@@ -50,7 +50,7 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
     # Compiled code of other lengths would count against the limit of recompilations.
     torch.compiler.reset()
     settings = {**settings, "graph": cuda, "compile": cuda}
-    size = (replace(QUICK, seq_len=256) if quick else FULL).of(settings)
+    size = (replace(QUICK, seq_len=256, num_layers=1) if quick else FULL).of(settings)
     text = python_sources(QUICK.max_bytes if quick else BYTES)
     training = Training(settings, size, text.train, seed, device)
     if cuda:

@@ -124,7 +124,7 @@ def test_training_keeps_random_blocks_within_the_rules() -> None:
     layer = make({"hard_sparsity": False, "num_explore_blocks": 2, "budget": "fixed",
                   "num_selected_blocks": 1}, (None, None))  # fmt: skip
     layer.backend = "triton"
-    q, k, v = inputs()
+    q, k, v = inputs(batch=1)
     generator = torch.Generator(DEVICE).manual_seed(3)
     drawn = []
     for _ in range(2):
