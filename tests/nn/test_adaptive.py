@@ -12,6 +12,7 @@ from dilated_attention_pytorch import (
     create_adaptive_block_sparse,
 )
 from dilated_attention_pytorch.models.transformer import DenseAttention
+from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
 
 
@@ -55,6 +56,19 @@ def test_nothing_is_left_out_at_sparsity_zero(content, causal, scope):
             assert (info["sparsity"] == 0).all()
             torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
         assert float(ready.get_sparsity_loss()) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["block", "past"])
+def test_nothing_is_left_out_of_a_cache_at_sparsity_zero(scope):
+    layer, state = small(base_sparsity=0.0, query_scope=scope).eval(), SelectorState()
+    x = torch.rand(1, 90, 4, 16)
+    dense = DenseAttention()(x, x, x, is_causal=True)
+    out = [layer.prefill(x[:, :50], x[:, :50], x[:, :50], state)]
+    for n in range(50, 90):
+        seen = x[:, : n + 1]
+        out.append(layer.decode(x[:, n : n + 1], seen, seen, state))
+    torch.testing.assert_close(torch.cat(out, 1), dense, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 64, 4, 16), (2, 0, 4, 16)])

@@ -39,7 +39,10 @@ class ProgressBar(Progress):
         if self.console.is_terminal or not task.visible or now < self._next_line:
             return
         self._next_line = now + INTERVAL
-        words = [task.description, f"{task.completed:g} of {task.total:g}", *task.fields.values()]
+        # A single job counts its share.
+        one = task.total == 1
+        done = f"{task.percentage:.0f} %" if one else f"{task.completed:g} of {task.total:g}"
+        words = [task.description, done, *task.fields.values()]
         self.console.print(
             ": ".join(str(word) for word in words if word), highlight=False, soft_wrap=True
         )
