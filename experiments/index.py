@@ -33,7 +33,7 @@ HEAD = """# Experiments
 
 One experiment per promise: a script in `experiments/`, its data in `experiments/results/`, and what
 came out, also where the promise does not hold. Every script has a `--quick` mode that takes seconds
-and keeps nothing; without it, it runs what is not there yet.
+(`needle.py`: a minute or two) and keeps nothing; without it, it runs what is not there yet.
 
 ```
 python experiments/head_specialisation.py --device cuda --jobs 8

@@ -8,7 +8,7 @@ fixed pattern and dense attention, at 2 scored blocks of 31, and writes:
 
     python experiments/needle.py --jobs 2                  # everything that is not there yet
     python experiments/needle.py --only adaptive --layers 1 --seeds 0
-    python experiments/needle.py --quick                   # a minute: 60 steps, nothing kept
+    python experiments/needle.py --quick --jobs 2          # a minute: two steps each, nothing kept
 
 Finished runs are skipped, so an interrupted sweep goes on where it stopped.
 """
@@ -256,11 +256,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="60 steps into a temporary folder")
+    parser.add_argument("--quick", action="store_true", help="two steps each, nothing kept")
     arguments = parser.parse_args()
     out, steps = arguments.out, arguments.steps
     if arguments.quick:
-        out, steps = Path(tempfile.mkdtemp(prefix="needle-")), 60
+        out, steps = Path(tempfile.mkdtemp(prefix="needle-")), 2
         arguments.seeds, arguments.layers = [0], [1]
     out.mkdir(parents=True, exist_ok=True)
     log = out / "runs.jsonl"
