@@ -235,7 +235,7 @@ def test_language_model_speed_can_say_no(rates: tuple[float, ...], holds: bool) 
     words = module.finding(runs)
     assert words.startswith("The promise holds here") is holds
     assert "adaptive 0.9 " + " ".join(f"{rate:.2f}" for rate in rates) in words
-    assert "32,768" in words or not holds
+    assert ("32,768" in words) is holds
 
 
 def test_what_segments_let_a_model_find() -> None:

@@ -23,8 +23,8 @@ from dilated_attention_pytorch.cli.pretrained_options import (
 from dilated_attention_pytorch.training.checkpoint import write_atomically
 
 _NO_CHOICE = (
-    "* The blocks that are always read leave out no more: little or nothing was chosen, and all "
-    "methods are nearly the same. Take smaller blocks, longer windows or lower sparsities."
+    "* The blocks that are always read leave out no more: nothing was chosen, and all methods with "
+    "the same such blocks are the same. Take smaller blocks, longer windows or lower sparsities."
 )
 
 
@@ -182,8 +182,8 @@ def _finite(value: Any) -> Any:
 
 
 def _without_choice(row: dict[str, Any]) -> bool:
-    """Whether less was left out than was asked for, as blocks that are always read prevent it."""
-    return bool(row["measured_sparsity"] < row["sparsity"] - 0.005)
+    """Whether blocks that are always read prevent the sparsity; dense rows ask for none."""
+    return bool(row["sparsity"] > row.get("most_sparse", 1.0))
 
 
 def _table(text: str, result: dict[str, Any]) -> Table:

@@ -25,6 +25,7 @@ from dilated_attention_pytorch.integrations.transformers.sensitivity import (
     units_of,
 )
 from dilated_attention_pytorch.integrations.transformers.tokens import (
+    check_vocabulary,
     load_model,
     load_tokenizer,
     load_tokens,
@@ -108,7 +109,10 @@ class Allotment:
             validation_share=job.validation_share, max_bytes=job.max_bytes,
         )  # fmt: skip
         self.train, self.held_out = text.train, text.validation
-        self.adapted = self.source.apply(load_model(job.model, device=job.device, dtype=job.dtype))
+        model = load_model(job.model, device=job.device, dtype=job.dtype)
+        for part in (self.train, self.held_out):
+            check_vocabulary(model, part, text.source)
+        self.adapted = self.source.apply(model)
         self.units = units_of(self.adapted, job.heads)
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),

@@ -34,6 +34,7 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
 )
 from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
+from dilated_attention_pytorch.selection.bounds import most_sparse
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 ADAPTER, ALLOTTED = "adapter", "allotted"
@@ -94,6 +95,15 @@ class EvaluationSettings:
             )
         for rival in self.rivals:
             rival_config(rival, self.block_size, 0.5)
+
+
+def _most_sparse(adapted: AdaptedModel, length: int) -> float:
+    """Of the forced blocks alone, the mean over the layers."""
+    limits = [
+        most_sparse(length, s.block_size, s.num_sink_blocks, s.num_local_blocks)
+        for s in adapted.selectors.values()
+    ]
+    return sum(limits) / len(limits)
 
 
 def rival_config(name: str, block_size: int, sparsity: float) -> TrainingFreeConfig:
@@ -220,6 +230,7 @@ class Evaluation:
                 "ratio": found / dense["perplexity"],
                 "tokens_per_second": self._speed(windows),
                 **self._retrieval(text, length),
+                "most_sparse": _most_sparse(adapted, length),
             }
             if aim != sparsity:
                 row["aim"] = aim
@@ -258,8 +269,9 @@ class Evaluation:
         Yields:
             ``text``, ``length``, ``block_size``, ``method``, ``sparsity``, ``measured_sparsity``,
             ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``tokens_per_second`` and
-            ``retrieval_<depth>``; ``aim``, what thresholds were calibrated for, if it is not
-            ``sparsity``.
+            ``retrieval_<depth>``; ``most_sparse``, the sparsity above which the blocks that are
+            always read leave nothing to choose; ``aim``, what thresholds were calibrated for, if it
+            is not ``sparsity``.
         """
         for cell in self.cells():
             yield self.measure(*cell)
