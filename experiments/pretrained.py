@@ -192,6 +192,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         adapter=None if dense else starting_adapter(options, folder),
         base_sparsity=options.sparsity, base_learning_rate=options.base_lr, learning_rate=5e-4,
         selector_every=options.selector_every, device=options.device, dtype=options.dtype,
+        teacher=None if dense or not options.teach else str(teacher_folder(options)),
     )  # fmt: skip
     job = PretrainedJob(
         run=run, model=str(MODEL), text=training_texts(),
@@ -199,6 +200,14 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         intervals=LoopSettings(log_every=10, validate_every=250, checkpoint_every=1000),
     )  # fmt: skip
     train(job, folder, stop, {**origin(options), "trained_on": TRAINED_ON})
+
+
+def teacher_folder(options: argparse.Namespace) -> Path:
+    """The model tuned dense in the same way."""
+    folder = RUNS / f"tune-{options.train}-dense{options.name}" / "model"
+    if not folder.is_dir():
+        raise SystemExit(f"There is no {folder}: tune with --attention dense first.")
+    return folder
 
 
 def starting_adapter(options: argparse.Namespace, folder: Path) -> str:
@@ -219,8 +228,9 @@ def tuned_name(options: argparse.Namespace) -> str:
     if options.attention == "dense":
         return f"tune-{options.train}-dense{options.name}"
     blocks = "" if options.block_size == 64 else f"-blocks{options.block_size}"
+    taught = "-taught" if options.teach else ""
     floor = f"-floor{options.floor:g}" if options.floor else ""
-    return f"tune-{options.train}-{options.sparsity:g}{blocks}{floor}{options.name}"
+    return f"tune-{options.train}-{options.sparsity:g}{blocks}{floor}{taught}{options.name}"
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
@@ -446,6 +456,9 @@ def main() -> None:
         type=float,
         default=0.0,
         help="threshold_floor to tune with, or to measure (0: 0.5 there)",
+    )
+    parser.add_argument(
+        "--teach", action="store_true", help="imitate the model tuned with --attention dense"
     )
     parser.add_argument("--selector-every", type=int, default=8)
     parser.add_argument(
