@@ -160,11 +160,19 @@ def _same_card(runs: Runs) -> Runs:
 def _elsewhere(runs: Runs) -> str:
     """Which runs of the comparison had another card than dense, so that speeds do not compare."""
     compared = _same_card(runs)
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[int]]] = {}
     for run in runs:
         if run["cell"] in MAIN and run not in compared:
-            found.setdefault(_card(run), []).append(f"{run['cell']} (seed {run['seed']})")
-    return " ".join(f"On {card}: {', '.join(names)}." for card, names in sorted(found.items()))
+            found.setdefault(_card(run), {}).setdefault(run["cell"], []).append(run["seed"])
+    return " ".join(
+        f"On {card}: {', '.join(_with_seeds(*item) for item in cells.items())}."
+        for card, cells in sorted(found.items())
+    )
+
+
+def _with_seeds(cell: str, seeds: Sequence[int]) -> str:
+    word = "seed" if len(seeds) == 1 else "seeds"
+    return f"{cell} ({word} {', '.join(map(str, sorted(seeds)))})"
 
 
 def plot(runs: Runs) -> Figure:

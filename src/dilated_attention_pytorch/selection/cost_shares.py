@@ -14,6 +14,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.selection.cost_noise import without_noise
 
 # A layer by its number, or a head by the numbers of its layer and of itself.
 Unit = int | tuple[int, int]
@@ -60,9 +61,13 @@ class SparsityCosts:
         """Sparsities of the layers, or heads, with that mean and the least sum of the costs.
 
         Costs count as straight lines between the measured sparsities, from 0 at 0; where they
-        would bend downwards, which a measurement's noise makes of them, they are bridged. The best
-        shares of such costs are found exactly: every next bit of sparsity goes where it costs
-        least. A mean above the largest measured sparsity is the same for all.
+        would bend downwards, they are bridged. The best shares of such costs are found exactly:
+        every next bit of sparsity goes where it costs least. A mean above the largest measured
+        sparsity is the same for all.
+
+        With eight layers or heads or more the costs are freed of noise first
+        (:func:`~dilated_attention_pytorch.selection.cost_noise.without_noise`), and the shares are
+        as near to equal ones as the noise of the sum allows.
 
         Args:
             sparsity: Mean over the layers or heads, in [0, 1).
@@ -76,25 +81,21 @@ class SparsityCosts:
             {0: 0.9, 1: 0.5}
         """
         check_sparsity("sparsity", sparsity)
+        equal = dict.fromkeys(self.costs, sparsity)
         if sparsity > self.sparsities[-1]:
-            return dict.fromkeys(self.costs, sparsity)
-        left = sparsity * len(self.costs)
-        out = dict.fromkeys(self.costs, 0.0)
-        steps = [
-            (slope, unit, width)
-            for unit, costs in self.costs.items()
-            for slope, width in _convex_steps((0.0, *self.sparsities), (0.0, *costs))
-        ]
-        steps.sort(key=lambda step: step[0])
-        for _, group in groupby(steps, key=lambda step: step[0]):
-            # Those that cost the same share what is left.
-            alike = list(group)
-            width = sum(step[2] for step in alike)
-            share = min(1.0, max(left, 0.0) / width)
-            for _, unit, part in alike:
-                out[unit] += share * part
-            left -= share * width
-        return out
+            return equal
+        clean, noise = without_noise(self.costs)
+        steps = {
+            unit: _convex_steps((0.0, *self.sparsities), (0.0, *costs))
+            for unit, costs in clean.items()
+        }
+        best = _cheapest(steps, sparsity)
+        # Of the sum over all of them.
+        doubt = noise * math.sqrt(len(steps))
+        more = sum(_cost(steps[x], equal[x]) - _cost(steps[x], best[x]) for x in steps)
+        # The costs are convex: of a mixture they are at most the mixture of both.
+        part = 1.0 if more <= doubt else doubt / more
+        return {x: best[x] + part * (equal[x] - best[x]) for x in best}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -158,7 +159,37 @@ def costs_near(costs: Iterable[SparsityCosts], length: int) -> SparsityCosts | N
     return found if distance <= 0.5 else None
 
 
-def _convex_steps(x: tuple[float, ...], y: tuple[float, ...]) -> list[tuple[float, float]]:
+# The slope and the width of each step of a convex curve that begins at 0.
+Steps = list[tuple[float, float]]
+
+
+def _cheapest(steps: Mapping[Unit, Steps], sparsity: float) -> dict[Unit, float]:
+    left = sparsity * len(steps)
+    out = dict.fromkeys(steps, 0.0)
+    order = sorted(
+        ((slope, unit, width) for unit, own in steps.items() for slope, width in own),
+        key=lambda step: step[0],
+    )
+    for _, group in groupby(order, key=lambda step: step[0]):
+        # Those that cost the same share what is left.
+        alike = list(group)
+        width = sum(step[2] for step in alike)
+        share = min(1.0, max(left, 0.0) / width)
+        for _, unit, part in alike:
+            out[unit] += share * part
+        left -= share * width
+    return out
+
+
+def _cost(steps: Steps, sparsity: float) -> float:
+    total = 0.0
+    for slope, width in steps:
+        total += slope * min(width, max(sparsity, 0.0))
+        sparsity -= width
+    return total
+
+
+def _convex_steps(x: tuple[float, ...], y: tuple[float, ...]) -> Steps:
     """The lower convex hull of points: slope and width of its steps, from left to right."""
     hull: list[tuple[float, float]] = []
     for point in zip(x, y, strict=True):
