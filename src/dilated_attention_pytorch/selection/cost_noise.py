@@ -1,55 +1,33 @@
-"""Takes the noise out of measured costs, so that budgets are not shared by chance."""
+"""How far measured costs can be trusted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping
-from itertools import accumulate
-from statistics import mean, pvariance
-from typing import TypeVar
+from collections.abc import Collection
+from statistics import mean, pstdev
 
-Unit = TypeVar("Unit", bound=Hashable)
 # With fewer layers or heads their spread says too little about noise.
 FEWEST = 8
 
 
-def without_noise(
-    costs: Mapping[Unit, tuple[float, ...]],
-) -> tuple[dict[Unit, tuple[float, ...]], float]:
-    """Draws the costs of all layers or heads together as far as their noise demands.
+def noise_of(costs: Collection[tuple[float, ...]]) -> float:
+    """The standard deviation of the error of a single cost, estimated from all of them.
 
-    Low sparsities cost less than a measurement of a few windows can tell; the best shares of such
-    costs are those of the luckiest errors. So every curve is held against the mean curve of all
-    times a factor of its own, which the large costs determine. At the lowest sparsity the rest
-    counts as noise; of the rest at the others the part of the variance beyond that noise is kept
-    (empirical Bayes; Efron and Morris 1973).
+    Sparsity costs every layer or head about the same curve times a factor of its own, next to
+    nothing at the lowest sparsity that was measured. What the costs there have beyond that is taken
+    for noise, real differences of single layers too: the estimate is rather too high than too low.
 
     Args:
-        costs: By layer or head, by ascending sparsity.
+        costs: One curve per layer or head, by ascending sparsity.
 
     Returns:
-        Likewise, and the noise of a single cost (a standard deviation). Fewer than eight layers or
-        heads come back as they are, with 0.
+        The estimate; 0 for fewer than eight layers or heads.
     """
     if len(costs) < FEWEST:
-        return dict(costs), 0.0
-    columns = list(zip(*costs.values(), strict=True))
-    common = list(accumulate((max(mean(column), 0.0) for column in columns), max))
+        return 0.0
+    common = [mean(column) for column in zip(*costs, strict=True)]
     square = sum(x * x for x in common)
-    nearby: dict[Unit, list[float]] = {}
-    for unit, own in costs.items():
+    rest = []
+    for own in costs:
         factor = sum(x * y for x, y in zip(common, own, strict=True)) / square if square else 0.0
-        nearby[unit] = [max(factor, 0.0) * x for x in common]
-    spread = [
-        pvariance([own[i] - nearby[unit][i] for unit, own in costs.items()])
-        for i in range(len(columns))
-    ]
-    kept = [1.0 if not x else max(0.0, 1 - spread[0] / x) for x in spread]
-    found = {
-        unit: tuple(
-            near + share * (value - near)
-            for near, value, share in zip(nearby[unit], own, kept, strict=True)
-        )
-        for unit, own in costs.items()
-    }
-    return found, math.sqrt(spread[0])
+        rest.append(own[0] - factor * common[0])
+    return pstdev(rest)

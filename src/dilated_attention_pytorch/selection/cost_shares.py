@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
-from dilated_attention_pytorch.selection.cost_noise import without_noise
+from dilated_attention_pytorch.selection.cost_noise import noise_of
 
 # A layer by its number, or a head by the numbers of its layer and of itself.
 Unit = int | tuple[int, int]
@@ -61,13 +61,14 @@ class SparsityCosts:
         """Sparsities of the layers, or heads, with that mean and the least sum of the costs.
 
         Costs count as straight lines between the measured sparsities, from 0 at 0; where they
-        would bend downwards, they are bridged. The best shares of such costs are found exactly:
-        every next bit of sparsity goes where it costs least. A mean above the largest measured
-        sparsity is the same for all.
+        would bend downwards, which a measurement's noise makes of them, they are bridged. The best
+        shares of such costs are found exactly: every next bit of sparsity goes where it costs
+        least. A mean above the largest measured sparsity is the same for all.
 
-        With eight layers or heads or more the costs are freed of noise first
-        (:func:`~dilated_attention_pytorch.selection.cost_noise.without_noise`), and the shares are
-        as near to equal ones as the noise of the sum allows.
+        With eight layers or heads or more the shares move from there towards equal ones, until
+        the sum of the costs has grown by its noise
+        (:func:`~dilated_attention_pytorch.selection.cost_noise.noise_of`): where no shares are
+        certainly better, all have the same.
 
         Args:
             sparsity: Mean over the layers or heads, in [0, 1).
@@ -84,14 +85,13 @@ class SparsityCosts:
         equal = dict.fromkeys(self.costs, sparsity)
         if sparsity > self.sparsities[-1]:
             return equal
-        clean, noise = without_noise(self.costs)
         steps = {
             unit: _convex_steps((0.0, *self.sparsities), (0.0, *costs))
-            for unit, costs in clean.items()
+            for unit, costs in self.costs.items()
         }
         best = _cheapest(steps, sparsity)
-        # Of the sum over all of them.
-        doubt = noise * math.sqrt(len(steps))
+        # The noise of the sum over all of them.
+        doubt = noise_of(self.costs.values()) * math.sqrt(len(steps))
         more = sum(_cost(steps[x], equal[x]) - _cost(steps[x], best[x]) for x in steps)
         # The costs are convex: of a mixture they are at most the mixture of both.
         part = 1.0 if more <= doubt else doubt / more
