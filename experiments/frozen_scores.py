@@ -4,10 +4,10 @@
     python experiments/frozen_scores.py
 
 SmolLM2-135M-Instruct, blocks of 64, the same number of blocks for every head; diagonal and first
-block always read. Low-rank scores are fitted to the Debian handbook; measured are a window of prose
-(``anarchism``) and one of documentation (the Python manual). ``logits``: multiplications of a score
-as a share of those of dense attention's logits. Goes on where it stopped; writes
-``results/frozen_scores/results.json``.
+block always read, but where a name says otherwise. Low-rank scores are fitted to the Debian
+handbook; measured are a window of prose (``anarchism``) and one of documentation (the Python
+manual). ``logits``: multiplications of a score as a share of those of dense attention's logits.
+Goes on where it stopped; writes ``results/frozen_scores/results.json``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ OUT = Path(__file__).parent / "results" / "frozen_scores" / "results.json"
 BLOCK, HEAD_DIM = 64, 64
 FITTED_TO, MEASURED_ON = "debian-handbook", ("anarchism", "python3.11-doc")
 # (rank, query stride) of low-rank scores; strides of antidiagonals.
-LOW_RANK = ((32, 4), (16, 4), (64, 4), (32, 1), (16, 1), (64, 8), (8, 1))
+LOW_RANK = ((32, 4), (16, 4), (64, 4), (32, 2), (32, 1), (16, 1), (64, 8), (8, 1))
 ANTIDIAGONAL = (8, 4, 16)
+# What every row reads by force besides its own block; of the same number of blocks in all.
+FORCED = {
+    "first block not forced": {"num_sink_blocks": 0},
+    "neighbour forced, too": {"num_sink_blocks": 1, "num_local_blocks": 1},
+    "two neighbours forced, too": {"num_sink_blocks": 1, "num_local_blocks": 2},
+}
 
 
 def methods(sparsity: float) -> dict[str, tuple[Any, float | None]]:
@@ -63,6 +69,17 @@ def methods(sparsity: float) -> dict[str, tuple[Any, float | None]]:
         found[f"antidiagonal {stride}"] = (config, 1 / stride)
     found["mean_pool"] = (TrainingFreeConfig(method="mean_pool", **free), BLOCK**-2)
     found["oracle"] = (TrainingFreeConfig(method="oracle", **free), None)
+    rank, stride = LOW_RANK[0]
+    for words, blocks in FORCED.items():
+        config = distilled_config(
+            block_size=BLOCK, base_sparsity=sparsity, budget="fixed", hidden_dim=rank,
+            query_stride=stride, **blocks,
+        )  # fmt: skip
+        found[f"low rank {rank}, every query of {stride}, {words}"] = (
+            config, rank / HEAD_DIM / stride,
+        )  # fmt: skip
+        oracle = TrainingFreeConfig(method="oracle", **{**free, **blocks})
+        found[f"oracle, {words}"] = (oracle, None)
     return found
 
 
