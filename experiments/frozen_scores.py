@@ -78,8 +78,12 @@ def methods(sparsity: float) -> dict[str, tuple[Any, float | None]]:
         found[f"low rank {rank}, every query of {stride}, {words}"] = (
             config, rank / HEAD_DIM / stride,
         )  # fmt: skip
-        oracle = TrainingFreeConfig(method="oracle", **{**free, **blocks})
-        found[f"oracle, {words}"] = (oracle, None)
+        for name, method, cost in (
+            ("oracle", "oracle", None),
+            (f"antidiagonal {ANTIDIAGONAL[0]}", "antidiagonal", 1 / ANTIDIAGONAL[0]),
+        ):
+            config = TrainingFreeConfig(method=method, stride=ANTIDIAGONAL[0], **{**free, **blocks})
+            found[f"{name}, {words}"] = (config, cost)
     return found
 
 
