@@ -104,10 +104,27 @@ def test_prints_the_shares(
     printed = json.loads(capsys.readouterr().out)
     assert printed["sparsity"] == pytest.approx(0.6)
     assert set(printed["layers"]) == {"512", "256"}
+    # Two layers say nothing of the noise.
+    assert printed["noise"] == {"512": 0, "256": 0}
     assert main(command(folder, allotted)) == 0
     words = capsys.readouterr().out
     assert "512 tokens" in words
     assert "adapter is in" in words
+    assert "Noise" not in words
+
+
+def test_says_how_far_costs_are_noise(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    found = command(folder, out, "--heads")
+    found[found.index("512") : found.index("256") + 1] = ["256"]
+    assert main(found) == 0
+    costs = SelectorAdapter.read(out / "adapter").costs[0]
+    assert len(costs.costs) == 8
+    assert costs.noise > 0
+    words = capsys.readouterr().out
+    assert f"Noise of a cost (nats): {costs.noise:.5f} at 256 tokens" in words
 
 
 def test_another_job_in_the_same_folder_is_refused(

@@ -109,9 +109,10 @@ def _shown(share: float | tuple[float, ...]) -> str:
 def _print(allotment: Any, parsed: argparse.Namespace) -> None:
     mean = allotment.sparsity()
     shares = {costs.length: by_layer(costs.allot(mean)) for costs in allotment.costs()}
+    noise = {costs.length: costs.noise for costs in allotment.costs()}
     if parsed.json:
         print(json.dumps({"adapter": str(parsed.out / "adapter"), "sparsity": mean,
-                          "layers": shares}, indent=2))  # fmt: skip
+                          "layers": shares, "noise": noise}, indent=2))  # fmt: skip
         return
     table = Table(title=f"sparsity by layer, {mean:g} in the mean", title_justify="left")
     table.add_column("layer", justify="right")
@@ -120,4 +121,10 @@ def _print(allotment: Any, parsed: argparse.Namespace) -> None:
     for layer in allotment.source.configs:
         table.add_row(str(layer), *(_shown(found[layer]) for found in shares.values()))
     Console().print(table)
+    if any(noise.values()):
+        found = ", ".join(f"{value:.5f} at {length:,} tokens" for length, value in noise.items())
+        Console().print(
+            f"Noise of a cost (nats): {found}. Shares differ as far as costs stand out of it; more "
+            "--windows lower it.", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     Console().print(f"The adapter is in {parsed.out / 'adapter'}.", highlight=False, soft_wrap=True)

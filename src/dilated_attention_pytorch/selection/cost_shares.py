@@ -57,6 +57,14 @@ class SparsityCosts:
                     f"sparsity, got {len(costs)}."
                 )
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the error of a single cost, as far as the costs themselves show it.
+
+        See :func:`~dilated_attention_pytorch.selection.cost_noise.noise_of`.
+        """
+        return noise_of(self.costs.values())
+
     def allot(self, sparsity: float) -> dict[Unit, float]:
         """Sparsities of the layers, or heads, with that mean and the least sum of the costs.
 
@@ -66,9 +74,8 @@ class SparsityCosts:
         least. A mean above the largest measured sparsity is the same for all.
 
         With eight layers or heads or more the shares move from there towards equal ones, until
-        the sum of the costs has grown by its noise
-        (:func:`~dilated_attention_pytorch.selection.cost_noise.noise_of`): where no shares are
-        certainly better, all have the same.
+        the sum of the costs has grown by its :attr:`noise`: where no shares are certainly better,
+        all have the same.
 
         Args:
             sparsity: Mean over the layers or heads, in [0, 1).
@@ -91,7 +98,7 @@ class SparsityCosts:
         }
         best = _cheapest(steps, sparsity)
         # The noise of the sum over all of them.
-        doubt = noise_of(self.costs.values()) * math.sqrt(len(steps))
+        doubt = self.noise * math.sqrt(len(steps))
         more = sum(_cost(steps[x], equal[x]) - _cost(steps[x], best[x]) for x in steps)
         # The costs are convex: of a mixture they are at most the mixture of both.
         part = 1.0 if more <= doubt else doubt / more
