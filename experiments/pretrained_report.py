@@ -54,6 +54,9 @@ def report() -> None:
             target = RESULTS / f"adapter{suffix}"
             card = shutil.ignore_patterns("README.md")
             shutil.copytree(folder / "adapter", target, dirs_exist_ok=True, ignore=card)
+            about = target / "adapter.json"
+            clean = portable(json.loads(about.read_text()))
+            about.write_text(json.dumps(clean, indent=2) + "\n")
         if (folder / "metrics.jsonl").is_file():
             shutil.copy(folder / "metrics.jsonl", RESULTS / f"distill{suffix}.jsonl")
     for line in (*content["bars"], *content["tuned_ratios"]):

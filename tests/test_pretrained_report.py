@@ -77,11 +77,16 @@ def test_new_rows_replace_those_of_the_same_cell_alone(report: ModuleType) -> No
     assert (report.RESULTS / "perplexity.png").stat().st_size > 1000
 
 
-def test_an_adapter_without_metrics_is_copied(report: ModuleType) -> None:
-    (report.RUNS / "distill-64" / "adapter").mkdir(parents=True)
-    (report.RUNS / "distill-64" / "adapter" / "adapter.json").write_text("{}")
+def test_an_adapter_without_metrics_is_copied_without_the_machines_paths(
+    report: ModuleType,
+) -> None:
+    folder = report.RUNS / "distill-64" / "adapter"
+    folder.mkdir(parents=True)
+    about = {"version": 2, "base": {"name": "/somewhere/.cache/smollm2"}}
+    (folder / "adapter.json").write_text(json.dumps(about))
     report.report()
-    assert (report.RESULTS / "adapter" / "adapter.json").is_file()
+    copied = json.loads((report.RESULTS / "adapter" / "adapter.json").read_text())
+    assert copied == {"version": 2, "base": {"name": ".cache/smollm2"}}
 
 
 def test_tuned_models_are_compared_with_dense_tuned_on_the_same_tokens(report: ModuleType) -> None:
