@@ -43,47 +43,32 @@ FITTED_TO, MEASURED_ON = "debian-handbook", ("anarchism", "python3.11-doc")
 # (rank, query stride) of low-rank scores; strides of antidiagonals.
 LOW_RANK = ((32, 4), (16, 4), (64, 4), (32, 2), (32, 1), (16, 1), (64, 8), (8, 1))
 ANTIDIAGONAL = (8, 4, 16)
-# What every row reads by force besides its own block; of the same number of blocks in all.
+# What every row reads by force besides its own block, of the same number of blocks in all.
 FORCED = {
-    "first block not forced": {"num_sink_blocks": 0},
-    "neighbour forced, too": {"num_sink_blocks": 1, "num_local_blocks": 1},
-    "two neighbours forced, too": {"num_sink_blocks": 1, "num_local_blocks": 2},
+    "": {"num_sink_blocks": 1},
+    ", first block not forced": {"num_sink_blocks": 0},
+    ", neighbour forced, too": {"num_sink_blocks": 1, "num_local_blocks": 1},
+    ", two neighbours forced, too": {"num_sink_blocks": 1, "num_local_blocks": 2},
 }
 
 
 def methods(sparsity: float) -> dict[str, tuple[Any, float | None]]:
     """Selectors by name, with their cost in dense attention's logits; None: not a cheap score."""
-    free = {"block_size": BLOCK, "base_sparsity": sparsity, "num_sink_blocks": 1}
-    found: dict[str, tuple[Any, float | None]] = {
-        f"low rank {rank}, every query of {stride}": (
-            distilled_config(
-                block_size=BLOCK, base_sparsity=sparsity, budget="fixed", hidden_dim=rank,
-                query_stride=stride,
-            ),
-            rank / HEAD_DIM / stride,
-        )
-        for rank, stride in LOW_RANK
-    }  # fmt: skip
-    for stride in ANTIDIAGONAL:
-        config = TrainingFreeConfig(method="antidiagonal", stride=stride, **free)
-        found[f"antidiagonal {stride}"] = (config, 1 / stride)
-    found["mean_pool"] = (TrainingFreeConfig(method="mean_pool", **free), BLOCK**-2)
-    found["oracle"] = (TrainingFreeConfig(method="oracle", **free), None)
-    rank, stride = LOW_RANK[0]
-    for words, blocks in FORCED.items():
-        config = distilled_config(
-            block_size=BLOCK, base_sparsity=sparsity, budget="fixed", hidden_dim=rank,
-            query_stride=stride, **blocks,
-        )  # fmt: skip
-        found[f"low rank {rank}, every query of {stride}, {words}"] = (
-            config, rank / HEAD_DIM / stride,
-        )  # fmt: skip
-        for name, method, cost in (
-            ("oracle", "oracle", None),
-            (f"antidiagonal {ANTIDIAGONAL[0]}", "antidiagonal", 1 / ANTIDIAGONAL[0]),
-        ):
-            config = TrainingFreeConfig(method=method, stride=ANTIDIAGONAL[0], **{**free, **blocks})
-            found[f"{name}, {words}"] = (config, cost)
+    size: dict[str, Any] = {"block_size": BLOCK, "base_sparsity": sparsity}
+    found: dict[str, tuple[Any, float | None]] = {}
+    for words, forced in FORCED.items():
+        for rank, stride in LOW_RANK if not words else LOW_RANK[:1]:
+            config = distilled_config(
+                budget="fixed", hidden_dim=rank, query_stride=stride, **size, **forced
+            )
+            name = f"low rank {rank}, every query of {stride}{words}"
+            found[name] = (config, rank / HEAD_DIM / stride)
+        for stride in ANTIDIAGONAL if not words else ANTIDIAGONAL[:1]:
+            free = TrainingFreeConfig(method="antidiagonal", stride=stride, **size, **forced)
+            found[f"antidiagonal {stride}{words}"] = (free, 1 / stride)
+        found[f"oracle{words}"] = (TrainingFreeConfig(method="oracle", **size, **forced), None)
+    mean_pool = TrainingFreeConfig(method="mean_pool", **size, **FORCED[""])
+    found["mean_pool"] = (mean_pool, BLOCK**-2)
     return found
 
 

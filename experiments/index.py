@@ -77,17 +77,17 @@ FROZEN
 every training-free choice and close most of the distance to the true tile mass. **Finding.** On
 SmolLM2-135M at 8,192 tokens and blocks of 64 they beat all of them, at sparsity 0.8 and 0.9, on
 prose and on a manual. With the same sparsity in every layer they close 61 to 83 % of the distance
-to the oracle; with shares of the layers by what sparsity costs in each (`dilated-attention allot`)
-they close 96 and 146 % at 0.8 (prose and manual), 111 and 118 % at 0.9, and 71 to 85 % of the
-distance to an oracle that is given the same shares. Blocks of 32 lose half as much. Over all
-lengths (2,048 to 8,192), blocks and sparsities (0.5 to 0.95) they are ahead of every training-free
-choice in 39 of 46 cells, and in 44 with the better of thresholds and an even budget: where few
-blocks a row are left (0.95, or 0.9 at half the length), thresholds starve rows, the oracle's too,
-and the even budget leads. Tuned end to end with that adapter (1,500 steps, six minutes on an H200)
-the model has 0.998 (prose) and 0.993 (manual) times the perplexity of tuned dense at 0.8. At 0.9
-it has 1.030 and 1.009, with more prose to train on 1.026 and 1.012, where 1.02 was the aim: the
-manual meets it, prose does not, while held-out windows of the training texts have 1.004 to 1.006.
-To imitate tuned dense instead brought 1.038 and 1.029. The numbers:
+to the oracle; with shares of the layers by what sparsity costs in each (`dilated-attention
+allot`) they close 96 and 146 % at 0.8 (prose and manual), 111 and 118 % at 0.9, and 71 to 85 % of
+the distance to an oracle that is given the same shares. Blocks of 32 lose about half of that at
+0.9. Over all lengths (2,048 to 8,192), blocks and sparsities (0.5 to 0.95) they are ahead of
+every training-free choice in 39 of 46 cells, and in 44 with the better of thresholds and an even
+budget: where few blocks a row are left (0.95, or 0.9 at half the length), thresholds starve rows,
+the oracle's too, and the even budget leads. Tuned end to end with that adapter (1,500 steps, six
+minutes on an H200) the model has 0.998 (prose) and 0.993 (manual) times the perplexity of tuned
+dense at 0.8. At 0.9 it has 1.030 and 1.009, with more prose to train on 1.026 and 1.012, where
+1.02 was the aim: the manual meets it, prose does not, while held-out windows of the training
+texts have 1.004 to 1.006. To imitate tuned dense instead brought 1.038 and 1.029. The numbers:
 [the log](log.md#pretrained-models).
 
 ![Perplexity against sparsity](pictures/experiments/pretrained.png)

@@ -41,10 +41,11 @@ def report() -> None:
     runs = dict(before.get("runs", {}))
     for done in sorted(RUNS.glob("*/done.json")):
         runs[done.parent.name] = portable(json.loads(done.read_text()))
-    content = {
+    content: dict[str, Any] = {
         "about": {"measured_on": MEASURED_ON}, "runs": runs, "rows": rows, "tuned": tuned,
         "bars": bars(rows), "tuned_ratios": tuned_ratios(tuned, runs),
     }  # fmt: skip
+    content["ahead"] = ahead(content["bars"])
     path.write_text(json.dumps(content, indent=1) + "\n")
     if rows:
         plot_perplexity(rows).savefig(RESULTS / "perplexity.png", dpi=90)
@@ -59,7 +60,7 @@ def report() -> None:
             about.write_text(json.dumps(clean, indent=2) + "\n")
         if (folder / "metrics.jsonl").is_file():
             shutil.copy(folder / "metrics.jsonl", RESULTS / f"distill{suffix}.jsonl")
-    for line in (*content["bars"], *content["tuned_ratios"]):
+    for line in (*content["bars"], *content["tuned_ratios"], content["ahead"]):
         print(line)
 
 
@@ -121,6 +122,21 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         out.append(entry)
     return out
+
+
+def ahead(found: list[dict[str, Any]]) -> dict[str, int]:
+    """In how many cells with ``adapter`` it is ahead of every training-free rival.
+
+    ``with_best_budget`` takes the best of ``adapter`` and its other budgets.
+    """
+    cells = [bar for bar in found if "adapter" in bar]
+    own = ("adapter", "adapter:threshold", "adapter:fixed")
+    best = [min(bar[name] for name in own if name in bar) for bar in cells]
+    return {
+        "cells": len(cells),
+        "adapter": sum(bar["adapter"] < bar["rival"] for bar in cells),
+        "with_best_budget": sum(x < bar["rival"] for x, bar in zip(best, cells, strict=True)),
+    }
 
 
 def tuned_ratios(tuned: list[dict[str, Any]], runs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,6 +48,31 @@ def test_the_gap_is_told_for_both_oracles_and_rivals_with_our_shares_do_not_coun
     assert bar["adapter_closed_allotted"] == pytest.approx(0.05 / 0.06)
 
 
+def test_cells_are_counted_in_which_the_selectors_lead(report: ModuleType) -> None:
+    rows = [
+        row("adapter", 1.05), row("adapter:fixed", 1.2), row("antidiagonal", 1.10),
+        row("adapter", 1.15, 32), row("adapter:fixed", 1.08, 32), row("antidiagonal", 1.10, 32),
+        row("adapter", 1.3, 16), row("adapter:threshold", 1.2, 16), row("mean_pool", 1.10, 16),
+        row("adapter:fixed", 1.0, 8), row("mean_pool", 1.10, 8),
+    ]  # fmt: skip
+    found = report.ahead(report.bars(rows))
+    assert found == {"cells": 3, "adapter": 1, "with_best_budget": 2}
+
+
+def test_what_the_noise_of_the_costs_makes_of_shares_is_what_was_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module = importlib.import_module("cost_noise")
+    committed = json.loads((module.FOLDER / "cost_noise.json").read_text())
+    for found, row in zip(
+        module.compared(*map(module.measured, module.COMMITS)), committed["rows"], strict=True
+    ):
+        assert (found["sparsity"], found["rule"]) == (row["sparsity"], row["rule"])
+        assert found["price_by_the_other"] == pytest.approx(row["price_by_the_other"])
+        assert found["difference"] == pytest.approx(row["difference"])
+
+
 def test_new_rows_replace_those_of_the_same_cell_alone(report: ModuleType) -> None:
     write(report.RUNS / "evaluate-32.jsonl", [row("antidiagonal", 1.3, 32, commit="a")])
     write(report.RUNS / "evaluate-64.jsonl", [row("antidiagonal", 1.2), row("oracle", 1.1)])

@@ -115,15 +115,18 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert "perplexity relative to dense" in capsys.readouterr().out
 
 
+def tune(distilled: Path, model: Path, texts: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "tune", "--model", str(model), "--text", str(texts), "--adapter",
+        str(distilled / "adapter"), "--out", str(out), "--steps", "2", "--seq-len", "128",
+        "--base-sparsity", "0.5", "--block-size", "16", "--json", *more,
+    ]  # fmt: skip
+
+
 def test_tune_starts_from_the_adapter(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "tune", "--model", str(model), "--text", str(texts), "--adapter",
-        str(distilled / "adapter"), "--out", str(tmp_path), "--train", "all", "--steps", "2",
-        "--seq-len", "128", "--base-sparsity", "0.5", "--block-size", "16", "--json",
-    ]  # fmt: skip
-    assert main(arguments) == 0
+    assert main(tune(distilled, model, texts, tmp_path, "--train", "all")) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["steps"] == 2
     assert (tmp_path / "model" / "model.safetensors").is_file()
@@ -142,13 +145,8 @@ def test_tune_starts_from_the_adapter(
 def test_tune_imitates_a_teacher(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "tune", "--model", str(model), "--text", str(texts), "--adapter",
-        str(distilled / "adapter"), "--out", str(tmp_path), "--train", "all", "--steps", "2",
-        "--seq-len", "128", "--base-sparsity", "0.5", "--block-size", "16", "--json",
-        "--teacher", str(model), "--teacher-share", "0.75",
-    ]  # fmt: skip
-    assert main(arguments) == 0
+    taught = ("--train", "all", "--teacher", str(model), "--teacher-share", "0.75")
+    assert main(tune(distilled, model, texts, tmp_path, *taught)) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
     state = torch.load(tmp_path / "checkpoints" / "step-00000002.pt", weights_only=True)
     assert state["job"]["run"]["teacher"] == str(model)
@@ -159,12 +157,7 @@ def test_low_rank_changes_are_evaluated(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("peft", reason="needs peft")
-    arguments = [
-        "tune", "--model", str(model), "--text", str(texts), "--adapter",
-        str(distilled / "adapter"), "--out", str(tmp_path), "--steps", "2", "--seq-len", "128",
-        "--base-sparsity", "0.5", "--base-learning-rate", "0.1", "--block-size", "16", "--json",
-    ]  # fmt: skip
-    assert main(arguments) == 0
+    assert main(tune(distilled, model, texts, tmp_path, "--base-learning-rate", "0.1")) == 0
     capsys.readouterr()
     evaluate = ["evaluate", "--model", str(model), "--adapter", str(tmp_path / "adapter"),
                 *EVALUATE, str(texts / "a.txt")]  # fmt: skip

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from cost_lines import price
 from dilated_attention_pytorch.selection.cost_shares import (
     SparsityCosts,
     by_layer,
@@ -32,19 +33,6 @@ def random_costs(seed: int, layers: int = 5) -> SparsityCosts:
     return SparsityCosts(4096, GRID, found)
 
 
-def price(costs: SparsityCosts, shares: dict[int, float]) -> float:
-    """Total cost on straight lines between the measured points."""
-    total = 0.0
-    x = (0.0, *GRID)
-    for layer, share in shares.items():
-        y = (0.0, *costs.costs[layer])
-        for n in range(len(GRID)):
-            if share <= x[n + 1] + 1e-12:
-                total += y[n] + (share - x[n]) / (x[n + 1] - x[n]) * (y[n + 1] - y[n])
-                break
-    return total
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("mean", [0.0, 0.25, 0.55, 0.75, 0.9])
 def test_mean_is_met_and_no_exchange_between_layers_is_cheaper(seed: int, mean: float) -> None:
@@ -53,6 +41,7 @@ def test_mean_is_met_and_no_exchange_between_layers_is_cheaper(seed: int, mean: 
     assert sum(shares.values()) / len(shares) == pytest.approx(mean)
     assert all(0 <= value <= GRID[-1] + 1e-12 for value in shares.values())
     least = price(costs, shares)
+    assert costs.price(shares) == pytest.approx(least)
     for a in shares:
         for b in shares:
             step = min(0.01, shares[a], GRID[-1] - shares[b])

@@ -18,6 +18,8 @@ from dilated_attention_pytorch.selection.cost_noise import noise_of
 
 # A layer by its number, or a head by the numbers of its layer and of itself.
 Unit = int | tuple[int, int]
+# The slope and the width of each step of a convex curve that begins at 0.
+Steps = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class SparsityCosts:
         """
         return noise_of(self.costs.values())
 
-    def allot(self, sparsity: float) -> dict[Unit, float]:
+    def cheapest(self, sparsity: float) -> dict[Unit, float]:
         """Sparsities of the layers, or heads, with that mean and the least sum of the costs.
 
         Costs count as straight lines between the measured sparsities, from 0 at 0; where they
@@ -73,9 +75,45 @@ class SparsityCosts:
         shares of such costs are found exactly: every next bit of sparsity goes where it costs
         least. A mean above the largest measured sparsity is the same for all.
 
-        With eight layers or heads or more the shares move from there towards equal ones, until
-        the sum of the costs has grown by its :attr:`noise`: where no shares are certainly better,
-        all have the same.
+        Args:
+            sparsity: Mean over the layers or heads, in [0, 1).
+
+        Returns:
+            The sparsity of each.
+        """
+        check_sparsity("sparsity", sparsity)
+        if sparsity > self.sparsities[-1]:
+            return dict.fromkeys(self.costs, sparsity)
+        left = sparsity * len(self.costs)
+        out = dict.fromkeys(self.costs, 0.0)
+        steps = [
+            (slope, unit, width) for unit, own in self._steps().items() for slope, width in own
+        ]
+        steps.sort(key=lambda step: step[0])
+        for _, group in groupby(steps, key=lambda step: step[0]):
+            # Those that cost the same share what is left.
+            alike = list(group)
+            width = sum(step[2] for step in alike)
+            share = min(1.0, max(left, 0.0) / width)
+            for _, unit, part in alike:
+                out[unit] += share * part
+            left -= share * width
+        return out
+
+    def price(self, shares: Mapping[Unit, float]) -> float:
+        """The sum of the costs of such shares, on the lines of :meth:`cheapest`, in nats per token.
+
+        Args:
+            shares: Sparsity of each layer or head, at most the largest that was measured.
+        """
+        return sum(_height(own, shares[unit]) for unit, own in self._steps().items())
+
+    def allot(self, sparsity: float) -> dict[Unit, float]:
+        """The shares of :meth:`cheapest`, as near to equal ones as the noise of the costs allows.
+
+        With eight layers or heads or more the shares move towards equal ones, until the sum of the
+        costs has grown by its noise (:attr:`noise`): where no shares are certainly better, all have
+        the same.
 
         Args:
             sparsity: Mean over the layers or heads, in [0, 1).
@@ -88,21 +126,21 @@ class SparsityCosts:
             >>> {layer: round(value, 3) for layer, value in costs.allot(0.7).items()}
             {0: 0.9, 1: 0.5}
         """
-        check_sparsity("sparsity", sparsity)
-        equal = dict.fromkeys(self.costs, sparsity)
+        best = self.cheapest(sparsity)
         if sparsity > self.sparsities[-1]:
-            return equal
-        steps = {
+            return best
+        # The noise of the sum over all of them.
+        doubt = self.noise * math.sqrt(len(best))
+        more = self.price(dict.fromkeys(best, sparsity)) - self.price(best)
+        # The costs are convex: of a mixture they are at most the mixture of both.
+        part = 1.0 if more <= doubt else doubt / more
+        return {unit: own + part * (sparsity - own) for unit, own in best.items()}
+
+    def _steps(self) -> dict[Unit, Steps]:
+        return {
             unit: _convex_steps((0.0, *self.sparsities), (0.0, *costs))
             for unit, costs in self.costs.items()
         }
-        best = _cheapest(steps, sparsity)
-        # The noise of the sum over all of them.
-        doubt = self.noise * math.sqrt(len(steps))
-        more = sum(_cost(steps[x], equal[x]) - _cost(steps[x], best[x]) for x in steps)
-        # The costs are convex: of a mixture they are at most the mixture of both.
-        part = 1.0 if more <= doubt else doubt / more
-        return {x: best[x] + part * (equal[x] - best[x]) for x in best}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -166,33 +204,11 @@ def costs_near(costs: Iterable[SparsityCosts], length: int) -> SparsityCosts | N
     return found if distance <= 0.5 else None
 
 
-# The slope and the width of each step of a convex curve that begins at 0.
-Steps = list[tuple[float, float]]
-
-
-def _cheapest(steps: Mapping[Unit, Steps], sparsity: float) -> dict[Unit, float]:
-    left = sparsity * len(steps)
-    out = dict.fromkeys(steps, 0.0)
-    order = sorted(
-        ((slope, unit, width) for unit, own in steps.items() for slope, width in own),
-        key=lambda step: step[0],
-    )
-    for _, group in groupby(order, key=lambda step: step[0]):
-        # Those that cost the same share what is left.
-        alike = list(group)
-        width = sum(step[2] for step in alike)
-        share = min(1.0, max(left, 0.0) / width)
-        for _, unit, part in alike:
-            out[unit] += share * part
-        left -= share * width
-    return out
-
-
-def _cost(steps: Steps, sparsity: float) -> float:
+def _height(steps: Steps, place: float) -> float:
     total = 0.0
     for slope, width in steps:
-        total += slope * min(width, max(sparsity, 0.0))
-        sparsity -= width
+        total += slope * min(width, max(place, 0.0))
+        place -= width
     return total
 
 
