@@ -127,6 +127,18 @@ def test_says_how_far_costs_are_noise(
     assert f"Noise of a cost (nats): {costs.noise:.5f} at 256 tokens" in words
 
 
+def test_says_where_nothing_can_be_chosen(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = command(folder, tmp_path / "run")
+    found[found.index("512") : found.index("256") + 1] = ["256", "16"]
+    assert main(found) == 0
+    errors = " ".join(capsys.readouterr().err.split())
+    # Two blocks of 8, of whose three tiles two hold the diagonal.
+    assert "Nothing to choose at sparsity 0.6: in 16 tokens" in errors
+    assert "in 256 tokens" not in errors
+
+
 def test_another_job_in_the_same_folder_is_refused(
     folder: Path, allotted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_err
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     check_model_folder,
+    nothing_to_choose,
     require_transformers,
 )
 from dilated_attention_pytorch.selection.cost_shares import by_layer, unit_name
@@ -76,6 +77,10 @@ def run(parsed: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     with measuring_errors():
         allotment = Allotment(job, parsed.out)
+        config = next(iter(allotment.source.configs.values()))
+        for length in job.lengths:
+            if words := nothing_to_choose(config, allotment.sparsity(), length):
+                console.print(words, highlight=False, soft_wrap=True)
         with StopRequest() as stop:
             finished = _measure(allotment, console, stop)
     if not finished:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from dilated_attention_pytorch.cli.pretrained_command import PretrainedCommand, add_job_options
-from dilated_attention_pytorch.selection.bounds import most_sparse
+from dilated_attention_pytorch.cli.pretrained_options import nothing_to_choose
 
 
 def add_parser(commands: Any) -> None:
@@ -39,18 +39,9 @@ class DistillCommand(PretrainedCommand):
 
     def about(self, loop: Any) -> str:
         """Sizes, and whether there is anything to choose."""
-        run, words = loop.training.run, super().about(loop)
-        config, length = run.config, run.seq_len
-        limit = most_sparse(
-            length, config.block_size, config.num_sink_blocks, config.num_local_blocks
-        )
-        if config.base_sparsity > limit:
-            words += (
-                f"\nNothing to choose at sparsity {config.base_sparsity:g}: in {length:,} tokens "
-                f"the blocks that are always read leave out {limit:.2f} at most. Take smaller "
-                "blocks, longer windows or a lower sparsity."
-            )
-        return words
+        run = loop.training.run
+        no_choice = nothing_to_choose(run.config, run.config.base_sparsity, run.seq_len)
+        return "\n".join(filter(None, (super().about(loop), no_choice)))
 
     def results(self, loop: Any) -> dict[str, str]:
         """The adapter, and the plot where matplotlib is there."""

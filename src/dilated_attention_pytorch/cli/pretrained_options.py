@@ -10,6 +10,8 @@ from typing import Any
 
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.config import BUDGETS, POOLINGS, SCORERS, AdaptiveConfig
+from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.selection.bounds import most_sparse
 
 _NEEDS = "this command needs transformers: pip install 'dilated-attention-pytorch[hf]'"
 # Shown as defaults without importing transformers, which takes seconds.
@@ -30,6 +32,20 @@ def require_transformers() -> None:
     except ImportError as error:
         raise CommandError(f"{_NEEDS} ({error})") from error
     quieten()
+
+
+def nothing_to_choose(
+    config: AdaptiveConfig | TrainingFreeConfig, sparsity: float, length: int
+) -> str | None:
+    """What to tell where the blocks that are always read prevent a sparsity; None where not."""
+    limit = most_sparse(length, config.block_size, config.num_sink_blocks, config.num_local_blocks)
+    if sparsity <= limit:
+        return None
+    return (
+        f"Nothing to choose at sparsity {sparsity:g}: in {length:,} tokens the blocks that are "
+        f"always read leave out {limit:.2f} at most. Take smaller blocks, longer windows or a "
+        "lower sparsity."
+    )
 
 
 def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -24,8 +24,8 @@ def most_visible_blocks(
     A closed form: ``torch.compile`` traces it, with symbols in the place of lengths. The level μ
     solves :math:`\sum_i \min(\mu, a_i) = \kappa \sum_i a_i` with a visible blocks per row. The left
     side is concave in μ, so :math:`\mu \le \kappa \max_i a_i`. With a triangle, :math:`a_i = i` for
-    i from 1 to I, :math:`\mu \le lpha (I + 1/2) + 1/8` with
-    :math:`lpha = 1 - \sqrt{1 - \kappa}`. One more block for rounding.
+    i from 1 to I, :math:`\mu \le \alpha (I + 1/2) + 1/8` with
+    :math:`\alpha = 1 - \sqrt{1 - \kappa}`. One more block for rounding.
 
     Args:
         q_len: Query tokens.
