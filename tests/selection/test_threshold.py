@@ -124,7 +124,7 @@ def test_heads_have_thresholds_of_their_own() -> None:
     assert found.shape == (1, 1, 2, 3)
     for place, length in enumerate((50, 200, 800)):
         assert found[0, 0, :, place].tolist() == pytest.approx(table.at(length))
-    assert ThresholdTable.from_rows(table.rows()) == table
+    assert ThresholdTable.from_buffer(table.to_buffer(2)) == table
     plain = ThresholdTable((100, 400), (0.08, 0.02))
     assert ThresholdTable.from_rows(plain.rows()) == plain
 

@@ -10,6 +10,7 @@ from dilated_attention_pytorch.nn.block_sparse import (
     Selection,
     SelectionInputs,
 )
+from dilated_attention_pytorch.nn.exact_buffers import ExactBuffers
 from dilated_attention_pytorch.selection.budget import round_budget
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
@@ -18,7 +19,7 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 _NEARER = 1e-7
 
 
-class BlockSparseDistilled(BlockSparseLayer):
+class BlockSparseDistilled(ExactBuffers, BlockSparseLayer):
     """Block-sparse attention that reads, at every place, what a selector read there most often.
 
     Like :class:`BlockSparseFixed` it does not look at the content; its ranking and its budget per

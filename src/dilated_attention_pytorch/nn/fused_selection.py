@@ -141,7 +141,7 @@ def allot_budget(
         return None
     means = gain = offset = None
     if config.budget == "adaptive" and not layer.keeps_all:
-        gain, offset = layer.budget_gain, layer.budget_offset
+        gain, offset = layer.budget_terms()
         if keys is not None and "mean" in config.pooling:
             start = config.pooling.index("mean") * layer.head_dim
             means = keys.detach()[..., start : start + layer.head_dim]

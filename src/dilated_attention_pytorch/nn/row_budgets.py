@@ -32,6 +32,7 @@ from dilated_attention_pytorch.selection.threshold import (
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+    from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
     from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 
 _Lengths = TypeVar("_Lengths", int, Tensor)
@@ -59,11 +60,6 @@ class DensityRecord:
             # The value is what was kept; the gradient is the stand-in's.
             density = density - density.detach() + self.rounded.sum() / total
         return density / (1 - self.sparsity) - 1
-
-    def settle(self) -> None:
-        """Keeps the sparsity that was to be met, before the buffer that holds it changes."""
-        if self.sparsity is not None:
-            self.sparsity = self.sparsity.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DensityRecord:
         # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.
@@ -195,13 +191,23 @@ def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float
         One number, or ``(1 or b, 1 or pattern heads, 1 or i)``.
     """
     table, lengths = layer.threshold_table(), row_lengths(layer, inputs)
+    if table is None:
+        return unread_thresholds(layer, lengths)
     if not isinstance(lengths, Tensor):
         return heads_thresholds(table, lengths, layer.thresholds.device)
     return inputs.rows.remember(
         ("row thresholds", layer.block_size, table),
         # There is one length for all heads, which may have thresholds of their own.
-        lambda: thresholds_at(layer.thresholds, lengths.squeeze(1)),
+        lambda: thresholds_at(layer.threshold_rows(), lengths.squeeze(1)),
     )
+
+
+def unread_thresholds(layer: BudgetLayer, lengths: int | Tensor) -> Tensor:
+    """Thresholds at lengths, ``(1 or b, heads, 1 or i)``, where the host cannot read the table."""
+    rows = layer.threshold_rows()
+    if not isinstance(lengths, Tensor):
+        lengths = torch.full((1, 1, 1), lengths, device=rows.device)
+    return thresholds_at(rows, lengths.squeeze(1))
 
 
 def heads_thresholds(table: ThresholdTable, length: int, device: torch.device) -> float | Tensor:

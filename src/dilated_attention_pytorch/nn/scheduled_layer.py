@@ -7,14 +7,14 @@ their precision when the layer moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.budget_layer import setting
 from dilated_attention_pytorch.nn.row_budgets import (
     DensityRecord,
     row_lengths,
@@ -22,18 +22,17 @@ from dilated_attention_pytorch.nn.row_budgets import (
 )
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
-from dilated_attention_pytorch.selection.bounds import halvings
 from dilated_attention_pytorch.selection.budget import top_p_budget
-from dilated_attention_pytorch.selection.threshold import ThresholdSample, ThresholdTable
+from dilated_attention_pytorch.selection.threshold import ThresholdSample
+
+_SCHEDULED = ("temperature", "top_p")
 
 
 class ScheduledLayer(ScoringLayer):
     """A scoring layer whose temperature and budgets are set while it trains."""
 
     temperature: Tensor
-    base_sparsity: Tensor
     top_p: Tensor
-    thresholds: Tensor
 
     def add_settings(self) -> None:
         """Registers them, behind the scorer's weights, at the config's values."""
@@ -44,15 +43,15 @@ class ScheduledLayer(ScoringLayer):
             self.budget_gain = nn.Parameter(torch.ones(pattern_heads))
         if config.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.zeros(()))
-        self.register_buffer("temperature", torch.tensor(float(config.temperature)))
-        self.register_buffer("base_sparsity", torch.tensor(float(config.base_sparsity)))
-        self.register_buffer("top_p", torch.tensor(float(config.top_p)))
-        if config.budget == "threshold":
-            # Rows of tokens, ascending, and the threshold, or one for each head.
-            self.register_buffer("thresholds", torch.zeros(0, 2, dtype=torch.float64))
-        self._note_densest(1 - config.base_sparsity)
-        self._table: ThresholdTable | None = None
+        self.register_buffer("temperature", setting(config.temperature))
+        self.add_budget(config.base_sparsity, config.budget)
+        self.register_buffer("top_p", setting(config.top_p))
         self._record = DensityRecord()
+
+    def initial_buffers(self) -> dict[str, Tensor]:
+        """The values of the config, and no thresholds."""
+        own = {name: torch.tensor(getattr(self.config, name), device="cpu") for name in _SCHEDULED}
+        return {**super().initial_buffers(), **own}
 
     def temperature_factor(self) -> Tensor | float:
         """The learned factor on the temperature (1.0 without ``learnable_temperature``)."""
@@ -78,23 +77,13 @@ class ScheduledLayer(ScoringLayer):
         Raises:
             ValueError: If it is not in [0, 1), or ``num_selected_blocks`` takes its place.
         """
-        check_sparsity("value", value)
         if self.config.num_selected_blocks is not None and value != self.config.base_sparsity:
+            check_sparsity("value", value)
             raise ValueError(
                 "base_sparsity has no effect with num_selected_blocks="
                 f"{self.config.num_selected_blocks}; configure one of the two to schedule sparsity."
             )
-        self._record.settle()
-        self.base_sparsity.fill_(value)
-        self._note_densest(1 - value)
-
-    def _note_densest(self, share: float) -> None:
-        """Keeps what sizes are derived from beside the buffer, whose value may be on a device."""
-        self.densest = share
-        # torch.compile specialises on integers that it reads of a module, so that one is needed
-        # that seldom moves; a float that moves would become a symbol, and sizes with it.
-        self.halvings = halvings(share)
-        self.keeps_all = share == 1
+        super().set_base_sparsity(value)
 
     def share_by_content(self, keep: Tensor, factor: Tensor) -> Tensor:
         """The base budget's share times the rows' own factors; all of it where nothing is left out.
@@ -103,33 +92,16 @@ class ScheduledLayer(ScoringLayer):
             keep: ``1 - base_sparsity``, ``(b, h, i)``.
             factor: By content, likewise.
         """
-        return keep if self.keeps_all else (keep * factor).clamp(max=1)
+        return torch.where(keep == 1, keep, (keep * factor).clamp(max=1))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        names = ["temperature", "base_sparsity", "top_p"]
-        if self.config.budget == "threshold":
-            names.append("thresholds")
-        settings = {name: getattr(self, name) for name in names}
-        super()._apply(fn, recurse)
-        for name, value in settings.items():
-            if value.is_meta and not getattr(self, name).is_meta:
-                # Made without values: they are the config's.
-                value = torch.tensor(float(getattr(self.config, name)), device="cpu")
-            # Moves with the layer but keeps its precision: 0.9 in bfloat16 is 0.8984.
-            setattr(self, name, value.to(getattr(self, name).device))
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        saved = state_dict.get(prefix + "thresholds")
-        if saved is not None and self.config.budget == "threshold":
-            # There may be more or fewer lengths than here.
-            self.thresholds = self.thresholds.new_empty(saved.shape)
-            self._table = None
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not self.base_sparsity.is_meta:
-            self._note_densest(1 - float(self.base_sparsity))
+    def budget_terms(self) -> tuple[Tensor, Tensor]:
+        """Gain and offset of the rows' factors, for a kernel that knows no base sparsity of 0."""
+        gain, offset = self.budget_gain, self.budget_offset
+        if not torch.compiler.is_compiling():
+            return gain, offset
+        # A program that is recorded may not know the sparsity: there the factor becomes 1.
+        all_kept = self.base_sparsity == 0
+        return torch.where(all_kept, 0, gain), torch.where(all_kept, 1, offset)
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
@@ -143,38 +115,11 @@ class ScheduledLayer(ScoringLayer):
             threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest), share=share,
         )  # fmt: skip
 
-    def set_thresholds(self, table: ThresholdTable) -> None:
-        """Sets the thresholds of ``budget="threshold"``; they are saved with the weights.
-
-        Raises:
-            ValueError: If the budget is another one.
-        """
-        if self.config.budget != "threshold":
-            raise ValueError(f"thresholds need budget='threshold', got {self.config.budget!r}.")
-        rows = table.rows()
-        if len(rows[0]) - 1 not in (1, self.pattern_heads):
-            raise ValueError(
-                f"thresholds must be one for all heads or {self.pattern_heads}, one for each "
-                f"pattern head, got {len(rows[0]) - 1}."
-            )
-        device = self.base_sparsity.device
-        self.thresholds = torch.tensor(rows, dtype=torch.float64, device=device)
-        self._table = table
-
-    def threshold_table(self) -> ThresholdTable:
-        # Kept on the host: reading the buffer would wait for the device in every pass.
-        if self._table is None:
-            if len(self.thresholds) == 0:
-                raise RuntimeError(
-                    "budget='threshold' needs thresholds: calibrate or load them first "
-                    "(set_thresholds)."
-                )
-            self._table = ThresholdTable.from_rows(self.thresholds.tolist())
-        return self._table
-
     def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
         """Notes the budgets; their sums are left to get_sparsity_loss, not of every step."""
-        self._record = DensityRecord(exact, rows.num_allowed, rounded, self.base_sparsity)
+        # A copy: what holds the sparsity may be written before the loss is asked for.
+        target = self.base_sparsity.clone()
+        self._record = DensityRecord(exact, rows.num_allowed, rounded, target)
 
     def get_sparsity_loss(self) -> Tensor:
         r"""How far the last forward pass was from ``base_sparsity``.

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype, past_windows
 
 
-class ScoringLayer(BlockSparseLayer):
+class ScoringLayer(BudgetLayer):
     """A block-sparse layer with a scorer; :class:`BlockSparseAdaptive` says what of.
 
     Args:

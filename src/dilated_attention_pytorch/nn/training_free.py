@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_floor, check_sparsity
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import heads_thresholds, threshold_floor
+from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
+from dilated_attention_pytorch.nn.row_budgets import (
+    heads_thresholds,
+    threshold_floor,
+    unread_thresholds,
+)
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
@@ -21,7 +26,6 @@ from dilated_attention_pytorch.scoring.training_free import (
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
-    ThresholdTable,
     threshold_budget,
 )
 from dilated_attention_pytorch.selection.top_k import choose_top_k
@@ -85,7 +89,7 @@ class TrainingFreeConfig:
         return asdict(self)
 
 
-class BlockSparseTrainingFree(BlockSparseLayer):
+class BlockSparseTrainingFree(BudgetLayer):
     """Block-sparse attention whose blocks a fixed rule ranks by content; has no parameters.
 
     Candidates, forced blocks, budgets and attention are those of :class:`BlockSparseAdaptive`;
@@ -131,17 +135,11 @@ class BlockSparseTrainingFree(BlockSparseLayer):
             backend=backend,
         )
         self.config = config
-        self.base_sparsity = config.base_sparsity
-        self.thresholds: ThresholdTable | None = None
+        self.add_budget(config.base_sparsity, config.budget)
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
-        return f"{self.config.method!r}, base_sparsity={self.base_sparsity}"
-
-    def set_base_sparsity(self, value: float) -> None:
-        """Sets the mean sparsity of ``budget="fixed"`` and of a floor below thresholds."""
-        check_sparsity("value", value)
-        self.base_sparsity = value
+        return f"{self.config.method!r}, base_sparsity={1 - self.densest:.4g}"
 
     def score(self, inputs: SelectionInputs) -> Tensor:
         """Scores of all tiles ``(b, num_heads, i, j)`` in float32."""
@@ -175,9 +173,11 @@ class BlockSparseTrainingFree(BlockSparseLayer):
         """Ranks by the rule and keeps the best within the budget."""
         scores = self.score(inputs)
         if self.config.budget == "threshold":
-            if self.thresholds is None:
-                raise RuntimeError("budget='threshold' needs set_thresholds before the first call.")
-            threshold = heads_thresholds(self.thresholds, inputs.mask.kv_len, inputs.query.device)
+            table, length = self.threshold_table(), inputs.mask.kv_len
+            if table is None:
+                threshold: float | Tensor = unread_thresholds(self, length)
+            else:
+                threshold = heads_thresholds(table, length, inputs.query.device)
             least = self._floor(inputs)
             if place_refusal(self, inputs) is None:
                 return select_above(inputs, scores, threshold, self.block_size, least)
@@ -208,31 +208,30 @@ class BlockSparseTrainingFree(BlockSparseLayer):
         )  # fmt: skip
 
     def _floor(self, inputs: SelectionInputs) -> Tensor | None:
-        return threshold_floor(inputs, self.config.threshold_floor, self.base_sparsity)
+        return threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest)
 
-    def set_thresholds(self, table: ThresholdTable) -> None:
-        """Sets the thresholds of ``budget="threshold"``.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        own = {prefix + name: value for name, value in self.named_buffers(recurse=False)}
+        if not any(name in state_dict for name in own):
+            # Weights of dense attention, or files of before: the settings stay.
+            state_dict = {**state_dict, **own}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-        Raises:
-            ValueError: If the budget is another one.
-        """
-        if self.config.budget != "threshold":
-            raise ValueError(f"thresholds need budget='threshold', got {self.config.budget!r}.")
-        self.thresholds = table
 
-
-def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float) -> Tensor:
+def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float | Tensor) -> Tensor:
     """Scored blocks per row, int32 ``(b, h, i)``: the same for every head at a mean sparsity.
 
     Args:
         inputs: What a layer chooses by.
         scores: ``(b, h, i, c)``, for its shape.
-        sparsity: Mean sparsity to meet, forced blocks included.
+        sparsity: Mean sparsity to meet, forced blocks included; a 0-dim tensor or a number.
     """
     candidates, rows = inputs.candidates, inputs.rows
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
     shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
-    keep = torch.full(shape, 1 - sparsity, device=scores.device)
+    keep = torch.ones(shape, device=scores.device) - sparsity
     exact = water_level_budget(keep, forced, limit, rows, candidates.width)
     return (round_budget(exact, rows) - forced).clamp(min=0)

@@ -175,16 +175,23 @@ def calibrate_threshold(samples: Sequence[ThresholdSample], sparsity: float) -> 
     return max(float((expected[room - 1] + expected[room]) / 2), tiny)
 
 
+# Room for lengths in a buffer. Its size does not depend on a calibration, so that whatever copies
+# buffers from model to model, such as AveragedModel, can copy thresholds.
+MOST_LENGTHS = 64
+# What fills the room: an average with it is no length either.
+_UNUSED = -1.0
+
+
 @dataclass(frozen=True)
 class ThresholdTable:
     """Thresholds by length: longer sequences spread their attention over more blocks.
 
     Attributes:
-        lengths: Key tokens, ascending.
-        thresholds: One for each length, or a tuple with one for each head.
+        lengths: Key tokens, ascending, at most 64 of them.
+        thresholds: One for each length, or a tuple with one for each head; above 0.
 
     Raises:
-        ValueError: If numbers are missing: every length needs as many.
+        ValueError: If numbers are missing: every length needs as many; or out of range.
     """
 
     lengths: tuple[int, ...]
@@ -198,16 +205,61 @@ class ThresholdTable:
                 "thresholds must be one for each length, or one for each length and head, got "
                 f"{self.thresholds} for the lengths {self.lengths}."
             )
+        rising = all(a < b for a, b in pairwise((0, *self.lengths)))
+        if not rising or len(self.lengths) > MOST_LENGTHS:
+            raise ValueError(
+                f"lengths must be positive and ascending, at most {MOST_LENGTHS} of them, got "
+                f"{self.lengths}."
+            )
+        if not all(0 < x < math.inf for row in self.rows() for x in row[1:]):
+            raise ValueError(f"thresholds must be above 0 and finite, got {self.thresholds}.")
 
     def rows(self) -> list[tuple[float, ...]]:
         """Per length its number and its thresholds, of all heads or of each."""
         given = (x if isinstance(x, tuple) else (x,) for x in self.thresholds)
         return [(length, *own) for length, own in zip(self.lengths, given, strict=False)]
 
+    @staticmethod
+    def empty_buffer(heads: int) -> Tensor:
+        """The buffer of a layer that has no thresholds yet."""
+        return torch.full((MOST_LENGTHS, 1 + heads), _UNUSED, dtype=torch.float64, device="cpu")
+
+    def to_buffer(self, heads: int) -> Tensor:
+        """The table as float64 ``(64, 1 + heads)``, for :meth:`from_buffer`.
+
+        Raises:
+            ValueError: If the thresholds are of another number of heads.
+        """
+        rows = torch.tensor(self.rows(), dtype=torch.float64, device="cpu")
+        if not fits_buffer(rows, heads):
+            raise ValueError(
+                f"thresholds must be one for all heads or {heads}, one for each pattern head, got "
+                f"{rows.shape[1] - 1}."
+            )
+        return padded_buffer(rows, heads)
+
     @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[float]]) -> ThresholdTable:
-        """The table of :meth:`rows`' result."""
-        own = [tuple(row[1:]) if len(row) > 2 else row[1] for row in rows]
+    def from_buffer(cls, buffer: Tensor) -> ThresholdTable | None:
+        """The table in a buffer, or None if it holds none; waits for the device.
+
+        Args:
+            buffer: ``(lengths, 1 + t)``, with room behind the table or without.
+
+        Raises:
+            ValueError: If it holds something else, such as the mean of two tables.
+        """
+        lengths = buffer[:, 0].tolist()
+        used = next((n for n, x in enumerate(lengths) if x == _UNUSED), len(lengths))
+        if used == 0:
+            return None
+        rows, rest = buffer[:used].tolist(), lengths[used:]
+        if not all(x.is_integer() for x in lengths) or any(x != _UNUSED for x in rest):
+            raise ValueError(
+                f"thresholds must hold whole lengths, got {lengths[: used + 1]}; calibrate again "
+                "where they are a mean of several models'."
+            )
+        alike = all(len(set(row[1:])) == 1 for row in rows)
+        own = [row[1] if alike else tuple(row[1:]) for row in rows]
         return cls(tuple(int(row[0]) for row in rows), tuple(own))
 
     def at(self, length: int) -> float | tuple[float, ...]:
@@ -235,6 +287,31 @@ class ThresholdTable:
                 a, b = math.log(before[column]), math.log(after[column])
                 return math.exp(a + share * (b - a))
         return rows[-1][column] * self.lengths[-1] / length
+
+
+def fits_buffer(rows: Tensor, heads: int) -> bool:
+    """Whether rows ``(lengths, 1 + t)`` have a place in a buffer: t is 1 or ``heads``."""
+    return rows.dim() == 2 and len(rows) <= MOST_LENGTHS and rows.shape[1] in (2, 1 + heads)
+
+
+def padded_buffer(rows: Tensor, heads: int) -> Tensor:
+    """Rows that fit as ``(64, 1 + heads)``, what is for all heads repeated for each."""
+    buffer = rows.new_full((MOST_LENGTHS, 1 + heads), _UNUSED)
+    buffer[: len(rows)] = torch.cat([rows[:, :1], rows[:, 1:].expand(-1, heads)], 1)
+    return buffer
+
+
+def filled_buffer(buffer: Tensor) -> Tensor:
+    """A buffer with its room filled by what :meth:`ThresholdTable.at` says of longer sequences.
+
+    Looks at no value, for programs that are recorded.
+    """
+    place = torch.arange(len(buffer), device=buffer.device)[:, None]
+    last = ((buffer[:, :1] > 0).sum() - 1).clamp(min=0)
+    beyond = (place - last).clamp(min=0)
+    end = buffer.index_select(0, last[None])
+    factor = torch.where(torch.arange(buffer.shape[1], device=buffer.device) == 0, 2.0, 0.5)
+    return torch.where(beyond > 0, end * factor.to(buffer.dtype) ** beyond, buffer)
 
 
 def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dilated_attention_pytorch.integrations.transformers.job import PretrainedJo
 from dilated_attention_pytorch.integrations.transformers.lora import load_lora
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
 from dilated_attention_pytorch.integrations.transformers.tune import LORA_NAME, MODEL_NAME
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.training.folder_loop import METRICS_NAME
 from dilated_attention_pytorch.training.metrics import MetricsFile
 
@@ -53,7 +54,9 @@ class SavedAdapter:
         """
         adapter = SelectorAdapter.read(folder)
         for number, config in adapter.configs.items():
-            if config.budget == "threshold" and not len(adapter.tensors[f"{number}.thresholds"]):
+            if config.budget != "threshold":
+                continue
+            if ThresholdTable.from_buffer(adapter.tensors[f"{number}.thresholds"]) is None:
                 raise AdapterError(
                     f"layer {number} of the adapter in {folder} has no thresholds: call "
                     "integrations.transformers.calibrate.calibrate before save_adapter."
@@ -102,12 +105,12 @@ class SavedAdapter:
     @property
     def seq_len(self) -> int | None:
         """The longest window that thresholds were calibrated at; None: there are none."""
-        lengths = [
-            int(rows[-1, 0])
+        tables = [
+            ThresholdTable.from_buffer(rows)
             for name, rows in self.adapter.tensors.items()
-            if name.endswith(".thresholds") and len(rows)
+            if name.endswith(".thresholds")
         ]
-        return max(lengths, default=None)
+        return max((table.lengths[-1] for table in tables if table is not None), default=None)
 
 
 def _find_base(folder: Path, adapter: SelectorAdapter) -> str:

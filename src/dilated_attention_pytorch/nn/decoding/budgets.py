@@ -80,7 +80,7 @@ def newest_thresholds(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow
         lengths = row.number * layer.block_size + 1
     else:
         lengths = whole_samples(layer, memory.lengths)
-    return thresholds_at(layer.thresholds, lengths.view(-1, 1))
+    return thresholds_at(layer.threshold_rows(), lengths.view(-1, 1))
 
 
 def _level_budget(
