@@ -11,9 +11,14 @@ def tracing() -> bool:
     A tensor that is made then is no good for later calls either: it is a symbol, or its memory
     belongs to a graph.
     """
-    return torch.compiler.is_compiling() or recording()
+    return torch.compiler.is_compiling() or recording() or _faking()
 
 
 def recording() -> bool:
     """Whether the current stream is recorded as a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _faking() -> bool:
+    """Whether tensors that are made now have shapes alone, as in a ``FakeTensorMode``."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None

@@ -126,7 +126,7 @@ def test_heads_have_thresholds_of_their_own() -> None:
         assert found[0, 0, :, place].tolist() == pytest.approx(table.at(length))
     assert ThresholdTable.from_buffer(table.to_buffer(2)) == table
     plain = ThresholdTable((100, 400), (0.08, 0.02))
-    assert ThresholdTable.from_rows(plain.rows()) == plain
+    assert ThresholdTable.from_buffer(plain.to_buffer(3)) == plain
 
 
 @pytest.mark.parametrize(

@@ -125,14 +125,14 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
     def _read_share(self) -> float | None:
         if not readable(self.base_sparsity):
             return None
-        share = 1 - self._host.read("base_sparsity", self.base_sparsity, float)
-        if not 0 <= share <= 1:
+        sparsity = self._host.read("base_sparsity", self.base_sparsity, float)
+        # float32 rounds 1 - 1e-8 to 1.
+        if not 0 <= sparsity <= 1:
             raise ValueError(
-                f"base_sparsity must lie in [0, 1), but its buffer holds {1 - share}; call "
+                f"base_sparsity must lie in [0, 1), but its buffer holds {sparsity}; call "
                 "set_base_sparsity, or load a state dict that has it."
             )
-        # float32 rounds 1 - 1e-8 to 1.
-        return max(share, 2.0**-24)
+        return max(1 - sparsity, 2.0**-24)
 
     def _read_table(self) -> ThresholdTable | None:
         if not readable(self.thresholds):
