@@ -47,11 +47,12 @@ def relaxed_top_k(
         would get above 1 is cut off, which vanishes as τ falls.
     """
     floor = torch.finfo(logits.dtype).min
-    alpha = logits.clamp(min=floor)
     excluded = logits == -torch.inf
+    # Over a temperature below 1 the lowest number is -inf, whose gradient in τ is NaN.
+    alpha = logits.masked_fill(excluded, 0)
     out = torch.zeros_like(logits)
     for step in range(max_count):
-        p = (alpha / temperature).softmax(-1).masked_fill(excluded, 0)
+        p = (alpha / temperature).masked_fill(excluded, floor).softmax(-1).masked_fill(excluded, 0)
         out = out + p * (step < count)[..., None]
         alpha = alpha + torch.log1p(-p.clamp(max=1 - 1e-6))
     return out.clamp(max=1)
