@@ -24,6 +24,9 @@ from dilated_attention_pytorch.selection.threshold import (
     thresholds_at,
 )
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 TABLE = ThresholdTable((64, 128), (0.2, 0.1))
 
 
@@ -247,7 +250,7 @@ def test_a_mean_of_tables_is_no_table() -> None:
     empty = ThresholdTable.empty_buffer(2)
     for share in (0.1, 0.5, 0.99):
         layer.thresholds.copy_(empty.lerp(TABLE.to_buffer(2), share))
-        with pytest.raises(ValueError, match="thresholds|lengths"):
+        with pytest.raises(ValueError, match=r"thresholds|lengths"):
             layer.threshold_table()
 
 

@@ -27,8 +27,8 @@ class ExactBuffers(nn.Module):
             if old is None or new is None:
                 continue
             if old.is_meta and not new.is_meta:
-                new = self.initial_buffers().get(name, new)
-                self._buffers[name] = new.to(self._buffers[name].device, old.dtype)
+                value = self.initial_buffers().get(name, new)
+                self._buffers[name] = value.to(new.device, old.dtype)
             elif new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
