@@ -89,6 +89,18 @@ def test_gradient_of_the_relaxation() -> None:
     assert torch.autograd.gradcheck(lambda x: relaxed_top_k(x, count, 4, 0.7), logits)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.4, 1.0, 3.0])
+def test_excluded_columns_leave_the_gradient_of_the_temperature_alone(temperature: float) -> None:
+    logits = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
+    count = torch.tensor(2)
+    found = []
+    for z in (logits, torch.cat([logits, torch.full((2,), -math.inf, dtype=torch.float64)])):
+        tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+        relaxed_top_k(z, count, 2, tau).square().sum().backward()
+        found.append(tau.grad)
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_without_noise_it_is_the_plain_top_k() -> None:
     scores = torch.randn(3, 8)
     got = gumbel_softmax_topk(scores, 3, noise=False)
