@@ -92,14 +92,18 @@ class ScheduledLayer(ScoringLayer):
             keep: ``1 - base_sparsity``, ``(b, h, i)``.
             factor: By content, likewise.
         """
-        return torch.where(keep == 1, keep, (keep * factor).clamp(max=1))
+        if self.keeps_all:
+            return keep
+        shared = (keep * factor).clamp(max=1)
+        # A program that is recorded may not know the sparsity.
+        return torch.where(keep == 1, keep, shared) if torch.compiler.is_compiling() else shared
 
     def budget_terms(self) -> tuple[Tensor, Tensor]:
         """Gain and offset of the rows' factors, for a kernel that knows no base sparsity of 0."""
         gain, offset = self.budget_gain, self.budget_offset
         if not torch.compiler.is_compiling():
             return gain, offset
-        # A program that is recorded may not know the sparsity: there the factor becomes 1.
+        # As in share_by_content: there the factor becomes 1.
         all_kept = self.base_sparsity == 0
         return torch.where(all_kept, 0, gain), torch.where(all_kept, 1, offset)
 
