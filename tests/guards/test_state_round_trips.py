@@ -30,7 +30,7 @@ from dilated_attention_pytorch.nn.distilled import BlockSparseDistilled
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
-HEADS, DIM, TOKENS = 2, 8, 120
+HEADS, DIM, TOKENS = 2, 8, 88
 # Of the layers before the change; afterwards 0.45.
 SPARSITY = 0.8
 ADAPTIVE: dict[str, dict[str, Any]] = {
