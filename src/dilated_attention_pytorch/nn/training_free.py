@@ -10,7 +10,11 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_floor, check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import heads_thresholds, threshold_floor
+from dilated_attention_pytorch.nn.row_budgets import (
+    sample_lengths,
+    threshold_floor,
+    thresholds_for,
+)
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
@@ -177,7 +181,8 @@ class BlockSparseTrainingFree(BlockSparseLayer):
         if self.config.budget == "threshold":
             if self.thresholds is None:
                 raise RuntimeError("budget='threshold' needs set_thresholds before the first call.")
-            threshold = heads_thresholds(self.thresholds, inputs.mask.kv_len, inputs.query.device)
+            lengths = sample_lengths(inputs, self.block_size)
+            threshold = thresholds_for(self.thresholds, lengths, inputs.query.device)
             least = self._floor(inputs)
             if place_refusal(self, inputs) is None:
                 return select_above(inputs, scores, threshold, self.block_size, least)
@@ -201,10 +206,11 @@ class BlockSparseTrainingFree(BlockSparseLayer):
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration needs of these inputs."""
-        candidates = inputs.candidates
+        candidates, lengths = inputs.candidates, sample_lengths(inputs, self.block_size)
+        share = lengths / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
         return ThresholdSample.of(
             self.score(inputs), candidates.scored, candidates.forced, inputs.rows.num_allowed,
-            self._floor(inputs),
+            self._floor(inputs), share=share,
         )  # fmt: skip
 
     def _floor(self, inputs: SelectionInputs) -> Tensor | None:

@@ -113,13 +113,16 @@ def _asking(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> tuple
 
 
 def _summarise(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor | None:
-    """Summarises the block before the row and the row's own so far.
+    """Summarises the block before the row and what the row may see of its own.
 
     Returns:
         The row's complexity ``(b, g, 1)``, for an adaptive budget.
     """
     size = layer.block_size
     tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
+    if layer.config.query_scope == "past":
+        # Whichever token of the row chooses sees what its first one does.
+        valid[:, size + 1 :] = False
     codes, means = key_codes(layer, tokens, valid)
     for step in (-1, 0):
         row.put(memory.codes, step, codes[:, :, step + 1 : step + 2])
