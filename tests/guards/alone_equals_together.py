@@ -161,7 +161,9 @@ class Samples:
             # Repeated content in some, for budgets that go by it; a common direction in others.
             period = rng.choice([0, SIZE, 3 * SIZE])
             if period:
-                self.each[number][1] = key[:, torch.arange(key.shape[1]) % period]
+                # Nearly: of equal scores rounding would choose.
+                repeated = key[:, torch.arange(key.shape[1]) % period]
+                self.each[number][1] = repeated + 0.01 * key
             elif rng.random() < 0.5:
                 key += 1
 
