@@ -266,9 +266,7 @@ def check_other_queries(rng: random.Random) -> str:
     options: dict[str, Any] = {"cross_attention": True}
     if cached:
         options = {"is_causal": True, "query_offset": lengths - new}
-    out, info = layer(
-        query, key, value, key_lengths=lengths, return_pattern=True, **options
-    )
+    out, info = layer(query, key, value, key_lengths=lengths, return_pattern=True, **options)
     for number, (_, k, v) in enumerate(samples.each):
         if cached:
             options["query_offset"] = samples.lengths[number] - new
@@ -356,9 +354,157 @@ def check_multihead(rng: random.Random) -> str:
     return str(config)
 
 
+def draw_adapted(rng: random.Random, model: Any) -> Any:
+    """A tiny model with selectors of any kind in it, for ``with``."""
+    from dilated_attention_pytorch.integrations.transformers import adapt
+
+    kind = rng.choice(["adaptive"] * 4 + ["training free"])
+    config: Any = draw_config(rng)
+    if kind == "training free":
+        method = rng.choice(METHODS)
+        budget = "fixed" if method == "sink_window" else rng.choice(["fixed", "threshold"])
+        config = TrainingFreeConfig(
+            method=method, budget=budget, block_size=SIZE, stride=4, base_sparsity=0.6
+        )
+    adapted = adapt(model, config)
+    for number, selector in adapted.selectors.items():
+        scatter_weights(selector, rng.randrange(1000) + number)
+        if config.budget == "threshold":
+            selector.set_thresholds(draw_table(rng, selector.pattern_heads))
+    model.double()
+    return adapted
+
+
+def draw_mask(rng: random.Random, length: int) -> Tensor:
+    """Padding of three samples on the left, behind some prompt, anywhere, or none."""
+    mask = torch.ones(3, length, dtype=torch.long)
+    for row in mask:
+        kind = rng.choice(["none", "left", "left", "behind", "anywhere"])
+        first = rng.randrange(length - 1)
+        if kind == "left":
+            row[:first] = 0
+        elif kind == "behind":
+            row[first + 1 : first + 1 + rng.randint(1, 20)] = 0
+        elif kind == "anywhere":
+            row[torch.tensor([rng.random() < 0.3 for _ in range(length)])] = 0
+    mask[:, -1] = 1
+    return mask
+
+
+def places(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def check_model(rng: random.Random) -> str:
+    """Logits of an adapted model: padded and packed against each sample alone."""
+    from tiny_models import tiny_model, tokens
+
+    model = tiny_model().double()
+    with draw_adapted(rng, model) as adapted:
+        layer = adapted.selectors[0]
+        length = rng.randint(20, LONGEST)
+        ids, mask = tokens(3, length, seed=rng.randrange(1000)), draw_mask(rng, length)
+        cached = rng.random() < 0.5
+        out = model(
+            ids, attention_mask=mask, position_ids=places(mask), use_cache=cached
+        ).logits
+        alone = [
+            model(ids[n : n + 1, mask[n].bool()], use_cache=cached).logits[0] for n in range(3)
+        ]
+        for n in range(3):
+            same(out[n, mask[n].bool()], alone[n], "padded")
+        # The first two in one row; the third begins another, whose rest is one more document.
+        first = [ids[n, mask[n].bool()] for n in range(3)]
+        rest = tokens(1, 4 * length, seed=1)[0]
+        room = max(len(first[0]) + len(first[1]), len(first[2])) + rng.choice([0, 5])
+        rows = [[first[0], first[1], rest], [first[2], rest]]
+        row_ids = [torch.cat(row)[:room] for row in rows]
+        positions = [torch.cat([torch.arange(len(x)) for x in row])[:room] for row in rows]
+        out = model(
+            torch.stack(row_ids), position_ids=torch.stack(positions), use_cache=False
+        ).logits
+        edge = len(first[0])
+        found = [out[0, :edge], out[0, edge : edge + len(first[1])], out[1, : len(first[2])]]
+        for a, b in zip(found, alone, strict=True):
+            same(a, b, "packed")
+    return describe(layer)
+
+
+def run_cached(
+    model: Any, ids: Tensor, masks: list[Tensor], cuts: list[int], crops: list[int]
+) -> list[Tensor]:
+    """Logits of each step; the newest places of some steps are dropped and come again."""
+    from transformers import DynamicCache
+
+    cache, out, done = DynamicCache(config=model.config), [], 0
+    for mask, last, crop in zip(masks, cuts, crops, strict=True):
+        first = max(done - crop, 0) if done else 0
+        if first < done:
+            cache.crop(first - done)
+        out.append(
+            model(
+                ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache,
+                position_ids=places(mask)[:, first:last],
+            ).logits
+        )  # fmt: skip
+        done = last
+    return out
+
+
+def check_cached_model(rng: random.Random) -> str:
+    """Steps over a cache: of a batch, of each sample by itself, and of it without padding."""
+    from tiny_models import tiny_model, tokens
+
+    model = tiny_model().double()
+    with draw_adapted(rng, model) as adapted:
+        layer = adapted.selectors[0]
+        length = rng.randint(20, LONGEST)
+        ids, mask = tokens(3, length, seed=rng.randrange(1000)), draw_mask(rng, length)
+        steps = rng.randint(1, 6)
+        cuts = [*sorted(rng.sample(range(1, length), steps)), length]
+        if rng.random() < 0.5:
+            cuts = [*cuts[:-1], *range(cuts[-2] + 1, length + 1)]
+        crops = [rng.randint(1, 9) if rng.random() < 0.15 else 0 for _ in cuts]
+        masks = [mask] * len(cuts)
+        edited = rng.random() < 0.2
+        if edited:
+            other, step = mask.clone(), rng.randrange(len(cuts))
+            other[rng.randrange(3), rng.randrange(length - 1)] ^= 1
+            masks = [*masks[:step], *[other] * (len(cuts) - step)]
+        together = run_cached(model, ids, masks, cuts, crops)
+        for n in range(3):
+            one = slice(n, n + 1)
+            alone = run_cached(model, ids[one], [m[one] for m in masks], cuts, crops)
+            done = 0
+            for a, b, m, last, crop in zip(together, alone, masks, cuts, crops, strict=True):
+                first = max(done - crop, 0) if done else 0
+                real = m[n, first:last].bool()
+                same(a[n, real], b[0, real], f"sample {n} in the step to {last}")
+                done = last
+        # A scorer that goes by summaries lets the threshold's softmax see the row's own block.
+        config = layer.config
+        strict = isinstance(config, AdaptiveConfig) and config.query_scope == "past"
+        if strict and (config.budget != "threshold" or config.scorer == "low_rank"):
+            # More than a block of dropped tokens is forgotten.
+            strict = not (edited or config.hierarchy) and sum(crops) <= SIZE
+            for n in range(3) if strict else ():
+                real = mask[n].bool()
+                whole = model(ids[n : n + 1, real], use_cache=False).logits[0]
+                done, seen = 0, torch.zeros(length, dtype=torch.long)
+                seen[real] = torch.arange(int(real.sum()))
+                for out, last, crop in zip(together, cuts, crops, strict=True):
+                    first = max(done - crop, 0) if done else 0
+                    part = real[first:last]
+                    same(out[n, part], whole[seen[first:last][part]], f"sample {n} uncached")
+                    done = last
+    return describe(layer)
+
+
 CHECKS: list[Callable[[random.Random], str]] = [
     check_padded, check_packed, check_other_queries, check_decoding, check_multihead,
 ]  # fmt: skip
+# They need transformers.
+MODEL_CHECKS: list[Callable[[random.Random], str]] = [check_model, check_cached_model]
 
 
 def failures(
@@ -382,7 +528,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     total = 0
-    for check in CHECKS:
+    for check in [*CHECKS, *MODEL_CHECKS]:
         if options.only not in check.__name__:
             continue
         found = list(failures(check, range(options.first, options.first + options.cases)))
@@ -390,7 +536,9 @@ def main() -> int:
         print(f"{check.__name__}: {len(found)} of {options.cases} fail")
         for seed, error in found[:10]:
             frame = error.__traceback__.tb_next.tb_frame
-            print(f"  seed {seed}: {str(error)[:100]!r} {describe(frame.f_locals.get('layer'))[:1500]}")
+            print(
+                f"  seed {seed}: {str(error)[:100]!r} {describe(frame.f_locals.get('layer'))[:1500]}"
+            )
         if found:
             traceback.print_exception(found[0][1])
     return 1 if total else 0

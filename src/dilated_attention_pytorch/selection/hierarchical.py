@@ -101,7 +101,7 @@ def coarse_summaries(summaries: Tensor, level: SuperBlocks, pooling: Sequence[st
     Returns:
         ``(batch, p, heads, s)``; zeros for a super-block of padding alone.
     """
-    batch, blocks, heads, _ = summaries.shape
+    batch, blocks = summaries.shape[:2]
     child, real = level.inside()
     place = child.clamp(0, max(blocks - 1, 0)).flatten(1).expand(batch, -1)
     place = place[..., None, None].expand(-1, -1, *summaries.shape[2:])
