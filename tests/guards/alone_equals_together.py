@@ -405,9 +405,7 @@ def check_model(rng: random.Random) -> str:
         length = rng.randint(20, LONGEST)
         ids, mask = tokens(3, length, seed=rng.randrange(1000)), draw_mask(rng, length)
         cached = rng.random() < 0.5
-        out = model(
-            ids, attention_mask=mask, position_ids=places(mask), use_cache=cached
-        ).logits
+        out = model(ids, attention_mask=mask, position_ids=places(mask), use_cache=cached).logits
         alone = [
             model(ids[n : n + 1, mask[n].bool()], use_cache=cached).logits[0] for n in range(3)
         ]
@@ -500,11 +498,61 @@ def check_cached_model(rng: random.Random) -> str:
     return describe(layer)
 
 
+def check_kernels(rng: random.Random) -> str:
+    """The fused selection of packed and padded samples is that of PyTorch."""
+    while True:
+        layer = draw_layer(rng)
+        if getattr(getattr(layer, "config", None), "estimator", "mass") == "mass":
+            break
+    layer.float()
+    samples, causal = Samples(rng, layer.num_heads, 2), rng.random() < 0.6
+    given = [x.float() for x in samples.padded(max(samples.lengths))]
+    options: dict[str, Any] = {"key_lengths": torch.tensor(samples.lengths)}
+    if rng.random() < 0.5:
+        given = [
+            torch.cat([parts[n] for parts in samples.each], 1).float() for n in range(3)
+        ]
+        options = {"cu_seqlens": torch.tensor([0, *samples.lengths]).cumsum(0)}
+    kept = []
+    for backend in ("gather", "triton"):
+        layer.backend = backend
+        _, info = layer(*given, is_causal=causal, return_pattern=True, **options)
+        kept.append(info["pattern"].to_dense())
+    assert torch.equal(*torch.broadcast_tensors(*kept)), "pattern"
+    return describe(layer)
+
+
 CHECKS: list[Callable[[random.Random], str]] = [
     check_padded, check_packed, check_other_queries, check_decoding, check_multihead,
 ]  # fmt: skip
+# They need triton, and take long where it is interpreted.
+KERNEL_CHECKS: list[Callable[[random.Random], str]] = [check_kernels]
 # They need transformers.
-MODEL_CHECKS: list[Callable[[random.Random], str]] = [check_model, check_cached_model]
+MODEL_def check_kernels(rng: random.Random) -> str:
+    """The fused selection of packed and padded samples is that of PyTorch."""
+    while True:
+        layer = draw_layer(rng)
+        if getattr(getattr(layer, "config", None), "estimator", "mass") == "mass":
+            break
+    layer.float()
+    samples, causal = Samples(rng, layer.num_heads, 2), rng.random() < 0.6
+    given = [x.float() for x in samples.padded(max(samples.lengths))]
+    options: dict[str, Any] = {"key_lengths": torch.tensor(samples.lengths)}
+    if rng.random() < 0.5:
+        given = [
+            torch.cat([parts[n] for parts in samples.each], 1).float() for n in range(3)
+        ]
+        options = {"cu_seqlens": torch.tensor([0, *samples.lengths]).cumsum(0)}
+    kept = []
+    for backend in ("gather", "triton"):
+        layer.backend = backend
+        _, info = layer(*given, is_causal=causal, return_pattern=True, **options)
+        kept.append(info["pattern"].to_dense())
+    assert torch.equal(*torch.broadcast_tensors(*kept)), "pattern"
+    return describe(layer)
+
+
+CHECKS: list[Callable[[random.Random], str]] = [check_model, check_cached_model]
 
 
 def failures(
@@ -528,7 +576,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     total = 0
-    for check in [*CHECKS, *MODEL_CHECKS]:
+    for check in [*CHECKS, *MODEL_CHECKS, *KERNEL_CHECKS]:
         if options.only not in check.__name__:
             continue
         found = list(failures(check, range(options.first, options.first + options.cases)))
@@ -536,9 +584,8 @@ def main() -> int:
         print(f"{check.__name__}: {len(found)} of {options.cases} fail")
         for seed, error in found[:10]:
             frame = error.__traceback__.tb_next.tb_frame
-            print(
-                f"  seed {seed}: {str(error)[:100]!r} {describe(frame.f_locals.get('layer'))[:1500]}"
-            )
+            layer = describe(frame.f_locals.get("layer"))
+            print(f"  seed {seed}: {str(error)[:100]!r} {layer[:1500]}")
         if found:
             traceback.print_exception(found[0][1])
     return 1 if total else 0

@@ -104,12 +104,13 @@ def _lists_at_once(layer: BlockSparseAdaptive, cached: CachedKeys, blocks: int) 
 
 def _asking(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> tuple[Tensor, Tensor]:
     """The queries that the row is judged by, and which of them are real."""
-    size = layer.block_size
-    first = row.number * size
-    start = first - (size - 1) if layer.config.query_scope == "past" else first
+    size, past = layer.block_size, layer.config.query_scope == "past"
+    first = row.first
+    start = first - (size - 1) if past else first
     # Where the queries up to the row's first token are gone, those that follow stand in.
     start = torch.where(memory.known > first, memory.known, start)
-    return memory.window("queries", start, size)
+    query, real = memory.window("queries", start, size)
+    return query, real & row.asks(start, size, memory.known) if past else real
 
 
 def _summarise(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor | None:
