@@ -1,7 +1,7 @@
 """A sample gives the same alone, padded beside others, packed behind them and from a cache.
 
-Cases are drawn at random from a seed. ``python tests/guards/alone_equals_together.py --cases 3000``
-checks more of them than the suite does and names the seeds of those that fail.
+Cases are drawn at random from a seed. ``cd tests && python -m guards.alone_equals_together --cases
+3000`` checks more of them than the suite does and names the seeds of those that fail.
 """
 
 from __future__ import annotations
@@ -509,9 +509,7 @@ def check_kernels(rng: random.Random) -> str:
     given = [x.float() for x in samples.padded(max(samples.lengths))]
     options: dict[str, Any] = {"key_lengths": torch.tensor(samples.lengths)}
     if rng.random() < 0.5:
-        given = [
-            torch.cat([parts[n] for parts in samples.each], 1).float() for n in range(3)
-        ]
+        given = [torch.cat([parts[n] for parts in samples.each], 1).float() for n in range(3)]
         options = {"cu_seqlens": torch.tensor([0, *samples.lengths]).cumsum(0)}
     kept = []
     for backend in ("gather", "triton"):
@@ -528,31 +526,7 @@ CHECKS: list[Callable[[random.Random], str]] = [
 # They need triton, and take long where it is interpreted.
 KERNEL_CHECKS: list[Callable[[random.Random], str]] = [check_kernels]
 # They need transformers.
-MODEL_def check_kernels(rng: random.Random) -> str:
-    """The fused selection of packed and padded samples is that of PyTorch."""
-    while True:
-        layer = draw_layer(rng)
-        if getattr(getattr(layer, "config", None), "estimator", "mass") == "mass":
-            break
-    layer.float()
-    samples, causal = Samples(rng, layer.num_heads, 2), rng.random() < 0.6
-    given = [x.float() for x in samples.padded(max(samples.lengths))]
-    options: dict[str, Any] = {"key_lengths": torch.tensor(samples.lengths)}
-    if rng.random() < 0.5:
-        given = [
-            torch.cat([parts[n] for parts in samples.each], 1).float() for n in range(3)
-        ]
-        options = {"cu_seqlens": torch.tensor([0, *samples.lengths]).cumsum(0)}
-    kept = []
-    for backend in ("gather", "triton"):
-        layer.backend = backend
-        _, info = layer(*given, is_causal=causal, return_pattern=True, **options)
-        kept.append(info["pattern"].to_dense())
-    assert torch.equal(*torch.broadcast_tensors(*kept)), "pattern"
-    return describe(layer)
-
-
-CHECKS: list[Callable[[random.Random], str]] = [check_model, check_cached_model]
+MODEL_CHECKS: list[Callable[[random.Random], str]] = [check_model, check_cached_model]
 
 
 def failures(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
     from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 
-_Lengths = TypeVar("_Lengths", int, Tensor)
+_Lengths = TypeVar("_Lengths", bound=int | Tensor)
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
 MAX_BUDGET_FACTOR = 2.0
@@ -214,7 +214,7 @@ def whole_samples(layer: ScoringLayer, lengths: _Lengths) -> _Lengths:
     if layer.config.scorer != "low_rank":
         return lengths
     stride = layer.config.query_stride
-    return -(-lengths // stride) * stride
+    return cast(_Lengths, -(-lengths // stride) * stride)
 
 
 def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float | Tensor:

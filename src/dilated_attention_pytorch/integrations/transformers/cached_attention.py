@@ -83,14 +83,20 @@ class CachedAttention:
         """The output of samples that go on in different ways."""
         out = torch.zeros_like(self.query)
         for part in parts:
-            samples = part.samples
-            given = (x[samples] for x in (self.query, self.key, self.value, self.mask))
-            seen = None if self.step.seen is None else self.step.seen[samples]
-            step = CacheStep(self.step.place, self.step.end, seen)
-            own = state.take(samples)
-            out[samples] = CachedAttention(self.handle, *given, step, self.whole)._go_on(part, own)
-            state.put(samples, own)
+            if part.samples is None:
+                raise RuntimeError("parts of a batch must name their samples.")
+            own = state.take(part.samples)
+            out[part.samples] = self._of(part.samples)._go_on(part, own)
+            state.put(part.samples, own)
         return out
+
+    def _of(self, samples: Tensor) -> CachedAttention:
+        """The same call for some samples."""
+        seen = None if self.step.seen is None else self.step.seen[samples]
+        return CachedAttention(
+            self.handle, self.query[samples], self.key[samples], self.value[samples],
+            self.mask[samples], CacheStep(self.step.place, self.step.end, seen), self.whole,
+        )  # fmt: skip
 
     def _go_on(self, part: Part, state: SelectorState) -> Tensor:
         """The output of samples that are alike."""
