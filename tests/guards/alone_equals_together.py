@@ -107,13 +107,13 @@ def draw_adaptive(rng: random.Random, **fixed: Any) -> BlockSparseAdaptive:
         return layer.double().eval()
 
 
-def draw_layer(rng: random.Random) -> BlockSparseLayer:
+def draw_layer(rng: random.Random, size: int = SIZE) -> BlockSparseLayer:
     """A layer of any kind."""
     kind = rng.choice(["adaptive"] * 4 + ["training free", "fixed"])
     if kind == "adaptive":
-        return draw_adaptive(rng)
+        return draw_adaptive(rng, block_size=size)
     shared: Any = {
-        "block_size": SIZE, "base_sparsity": rng.choice([0.3, 0.6, 0.9]),
+        "block_size": size, "base_sparsity": rng.choice([0.3, 0.6, 0.9]),
         "num_sink_blocks": rng.choice([0, 1]), "num_local_blocks": rng.choice([0, 1]),
     }  # fmt: skip
     if kind == "training free":
@@ -501,7 +501,8 @@ def check_cached_model(rng: random.Random) -> str:
 def check_kernels(rng: random.Random) -> str:
     """The fused selection of packed and padded samples is that of PyTorch."""
     while True:
-        layer = draw_layer(rng)
+        # The smallest blocks that kernels take.
+        layer = draw_layer(rng, 16)
         if getattr(getattr(layer, "config", None), "estimator", "mass") == "mass":
             break
     layer.float()
