@@ -204,6 +204,9 @@ def _row_ranges(
     blocks_k = ceil_div(mask.kv_len, size_k)
     rows = torch.arange(ceil_div(mask.q_len, size_q), device=device).view(1, 1, -1)
     offset = mask.offset_column()
+    if mask.key_lengths is not None and not has_diagonal:
+        # Queries of another sequence end with the sample's own keys, not with its padding.
+        offset = offset + mask.key_lengths.view(-1, 1, 1).long() - mask.kv_len
     first = rows * size_q + offset
     last = (rows * size_q + size_q - 1).clamp(max=mask.q_len - 1) + offset
     diagonal_first = first.div(size_k, rounding_mode="floor").clamp(min=0)

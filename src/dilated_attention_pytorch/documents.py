@@ -38,6 +38,11 @@ class AlignedDocuments:
     document_ids: Tensor
     cu_seqlens: Tensor
 
+    @property
+    def count(self) -> int:
+        """Documents per sample, empty ones included."""
+        return (self.cu_seqlens.shape[1] - 1) // 2
+
     def align(self, x: Tensor) -> Tensor:
         """Moves ``(batch, packed length, heads, dim)`` to the aligned layout; gaps are 0."""
         moved = x.gather(1, _like(self.source, x))

@@ -10,48 +10,88 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.selection.hierarchical import (
+    SuperBlocks,
     children,
     coarse_intervals,
     coarse_summaries,
     grouped_mass_probe,
+    look_up,
     pairs_per_row,
     parent_slots,
 )
 
 
+def group(size: int, numbers: list[list[int]], real: list[list[bool]] | None = None) -> SuperBlocks:
+    """Super-blocks over blocks with these places in their documents."""
+    number = torch.tensor(numbers)
+    valid = torch.ones_like(number, dtype=torch.bool) if real is None else torch.tensor(real)
+    documents = max(row.count(0) for row in numbers)
+    return SuperBlocks.of(number, valid, size, documents)
+
+
+# Two samples: one of 11 blocks, one of documents of 5, 1 and 3 blocks and two of padding.
+NUMBERS = [[*range(11)], [0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4]]
+REAL = [[True] * 11, [True] * 9 + [False] * 2]
+INSIDE = [
+    [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]],
+    [[0, 1, 2, 3], [4], [5], [6, 7, 8], []],
+]
+
+
+def test_super_blocks_begin_with_documents() -> None:
+    level = group(4, NUMBERS, REAL)
+    child, there = level.inside()
+    for sample, wanted in enumerate(INSIDE):
+        found = [child[sample, p][there[sample, p]].tolist() for p in range(child.shape[1])]
+        assert found == wanted + [[]] * (len(found) - len(wanted))
+        for p, blocks in enumerate(wanted):
+            assert level.parent[sample, blocks].tolist() == [p] * len(blocks)
+    assert level.number[1, :5].tolist() == [0, 1, 0, 0, 1]
+    assert level.coarse_real()[1].tolist()[:5] == [True, True, True, True, False]
+
+
 def test_coarse_summaries_equal_loops() -> None:
     fine = torch.randn(2, 11, 3, 12, generator=torch.Generator().manual_seed(0)).double()
-    got = coarse_summaries(fine, 4, ("mean", "max", "min"))
-    assert got.shape == (2, 3, 3, 12)
-    for group in range(3):
-        inside = fine[:, 4 * group : 4 * group + 4]
-        want = [inside[..., :4].mean(1), inside[..., 4:8].amax(1), inside[..., 8:].amin(1)]
-        torch.testing.assert_close(got[:, group], torch.cat(want, -1))
+    got = coarse_summaries(fine, group(4, NUMBERS, REAL), ("mean", "max", "min"))
+    for sample, wanted in enumerate(INSIDE):
+        for p, blocks in enumerate(wanted):
+            inside = fine[sample, blocks]
+            want = torch.zeros(3, 12).double()
+            if blocks:
+                parts = [inside[..., :4].mean(0), inside[..., 4:8].amax(0), inside[..., 8:].amin(0)]
+                want = torch.cat(parts, -1)
+            torch.testing.assert_close(got[sample, p], want)
 
 
 def test_intervals_take_in_what_they_touch() -> None:
-    # low, end, sink_end, near_first, near_end of four rows.
-    fine = torch.tensor([[0, 5, 1, 4, 5], [0, 0, 0, 0, 1], [6, 11, 6, 8, 10], [0, 12, 5, 0, 0]])
-    got = coarse_intervals(fine.T[None].int(), 4)[0].T
-    for row, (low, end, sink, first, last) in enumerate(fine.tolist()):
-        spans = got[row].tolist()
-        visible = {j // 4 for j in range(low, end)}
-        assert set(range(spans[0], spans[1])) == visible
-        assert set(range(spans[0], spans[2])) == {j // 4 for j in range(low, sink)}
-        near = {j // 4 for j in range(max(first, low), min(last, end))}
-        assert set(range(spans[3], spans[4])) == near
+    # low, end, sink_end, near_first, near_end of rows of one document, and of a packed one.
+    whole = [[0, 5, 1, 4, 5], [0, 0, 0, 0, 1], [0, 11, 6, 8, 10], [0, 11, 5, 0, 0]]
+    packed = [[0, 5, 1, 4, 5], [5, 6, 7, 5, 6], [6, 9, 7, 7, 9], [6, 6, 7, 8, 9]]
+    level = group(4, NUMBERS)
+    got = coarse_intervals(torch.tensor([whole, packed]).mT.int(), level.parent).mT
+    for sample, fine in enumerate((whole, packed)):
+        owner = level.parent[sample].tolist()
+        for row, (low, end, sink, first, last) in enumerate(fine):
+            spans = got[sample, row].tolist()
+            visible = {owner[j] for j in range(low, end)}
+            assert set(range(spans[0], spans[1])) == visible
+            assert set(range(spans[0], spans[2])) == {owner[j] for j in range(low, min(sink, end))}
+            near = {owner[j] for j in range(max(first, low), min(last, end))}
+            assert set(range(spans[3], spans[4])) == near
 
 
 def test_children_and_their_parents() -> None:
     counts = torch.tensor([[[2, 0, 1]]])
     indices = torch.tensor([[[[0, 2], [0, 0], [1, 0]]]]).int()
-    got = children(counts, indices, 3, 8)
+    level = group(3, [[*range(8)]])
+    got = children(counts, indices, level)
     assert got[0, 0].tolist() == [
         [0, 1, 2, 6, 7, -1],
         [-1] * 6,
         [3, 4, 5, -1, -1, -1],
     ]
-    slots = parent_slots(counts, indices, torch.tensor([[[[1, 7], [0, 0], [4, 5]]]]), 3)
+    parents = look_up(level.parent, torch.tensor([[[[1, 7], [0, 0], [4, 5]]]]))
+    slots = parent_slots(counts, indices, parents)
     assert slots[0, 0, 0].tolist() == [0, 1]
     assert slots[0, 0, 2].tolist() == [0, 0]
 

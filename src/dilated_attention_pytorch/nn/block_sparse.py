@@ -300,6 +300,10 @@ class BlockSparseLayer(nn.Module, ABC):
     ) -> SelectionInputs:
         size = (self.block_size, self.block_size)
         rows = row_ranges(mask, size, has_diagonal=has_diagonal, device=query.device)
+        if documents is not None:
+            # What lies behind the last one counts as one more.
+            most = min(documents.count + 1, rows.num_documents)
+            rows = replace(rows, num_documents=most)
         rule = CandidateRule(
             num_heads=self.pattern_heads,
             num_key_blocks=-(-mask.kv_len // self.block_size),

@@ -54,7 +54,8 @@ def hard_selection(
         most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
         width = min(candidates.width, bound + config.num_explore_blocks + most_forced)
     complete = config.budget in ("adaptive", "fixed") and config.num_selected_blocks is None
-    complete = complete and layer.keeps_all
+    # A hierarchy leaves blocks unscored even where the budget would take all.
+    complete = complete and layer.keeps_all and not config.hierarchy
     pattern, slots = layer.build_pattern(inputs, everything, width, complete=complete)
     learning = layer.training and torch.is_grad_enabled()
     used = pattern.slot_used()

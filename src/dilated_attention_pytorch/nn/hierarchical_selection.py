@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.ops.block_selection.reference import choose_reference
 from dilated_attention_pytorch.selection.hierarchical import (
+    SuperBlocks,
     children,
     coarse_intervals,
     coarse_summaries,
     grouped_mass_probe,
+    look_up,
     parent_slots,
 )
 
@@ -28,14 +32,14 @@ class ChosenLevel:
     """Super-blocks that one level kept.
 
     Attributes:
-        size: Blocks per super-block.
+        owner: ``(1 or b, j)`` int64: the super-block of each block.
         counts: ``(b, p, i)`` int32.
         indices: ``(b, p, i, k)`` int32, ascending.
         scores: ``(b, p, i, k)``: theirs, differentiable.
         scored: Booleans: not forced.
     """
 
-    size: int
+    owner: Tensor
     counts: Tensor
     indices: Tensor
     scores: Tensor
@@ -67,36 +71,57 @@ def narrow(
         The blocks inside the kept super-blocks, int32 ``(b, p, i, c)`` (-1: none), and the levels
         from the coarsest down.
     """
-    config = layer.config
-    sizes, blocks = [1], [inputs.rule.num_key_blocks]
-    summaries = [keys]
-    for size in config.hierarchy:
-        sizes.append(sizes[-1] * size)
-        blocks.append(ceil_div(blocks[-1], size))
-        summaries.append(coarse_summaries(summaries[-1], size, config.pooling))
+    config, below = layer.config, [keys]
+    groups = inputs.rows.remember(
+        ("super-blocks", config.hierarchy), lambda: group_blocks(inputs, config.hierarchy)
+    )
+    for group in groups:
+        below.append(coarse_summaries(below[-1], group, config.pooling))
+    owners = [groups[0].parent]
+    for group in groups[1:]:
+        owners.append(look_up(group.parent, owners[-1]))
     levels: list[ChosenLevel] = []
-
-    def inside(level: int) -> Tensor:
-        """Blocks of a level inside the super-blocks that the level above has kept."""
-        above = levels[-1]
-        return children(above.counts, above.indices, config.hierarchy[level], blocks[level])
-
-    for level in reversed(range(1, len(sizes))):
-        candidates = inside(level) if levels else None
-        scores = layer.coarse_scorers[level - 1](queries, summaries[level], candidates)
-        spans = coarse_intervals(intervals, sizes[level])
-        width = _width(layer, inputs, sizes[level], scores.shape[-1], explore)
+    candidates: Tensor | None = None
+    for number in reversed(range(len(groups))):
+        scores = layer.coarse_scorers[number](queries, below[number + 1], candidates)
+        spans = coarse_intervals(intervals, owners[number])
+        size = math.prod(config.hierarchy[: number + 1])
+        width = _width(layer, inputs, size, scores.shape[-1], explore)
         counts, indices, scored = _choose(
             layer, inputs, scores, candidates, spans, width, explore, kernels
         )
         place = indices.long()
         if levels:
-            above, step = levels[-1], config.hierarchy[level]
-            slot = parent_slots(above.counts, above.indices, indices, step)
-            place = slot * step + indices % step
+            above, group = levels[-1], groups[number + 1]
+            parent = look_up(group.parent, indices)
+            slot = parent_slots(above.counts, above.indices, parent)
+            place = slot * group.size + indices - look_up(group.first, parent)
+            # What an unused slot holds lies in no chosen super-block.
+            place = place.clamp(0, scores.shape[-1] - 1)
         found = scores.gather(-1, place)
-        levels.append(ChosenLevel(sizes[level], counts, indices, found, scored))
-    return inside(0), levels
+        levels.append(ChosenLevel(owners[number], counts, indices, found, scored))
+        candidates = children(counts, indices, groups[number])
+    return cast(Tensor, candidates), levels
+
+
+def group_blocks(inputs: SelectionInputs, hierarchy: tuple[int, ...]) -> list[SuperBlocks]:
+    """The super-blocks of every level, from the finest up."""
+    rows, size = inputs.rows, inputs.rule.block_size
+    blocks, device = inputs.rule.num_key_blocks, inputs.query.device
+    number = torch.arange(blocks, device=device)[None]
+    if inputs.mask.document_ids is not None:
+        # Documents have as many blocks of queries as of keys.
+        number = number - rows.low[:, 0]
+    real = torch.ones(1, blocks, dtype=torch.bool, device=device)
+    if inputs.key_valid is not None:
+        valid = F.pad(inputs.key_valid, (0, blocks * size - inputs.key_valid.shape[1]))
+        real = valid.unflatten(1, (blocks, size)).any(-1)
+    real, number = torch.broadcast_tensors(real, number)
+    groups: list[SuperBlocks] = []
+    for children_each in hierarchy:
+        groups.append(SuperBlocks.of(number, real, children_each, rows.num_documents))
+        number, real = groups[-1].number, groups[-1].coarse_real()
+    return groups
 
 
 def _width(
@@ -163,7 +188,8 @@ def coarse_probes(
     """
     total = torch.zeros((), device=indices.device)
     for level in levels:
-        slots = parent_slots(level.counts, level.indices, indices, level.size)
+        parent = look_up(level.owner, indices)
+        slots = parent_slots(level.counts, level.indices, parent)
         total = total + grouped_mass_probe(
             level.scores / factor, level.scored, slots, scored, weight
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.candidates import Candidates, RowRange
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.selection.bounds import (
     most_scored_blocks,
@@ -29,13 +30,14 @@ from dilated_attention_pytorch.selection.threshold import (
     threshold_budget,
     thresholds_at,
 )
+from dilated_attention_pytorch.tracing import recording, tracing
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
     from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
     from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 
-_Lengths = TypeVar("_Lengths", int, Tensor)
+_Lengths = TypeVar("_Lengths", bound=int | Tensor)
 
 # A row's share of the base budget never leaves this range, whatever gain and offset learn.
 MAX_BUDGET_FACTOR = 2.0
@@ -151,25 +153,53 @@ def threshold_floor(inputs: SelectionInputs, share: float, sparsity: float) -> T
         limit = forced + candidates.scored.sum(-1)
         return floor_budget(share, sparsity, forced, limit, rows, candidates.width)
 
-    # It follows from lengths alone, so all layers of a model share it.
+    # It follows from lengths and the rule alone, so layers of a model share it.
     return rows.remember((rule, "floor", share, sparsity), compute)
 
 
 def row_lengths(layer: ScoringLayer, inputs: SelectionInputs) -> int | Tensor:
     """The key tokens by which a row's threshold is looked up.
 
-    All that there are (:func:`whole_samples`); or, with ``query_scope="past"`` and causal, those
-    that the row's first token sees, ``(1 or b, 1, i)``.
+    Those of its sample (:func:`sample_lengths`, :func:`whole_samples`); or, with
+    ``query_scope="past"`` and causal, those that the row's first token sees, ``(1 or b, 1, i)``.
     """
     mask, size = inputs.mask, layer.block_size
     if not layer.looks_back(mask):
-        return whole_samples(layer, mask.kv_len)
+        return whole_samples(layer, sample_lengths(inputs, size))
 
     def count() -> Tensor:
-        spans = mask.spans(torch.arange(0, mask.q_len, size, device=inputs.query.device))
-        return (spans[:, 1:] - spans[:, :1]).clamp(min=1)
+        return _span_lengths(mask, size, inputs.query.device)
 
     return inputs.rows.remember(("row lengths", size), count)
+
+
+def sample_lengths(inputs: SelectionInputs, block_size: int) -> int | Tensor:
+    """The key tokens of each row's sample or document, as if it were alone.
+
+    Padding does not count, nor does room of a cache behind the newest query.
+
+    Args:
+        inputs: What a layer chooses by.
+        block_size: Tokens per block of queries.
+
+    Returns:
+        One number if it holds for all, otherwise ``(1 or b, 1, i)``; at least 1.
+    """
+    mask = inputs.mask
+    if not mask.per_sample:
+        seen = mask.q_len + int(mask.query_offset) if mask.causal else mask.kv_len
+        return max(min(mask.kv_len, seen), 1)
+    whole = dataclasses.replace(mask, causal=False)
+    found = _span_lengths(whole, block_size, inputs.query.device)
+    if not mask.causal or mask.document_ids is not None:
+        return found
+    return torch.minimum(found, (mask.q_len + mask.offset_column()) + torch.zeros_like(found))
+
+
+def _span_lengths(mask: AttentionMask, block_size: int, device: torch.device) -> Tensor:
+    """Keys that the first query of each block sees, ``(1 or b, 1, i)``, at least 1."""
+    spans = mask.spans(torch.arange(0, mask.q_len, block_size, device=device))
+    return (spans[:, 1:] - spans[:, :1]).clamp(min=1)
 
 
 def whole_samples(layer: ScoringLayer, lengths: _Lengths) -> _Lengths:
@@ -181,7 +211,7 @@ def whole_samples(layer: ScoringLayer, lengths: _Lengths) -> _Lengths:
     if layer.config.scorer != "low_rank":
         return lengths
     stride = layer.config.query_stride
-    return -(-lengths // stride) * stride
+    return cast(_Lengths, -(-lengths // stride) * stride)
 
 
 def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float | Tensor:
@@ -194,7 +224,7 @@ def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float
     if table is None:
         return unread_thresholds(layer, lengths)
     if not isinstance(lengths, Tensor):
-        return heads_thresholds(table, lengths, layer.thresholds.device)
+        return thresholds_for(table, lengths, layer.thresholds.device)
     return inputs.rows.remember(
         ("row thresholds", layer.block_size, table),
         # There is one length for all heads, which may have thresholds of their own.
@@ -210,19 +240,36 @@ def unread_thresholds(layer: BudgetLayer, lengths: int | Tensor) -> Tensor:
     return thresholds_at(rows, lengths.squeeze(1))
 
 
-def heads_thresholds(table: ThresholdTable, length: int, device: torch.device) -> float | Tensor:
-    """Thresholds at one length: a number, or ``(1, heads, 1)`` on a device if heads have their own.
+def thresholds_for(
+    table: ThresholdTable, lengths: int | Tensor, device: torch.device
+) -> float | Tensor:
+    """The thresholds of a table at one length, or at those of rows.
 
     The numbers reach a device once per table and length: a copy would wait for all work before.
+
+    Args:
+        table: By length, for all heads or for each.
+        lengths: One number, or ``(1 or b, 1, i)``.
+        device: Where the thresholds are needed.
+
+    Returns:
+        A number if it holds for all, otherwise ``(1 or b, 1 or heads, 1 or i)``.
     """
-    found = table.at(length)
+    # A CUDA graph may take what an earlier pass has brought to the device, but bring nothing.
+    symbolic = tracing() and not recording()
+    if isinstance(lengths, Tensor):
+        entries = tuple(table.rows())
+        known = (_on_device if symbolic else _kept)(entries, device)
+        return thresholds_at(known, lengths.squeeze(1))
+    found = table.at(lengths)
     if not isinstance(found, tuple):
         return found
-    return _on_device(found, device) if torch.compiler.is_compiling() else _kept(found, device)
+    own = (_on_device if symbolic else _kept)((found,), device)
+    return own.view(1, -1, 1)
 
 
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, -1, 1)
+def _on_device(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, device=device, dtype=torch.float64)
 
 
 _kept = lru_cache(maxsize=1024)(_on_device)

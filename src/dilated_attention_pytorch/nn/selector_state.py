@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -231,6 +232,29 @@ class SelectorState:
         if self.starts is not None:
             self.starts = self.starts.index_select(0, order)
 
+    def take(self, samples: Tensor) -> SelectorState:
+        """A state of some samples, which goes on by itself until :meth:`put` takes it back.
+
+        Args:
+            samples: Their numbers, integers.
+        """
+        twin, memory = copy.copy(self), self.filled()
+        chosen = (getattr(memory, item.name).index_select(0, samples) for item in fields(memory))
+        twin.memory = Memory(*chosen)
+        return twin
+
+    def put(self, samples: Tensor, state: SelectorState) -> None:
+        """Takes back the samples of :meth:`take`, with the tokens that came since."""
+        mine, given = self.filled(), state.filled()
+        self.grow(state.num_blocks, given.indices.shape[2])
+        for item in fields(mine):
+            target, source = getattr(mine, item.name), getattr(given, item.name)
+            room = tuple(slice(size) for size in source.shape[1:])
+            target[(samples, *room)] = source.to(target.dtype)
+        self.uniform, self.listed = False, self.listed and state.listed
+        self.known_from = max(self.known_from, state.known_from)
+        self._most_tokens = max(self._most_tokens, state._most_tokens)
+
     def crop(self, length: int | Tensor) -> None:
         """Forgets the tokens from ``length`` on, such as rejected ones of speculative decoding.
 
@@ -265,8 +289,13 @@ class SelectorState:
         """The most tokens that :meth:`retract` can take back."""
         return self.num_tokens - max(self._most_tokens - self._block_size, 0)
 
-    def retract(self, count: int) -> None:
+    def retract(self, count: int, tokens: Tensor | None = None) -> None:
         """Forgets the newest ``count`` tokens of every sample, or all that a sample has.
+
+        Args:
+            count: Of the longest sample.
+            tokens: ``(batch,)`` integers up to ``count``, where samples forget fewer. None: all
+                forget as many.
 
         Raises:
             ValueError: If they are more than ``retractable``.
@@ -274,7 +303,7 @@ class SelectorState:
         memory = self.filled()
         if not 0 <= count <= self.retractable:
             raise ValueError(f"count must lie in [0, {self.retractable}], got {count}.")
-        memory.lengths.sub_(count).clamp_(min=0)
+        memory.lengths.sub_(count if tokens is None else tokens).clamp_(min=0)
         self.num_tokens -= count
         self._after_cropping()
 

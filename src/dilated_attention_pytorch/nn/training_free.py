@@ -12,8 +12,9 @@ from dilated_attention_pytorch.config import check_floor, check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
 from dilated_attention_pytorch.nn.row_budgets import (
-    heads_thresholds,
+    sample_lengths,
     threshold_floor,
+    thresholds_for,
     unread_thresholds,
 )
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
@@ -173,11 +174,11 @@ class BlockSparseTrainingFree(BudgetLayer):
         """Ranks by the rule and keeps the best within the budget."""
         scores = self.score(inputs)
         if self.config.budget == "threshold":
-            table, length = self.threshold_table(), inputs.mask.kv_len
+            table, lengths = self.threshold_table(), sample_lengths(inputs, self.block_size)
             if table is None:
-                threshold: float | Tensor = unread_thresholds(self, length)
+                threshold: float | Tensor = unread_thresholds(self, lengths)
             else:
-                threshold = heads_thresholds(table, length, inputs.query.device)
+                threshold = thresholds_for(table, lengths, inputs.query.device)
             least = self._floor(inputs)
             if place_refusal(self, inputs) is None:
                 return select_above(inputs, scores, threshold, self.block_size, least)
@@ -201,10 +202,11 @@ class BlockSparseTrainingFree(BudgetLayer):
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration needs of these inputs."""
-        candidates = inputs.candidates
+        candidates, lengths = inputs.candidates, sample_lengths(inputs, self.block_size)
+        share = lengths / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
         return ThresholdSample.of(
             self.score(inputs), candidates.scored, candidates.forced, inputs.rows.num_allowed,
-            self._floor(inputs),
+            self._floor(inputs), share=share,
         )  # fmt: skip
 
     def _floor(self, inputs: SelectionInputs) -> Tensor | None:

@@ -120,7 +120,13 @@ def antidiagonal_scores(
     q = _strided(query, stride, query_valid)
     k = _strided(key, stride, key_valid).unflatten(-1, (stride, -1)).flip(-2).flatten(-2)
     squares = _squares(mask, stride)
-    mass = tile_mass(q, k, squares, block_size=block_size // stride, scale=scale / stride)
+    weights = None
+    if query_valid is not None:
+        # Padding comes last in a block, so a square is all padding if its first token is.
+        weights = query_valid[:, None, ::stride].float()
+    mass = tile_mass(
+        q, k, squares, block_size=block_size // stride, scale=scale / stride, row_weights=weights
+    )
     return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
 
 

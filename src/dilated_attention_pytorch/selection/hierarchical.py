@@ -11,10 +11,10 @@ four of four blocks::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,59 +22,130 @@ from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.selection.mass_target import mass_target_gradient
 
 
-def coarse_summaries(summaries: Tensor, size: int, pooling: Sequence[str]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class SuperBlocks:
+    """One level of super-blocks over the blocks (or super-blocks) of the level below.
+
+    Every document begins a new one, and padding is in none, so that a document has the same
+    super-blocks packed, padded and alone. With ``size=2``, documents of 3 and 2 blocks::
+
+        below        0 1 2 | 3 4
+        super-block  0 0 1 | 2 2
+
+    Attributes:
+        size: The most that a super-block holds.
+        first: ``(1 or b, p)`` int64: the first that each holds.
+        count: ``(1 or b, p)`` int64: how many it holds; 0 for those that there are not.
+        parent: ``(1 or b, c)`` int64, ascending: where each of the level below lies.
+        number: ``(1 or b, p)`` int64: the super-block's place in its document.
+        real: ``(1 or b, c)`` booleans: which of the level below are no padding.
+    """
+
+    size: int
+    first: Tensor
+    count: Tensor
+    parent: Tensor
+    number: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, number: Tensor, real: Tensor, size: int, num_documents: int) -> SuperBlocks:
+        """Groups what lies below. Does not wait for the device.
+
+        Args:
+            number: ``(1 or b, c)`` int64: the place of each in its document.
+            real: Booleans of the same shape: no padding.
+            size: Of the level.
+            num_documents: An upper bound of the documents.
+        """
+        below = number.shape[1]
+        # Every document can have one that is not full.
+        most = min((below + num_documents * (size - 1)) // size, below)
+        parent = ((number % size == 0).cumsum(1) - 1).clamp(0, max(most - 1, 0))
+        each = torch.arange(most, device=number.device).expand(number.shape[0], -1).contiguous()
+        first = torch.searchsorted(parent, each)
+        count = torch.searchsorted(parent, each, right=True) - first
+        own = look_up(number, first).div(size, rounding_mode="floor")
+        # Those that there are not begin nothing on the next level.
+        return cls(size, first, count, parent, torch.where(count > 0, own, 1), real)
+
+    def inside(self) -> tuple[Tensor, Tensor]:
+        """What each holds, ``(1 or b, p, size)`` int64, and which of these are there and real."""
+        step = torch.arange(self.size, device=self.first.device)
+        child = self.first[..., None] + step
+        return child, (step < self.count[..., None]) & look_up(self.real, child)
+
+    def coarse_real(self) -> Tensor:
+        """Booleans ``(1 or b, p)``: super-blocks that hold anything real."""
+        return self.inside()[1].any(-1)
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Entries ``(b, ...)`` of ``(1 or b, n)`` at ``index``, clamped to the table."""
+    if table.shape[1] == 0:
+        return table.new_zeros(index.shape)
+    place = index.flatten(1).long().clamp(0, table.shape[1] - 1)
+    batch = max(table.shape[0], place.shape[0])
+    found = table.expand(batch, -1).gather(1, place.expand(batch, -1))
+    return found.view(batch, *index.shape[1:])
+
+
+def coarse_summaries(summaries: Tensor, level: SuperBlocks, pooling: Sequence[str]) -> Tensor:
     """Summaries of super-blocks from those of their blocks: means of means, maxima of maxima.
 
     Args:
         summaries: ``(batch, j, heads, s)``, the poolings side by side.
-        size: Blocks per super-block; the last may be partial.
+        level: Which blocks lie together.
         pooling: Names of the poolings.
 
     Returns:
-        ``(batch, ceil(j / size), heads, s)``.
+        ``(batch, p, heads, s)``; zeros for a super-block of padding alone.
     """
-    batch, blocks, heads, _ = summaries.shape
-    groups = ceil_div(blocks, size)
-    pad = groups * size - blocks
+    batch, blocks = summaries.shape[:2]
+    child, real = level.inside()
+    place = child.clamp(0, max(blocks - 1, 0)).flatten(1).expand(batch, -1)
+    place = place[..., None, None].expand(-1, -1, *summaries.shape[2:])
+    tiles = summaries.gather(1, place).unflatten(1, (-1, level.size))
+    keep, some = real[..., None, None], real.any(-1)[..., None, None]
     parts = []
-    for name, part in zip(pooling, summaries.chunk(len(pooling), -1), strict=True):
-        fill = {"max": -torch.inf, "min": torch.inf}.get(name, 0.0)
-        tiles = F.pad(part, (0, 0, 0, 0, 0, pad), value=fill)
-        tiles = tiles.reshape(batch, groups, size, heads, part.shape[-1])
-        if name == "max":
-            parts.append(tiles.amax(2))
-        elif name == "min":
-            parts.append(tiles.amin(2))
+    for name, part in zip(pooling, tiles.chunk(len(pooling), -1), strict=True):
+        if name in ("max", "min"):
+            reduce, worst = (torch.amax, -torch.inf) if name == "max" else (torch.amin, torch.inf)
+            parts.append(torch.where(some, reduce(torch.where(keep, part, worst), 2), 0))
         else:
-            count = torch.full((groups, 1, 1), size, device=part.device, dtype=part.dtype)
-            count[-1:] = size - pad
-            parts.append(tiles.sum(2) / count)
+            count = keep.sum(2).clamp(min=1).to(part.dtype)
+            parts.append(torch.where(keep, part, 0).sum(2) / count)
     return torch.cat(parts, -1)
 
 
-def coarse_intervals(intervals: Tensor, size: int) -> Tensor:
+def coarse_intervals(intervals: Tensor, owner: Tensor) -> Tensor:
     """:meth:`CandidateRule.intervals` in super-blocks: whatever touches one takes in all of it.
 
     A super-block that a causal row sees in part holds its diagonal block and so is forced: no
     choice depends on the summary of blocks that the row does not see.
+
+    Args:
+        intervals: ``(1 or b, 5, i)`` int32, within one document each.
+        owner: ``(1 or b, j)`` int64: the super-block of each block.
     """
     low, end, sink_end, near_first, near_end = intervals.unbind(1)
 
     def down(x: Tensor) -> Tensor:
-        return x.div(size, rounding_mode="floor")
+        return look_up(owner, x)
 
     def up(x: Tensor) -> Tensor:
-        return down(x + size - 1)
+        return down(x - 1) + 1
 
     near_first = torch.maximum(near_first, low)
     near_end = torch.minimum(near_end, end)
-    empty = torch.zeros_like(low)
+    sink_end = torch.minimum(sink_end, end)
+    first = down(low)
+    empty = torch.zeros_like(first)
     near = near_end > near_first
-    first, last = down(low), torch.where(end > low, up(end), down(low))
     return torch.stack(
         [
             first,
-            last,
+            torch.where(end > low, up(end), first),
             torch.where(sink_end > low, up(sink_end), first),
             torch.where(near, down(near_first), empty),
             torch.where(near, up(near_end), empty),
@@ -83,32 +154,31 @@ def coarse_intervals(intervals: Tensor, size: int) -> Tensor:
     ).int()
 
 
-def children(counts: Tensor, indices: Tensor, size: int, limit: int) -> Tensor:
+def children(counts: Tensor, indices: Tensor, level: SuperBlocks) -> Tensor:
     """What lies inside the chosen super-blocks.
 
     Args:
         counts: ``(b, h, i)``: chosen super-blocks per row.
         indices: ``(b, h, i, k)``: their numbers, ascending.
-        size: Children per super-block.
-        limit: How many children there are in all.
+        level: Theirs.
 
     Returns:
-        Their numbers, int32 ``(b, h, i, k * size)``; -1 where there is none. Place
-        ``slot * size + r`` holds child r of the super-block in that slot.
+        The numbers of what they hold, int32 ``(b, h, i, k * size)``; -1 where there is none. Place
+        ``slot * size + r`` holds number r of the super-block in that slot.
     """
     used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    child = indices[..., None] * size + torch.arange(size, device=indices.device)
-    child = torch.where(used[..., None] & (child < limit), child, -1)
-    return child.flatten(-2).int()
+    step = torch.arange(level.size, device=indices.device)
+    child = look_up(level.first, indices)[..., None] + step
+    there = used[..., None] & (step < look_up(level.count, indices)[..., None])
+    return torch.where(there, child, -1).flatten(-2).int()
 
 
-def parent_slots(counts: Tensor, indices: Tensor, child: Tensor, size: int) -> Tensor:
-    """The slot of each child's super-block in the chosen list, int64 shaped like ``child``."""
+def parent_slots(counts: Tensor, indices: Tensor, parent: Tensor) -> Tensor:
+    """The slot of given super-blocks in the chosen list, int64 shaped like ``parent``."""
     used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     # Ascending to the end, as the search needs.
     filled = torch.where(used, indices, torch.iinfo(torch.int32).max).contiguous()
-    parent = child.div(size, rounding_mode="floor").int().contiguous()
-    return torch.searchsorted(filled, parent).clamp(max=indices.shape[-1] - 1)
+    return torch.searchsorted(filled, parent.int().contiguous()).clamp(max=indices.shape[-1] - 1)
 
 
 def grouped_mass_probe(

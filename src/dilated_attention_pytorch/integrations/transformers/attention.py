@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,14 +87,11 @@ def block_sparse_forward(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     call = None
     if handle is not None:
-        call = cached_attention(handle, query, key, value, mask, cached_keys)
+        whole = partial(_sparse, selector)
+        call = cached_attention(handle, query, key, value, mask, cached_keys, whole)
     if call is None:
         return _sparse(selector, query, key, value, mask), None
-    attended = call.attend()
-    if attended is None:
-        attended = _sparse(selector, query, key, value, mask)
-        call.remember()
-    return attended, None
+    return call.attend(), None
 
 
 def _sparse(

@@ -13,22 +13,41 @@ from dilated_attention_pytorch.integrations.transformers.mask import OFFSET, PAC
 _READ = "_dilated_attention_cache_step"
 
 
-@dataclass(eq=False)
-class CacheStep:
-    """New tokens of samples that have no padding but on the left.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Samples of a batch that go on alike.
 
     Attributes:
-        place: Place of the first new token in the cache; so many are before it.
-        end: Place behind the last new token.
-        starts: ``(batch,)`` int64 place of each sample's first token; None: all 0.
-        whole: Whether no new token is padding.
+        samples: Their numbers, int64; None: all.
+        followed: Whether the cache holds tokens and padding where it did before.
+        new: Of the new places, those that hold tokens.
+        gaps: Whether padding stands between tokens or behind the last.
+        starts: ``(samples,)`` int64 place of each one's first token; None: all 0, or ``gaps``.
+    """
+
+    samples: Tensor | None
+    followed: bool
+    new: int
+    gaps: bool = False
+    starts: Tensor | None = None
+
+
+@dataclass(eq=False)
+class CacheStep:
+    """New places of a cache.
+
+    Attributes:
+        place: The first of them; so many are before it.
+        end: The place behind the last of them.
+        seen: ``(batch, end)`` booleans: places that hold tokens and no padding; None: all do.
+        packed: Whether the tokens, which are all that the cache holds, are packed documents.
     """
 
     place: int
     end: int
-    starts: Tensor | None = None
-    whole: bool = True
-    _agreed: Tensor | None = None
+    seen: Tensor | None = None
+    packed: bool = False
+    _parts: tuple[Tensor | None, list[Part]] | None = None
 
     @classmethod
     def of(cls, mask: Tensor, q_len: int, kv_len: int) -> CacheStep | None:
@@ -40,10 +59,10 @@ class CacheStep:
             kv_len: Places of the cache that the mask speaks of.
 
         Returns:
-            None if padding stands elsewhere than on the left, or for packed documents.
+            None if new tokens stand at other places in other samples.
         """
         if mask.shape[2] == PACKED:
-            return None
+            return cls(0, kv_len, packed=True)
         if mask.shape[2] == PLAIN:
             return cls(kv_len - q_len, kv_len)
         if mask.is_inference():
@@ -56,27 +75,52 @@ class CacheStep:
             setattr(mask, _READ, known)
         return known[1]
 
-    def agrees(self, starts: Tensor | None) -> bool:
-        """Whether samples that began at ``starts`` begin there still."""
-        if starts is None or self.starts is None:
-            return starts is self.starts
-        if starts is not self._agreed:
-            if starts.shape != self.starts.shape or not torch.equal(starts, self.starts):
-                return False
-            self._agreed = starts
-        return True
+    def parts(self, before: Tensor | None) -> list[Part]:
+        """The samples by what is to be done for them, so that none decides for another.
+
+        Waits for the device once, unless there is no padding.
+
+        Args:
+            before: ``seen`` of the step before, whose places are those up to this one's.
+        """
+        new = self.end - self.place
+        if self.seen is None and before is None:
+            return [Part(None, True, new)]
+        if self._parts is None or self._parts[0] is not before:
+            self._parts = before, self._divide(before)
+        return self._parts[1]
+
+    def _divide(self, before: Tensor | None) -> list[Part]:
+        seen = self.seen
+        if seen is None:
+            if before is None:
+                raise RuntimeError("there is no padding to go by.")
+            seen = before.new_ones(len(before), self.end)
+        old, new = seen[:, : self.place], seen[:, self.place :]
+        same = old.all(1) if before is None else (old == before).all(1)
+        starts = torch.where(seen.any(1), seen.int().argmax(1), self.end)
+        gaps = seen.sum(1) != self.end - starts
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        rows = torch.stack([same.long(), new.sum(1), gaps.long()], 1).tolist()
+        for number, row in enumerate(rows):
+            kinds.setdefault(tuple(row), []).append(number)
+        parts = []
+        for (followed, count, broken), numbers in kinds.items():
+            samples = None
+            if len(kinds) > 1:
+                samples = torch.tensor(numbers, device=seen.device)
+            own = starts if samples is None else starts[samples]
+            parts.append(
+                Part(samples, bool(followed), count, bool(broken), None if broken else own)
+            )
+        return parts
 
 
 def _read(mask: Tensor, q_len: int) -> CacheStep | None:
     offset = mask[:, 0, -1, 0].long()
-    if mask.shape[2] == OFFSET:
-        place = int(offset[0])
-        return CacheStep(place, place + q_len)
-    valid = mask[:, 0, 0].bool()
-    end = offset + q_len
-    starts = torch.where(valid.any(1), valid.int().argmax(1), end)
-    slot = torch.arange(valid.shape[1], device=mask.device)
-    expected = (slot >= starts[:, None]) & (slot < end[:, None])
-    left_alone = (valid == expected).all() & (offset == offset[0]).all()
-    place, left, latest = torch.stack([offset[0], left_alone.long(), starts.amax()]).tolist()
-    return CacheStep(place, place + q_len, starts, latest <= place) if left else None
+    place, alike = torch.stack([offset[0], (offset == offset[0]).all().long()]).tolist()
+    if not alike:
+        return None
+    end = place + q_len
+    seen = None if mask.shape[2] == OFFSET else mask[:, 0, 0, :end].bool()
+    return CacheStep(place, end, seen)

@@ -26,10 +26,14 @@ class FollowedState:
     Args:
         selector: Whose state it is.
         state: What the selector remembers of the cache.
+
+    Attributes:
+        seen: ``(batch, num_tokens)`` booleans: places that hold tokens and no padding; None: all.
     """
 
     def __init__(self, selector: BlockSparseAdaptive, state: SelectorState) -> None:
         self.state = state
+        self.seen: Tensor | None = None
         self._selector = weakref.ref(selector)
         self._weights = [*selector.parameters(), *selector.buffers()]
         self._weight_versions = [_version(x) for x in self._weights]
@@ -50,6 +54,23 @@ class FollowedState:
         versions = [_version(x) for x in self._weights]
         return self._selector() is selector and versions == self._weight_versions
 
+    def reorder(self, samples: Tensor) -> None:
+        """Goes on with what ``samples`` were."""
+        self.state.reorder(samples.to(self.state.lengths.device))
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, samples.to(self.seen.device))
+
+    def retract(self, count: int) -> bool:
+        """Forgets the newest ``count`` places; False if the state does not reach so far back."""
+        if count > self.state.retractable:
+            return False
+        tokens = None
+        if self.seen is not None:
+            self.seen, gone = self.seen.split([self.seen.shape[1] - count, count], 1)
+            tokens = gone.sum(1)
+        self.state.retract(count, tokens)
+        return True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowedState | None:
         """The state of a copied cache; None if the cache was changed before."""
         keys = None if self._keys is None else self._keys()
@@ -57,6 +78,7 @@ class FollowedState:
         if keys is None or selector is None or not (self.holds(keys) and self.belongs_to(selector)):
             return None
         twin = FollowedState(selector, copy.deepcopy(self.state, memo))
+        twin.seen = self.seen
         # The cache's own copy of its keys: the memo has it or will.
         twin.seal(copy.deepcopy(keys, memo))
         return twin
@@ -97,7 +119,7 @@ class FollowedLayer(CacheLayerMixin):  # type: ignore[misc]
         if followed is None:
             return
         if samples is not None:
-            followed.state.reorder(samples.to(followed.state.lengths.device))
+            followed.reorder(samples)
         followed.seal(self.keys)
 
 
@@ -109,11 +131,10 @@ class FollowedDynamicLayer(FollowedLayer, DynamicLayer):  # type: ignore[misc]
         followed, before = self.intact(), self.get_seq_length()
         super().crop(*args, **kwargs)
         removed = before - self.get_seq_length()
-        if followed is not None and removed > followed.state.retractable:
-            self.followed = None
-        elif followed is not None:
-            followed.state.retract(removed)
+        if followed is not None and followed.retract(removed):
             self._go_on(followed)
+        else:
+            self.followed = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sample."""
@@ -169,8 +190,13 @@ class CacheHandle:
         kind = type(layer)
         return (kind in _FOLLOWED or issubclass(kind, FollowedLayer)) and layer.keys is keys
 
-    def keep(self, state: SelectorState) -> None:
-        """Lets a state that has seen the updated cache follow it."""
+    def keep(self, state: SelectorState, seen: Tensor | None) -> None:
+        """Lets a state that has seen the updated cache follow it.
+
+        Args:
+            state: Of the selector.
+            seen: Places that hold tokens, as in :class:`FollowedState`.
+        """
         layer = self._layer()
         if type(layer) in _FOLLOWED:
             # The object stays, whoever holds it; so do its copies what they are.
@@ -178,6 +204,7 @@ class CacheHandle:
         followed = self.followed
         if followed is None or followed.state is not state:
             followed = FollowedState(self.selector, state)
+        followed.seen = seen
         followed.seal(layer.keys)
         layer.followed = followed
 

@@ -104,22 +104,26 @@ def _lists_at_once(layer: BlockSparseAdaptive, cached: CachedKeys, blocks: int) 
 
 def _asking(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> tuple[Tensor, Tensor]:
     """The queries that the row is judged by, and which of them are real."""
-    size = layer.block_size
-    first = row.number * size
-    start = first - (size - 1) if layer.config.query_scope == "past" else first
+    size, past = layer.block_size, layer.config.query_scope == "past"
+    first = row.first
+    start = first - (size - 1) if past else first
     # Where the queries up to the row's first token are gone, those that follow stand in.
     start = torch.where(memory.known > first, memory.known, start)
-    return memory.window("queries", start, size)
+    query, real = memory.window("queries", start, size)
+    return query, real & row.asks(start, size, memory.known) if past else real
 
 
 def _summarise(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor | None:
-    """Summarises the block before the row and the row's own so far.
+    """Summarises the block before the row and what the row may see of its own.
 
     Returns:
         The row's complexity ``(b, g, 1)``, for an adaptive budget.
     """
     size = layer.block_size
     tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
+    if layer.config.query_scope == "past":
+        # Whichever token of the row chooses sees what its first one does.
+        valid[:, size + 1 :] = False
     codes, means = key_codes(layer, tokens, valid)
     for step in (-1, 0):
         row.put(memory.codes, step, codes[:, :, step + 1 : step + 2])

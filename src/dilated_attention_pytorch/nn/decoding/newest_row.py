@@ -21,10 +21,12 @@ class NewestRow:
 
     Attributes:
         number: ``(b,)`` int64.
+        first: ``(b,)`` int64: their first tokens.
         rows: What it sees.
     """
 
     number: Tensor
+    first: Tensor
     rows: RowRange
 
     @classmethod
@@ -33,7 +35,24 @@ class NewestRow:
         number = (memory.lengths - 1).clamp(min=0).div(layer.block_size, rounding_mode="floor")
         own = number.view(-1, 1, 1)
         rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
-        return cls(number, rows)
+        return cls(number, number * layer.block_size, rows)
+
+    def asks(self, start: Tensor, count: int, known: Tensor, step: int = 1) -> Tensor:
+        """Which queries choose with ``query_scope="past"``, whichever token of the row is newest.
+
+        Those up to the row's first token, or the first known one if none of these is.
+
+        Args:
+            start: ``(b,)`` the first query in question.
+            count: Queries in question.
+            known: ``(b,)`` the first query that is known.
+            step: Tokens from one to the next.
+
+        Returns:
+            Booleans ``(b, count)``.
+        """
+        token = start[:, None] + step * torch.arange(count, device=start.device)
+        return token <= torch.maximum(known, self.first)[:, None]
 
     def at(self, table: Tensor, step: int) -> Tensor:
         """Entries ``(b, heads, 1, ...)`` of a table by block, ``step`` after the row's own."""

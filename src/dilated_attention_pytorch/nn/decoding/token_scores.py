@@ -80,13 +80,14 @@ def _row_scores(
 ) -> Tensor:
     """Scores of all blocks."""
     stride, size = cast(LowRankScorer, layer.scorer).query_stride, layer.block_size
-    per_block, first = size // stride, row.number * size
+    per_block, first = size // stride, row.first
     past = layer.config.query_scope == "past"
     start = first - (size - stride) if past else first
     # Where the queries up to the row's first token are gone, those that follow stand in.
     start = torch.where(memory.known > first, memory.known, start)
     if past:
-        return _rate(layer, memory, start, per_block, cached, blocks)
+        asking = row.asks(start, per_block, memory.known, stride)
+        return _rate(layer, memory, start, per_block, cached, blocks, asking)
     count = (memory.lengths - 1 - start).div(stride, rounding_mode="floor") + 1
     newest = start + (count - 1) * stride
     total = memory.masses[:, :, 1 : blocks + 1]
@@ -109,10 +110,16 @@ def _rate(
     count: int,
     cached: CachedKeys,
     blocks: int,
+    asking: Tensor | None = None,
 ) -> Tensor:
-    """Scores by the ``count`` sampled queries from token ``start`` on, as far as they are there."""
+    """Scores by the ``count`` sampled queries from token ``start`` on, as far as they are there.
+
+    ``asking``: ``(b, count)`` booleans, which of them count at all.
+    """
     scorer, size = cast(LowRankScorer, layer.scorer), layer.block_size
     query, real = memory.window("queries", start, count, step=scorer.query_stride)
+    if asking is not None:
+        real = real & asking
     token = start[:, None] + scorer.query_stride * torch.arange(count, device=query.device)
     last = torch.where(real, token, -1)
     key = cached.blocks(blocks, size)
