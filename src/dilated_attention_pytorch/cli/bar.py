@@ -32,7 +32,10 @@ class ProgressBar(Progress):
 
     def update(self, task_id: TaskID, **values: Any) -> None:
         """As rich's, and perhaps a line; words are shown as they are."""
-        shown = {k: printable(v) if isinstance(v, str) else v for k, v in values.items()}
+        shown: dict[str, Any] = {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
         super().update(task_id, **shown)
         self._say(task_id)
 

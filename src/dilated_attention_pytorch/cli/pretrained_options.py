@@ -63,24 +63,22 @@ def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def check_model_folder(folder: str, option: str = "--model") -> None:
     """Raises UsageError unless there is a model there; nothing is looked for on the Hub."""
-    _check_folder(
-        folder, option, "the folder of a pretrained model", "config.json",
-        "Download the model first; save_pretrained writes such a folder.",
-    )  # fmt: skip
+    if not (Path(folder) / "config.json").is_file():
+        missing = "it has no config.json" if Path(folder).is_dir() else "there is no such folder"
+        raise UsageError(
+            f"{option} must be the folder of a pretrained model, got {folder}: {missing}. "
+            "Download the model first; save_pretrained writes such a folder."
+        )
 
 
 def check_lora_folder(folder: str) -> None:
-    """Raises UsageError unless there are changes there; nothing is looked for on the Hub."""
-    _check_folder(
-        folder, "--lora", "a folder of low-rank changes", "adapter_config.json",
-        "dilated-attention tune writes such a folder.",
-    )  # fmt: skip
-
-
-def _check_folder(folder: str, option: str, what: str, file: str, remedy: str) -> None:
-    if not (Path(folder) / file).is_file():
-        missing = f"it has no {file}" if Path(folder).is_dir() else "there is no such folder"
-        raise UsageError(f"{option} must be {what}, got {folder}: {missing}. {remedy}")
+    """Raises CommandError unless there are changes there; nothing is looked for on the Hub."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise CommandError(
+                f"cannot load low-rank changes from {folder}: there is no {name}. Name the folder "
+                "lora that dilated-attention tune wrote."
+            )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
