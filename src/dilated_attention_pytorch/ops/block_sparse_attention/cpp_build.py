@@ -9,17 +9,20 @@ owns or may write, folder included, is not loaded but built anew.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import selectors
 import shlex
 import shutil
 import signal
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -39,6 +42,10 @@ SWITCH = "DILATED_ATTENTION_CPP"
 _SECONDS = 60
 # Bytes of what the compiler prints that are read.
 _SHOWN = 10_000
+# Bytes of a library; ours has a hundredth.
+_LARGEST = 1 << 24
+# Seconds between two looks at it.
+_PAUSE = 0.1
 
 
 def build_refusal() -> str | None:
@@ -114,23 +121,17 @@ def _cached_or_built(compiler: list[str]) -> ctypes.CDLL:
     words = "\0".join(parts).encode("utf-8", "backslashreplace")
     key = hashlib.sha256(words).hexdigest()[:32]
     cache = _own_cache()
+    for path in sorted(cache.glob(f"{key}-*.so")) if cache is not None else ():
+        content = _intact(path)
+        if content is not None:
+            with contextlib.suppress(OSError):
+                return _open(content, cache)
+    content = _built(compiler, source, cache)
     if cache is not None:
-        for path in sorted(cache.glob(f"{key}-*.so")):
-            if _is_intact(path):
-                try:
-                    return _open(path)
-                except OSError:
-                    # Nothing there may be executed, or another machine made it.
-                    pass
-        try:
-            with tempfile.TemporaryDirectory(dir=cache) as work:
-                return _open(_keep(_compile(compiler, source, Path(work)), cache, key))
-        except OSError:
-            # The cache cannot be written to, or nothing in it may be executed.
-            pass
-    # A loaded library needs its file no more.
-    with tempfile.TemporaryDirectory() as work:
-        return _open(_compile(compiler, source, Path(work)))
+        # Where it cannot be kept, the next process builds it again.
+        with contextlib.suppress(OSError):
+            _keep(content, cache, key)
+    return _open(content, cache)
 
 
 def _own_cache() -> Path | None:
@@ -150,47 +151,72 @@ def _is_private(found: os.stat_result, kind: Callable[[int], bool]) -> bool:
     return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether a library is the user's and its content is what its name says.
-
-    Looked at before it is mapped: a file that was cut short would end the process.
-    """
+def _intact(path: Path) -> bytes | None:
+    """The content of a library, if it is the user's and what its name says; else None."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not _is_private(os.fstat(descriptor), stat.S_ISREG):
-                return False
-            return _name_of(path.name.partition("-")[0], file.read()) == path.name
+                return None
+            content = file.read(_LARGEST)
     except OSError:
-        return False
+        return None
+    return content if _name_of(path.name.partition("-")[0], content) == path.name else None
 
 
 def _name_of(key: str, content: bytes) -> str:
     return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
-def _keep(built: Path, cache: Path, key: str) -> Path:
-    """Puts a library into the cache, in the place of others for the same use."""
-    content = built.read_bytes()
-    kept = cache / _name_of(key, content)
-    write_atomically(kept, content, mode=0o700)
+def _keep(content: bytes, cache: Path, key: str) -> None:
+    """Puts a library into the cache, in the place of damaged ones for the same use."""
     for path in cache.glob(f"{key}-*.so"):
-        # One that another process has just put there may stay.
-        if path != kept and not _is_intact(path):
-            path.unlink(missing_ok=True)
-    return kept
+        if _intact(path) is None:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    write_atomically(cache / _name_of(key, content), content, mode=0o700)
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    """Loads a library.
+def _open(content: bytes, cache: Path | None) -> ctypes.CDLL:
+    """Loads a library from a file that nobody else can change or cut short.
+
+    A file that is cut while it is mapped ends the process.
 
     Raises:
         OSError: If it cannot be loaded, or lacks the kernel.
     """
-    loaded = ctypes.CDLL(str(path))
+    for place in _places(cache):
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as work:
+                path = Path(work) / "forward.so"
+                path.write_bytes(content)
+                # A loaded library needs its name no more.
+                loaded = ctypes.CDLL(str(path))
+            break
+        except OSError as error:
+            # No room there, or nothing there may be executed.
+            reason = error
+    else:
+        raise reason
     if not hasattr(loaded, "block_sparse_forward"):
-        raise OSError(f"{path.name} has no block_sparse_forward")
+        raise OSError("the library has no block_sparse_forward")
     return loaded
+
+
+def _places(cache: Path | None) -> list[Path | None]:
+    """Where a folder for a while may be made; None: where the system has such folders."""
+    return [None] if cache is None else [None, cache]
+
+
+def _built(compiler: list[str], source: str, cache: Path | None) -> bytes:
+    """Compiles; returns the library's content."""
+    for place in _places(cache):
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as work:
+                return _compile(compiler, source, Path(work)).read_bytes()
+        except OSError as error:
+            reason = error
+    raise reason
 
 
 def _compile(compiler: list[str], source: str, folder: Path) -> Path:
@@ -223,22 +249,33 @@ def _run(command: list[str]) -> _Done:
         OSError: If it cannot be started.
         subprocess.TimeoutExpired: If it takes too long; it and what it has started are ended.
     """
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise subprocess.TimeoutExpired(shlex.join(command[:1]), _SECONDS) from None
-        finally:
-            if process.returncode is None:
-                # A compiler is several processes.
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        printed.seek(max(0, printed.tell() - _SHOWN))
-        return _Done(status, printed.read(_SHOWN).decode("utf-8", "replace"))
+    deadline, printed = time.monotonic() + _SECONDS, b""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        with selectors.DefaultSelector() as waiting, process.stdout as pipe:  # type: ignore[union-attr]
+            waiting.register(pipe, selectors.EVENT_READ)
+            while True:
+                ended = process.poll() is not None
+                if not waiting.select(0 if ended else _PAUSE):
+                    # What it has started may go on, and hold the pipe.
+                    if ended:
+                        break
+                elif chunk := os.read(pipe.fileno(), 1 << 16):
+                    printed = (printed + chunk)[-_SHOWN:]
+                else:
+                    break
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(shlex.join(command[:1]), _SECONDS)
+        status = process.wait(max(deadline - time.monotonic(), _PAUSE))
+    finally:
+        if process.poll() is None:
+            # A compiler is several processes.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return _Done(status, printed.decode("utf-8", "replace"))
 
 
 def _machine() -> str:
