@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, samples: int) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
-        help="text to look at (default: what the run has held out)",
+        help="text to look at (default: what the run has held out, if the run is your own)",
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="DIR",

@@ -30,7 +30,10 @@ def add_run_folder(parser: argparse.ArgumentParser, default: str) -> None:
         help=f"where metrics, checkpoints and the result go (default: {default})",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, with its settings"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, with its settings; of a run that somebody else made, "
+        "name the files that it reads",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the summary as JSON (progress goes to stderr)"
