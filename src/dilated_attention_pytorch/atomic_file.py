@@ -71,7 +71,7 @@ def _mode_of(path: Path) -> int | None:
     if stat.S_ISDIR(found):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found):
-        raise FileExistsError(errno.EEXIST, "is a device or a pipe, not a file", str(path))
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
     return stat.S_IMODE(found) & 0o777
 
 

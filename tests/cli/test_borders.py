@@ -117,6 +117,8 @@ def test_a_command_that_is_refused_leaves_no_folder(
     (tmp_path / "file").write_text("")
     assert "cannot write to" in one_line(capsys, 1, "train", "--out", tmp_path / "file")
     assert "cannot write to" in one_line(capsys, 1, "demo", "--out", tmp_path / "file" / "x")
+    for name in ("a\0b", "a\ud800", "x" * 300):
+        assert "cannot write to" in one_line(capsys, 1, "train", "--out", tmp_path / name)
 
 
 def tampered(run: Path, folder: Path, secret: Path) -> Path:
@@ -343,3 +345,18 @@ def test_threads_are_kept_out_as_processes_are(
         done.set()
         thread.join()
     assert main(["train", "--resume", "--out", str(out)]) == 0
+
+
+def test_of_two_threads_that_train_at_once_one_writes(run: Path, tmp_path: Path) -> None:
+    text, out = run.parent / "text.txt", tmp_path / "run"
+    command = ["train", "--text", str(text), "--out", str(out), *SMALL, "--steps", "12"]
+    codes: list[int] = []
+    threads = [threading.Thread(target=lambda: codes.append(main(command))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes)[0] == 0
+    assert sorted(codes)[1] in (1, 2)
+    steps = [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(13))

@@ -28,8 +28,10 @@ def holding(folder: Path, console: PlainConsole, *, create: bool = True) -> Iter
             held = stack.enter_context(lock_folder(folder, create=create))
         except FolderInUseError as error:
             raise CommandError(str(error)) from error
-        except OSError as error:
-            raise CommandError(f"cannot write to {folder}: {error.strerror}.") from error
+        except (OSError, ValueError) as error:
+            # A name that the system cannot have is a ValueError.
+            reason = getattr(error, "strerror", None) or error
+            raise CommandError(f"cannot write to {folder}: {reason}.") from error
         if not held and folder.is_dir():
             console.print(
                 "This file system has no locks: see to it that no other command writes into the "

@@ -47,8 +47,10 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(parsed.out, page.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise CommandError(f"cannot write {parsed.out}: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        # A name that the system cannot have is a ValueError.
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot write {parsed.out}: {reason}.") from error
     place = printable(parsed.out.resolve())
     PlainConsole().print(f"Open {place} in a browser.", soft_wrap=True)
     return OK
