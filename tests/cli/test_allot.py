@@ -185,3 +185,29 @@ def test_ctrl_c_keeps_what_was_measured(
     found = json.loads((tmp_path / "run" / "costs.json").read_text())["costs"]
     assert list(found["512"]) == ["0", "1"]
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: "",
+        lambda s: s[: len(s) // 2],
+        lambda s: "[]",
+        lambda s: "[" * 100_000,
+        lambda s: json.dumps(json.loads(s) | {"costs": 3}),
+        lambda s: json.dumps(
+            json.loads(s) | {"costs": {"512": {"0": [float("nan")] * len(SPARSITIES)}}}
+        ),
+        lambda s: json.dumps(json.loads(s) | {"costs": {"77": {}, "x": {"0": ["a"]}}}),
+    ],
+)
+def test_damaged_costs_are_named(
+    folder: Path, allotted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
+) -> None:
+    state = tmp_path / "costs.json"
+    state.write_text(damage((allotted / "costs.json").read_text()))
+    assert main(command(folder, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "costs.json is damaged" in error
+    assert "remove it to measure anew" in error
+    assert "Traceback" not in error

@@ -315,3 +315,22 @@ def test_lengths_that_leave_nothing_to_choose_are_named(
     assert "Nothing to choose at sparsity 0.9: in 128 tokens" in words
     assert "leave out 0.58 at most" in words
     assert "training: 1 of 2: loss" in words
+
+
+def test_names_of_texts_are_no_markup_and_no_formula(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "[red]$x^$\x1b[31m\u202e\udce9.txt"
+    shutil.copy(texts / "a.txt", tmp_path / name)
+    command = [
+        "evaluate", "--model", str(model), "--text", str(tmp_path / name), "--lengths", "256",
+        "--sparsities", "0.5", "--rivals", "sink_window", "--windows", "1", "--depths", "-1",
+        "--repeats", "0", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "[red]$x^$\\x1b[31m\\u202e\\xe9: perplexity relative" in " ".join(shown.out.split())
+    assert "[red]$x^$\\x1b[31m\\u202e\\xe9, 256 tokens" in shown.err
+    for words in (shown.out, shown.err):
+        assert all(c.isprintable() or c == "\n" for c in words)
+    assert (tmp_path / "out" / "perplexity.png").stat().st_size > 1000

@@ -146,10 +146,15 @@ def plot_training(history: Sequence[Mapping[str, Any]], field: str = "layer_spar
     lines = [line for line in history if line.get(field) is not None]
     if not lines:
         raise ValueError(f"no line of history has a {field!r}.")
+    by_layer = isinstance(lines[-1][field], Sequence)
+    if by_layer:
+        # All of them speak of as many layers as the last one.
+        layers = len(lines[-1][field])
+        lines = [x for x in lines if isinstance(x[field], Sequence) and len(x[field]) == layers]
     steps = [line["step"] for line in lines]
     figure = _figure(6, 3.6)
     axis = figure.subplots()
-    if isinstance(lines[0][field], Sequence):
+    if by_layer:
         for number, values in enumerate(zip(*(line[field] for line in lines), strict=True)):
             axis.plot(steps, values, label=f"layer {number}")
         axis.legend(fontsize=8)

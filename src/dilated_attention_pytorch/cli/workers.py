@@ -80,7 +80,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], No
                 _check_alive(workers)
                 continue
             if event.error is not None:
-                raise CommandError(f"{jobs[event.number].name} failed:\n{event.error}")
+                raise CommandError(f"{jobs[event.number].name} failed: {event.error}")
             if event.result is not None:
                 results[event.number] = event.result
             on_event(event)
@@ -144,6 +144,7 @@ def _work(jobs: list[Job], numbers: Queue[int | None], events: Queue[Event]) -> 
         try:
             result = job.function(report, *job.arguments)
             events.put(Event(number, 1.0, "done", result=result))
-        except Exception:  # whatever it was, the parent shows it
-            events.put(Event(number, 0.0, "failed", error=traceback.format_exc()))
+        except Exception as error:  # whatever it was, the parent shows it
+            words = " ".join("".join(traceback.format_exception_only(error)).split())
+            events.put(Event(number, 0.0, "failed", error=words))
             return

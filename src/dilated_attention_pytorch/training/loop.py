@@ -14,6 +14,7 @@ from dilated_attention_pytorch.training.language_model import (
     LanguageModelTraining,
     StepResult,
 )
+from dilated_attention_pytorch.training.own_mark import MARK, check_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +97,17 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             checkpoint_every: Replaces the interval (the result does not depend on it).
 
         Raises:
-            CheckpointError: If there is no intact checkpoint, or the text has changed.
+            CheckpointError: If there is no intact checkpoint, the text has changed, or the run is
+                somebody else's and ``changes`` does not name the text that it would read.
             ValueError: If ``changes`` differ from the run's settings.
             TextError: If the text cannot be used any more.
         """
         state = cls.read_newest(folder)
         saved = state[cls.KEY]
-        _check_same(flat_settings(saved), changes or {})
+        changes = changes or {}
+        _check_same(flat_settings(saved), changes)
+        unnamed = saved["text"]["paths"] is not None and "paths" not in changes
+        check_named(folder, saved, state.get(MARK), ["text"] if unnamed else [])
         intervals = dict(saved["intervals"])
         if checkpoint_every is not None:
             intervals["checkpoint_every"] = checkpoint_every

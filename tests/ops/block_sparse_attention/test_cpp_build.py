@@ -1,8 +1,12 @@
 """Building the CPU kernel: kept, shared between processes, and its absence explained."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,3 +111,172 @@ def test_processes_that_build_at_the_same_time():
     names = [path.name for path in cpp_build.cache_folder().iterdir()]
     assert len(names) == 1
     assert names[0].endswith(".so")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A library that a compiler has made, for stubs that copy it."""
+    if cpp_build.find_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("built")
+    source = Path(cpp_build.__file__).with_name("cpp_forward.cpp").read_text()
+    return cpp_build._compile(cpp_build.find_compiler(), source, folder)
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Makes a compiler of a line of shell; ``$out`` is the file to make, ``$1`` what is asked."""
+
+    def make(line):
+        path = tmp_path / "stub"
+        path.write_text(f'#!/bin/sh\nfor out; do :; done\n[ "$1" = --version ] && exit 0\n{line}\n')
+        path.chmod(0o700)
+        monkeypatch.setenv("CXX", str(path))
+        cpp_build._load.cache_clear()
+
+    return make
+
+
+def kept():
+    (path,) = cpp_build.cache_folder().iterdir()
+    return path
+
+
+def used(builds):
+    """That the kernel runs, and how often the stub has built it so far."""
+    cpp_build._load.cache_clear()
+    assert call("cpp")[1].startswith("cpp")
+    return len(builds.read_text().splitlines()) if builds.exists() else 0
+
+
+HARM = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:3000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": lambda path: path.write_bytes(
+        path.read_bytes()[:-9] + b"\x01" + path.read_bytes()[-8:]
+    ),
+    "text": lambda path: path.write_text("no library"),
+    "group": lambda path: path.chmod(0o720),
+    "world": lambda path: path.chmod(0o702),
+    "link": lambda path: (path.rename(path.parent.parent / "x"), path.symlink_to("../x")),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_is_not_as_it_was_made_is_not_loaded(tmp_path, stub, built, harm):
+    builds = tmp_path / "builds"
+    stub(f"echo >> {builds}; cp {built} $out")
+    assert [used(builds), used(builds)] == [1, 1]
+    HARM[harm](kept())
+    assert used(builds) == 2
+    # Where it could be replaced it was, once for all.
+    assert used(builds) == (3 if harm == "folder" else 2)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root to give away files")
+def test_what_somebody_else_owns_is_not_loaded(tmp_path, stub, built):
+    builds = tmp_path / "builds"
+    stub(f"echo >> {builds}; cp {built} $out")
+    assert used(builds) == 1
+    os.chown(kept(), 12345, 12345)
+    assert [used(builds), used(builds)] == [2, 2]
+    os.chown(cpp_build.cache_folder(), 12345, 12345)
+    assert [used(builds), used(builds)] == [3, 4]
+
+
+def test_a_folder_that_others_may_write_is_not_used(tmp_path, stub, built):
+    builds = tmp_path / "builds"
+    stub(f"echo >> {builds}; cp {built} $out")
+    assert used(builds) == 1
+    for mode in (0o777, 0o720, 0o702):
+        cpp_build.cache_folder().chmod(mode)
+        before = used(builds)
+        assert used(builds) == before + 1
+    cpp_build.cache_folder().chmod(0o755)
+    assert used(builds) == before + 1
+    # Nor one that a link leads to.
+    cpp_build.cache_folder().rename(tmp_path / "elsewhere")
+    cpp_build.cache_folder().symlink_to(tmp_path / "elsewhere")
+    assert used(builds) == before + 2
+
+
+def test_a_generous_umask_does_not_spoil_the_cache(tmp_path, stub, built):
+    builds = tmp_path / "builds"
+    stub(f"echo >> {builds}; cp {built} $out")
+    before = os.umask(0)
+    try:
+        assert [used(builds), used(builds)] == [1, 1]
+    finally:
+        os.umask(before)
+
+
+def test_no_home_no_account_and_no_absolute_place(tmp_path, stub, built, monkeypatch):
+    stub(f"cp {built} $out")
+    monkeypatch.chdir(tmp_path)
+
+    def homeless(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    for place in (None, "", "relative"):
+        if place is None:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", place)
+        cpp_build._load.cache_clear()
+        assert cpp_build.cache_folder() is None
+        assert call("cpp")[1].startswith("cpp")
+    assert not (tmp_path / "relative").exists()
+
+    def nowhere(*args, **options):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", nowhere)
+    cpp_build._load.cache_clear()
+    refuse("No usable temporary directory")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("printf '\\377\\376 caf\\351\\n'; exit 1", "caf"),
+        ("printf '\\377\\376 caf\\351\\n'; printf '\\377' > $out", "building it with"),
+        ("exit 0", "building it with"),
+        ("mkdir $out", "building it with"),
+        ("kill -9 $$", "exit status -9"),
+        ("cat > /dev/null; exit 1", "exit status 1"),
+    ],
+)
+def test_any_compiler_that_fails_is_explained(stub, line, reason):
+    stub(line)
+    refuse(reason)
+
+
+def test_a_library_without_the_kernel(tmp_path, stub):
+    compiler = cpp_build.find_compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    (tmp_path / "empty.cpp").write_text("int nothing;")
+    other = str(tmp_path / "other.so")
+    subprocess.run(
+        [*compiler, "-shared", "-fPIC", str(tmp_path / "empty.cpp"), "-o", other], check=True
+    )
+    stub(f"cp {other} $out")
+    refuse("has no block_sparse_forward")
+
+
+@pytest.mark.parametrize("line", ["sleep 60", "sleep 60 & sleep 60", "yes"])
+def test_a_compiler_that_does_not_end(stub, monkeypatch, line):
+    monkeypatch.setattr(cpp_build, "_SECONDS", 0.4)
+    stub(line)
+    start = time.monotonic()
+    refuse("timed out after")
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("words", ['g++ "', "g++ '-O2", "\\"])
+def test_a_variable_that_is_no_command(monkeypatch, words):
+    monkeypatch.setenv("CXX", words)
+    refuse("CXX is no command")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.integrations.transformers.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -36,7 +38,6 @@ from dilated_attention_pytorch.selection.cost_shares import (
     unit_name,
     unit_of,
 )
-from dilated_attention_pytorch.training.checkpoint import write_atomically
 
 STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
 
@@ -189,7 +190,17 @@ class Allotment:
         path = self.folder / STATE_NAME
         if not path.is_file():
             return
-        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        try:
+            state = json.loads(path.read_bytes())
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
+            self._take(state)
+        except FileExistsError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it to measure anew.") from error
+
+    def _take(self, state: dict[str, Any]) -> None:
         for name, own in self._identity.items():
             if state.get(name) != own:
                 raise FileExistsError(
@@ -197,7 +208,13 @@ class Allotment:
                     "folder, or remove this one to measure anew."
                 )
         for length, found in state["costs"].items():
-            self.measured[int(length)] = {unit_of(n): tuple(values) for n, values in found.items()}
+            for name, values in found.items():
+                unit, costs = unit_of(name), tuple(map(float, values))
+                if unit not in self.units or len(costs) != len(self.job.sparsities):
+                    raise ValueError(f"{name!r} is not what is measured")
+                if not all(map(math.isfinite, costs)):
+                    raise ValueError(f"the costs of {name!r} are not finite")
+                self.measured[int(length)][unit] = costs
 
 
 def _fingerprint(adapter: Path) -> str:

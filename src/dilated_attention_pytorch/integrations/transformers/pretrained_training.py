@@ -187,7 +187,7 @@ class PretrainedTraining(ABC):
             nn.utils.clip_grad_norm_(own["params"], 1.0)
         self.optimizer.step()
         self.step_count += 1
-        seconds = time.perf_counter() - start
+        seconds = max(time.perf_counter() - start, 0.0)
         self.seconds += seconds
         return {"loss": value, "seconds": seconds}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from dilated_attention_pytorch.tasks.text import TextData, TextError, load_text
 
+# Where a model or a tokenizer names code of its own.
+_NAMES_CODE = ("config.json", "tokenizer_config.json")
 # Characters per call of a tokenizer: pieces end at line ends, so almost no token is cut.
 _PIECE = 100_000
 
@@ -107,17 +110,46 @@ def _pieces(text: str) -> list[str]:
     return pieces or [""]
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raises ValueError unless a folder may be loaded from: it is there and brings no code.
+
+    A name that is no folder would be looked for on the Hub, with the user's token; what
+    ``auto_map`` names would be run.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}. Download the model first; save_pretrained writes such a "
+            "folder."
+        )
+    for name in _NAMES_CODE:
+        if not (place / name).is_file():
+            continue
+        try:
+            settings = json.loads((place / name).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{place / name} cannot be read: {error}.") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{place / name} must hold an object, got {type(settings).__name__}.")
+        if settings.get("auto_map"):
+            raise ValueError(
+                f"{place / name} names code of its own (auto_map), which is never run. Where "
+                "transformers knows the architecture, remove that entry."
+            )
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it brings code.
     """
     from transformers import AutoTokenizer
 
+    check_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"no tokenizer in {folder} ({reason}). Copy the model's tokenizer.json and "
@@ -129,18 +161,21 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
     """A causal language model from a folder, in evaluation mode.
 
     Args:
-        folder: What ``save_pretrained`` wrote, or a name on the Hub.
+        folder: What ``save_pretrained`` wrote; nothing is looked for on the Hub.
         device: Where to put it.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or it brings code.
     """
     from transformers import AutoModelForCausalLM
 
+    check_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load a model from {folder}: {reason}") from error
     return model.to(device).eval()

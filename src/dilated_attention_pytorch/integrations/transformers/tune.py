@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
-from dilated_attention_pytorch.integrations.transformers.adapter import load_adapter, save_adapter
+from dilated_attention_pytorch.integrations.transformers.adapter import (
+    SelectorAdapter,
+    save_adapter,
+)
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
@@ -120,7 +123,8 @@ class Tuning(PretrainedTraining):
         adapted = None
         if run.attention == "sparse":
             if run.adapter is not None:
-                adapted = load_adapter(self.model, run.adapter)
+                # A folder, never a name on the Hub.
+                adapted = SelectorAdapter.read(run.adapter).apply(self.model)
             else:
                 adapted = adapt(self.model, run.config, layers=run.layers)
                 fit_low_rank(adapted, self.windows.data, length=run.seq_len)
