@@ -17,7 +17,7 @@ PACKAGE = "dilated_attention_pytorch"
 ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
-    ("mask", "config", "tensor_file", "tracing"),
+    ("mask", "config", "file_access", "strict_json", "tensor_file", "tracing"),
     ("pattern",),
     ("candidates", "fixed_patterns", "scoring", "selection"),
     ("ops",),
@@ -57,7 +57,7 @@ OPTIONAL = {
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("tensor_file", "pattern", "analysis", "training", "integrations"),
+    "safetensors": ("tensor_file",),
 }
 
 
