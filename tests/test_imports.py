@@ -57,7 +57,7 @@ OPTIONAL = {
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("tensor_file",),
+    "safetensors": ("tensor_file", "integrations.transformers.tokens"),
 }
 
 

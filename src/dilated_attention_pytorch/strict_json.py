@@ -12,10 +12,10 @@ MAX_DEPTH = 32
 # What a file of settings and tables may have.
 MAX_BYTES = 8 * 2**20
 _LARGEST_INT = 2**63 - 1
-_DIGITS = 25
+_DIGITS, _MOST_DIGITS = 25, 400
 
 
-def parse_json(content: bytes, name: str) -> Any:
+def parse_json(content: bytes, name: str, *, foreign: bool = False) -> Any:
     """Reads a JSON text strictly.
 
     Refused are bytes that are not UTF-8, a mark of byte order, a key that an object holds twice,
@@ -25,6 +25,8 @@ def parse_json(content: bytes, name: str) -> Any:
     Args:
         content: The bytes.
         name: What they are, for errors: the file's path.
+        foreign: Written by another library, some of which write integers beyond 64 bits and NaN:
+            such numbers pass.
 
     Raises:
         ValueError: Saying what is wrong, with the name.
@@ -37,9 +39,9 @@ def parse_json(content: bytes, name: str) -> Any:
         value = json.loads(
             content.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_constant=_no_constant,
-            parse_int=_integer,
-            parse_float=_number,
+            parse_constant=float if foreign else _no_constant,
+            parse_int=_long_integer if foreign else _integer,
+            parse_float=float if foreign else _number,
         )
     except RecursionError:
         raise ValueError(f"{name} must nest at most {MAX_DEPTH} levels.") from None
@@ -112,6 +114,12 @@ def _integer(digits: str) -> int:
     # Python takes quadratic time for long ones.
     if len(digits) > _DIGITS or abs(int(digits)) > _LARGEST_INT:
         raise ValueError(f"the integer {digits[:_DIGITS]}... has more than 64 bits")
+    return int(digits)
+
+
+def _long_integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"the integer {digits[:_DIGITS]}... has more than {_MOST_DIGITS} digits")
     return int(digits)
 
 

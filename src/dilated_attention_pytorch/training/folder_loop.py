@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from dilated_attention_pytorch.config import check_types
+from dilated_attention_pytorch.training.checked_state import check_loop_state
 from dilated_attention_pytorch.training.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -38,6 +40,7 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
+        check_types(self)
         for name, value in asdict(self).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -177,6 +180,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
         state = load_checkpoint(path)
         if cls.KEY not in state:
             raise CheckpointError(f"{path} is not a checkpoint of {cls.COMMAND}.")
+        check_loop_state(state, cls.KEY, path)
         return state
 
     def go_on(self, state: Mapping[str, Any]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.config import check_types, from_plain
 from dilated_attention_pytorch.tasks.text import TextData, load_text
+from dilated_attention_pytorch.training.checked_state import check_shapes, checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
 from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
     StepResult,
+    build_language_model,
 )
 
 
@@ -23,6 +26,10 @@ class TextSettings:
     paths: tuple[str, ...] | None = None
     validation_share: float = 0.05
     max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the types."""
+        check_types(self)
 
     def load(self, seq_len: int) -> TextData:
         """Reads the text."""
@@ -36,8 +43,7 @@ class TextSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextSettings:
         """Builds settings from what a checkpoint holds of them."""
-        paths = values["paths"]
-        return cls(**{**values, "paths": None if paths is None else tuple(paths)})
+        return from_plain(cls, values)
 
 
 class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
@@ -102,16 +108,16 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
         """
         state = cls.read_newest(folder)
         saved = state[cls.KEY]
-        _check_same(flat_settings(saved), changes or {})
-        intervals = dict(saved["intervals"])
+        with checkpoint_settings(folder):
+            run = LanguageModelRun.from_dict(saved["run"])
+            text_settings = TextSettings.from_dict(saved["text"])
+            intervals = from_plain(LoopSettings, saved["intervals"])
+            settings = flat_settings(saved)
+        _check_same(settings, changes or {})
         if checkpoint_every is not None:
-            intervals["checkpoint_every"] = checkpoint_every
-        loop = cls(
-            folder,
-            LanguageModelRun.from_dict(saved["run"]),
-            TextSettings.from_dict(saved["text"]),
-            LoopSettings(**intervals),
-        )
+            intervals = replace(intervals, checkpoint_every=checkpoint_every)
+        check_model_state(run, state)
+        loop = cls(folder, run, text_settings, intervals)
         loop.go_on(state)
         return loop
 
@@ -141,6 +147,15 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             "layer_sparsity": [round(x, 6) for x in result.layer_sparsity],
             "temperature": result.temperature,
         }
+
+
+def check_model_state(run: LanguageModelRun, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the weights are those of the run's model.
+
+    The model is not allocated for it: settings that somebody else wrote may be of any size.
+    """
+    model = build_language_model(replace(run, device="meta"))
+    check_shapes(model.state_dict(), state["training"].get("model"), "model")
 
 
 def flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

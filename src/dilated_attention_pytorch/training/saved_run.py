@@ -10,6 +10,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models.transformer import Transformer
 from dilated_attention_pytorch.tasks.text import read_bytes, validation_windows
+from dilated_attention_pytorch.training.checked_state import (
+    check_loop_state,
+    checkpoint_settings,
+)
 from dilated_attention_pytorch.training.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -21,7 +25,11 @@ from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     build_language_model,
 )
-from dilated_attention_pytorch.training.loop import TextSettings, TrainingLoop
+from dilated_attention_pytorch.training.loop import (
+    TextSettings,
+    TrainingLoop,
+    check_model_state,
+)
 from dilated_attention_pytorch.training.metrics import MetricsFile
 
 
@@ -83,8 +91,12 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
             f"{path} is not a checkpoint of dilated-attention train. What distill and tune make is "
             "an adapter, which they write when they finish (--resume)."
         )
+    check_loop_state(state, TrainingLoop.KEY, path)
     saved = state[TrainingLoop.KEY]
-    run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
+    with checkpoint_settings(folder):
+        run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
+        text_settings = TextSettings.from_dict(saved["text"])
+    check_model_state(run, state)
     model = build_language_model(run)
     model.load_state_dict(state["training"]["model"])
     metrics = MetricsFile(folder / METRICS_NAME)
@@ -94,7 +106,7 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
         state["step"],
         run,
         model.eval(),
-        TextSettings.from_dict(saved["text"]),
+        text_settings,
         [line for line in lines if line["step"] <= state["step"]],
         [p for p in list_checkpoints(path.parent) if p.name < path.name],
     )

@@ -22,6 +22,7 @@ from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
+    json_digest,
     parse_json,
     sealed,
     short_repr,
@@ -96,19 +97,7 @@ def write_adapter(folder: Path, content: AdapterContent) -> None:
     Raises:
         OSError: If they cannot be written.
     """
-    weights = tensor_bytes(content.tensors, {"format": FORMAT})
-    _, metadata = parse_tensors(weights, WEIGHTS_NAME)
-    about: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "versions": content.versions,
-        "base": content.base,
-        "layers": {str(number): _plain(config) for number, config in content.configs.items()},
-        # Two files cannot be put in place at once: by this they know each other.
-        "weights": metadata["digest"],
-    }
-    if content.costs:
-        about["costs"] = [costs.to_dict() for costs in content.costs]
+    weights, about = _written(content)
     text = json.dumps(sealed(about), indent=2, allow_nan=False) + "\n"
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -119,6 +108,12 @@ def write_adapter(folder: Path, content: AdapterContent) -> None:
             if path.is_dir():
                 path.rmdir()
         raise
+
+
+def identity_of(content: AdapterContent) -> dict[str, str]:
+    """Digests of settings and weights."""
+    _, about = _written(content)
+    return {"settings": json_digest(about)[:16], "weights": about["weights"][:16]}
 
 
 def read_adapter(folder: Path) -> AdapterContent:
@@ -167,6 +162,24 @@ def check_fit(content: AdapterContent, sites: list[AttentionSite]) -> None:
                     f"the adapter's weights do not fit its settings: layer {site.number} needs "
                     f"{short_repr(name)} of shape {shape}, got {tuple(value.shape)}."
                 )
+
+
+def _written(content: AdapterContent) -> tuple[bytes, dict[str, Any]]:
+    """What the files are to hold."""
+    weights = tensor_bytes(content.tensors, {"format": FORMAT})
+    _, metadata = parse_tensors(weights, WEIGHTS_NAME)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": content.versions,
+        "base": content.base,
+        "layers": {str(number): _plain(config) for number, config in content.configs.items()},
+        # Two files cannot be put in place at once: by this they know each other.
+        "weights": metadata["digest"],
+    }
+    if content.costs:
+        about["costs"] = [costs.to_dict() for costs in content.costs]
+    return weights, about
 
 
 def _parse(folder: Path, config: bytes, weights: bytes) -> AdapterContent:

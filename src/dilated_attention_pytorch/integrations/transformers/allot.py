@@ -7,13 +7,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from dilated_attention_pytorch.config import check_types
+from dilated_attention_pytorch.file_access import read_file
 from dilated_attention_pytorch.integrations.transformers.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     SelectorAdapter,
 )
+from dilated_attention_pytorch.integrations.transformers.base_identity import exact_identity
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
@@ -34,7 +36,13 @@ from dilated_attention_pytorch.selection.cost_shares import (
     SparsityCosts,
     Unit,
     unit_name,
-    unit_of,
+)
+from dilated_attention_pytorch.strict_json import (
+    MAX_BYTES,
+    parse_json,
+    sealed,
+    short_repr,
+    unsealed,
 )
 from dilated_attention_pytorch.training.checkpoint import write_atomically
 
@@ -74,7 +82,8 @@ class AllotJob:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Checks every number."""
+        """Checks every field."""
+        check_types(self)
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be positive, got {self.lengths}.")
         if len(set(self.lengths)) < len(self.lengths):
@@ -94,7 +103,7 @@ class Allotment:
 
     Raises:
         FileExistsError: If the folder holds another job, or the text or adapter changed.
-        ValueError: If model, adapter or text cannot be read or do not fit.
+        ValueError: If model, adapter, text or ``costs.json`` cannot be read or do not fit.
 
     Attributes:
         measured: Costs by length and by layer or head.
@@ -110,12 +119,14 @@ class Allotment:
         )  # fmt: skip
         self.train, self.held_out = text.train, text.validation
         model = load_model(job.model, device=job.device, dtype=job.dtype)
+        identity = exact_identity(model)
         for part in (self.train, self.held_out):
             check_vocabulary(model, part, text.source)
         self.adapted = self.source.apply(model)
         self.units = units_of(self.adapted, job.heads)
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),
+            "model": identity,
             "text": text.fingerprint(),
             "adapter": _fingerprint(Path(job.adapter)),
         }
@@ -182,22 +193,43 @@ class Allotment:
             str(length): {unit_name(unit): list(values) for unit, values in found.items()}
             for length, found in self.measured.items()
         }
-        content = json.dumps({**self._identity, "costs": costs}, indent=1) + "\n"
+        content = json.dumps(sealed({**self._identity, "costs": costs}), indent=1) + "\n"
         write_atomically(self.folder / STATE_NAME, content.encode())
 
     def _read(self) -> None:
         path = self.folder / STATE_NAME
-        if not path.is_file():
+        try:
+            content = read_file(path, limit=MAX_BYTES)
+        except FileNotFoundError:
             return
-        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        state = unsealed(parse_json(content, str(path)), str(path), required=False)
         for name, own in self._identity.items():
-            if state.get(name) != own:
+            # Earlier versions did not know the model.
+            if state.get(name, own if name == "model" else None) != own:
                 raise FileExistsError(
                     f"{self.folder} holds the costs of another job ({name} differs); name another "
                     "folder, or remove this one to measure anew."
                 )
-        for length, found in state["costs"].items():
-            self.measured[int(length)] = {unit_of(n): tuple(values) for n, values in found.items()}
+        costs = state.get("costs")
+        if not isinstance(costs, dict) or set(costs) != {str(n) for n in self.job.lengths}:
+            raise ValueError(
+                f"{path} must hold the costs at the lengths {self.job.lengths}, got "
+                f"{short_repr(costs)}. Remove it to measure anew."
+            )
+        for length in self.job.lengths:
+            values = {"length": length, "sparsities": self.job.sparsities}
+            try:
+                found = SparsityCosts.from_dict({**values, "costs": costs[str(length)]}).costs
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is damaged: {error} Remove it to measure anew."
+                ) from error
+            if unknown := set(found) - set(self.units):
+                raise ValueError(
+                    f"{path} has costs of the layers or heads {short_repr(unknown)}, which are not "
+                    "measured here. Remove it to measure anew."
+                )
+            self.measured[length] = dict(found)
 
 
 def _fingerprint(adapter: Path) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.config import check_types, from_plain
 from dilated_attention_pytorch.integrations.transformers.distill import Distillation, DistillRun
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     TokenText,
@@ -16,6 +17,7 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_tokens,
 )
 from dilated_attention_pytorch.integrations.transformers.tune import MODEL_NAME, TuneRun, Tuning
+from dilated_attention_pytorch.training.checked_state import checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
 
 
@@ -39,6 +41,10 @@ class PretrainedJob:
     max_bytes: int | None = None
     intervals: LoopSettings = field(default_factory=LoopSettings)
 
+    def __post_init__(self) -> None:
+        """Checks the types."""
+        check_types(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return {
@@ -53,14 +59,16 @@ class PretrainedJob:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PretrainedJob:
-        """Builds a job from :meth:`to_dict`'s result."""
+        """Builds a job from :meth:`to_dict`'s result.
+
+        Raises:
+            KeyError, TypeError or ValueError: If anything is missing, or of the wrong type.
+        """
         fields = dict(values)
-        kind: type[DistillRun | TuneRun] = (
-            DistillRun if fields.pop("kind") == "distill" else TuneRun
-        )
-        run = kind.from_dict(fields.pop("run"))
-        intervals = LoopSettings(**fields.pop("intervals"))
-        return cls(**{**fields, "text": tuple(fields["text"])}, run=run, intervals=intervals)
+        kinds: dict[str, type[DistillRun | TuneRun]] = {"distill": DistillRun, "tune": TuneRun}
+        run = kinds[fields.pop("kind")].from_dict(fields.pop("run"))
+        intervals = from_plain(LoopSettings, fields.pop("intervals"))
+        return from_plain(cls, fields, run=run, intervals=intervals)
 
     def tokens(self) -> TokenText:
         """Reads and tokenizes the text.
@@ -119,10 +127,12 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
         """Goes on from the newest checkpoint of a folder, with its settings.
 
         Raises:
-            CheckpointError: If there is no intact checkpoint, or the text has changed.
+            CheckpointError: If there is no intact checkpoint, or text or models have changed.
         """
         state = cls.read_newest(folder)
-        loop = cls(folder, PretrainedJob.from_dict(state[cls.KEY]))
+        with checkpoint_settings(folder):
+            job = PretrainedJob.from_dict(state[cls.KEY])
+        loop = cls(folder, job)
         loop.go_on(state)
         return loop
 

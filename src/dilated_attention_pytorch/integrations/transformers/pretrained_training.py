@@ -13,12 +13,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
+from dilated_attention_pytorch.integrations.transformers.base_identity import (
+    check_same_models,
+    exact_identity,
+)
 from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_selection
 from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
+from dilated_attention_pytorch.training.checked_state import check_training_state
 from dilated_attention_pytorch.training.language_model import TrainingError, check_device
 
 DTYPES = ("float32", "bfloat16")
@@ -80,7 +85,9 @@ class PretrainedRun:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Checks every number."""
+        """Checks every field."""
+        check_types(self)
+        check_largest(self)
         for name in ("seq_len", "batch_size", "steps", "validation_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -109,11 +116,7 @@ class PretrainedRun:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds a run from :meth:`to_dict`'s result."""
-        changes = dict(values)
-        changes["config"] = AdaptiveConfig.from_dict(changes["config"])
-        if changes["layers"] is not None:
-            changes["layers"] = tuple(changes["layers"])
-        return cls(**changes)
+        return from_plain(cls, values, config=AdaptiveConfig.from_dict(values["config"]))
 
 
 class PretrainedTraining(ABC):
@@ -133,6 +136,8 @@ class PretrainedTraining(ABC):
 
     def __init__(self, run: PretrainedRun, model: Any, text: TokenText) -> None:
         self.run, self.model = run, model
+        # Before anything is put into it.
+        self.identities = {"model": exact_identity(model)}
         torch.manual_seed(run.seed)
         self.windows = TextWindows(text.train, run.seq_len, run.seed)
         self.validation = validation_windows(text.validation, run.seq_len, run.validation_windows)
@@ -220,7 +225,10 @@ class PretrainedTraining(ABC):
         return [p for group in self.groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained parameters, optimiser, data position, random numbers and time spent."""
+        """Trained parameters, optimiser, data position, random numbers and time spent.
+
+        Also the identities of what is read and not trained, which must be the same to go on.
+        """
         on_gpu = torch.device(self.run.device).type == "cuda"
         return {
             "step_count": self.step_count,
@@ -234,10 +242,21 @@ class PretrainedTraining(ABC):
             "data_position": self.windows.position,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.run.device) if on_gpu else None,
+            "identities": self.identities,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`'s result, of the same run, model and text."""
+        """Goes on from :meth:`state_dict`'s result, of the same run, model and text.
+
+        Raises:
+            CheckpointError: If it is another run's, or a model was exchanged; nothing has changed
+                then.
+        """
+        own = self.state_dict()
+        # Earlier versions knew none.
+        saved_identities = state.get("identities", own["identities"])
+        check_same_models(own["identities"], saved_identities)
+        check_training_state(own, {**state, "identities": saved_identities}, self.trained())
         with torch.no_grad():
             for parameter, value in zip(self.trained(), state["parameters"], strict=True):
                 parameter.copy_(value)

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
+    check_sealed,
+    local_settings,
+)
+from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.tasks.text import TextData, TextError, load_text
 
 # Characters per call of a tokenizer: pieces end at line ends, so almost no token is cut.
@@ -116,8 +121,13 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not Path(folder).is_dir() or (Path(folder) / "tokenizer_config.json").exists():
+            local_settings(folder, "tokenizer_config.json")
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, token=False
+        )
+    # Its Rust part raises plain exceptions.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"no tokenizer in {folder} ({reason}). Copy the model's tokenizer.json and "
@@ -129,21 +139,47 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
     """A causal language model from a folder, in evaluation mode.
 
     Args:
-        folder: What ``save_pretrained`` wrote, or a name on the Hub.
+        folder: What ``save_pretrained`` wrote; the Hub is never asked.
         device: Where to put it.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, weights are missing, or it names code of its own.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+        _check_sizes(local_settings(folder, "config.json"))
+        check_sealed(Path(folder))
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False,
+            token=False, output_loading_info=True,
+        )  # fmt: skip
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load a model from {folder}: {reason}") from error
+    if found["missing_keys"]:
+        # transformers would fill them with random numbers.
+        raise ValueError(
+            f"cannot load a model from {folder}: it lacks the weights "
+            f"{short_repr(sorted(found['missing_keys']))}. Copy it again."
+        )
     return model.to(device).eval()
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raises ValueError if a model would have sizes that no model has."""
+    for name, largest in (
+        ("num_hidden_layers", 2**12), ("hidden_size", 2**17), ("intermediate_size", 2**20),
+        ("num_attention_heads", 2**12), ("num_key_value_heads", 2**12), ("head_dim", 2**14),
+        ("vocab_size", 2**24),
+    ):  # fmt: skip
+        value = config.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            raise ValueError(f"{name} must lie in 1 to {largest:,}, got {short_repr(value)}.")
 
 
 def quieten() -> None:

@@ -10,9 +10,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from dilated_attention_pytorch.file_access import replaced_folder
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
-from dilated_attention_pytorch.integrations.transformers.adapter import load_adapter, save_adapter
+from dilated_attention_pytorch.integrations.transformers.adapter import (
+    SelectorAdapter,
+    save_adapter,
+)
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
+from dilated_attention_pytorch.integrations.transformers.base_identity import exact_identity
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
@@ -24,6 +29,7 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
     PretrainedRun,
     PretrainedTraining,
 )
+from dilated_attention_pytorch.integrations.transformers.sealed_folder import seal_folder
 from dilated_attention_pytorch.integrations.transformers.teacher import load_teacher, taught_loss
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -114,13 +120,16 @@ class Tuning(PretrainedTraining):
         self.teacher: Any = None
         if run.teacher is not None:
             self.teacher = load_teacher(run.teacher, self.model, run.device)
+            self.identities["teacher"] = exact_identity(self.teacher)
         self.lora: Any = None
         if run.train == "lora":
             self.lora = add_lora(self.model, run.lora_rank)
         adapted = None
         if run.attention == "sparse":
             if run.adapter is not None:
-                adapted = load_adapter(self.model, run.adapter)
+                adapter = SelectorAdapter.read(run.adapter)
+                self.identities["adapter"] = adapter.identity()
+                adapted = adapter.apply(self.model)
             else:
                 adapted = adapt(self.model, run.config, layers=run.layers)
                 fit_low_rank(adapted, self.windows.data, length=run.seq_len)
@@ -199,9 +208,13 @@ class Tuning(PretrainedTraining):
                 )  # fmt: skip
             save_adapter(self.adapted, folder / ADAPTER_NAME)
         if self.lora is not None:
-            self.lora.save_pretrained(folder / LORA_NAME)
+            with replaced_folder(folder / LORA_NAME) as new:
+                self.lora.save_pretrained(new)
+                seal_folder(new)
         if self.run.train == "all":
-            self._save_model(folder / MODEL_NAME)
+            with replaced_folder(folder / MODEL_NAME) as new:
+                self._save_model(new)
+                seal_folder(new)
 
     def _save_model(self, folder: Path) -> None:
         """The model alone: selectors are an adapter of their own."""
