@@ -23,7 +23,7 @@ LARGEST = {
     "hidden_dim": 2**14, "num_layers": 256, "block_size": 2**16, "num_prototypes": 2**12,
     "query_stride": 2**16, "hierarchy_keep": 2**20, "num_selected_blocks": 2**24,
     "num_local_blocks": 2**24, "num_sink_blocks": 2**24, "num_explore_blocks": 2**24,
-    "stride": 2**16, "dim": 2**16, "num_heads": 2**12, "seq_len": 2**26, "batch_size": 2**16,
+    "stride": 2**16, "dim": 2**16, "num_heads": 2**12, "seq_len": 2**31, "batch_size": 2**16,
     "threads": 2**12, "validation_sequences": 2**20, "validation_windows": 2**20,
     "lora_rank": 2**12,
 }  # fmt: skip

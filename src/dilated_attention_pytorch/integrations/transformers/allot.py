@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dilated_attention_pytorch.config import check_types
 from dilated_attention_pytorch.file_access import read_file
@@ -189,47 +190,65 @@ class Allotment:
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        costs = {
-            str(length): {unit_name(unit): list(values) for unit, values in found.items()}
-            for length, found in self.measured.items()
-        }
-        content = json.dumps(sealed({**self._identity, "costs": costs}), indent=1) + "\n"
-        write_atomically(self.folder / STATE_NAME, content.encode())
+        write_atomically(self.folder / STATE_NAME, costs_bytes(self._identity, self.measured))
 
     def _read(self) -> None:
-        path = self.folder / STATE_NAME
-        try:
-            content = read_file(path, limit=MAX_BYTES)
-        except FileNotFoundError:
-            return
-        state = unsealed(parse_json(content, str(path)), str(path), required=False)
-        for name, own in self._identity.items():
-            # Earlier versions did not know the model.
-            if state.get(name, own if name == "model" else None) != own:
-                raise FileExistsError(
-                    f"{self.folder} holds the costs of another job ({name} differs); name another "
-                    "folder, or remove this one to measure anew."
-                )
-        costs = state.get("costs")
-        if not isinstance(costs, dict) or set(costs) != {str(n) for n in self.job.lengths}:
-            raise ValueError(
-                f"{path} must hold the costs at the lengths {self.job.lengths}, got "
-                f"{short_repr(costs)}. Remove it to measure anew."
+        found = read_costs(self.folder / STATE_NAME, self._identity, self.job, self.units)
+        self.measured.update(found)
+
+
+def costs_bytes(
+    identity: Mapping[str, Any], measured: Mapping[int, Mapping[Unit, tuple[float, ...]]]
+) -> bytes:
+    """Content of ``costs.json``: whose costs they are, the costs by length, and a digest."""
+    costs = {
+        str(length): {unit_name(unit): list(values) for unit, values in found.items()}
+        for length, found in measured.items()
+    }
+    return (json.dumps(sealed({**identity, "costs": costs}), indent=1) + "\n").encode()
+
+
+def read_costs(
+    path: Path, identity: Mapping[str, Any], job: AllotJob, units: Sequence[Unit]
+) -> dict[int, dict[Unit, tuple[float, ...]]]:
+    """The costs that a ``costs.json`` holds, by length; none if there is no such file.
+
+    Raises:
+        FileExistsError: If they are those of another job.
+        ValueError: If the file is damaged.
+    """
+    try:
+        content = read_file(path, limit=MAX_BYTES)
+    except FileNotFoundError:
+        return {}
+    state = unsealed(parse_json(content, str(path)), str(path), required=False)
+    for name, own in identity.items():
+        # Earlier versions did not know the model.
+        if state.get(name, own if name == "model" else None) != own:
+            raise FileExistsError(
+                f"{path.parent} holds the costs of another job ({name} differs); name another "
+                "folder, or remove this one to measure anew."
             )
-        for length in self.job.lengths:
-            values = {"length": length, "sparsities": self.job.sparsities}
-            try:
-                found = SparsityCosts.from_dict({**values, "costs": costs[str(length)]}).costs
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} is damaged: {error} Remove it to measure anew."
-                ) from error
-            if unknown := set(found) - set(self.units):
-                raise ValueError(
-                    f"{path} has costs of the layers or heads {short_repr(unknown)}, which are not "
-                    "measured here. Remove it to measure anew."
-                )
-            self.measured[length] = dict(found)
+    costs = state.get("costs")
+    if not isinstance(costs, dict) or set(costs) != {str(length) for length in job.lengths}:
+        raise ValueError(
+            f"{path} must hold the costs at the lengths {job.lengths}, got {short_repr(costs)}. "
+            "Remove it to measure anew."
+        )
+    measured = {}
+    for length in job.lengths:
+        values = {"length": length, "sparsities": job.sparsities, "costs": costs[str(length)]}
+        try:
+            found = dict(SparsityCosts.from_dict(values).costs)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
+        if unknown := set(found) - set(units):
+            raise ValueError(
+                f"{path} has costs of {short_repr(sorted(map(unit_name, unknown)))}, which are "
+                "not measured here. Remove it to measure anew."
+            )
+        measured[length] = found
+    return measured
 
 
 def _fingerprint(adapter: Path) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +10,6 @@ from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
 from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.training.checkpoint import CheckpointError
 
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -22,10 +18,6 @@ _CONFIG_FIELDS = (
 # Rounding weights to bfloat16 moves a signature by some 0.002; another model's are as far as
 # independent standard normal numbers.
 _TOLERANCE = 0.05
-# What says where and how a model was loaded, not which it is.
-_VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_PIECE, _SAMPLES = 2**20, 1024
 
 
 def base_identity(model: Any, sites: list[AttentionSite]) -> dict[str, Any]:
@@ -69,53 +61,6 @@ def _signature(weight: Tensor) -> float:
     flat = weight.detach().float().cpu().flatten()
     product = torch.where(signs.bool(), flat, -flat).double().sum()
     return round(float(product / flat.double().norm().clamp(min=1e-30)), 4)
-
-
-def exact_identity(model: Any) -> dict[str, str]:
-    """Which model this is, to the bit: of its settings, and of all its weights.
-
-    Sums over pieces of the weights' bits, and every so many weights themselves: a changed one
-    shows, at the speed of reading them once. Adapt the model after that.
-
-    Returns:
-        Two short digests; the precision that the weights are loaded in counts.
-    """
-    settings = {
-        name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE
-    }
-    text = json.dumps(settings, sort_keys=True, default=str)
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        bits = value.detach().contiguous().flatten().view(_BITS[value.element_size()])
-        sums = [piece.sum(dtype=torch.int64) for piece in bits.split(_PIECE)]
-        if sums:
-            digest.update(torch.stack(sums).cpu().numpy().tobytes())
-        digest.update(bits[:: max(1, len(bits) // _SAMPLES)].cpu().numpy().tobytes())
-    return {
-        "settings": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "weights": digest.hexdigest()[:16],
-    }
-
-
-def check_same_models(own: Mapping[str, Mapping[str, str]], saved: Any) -> None:
-    """Raises CheckpointError unless the models that a run reads are those of its checkpoint.
-
-    Args:
-        own: Identities by role, such as ``"model"``.
-        saved: Those of the checkpoint.
-    """
-    if not isinstance(saved, Mapping) or set(saved) != set(own):
-        raise CheckpointError(
-            f"the checkpoint must name the identities of {sorted(own)}, got {short_repr(saved)}."
-        )
-    for role, parts in own.items():
-        if saved[role] != parts:
-            raise CheckpointError(
-                f"the {role} has been exchanged since the checkpoint: it was "
-                f"{short_repr(saved[role])}, and is now {dict(parts)}. Going on would not give the "
-                "same result. Put the former one back, or start a new run with another --out."
-            )
 
 
 def check_identity(saved: dict[str, Any]) -> None:
