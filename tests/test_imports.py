@@ -17,7 +17,16 @@ PACKAGE = "dilated_attention_pytorch"
 ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
-    ("mask", "config", "file_access", "strict_json", "tensor_file", "tracing"),
+    (
+        "mask",
+        "config",
+        "atomic_file",
+        "file_access",
+        "printable",
+        "strict_json",
+        "tensor_file",
+        "tracing",
+    ),
     ("pattern",),
     ("candidates", "fixed_patterns", "scoring", "selection"),
     ("ops",),

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from dilated_attention_pytorch.atomic_file import sync_folder, unfinished_name, write_atomically
+
 # Absent on Windows, where there is nothing to wait for.
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_WRITE = (
-    os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-)
 
 
 def read_file(path: str | Path, *, limit: int) -> bytes:
@@ -61,8 +60,8 @@ def read_file(path: str | Path, *, limit: int) -> bytes:
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Writes files that belong together: after an error all of them are as they were before.
 
-    Each is written beside its place, and put there when all are on the disk. A machine that stops
-    in between may leave new files beside old ones; what reads them must be able to tell.
+    Each is replaced whole. A machine that stops in between may leave new files beside old ones;
+    what reads them must be able to tell.
 
     Args:
         contents: By path; the folders exist.
@@ -70,28 +69,22 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
     Raises:
         OSError: If something cannot be written; nothing has changed then.
     """
-    staged = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
-    aside = {path: path.with_name(f".{path.name}.{os.getpid()}.before.tmp") for path in contents}
-    placed: list[Path] = []
+    before: dict[Path, Path | None] = {}
     try:
-        for path, temporary in staged.items():
-            _write(temporary, contents[path])
-        for path, temporary in staged.items():
-            _keep(path, aside[path])
-            placed.append(path)
-            os.replace(temporary, path)
+        for path, content in contents.items():
+            before[path] = _kept(path)
+            write_atomically(path, content)
     except BaseException:
-        for path in placed:
-            if os.path.lexists(aside[path]):
-                os.replace(aside[path], path)
-            elif not os.path.lexists(staged[path]):
+        for path, old in before.items():
+            if old is None:
                 path.unlink(missing_ok=True)
+            else:
+                os.replace(old, path)
         raise
     finally:
-        for temporary in (*staged.values(), *aside.values()):
-            temporary.unlink(missing_ok=True)
-    for folder in {path.parent for path in contents}:
-        _sync_folder(folder)
+        for old in before.values():
+            if old is not None:
+                old.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -132,28 +125,20 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _write(path: Path, content: bytes) -> None:
-    # A process of this number that was killed may have left it.
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, _WRITE, 0o666), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _keep(path: Path, aside: Path) -> None:
-    """Keeps what a path holds under another name."""
-    aside.unlink(missing_ok=True)
+def _kept(path: Path) -> Path | None:
+    """Another name for what a path holds; None if it holds nothing."""
     if not os.path.lexists(path):
-        return
+        return None
+    other = unfinished_name(path)
     try:
-        os.link(path, aside, follow_symlinks=False)
+        os.link(path, other, follow_symlinks=False)
     except (OSError, NotImplementedError):
         # Not every file system has second names.
-        shutil.copy2(path, aside, follow_symlinks=False)
+        shutil.copy2(path, other, follow_symlinks=False)
+    return other
 
 
 def _sync(path: Path) -> None:
@@ -162,9 +147,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The new names must survive a power cut; not every system can open a folder.
-    if os.name == "posix":
-        _sync(folder)

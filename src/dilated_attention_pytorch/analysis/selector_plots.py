@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from dilated_attention_pytorch.printable import printable
+
+# What is drawn of a level of sparsity, and how its name reads.
+_DRAWN = ("recall", "kept_mass", "best_mass")
+_RECALL = re.compile(r"recall_\d+(\.\d+)?")
 
 
 def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
@@ -14,16 +21,16 @@ def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         metrics: Lines of a distillation's metrics file.
     """
-    measured = [line for line in metrics if any(name.startswith("recall_") for name in line)]
-    sparsities = sorted(
-        {name.removeprefix("recall_") for line in measured for name in line if "recall_" in name},
-        key=float,
-    )
+    # By level: a line that lacks one of the three is left out.
+    levels: dict[str, list[Mapping[str, Any]]] = {}
+    for line in metrics:
+        for level in (x.removeprefix("recall_") for x in line if _RECALL.fullmatch(x)):
+            if all(isinstance(line.get(f"{x}_{level}"), int | float) for x in _DRAWN):
+                levels.setdefault(level, []).append(line)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
-    steps = [line["step"] for line in measured]
-    for number, sparsity in enumerate(sparsities):
-        colour = f"C{number}"
+    for number, (sparsity, measured) in enumerate(sorted(levels.items(), key=_as_number)):
+        colour, steps = f"C{number}", [line["step"] for line in measured]
         recall = [line[f"recall_{sparsity}"] for line in measured]
         kept = [line[f"kept_mass_{sparsity}"] for line in measured]
         best = [line[f"best_mass_{sparsity}"] for line in measured]
@@ -32,8 +39,13 @@ def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         right.plot(steps, best, color=colour, linestyle=":")
     left.set(xlabel="step", ylabel="recall of the true top blocks")
     right.set(xlabel="step", ylabel="kept attention mass (dotted: best choice)")
-    left.legend()
+    if levels:
+        left.legend()
     return figure
+
+
+def _as_number(item: tuple[str, Any]) -> float:
+    return float(item[0])
 
 
 # Of the axis of sparsities: less would show by how little the measured ones differ.
@@ -91,7 +103,11 @@ def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if right - left < _LEAST_SPAN:
             middle = (left + right) / 2
             axis.set_xlim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
-        axis.set_title(f"{text}: {length:,} tokens, blocks of {block_size}", fontsize=9)
+        axis.set_title(
+            f"{printable(text)}: {length:,} tokens, blocks of {block_size}", fontsize=9,
+            # The name of a file is no formula.
+            parse_math=False,
+        )  # fmt: skip
         axis.set(xlabel="measured sparsity", ylabel="perplexity above dense, %")
     if lines_by_method:
         shown = [method for method in methods if method in lines_by_method]

@@ -8,11 +8,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
+from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.interrupt import StopRequest
 from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
 from dilated_attention_pytorch.cli.pretrained_options import (
@@ -21,6 +22,7 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     nothing_to_choose,
     require_transformers,
 )
+from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.selection.cost_shares import by_layer, unit_name
 
 
@@ -69,32 +71,32 @@ def run(parsed: argparse.Namespace) -> int:
     require_transformers()
     from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     check_model_folder(parsed.model)
     try:
         job = AllotJob(**named_options(parsed))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    with measuring_errors():
+    with holding(parsed.out, console), measuring_errors():
         allotment = Allotment(job, parsed.out)
         config = next(iter(allotment.source.configs.values()))
         for length in job.lengths:
             if words := nothing_to_choose(config, allotment.sparsity(), length):
-                console.print(words, highlight=False, soft_wrap=True)
+                console.print(words, soft_wrap=True)
         with StopRequest() as stop:
             finished = _measure(allotment, console, stop)
     if not finished:
         console.print(
             f"Stopped after {allotment.done} of {allotment.total} measurements, which "
-            f"{shlex.quote(str(parsed.out))} keeps. The same command goes on.",
-            highlight=False, soft_wrap=True,
+            f"{printable(shlex.quote(str(parsed.out)))} keeps. The same command goes on.",
+            soft_wrap=True,
         )  # fmt: skip
         return stop.exit_code
     _print(allotment, parsed)
     return OK
 
 
-def _measure(allotment: Any, console: Console, stop: StopRequest) -> bool:
+def _measure(allotment: Any, console: PlainConsole, stop: StopRequest) -> bool:
     """Whether all was measured and the adapter written."""
     with measuring_bar(console) as bar:
         task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
@@ -125,11 +127,12 @@ def _print(allotment: Any, parsed: argparse.Namespace) -> None:
         table.add_column(f"{length:,} tokens", justify="right")
     for layer in allotment.source.configs:
         table.add_row(str(layer), *(_shown(found[layer]) for found in shares.values()))
-    Console().print(table)
+    PlainConsole().print(table)
     if any(noise.values()):
         found = ", ".join(f"{value:.5f} at {length:,} tokens" for length, value in noise.items())
-        Console().print(
+        PlainConsole().print(
             f"Noise of a cost (nats): {found}. Shares differ as far as costs stand out of it; more "
-            "--windows lower it.", highlight=False, soft_wrap=True,
+            "--windows lower it.", soft_wrap=True,
         )  # fmt: skip
-    Console().print(f"The adapter is in {parsed.out / 'adapter'}.", highlight=False, soft_wrap=True)
+    place = printable(parsed.out / "adapter")
+    PlainConsole().print(f"The adapter is in {place}.", soft_wrap=True)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.bar import ProgressBar
+from dilated_attention_pytorch.atomic_file import write_atomically
+from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.demo_jobs import QUICK, DemoSize, needle_job, text_job
 from dilated_attention_pytorch.cli.demo_page import render_page
 from dilated_attention_pytorch.cli.errors import OK, CommandError
+from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.workers import Event, Job, run_jobs
-from dilated_attention_pytorch.training.checkpoint import write_atomically
+from dilated_attention_pytorch.printable import printable
 
 METHODS = ("dense", "adaptive", "local", "strided", "dilated")
 DEFAULT_OUT = "demo-report"
@@ -50,28 +52,29 @@ def add_parser(commands: Any) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Trains everything, prints the table and writes the page."""
-    console = Console(stderr=parsed.json)
+    console = PlainConsole(stderr=parsed.json)
     size = QUICK if parsed.quick else DemoSize()
     page = parsed.out / "index.html"
-    try:
-        # Before the minutes of training, not after.
-        parsed.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write to {parsed.out}: {error.strerror}.") from error
-    start = time.perf_counter()
-    results = _train(size, console)
-    about = environment(time.perf_counter() - start)
-    rows = table_rows(results)
-    if parsed.json:
-        print(json.dumps({"methods": rows, "environment": about, "page": str(page)}, indent=2))
-    else:
-        console.print(_table(rows))
-    write_atomically(page, render_page(results, rows, about, size).encode())
-    console.print(f"Open {page.resolve()} in a browser.", highlight=False, soft_wrap=True)
+    # Before the minutes of training, not after.
+    with holding(parsed.out, console):
+        start = time.perf_counter()
+        results = _train(size, console)
+        about = environment(time.perf_counter() - start)
+        rows = table_rows(results)
+        if parsed.json:
+            print(json.dumps({"methods": rows, "environment": about, "page": str(page)}, indent=2))
+        else:
+            console.print(_table(rows))
+        content = render_page(results, rows, about, size).encode("utf-8", "backslashreplace")
+        try:
+            write_atomically(page, content)
+        except OSError as error:
+            raise CommandError(f"cannot write {page}: {error.strerror}.") from error
+    console.print(f"Open {printable(page.resolve())} in a browser.", soft_wrap=True)
     return OK
 
 
-def _train(size: DemoSize, console: Console) -> dict[str, dict[str, Any]]:
+def _train(size: DemoSize, console: PlainConsole) -> dict[str, dict[str, Any]]:
     """Runs all jobs, in two processes where there are two cores."""
     # The longest first: the last jobs to end are then short ones, and no core waits long.
     jobs = [Job(f"text, {m}", text_job, (m, size), weight=2.0) for m in METHODS]
@@ -83,10 +86,10 @@ def _train(size: DemoSize, console: Console) -> dict[str, dict[str, Any]]:
     )
     shares = [0.0] * len(jobs)
     columns = (
-        TextColumn("{task.description:<18}"),
+        words_column("{task.description:<18}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[words]}"),
+        words_column("{task.percentage:>3.0f}%"),
+        words_column("{task.fields[words]}"),
         TimeElapsedColumn(),
     )
     with ProgressBar(*columns, console=console) as bar:
@@ -104,7 +107,7 @@ def _train(size: DemoSize, console: Console) -> dict[str, dict[str, Any]]:
             if event.result is not None:
                 bar.update(lines[event.number], visible=False)
                 seconds = event.result["seconds"]
-                bar.console.print(f"  {job.name}: {seconds:.0f} s", highlight=False)
+                bar.console.print(f"  {job.name}: {seconds:.0f} s")
 
         outcomes = run_jobs(jobs, processes, show)
     count = len(METHODS)

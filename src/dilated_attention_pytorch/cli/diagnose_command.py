@@ -6,10 +6,11 @@ import argparse
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dilated_attention_pytorch.analysis import Diagnosis
+from dilated_attention_pytorch.cli.console import PlainConsole, styled
 from dilated_attention_pytorch.cli.errors import FAILURE, OK, CommandError
 from dilated_attention_pytorch.cli.examine_options import add_options, at_work, open_examined
 
@@ -39,7 +40,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps(diagnosis.to_dict(), indent=2))
     else:
-        Console().print(_table(diagnosis))
+        PlainConsole().print(_table(diagnosis))
     return OK if diagnosis.healthy else FAILURE
 
 
@@ -49,8 +50,8 @@ def _table(diagnosis: Diagnosis) -> Table:
     table.add_column("question, evidence and remedy", overflow="fold")
     for finding in diagnosis.findings:
         style = _STYLES[finding.verdict]
-        words = f"[bold]{finding.question}[/bold]\n{finding.evidence}"
+        lines = [styled(finding.question, "bold"), styled(finding.evidence, "")]
         if finding.remedy:
-            words += f"\n[italic]{finding.remedy}[/italic]"
-        table.add_row(f"[{style}]{finding.verdict}[/{style}]", words)
+            lines.append(styled(finding.remedy, "italic"))
+        table.add_row(styled(finding.verdict, style), Text("\n").join(lines))
     return table

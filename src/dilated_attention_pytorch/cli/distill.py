@@ -7,6 +7,7 @@ from typing import Any
 
 from dilated_attention_pytorch.cli.pretrained_command import PretrainedCommand, add_job_options
 from dilated_attention_pytorch.cli.pretrained_options import nothing_to_choose
+from dilated_attention_pytorch.cli.write_figure import write_figure
 
 
 def add_parser(commands: Any) -> None:
@@ -52,5 +53,5 @@ class DistillCommand(PretrainedCommand):
         except ImportError:
             self.console.print("No plot: it needs matplotlib (the extra [viz]).")
             return adapter
-        plot_recall(loop.metrics.read()).savefig(out / "recall.png", dpi=120)
+        write_figure(plot_recall(loop.metrics.read()), out / "recall.png")
         return {**adapter, "plot": str(out / "recall.png")}

@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from dilated_attention_pytorch.atomic_file import write_atomically
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
+from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
+    check_lora_folder,
     check_model_folder,
     require_transformers,
 )
-from dilated_attention_pytorch.training.checkpoint import write_atomically
+from dilated_attention_pytorch.cli.write_figure import write_figure
+from dilated_attention_pytorch.printable import printable
 
 _NO_CHOICE = (
     "* The blocks that are always read leave out no more: nothing was chosen, and all methods with "
@@ -85,25 +90,28 @@ def add_parser(commands: Any) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Measures; returns the exit code."""
     require_transformers()
-    console = Console(stderr=True)
-    with measuring_errors():
+    console = PlainConsole(stderr=True)
+    with ExitStack() as stack:
+        if parsed.out is not None:
+            stack.enter_context(holding(parsed.out, console))
+        stack.enter_context(measuring_errors())
         evaluation = _build(parsed)
         rows = _measure(evaluation, console)
-    dense = [
-        {"text": text, "length": length, **evaluation.dense(text, length)}
-        for text in evaluation.texts
-        for length in evaluation.settings.lengths
-    ]
-    result = {"model": parsed.model, "adapter": parsed.adapter, "dense": dense, "rows": rows}
-    if parsed.out is not None:
-        _write(parsed.out, result, console)
+        dense = [
+            {"text": text, "length": length, **evaluation.dense(text, length)}
+            for text in evaluation.texts
+            for length in evaluation.settings.lengths
+        ]
+        result = {"model": parsed.model, "adapter": parsed.adapter, "dense": dense, "rows": rows}
+        if parsed.out is not None:
+            _write(parsed.out, result, console)
     if parsed.json:
         print(json.dumps(_finite(result), indent=2))
     else:
         for text in evaluation.texts:
-            Console().print(_table(text, result))
+            PlainConsole().print(_table(text, result))
         if any(map(_without_choice, rows)):
-            Console().print(_NO_CHOICE, highlight=False)
+            PlainConsole().print(_NO_CHOICE)
     return OK
 
 
@@ -123,6 +131,8 @@ def _build(parsed: argparse.Namespace) -> Any:
     from dilated_attention_pytorch.tasks.text import read_text
 
     check_model_folder(parsed.model)
+    if parsed.lora is not None:
+        check_lora_folder(parsed.lora)
     options = named_options(parsed)
     adapter = None
     if parsed.adapter is not None:
@@ -148,7 +158,7 @@ def _build(parsed: argparse.Namespace) -> Any:
     return Evaluation(model, tokenizer, texts, settings, adapter)
 
 
-def _measure(evaluation: Any, console: Console) -> list[dict[str, Any]]:
+def _measure(evaluation: Any, console: PlainConsole) -> list[dict[str, Any]]:
     rows = []
     with measuring_bar(console) as bar:
         cells = evaluation.cells()
@@ -160,8 +170,7 @@ def _measure(evaluation: Any, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
-def _write(folder: Path, result: dict[str, Any], console: Console) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(folder: Path, result: dict[str, Any], console: PlainConsole) -> None:
     content = json.dumps(_finite(result), indent=2) + "\n"
     write_atomically(folder / "results.json", content.encode())
     try:
@@ -169,7 +178,7 @@ def _write(folder: Path, result: dict[str, Any], console: Console) -> None:
     except ImportError:
         console.print("No plot: it needs matplotlib (the extra [viz]).")
         return
-    plot_perplexity(result["rows"]).savefig(folder / "perplexity.png", dpi=120)
+    write_figure(plot_perplexity(result["rows"]), folder / "perplexity.png")
 
 
 def _finite(value: Any) -> Any:
@@ -188,7 +197,7 @@ def _without_choice(row: dict[str, Any]) -> bool:
 
 def _table(text: str, result: dict[str, Any]) -> Table:
     table = Table(
-        title=f"{text}: perplexity relative to dense attention", title_justify="left",
+        title=f"{printable(text)}: perplexity relative to dense attention", title_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
     )  # fmt: skip
     for heading in ("tokens", "method", "sparsity\n(measured)", "per-\nplexity", "/ dense",

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.cli.examined import Examined
 from dilated_attention_pytorch.cli.examined_run import ExaminedRun
+from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.training.checkpoint import list_checkpoints
 from dilated_attention_pytorch.training.folder_loop import CHECKPOINTS_NAME
 
@@ -67,7 +68,7 @@ def open_examined(parsed: argparse.Namespace, least: int = 1) -> Examined:
         if (adapter / "adapter.json").is_file():
             from dilated_attention_pytorch.cli.examined_adapter import open_adapter
 
-            return open_adapter(adapter, parsed)
+            return _noted(open_adapter(adapter, parsed))
     if not list_checkpoints(folder / CHECKPOINTS_NAME):
         raise CommandError(
             f"{folder} is neither a run (no checkpoint in it) nor an adapter (no adapter.json). "
@@ -80,7 +81,13 @@ def open_examined(parsed: argparse.Namespace, least: int = 1) -> Examined:
                 f"--{name.replace('_', '-')}: no effect on a run of train, which holds its own "
                 "model; leave it out."
             )
-    return ExaminedRun.open(folder, parsed.text, parsed.samples, parsed.device)
+    return _noted(ExaminedRun.open(folder, parsed.text, parsed.samples, parsed.device))
+
+
+def _noted(examined: Examined) -> Examined:
+    if examined.note:
+        PlainConsole(stderr=True).print(printable(examined.note), soft_wrap=True)
+    return examined
 
 
 @contextmanager
@@ -91,9 +98,9 @@ def at_work(what: str) -> Iterator[None]:
         CommandError: In the place of running out of memory.
     """
     try:
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         if not console.is_terminal:
-            console.print(f"{what} (minutes for a large model on a CPU)", highlight=False)
+            console.print(f"{what} (minutes for a large model on a CPU)")
         with console.status(what):
             yield
     except torch.OutOfMemoryError as error:

@@ -20,6 +20,11 @@ class Examined(ABC):
 
     @property
     @abstractmethod
+    def note(self) -> str | None:
+        """What of its metrics could not be read; None: nothing."""
+
+    @property
+    @abstractmethod
     def unlearned(self) -> str | None:
         """Why nothing in it learns to choose, as the end of a sentence; None: something does."""
 
@@ -51,7 +56,7 @@ def line_chart(
         fields: Names of the curves by field.
     """
     series = {
-        name: [(line["step"], line[field]) for line in history if line.get(field) is not None]
+        name: [(x["step"], x[field]) for x in history if isinstance(x.get(field), int | float)]
         for field, name in fields.items()
     }
     enough = bool(series) and all(len(points) > 1 for points in series.values())

@@ -51,6 +51,11 @@ class ExaminedAdapter(Examined):
         return Path(self.saved.base).resolve().name
 
     @property
+    def note(self) -> str | None:
+        """Lines of the metrics that are left out."""
+        return self.saved.note
+
+    @property
     def unlearned(self) -> str | None:
         """Training-free selectors do not learn."""
         from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -130,7 +135,7 @@ def _tokens(saved: SavedAdapter, tokenizer: Any, text: Path | None) -> tuple[Ten
         return saved.held_out(), "the run's held-out text"
     except CheckpointError as error:
         raise CommandError(
-            f"no run that wrote {saved.folder} is here to take text from; give --text FILE."
+            f"no held-out text for {saved.folder}: {error} Give --text FILE."
         ) from error
 
 

@@ -20,9 +20,8 @@ from dilated_attention_pytorch.analysis.recording import byte_tokens
 from dilated_attention_pytorch.analysis.report import Chart
 from dilated_attention_pytorch.cli.errors import CommandError
 from dilated_attention_pytorch.cli.examined import Examined, line_chart
-from dilated_attention_pytorch.tasks.text import TextError
-from dilated_attention_pytorch.training.checkpoint import CheckpointError
 from dilated_attention_pytorch.training.language_model import next_byte_loss
+from dilated_attention_pytorch.training.metrics import PER_LAYER
 from dilated_attention_pytorch.training.saved_run import SavedRun, load_saved_run
 
 
@@ -46,13 +45,18 @@ class ExaminedRun(Examined):
                 raise CommandError(f"{folder} is a run with dense attention: no block is chosen.")
             saved.model.to(device)
             return cls(saved, saved.held_out_windows(samples, text).to(device))
-        except (CheckpointError, TextError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise CommandError(str(error)) from error
 
     @property
     def name(self) -> str:
         """The folder's."""
         return self.saved.folder.resolve().name
+
+    @property
+    def note(self) -> str | None:
+        """Lines of the metrics that are left out."""
+        return self.saved.note
 
     @property
     def unlearned(self) -> str | None:
@@ -95,7 +99,7 @@ class ExaminedRun(Examined):
             ),
             *line_chart("Temperature", history, {"temperature": "temperature"}),
         ]
-        return charts + _layer_chart([line for line in history if line.get("layer_sparsity")])
+        return charts + _layer_chart([line for line in history if line.get(PER_LAYER)])
 
 
 def _record(model: nn.Module, windows: Tensor, source: str) -> Recording:
@@ -110,10 +114,12 @@ def _record(model: nn.Module, windows: Tensor, source: str) -> Recording:
 
 
 def _layer_chart(lines: Sequence[dict[str, Any]]) -> list[Chart]:
+    # All of them speak of as many layers as the last one.
+    lines = [x for x in lines if len(x[PER_LAYER]) == len(lines[-1][PER_LAYER])]
     if len(lines) < 2:
         return []
     series = {
-        f"layer {n + 1}": [(line["step"], line["layer_sparsity"][n]) for line in lines]
-        for n in range(len(lines[0]["layer_sparsity"]))
+        f"layer {n + 1}": [(line["step"], line[PER_LAYER][n]) for line in lines]
+        for n in range(len(lines[-1][PER_LAYER]))
     }
     return [Chart("Sparsity by layer while training, random blocks included", series)]

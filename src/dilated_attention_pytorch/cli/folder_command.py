@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.bar import ProgressBar
+from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import OK, CommandError
+from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.interrupt import StopRequest
+from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, Progress
 from dilated_attention_pytorch.training.language_model import TrainingError
 
@@ -59,7 +61,7 @@ class FolderCommand(ABC):
 
     def __init__(self, parsed: argparse.Namespace) -> None:
         self.parsed = parsed
-        self.console = Console(stderr=True)
+        self.console = PlainConsole(stderr=True)
 
     @abstractmethod
     def open(self) -> FolderLoop[Any, Any]:
@@ -96,13 +98,20 @@ class FolderCommand(ABC):
             CommandError: If it cannot be done.
             UsageError: If the options do not fit.
         """
+        # A new run makes its folder; where there is none to go on with, none is made.
+        with holding(self.parsed.out, self.console, create=not self.parsed.resume):
+            return self._run()
+
+    def _run(self) -> int:
         try:
             if self.BEFORE:
-                self.console.print(self.BEFORE, highlight=False)
+                self.console.print(self.BEFORE)
             loop = self.open()
             with StopRequest() as stop:
                 self._train(loop, stop)
             summary = self.summary(loop)
+            if loop.metrics.note:
+                self.console.print(printable(loop.metrics.note), soft_wrap=True)
         except torch.OutOfMemoryError as error:
             raise CommandError(f"out of memory; {self.REMEDY}. {error}") from error
         except (TrainingError, OSError, ValueError) as error:
@@ -110,28 +119,27 @@ class FolderCommand(ABC):
         if self.parsed.json:
             print(json.dumps(summary, indent=2))
         else:
-            Console().print(self.table(summary))
+            PlainConsole().print(self.table(summary))
         training = loop.training
         # A signal during the very last step stops nothing.
         if training.done:
             return OK
-        name, out = self.parsed.name, shlex.quote(str(self.parsed.out))
+        name, out = self.parsed.name, printable(shlex.quote(str(self.parsed.out)))
         self.console.print(
             f"Stopped at step {training.step_count} of {training.run.steps}; saved. To go on:\n"
             f"  dilated-attention {name} --out {out} --resume",
-            highlight=False,
             soft_wrap=True,
         )
         return stop.exit_code
 
     def _train(self, loop: FolderLoop[Any, Any], stop: StopRequest) -> None:
         training = loop.training
-        self.console.print(self.about(loop), highlight=False)
+        self.console.print(self.about(loop), soft_wrap=True)
         columns = (
-            TextColumn("{task.description}"),
+            words_column("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
+            words_column("{task.fields[state]}"),
             TimeRemainingColumn(),
         )
         with ProgressBar(*columns, console=self.console) as bar:
@@ -142,7 +150,13 @@ class FolderCommand(ABC):
                 bar.update(task, completed=training.step_count, state=self.state(progress))
                 if progress.measured is not None:
                     words = self.measured(progress.measured)
-                    bar.console.print(f"step {training.step_count}: {words}", highlight=False)
+                    bar.console.print(f"step {training.step_count}: {words}")
+
+
+def speed(progress: Progress) -> list[str]:
+    """The tokens per second of a step; nothing where the clock stood still."""
+    rate = progress.tokens_per_second
+    return [] if rate is None else [f"{rate:,.0f} tokens/s"]
 
 
 def summary_table(title: str) -> Table:

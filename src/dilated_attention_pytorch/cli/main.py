@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dilated_attention_pytorch.cli.errors import (
     FAILURE,
@@ -13,6 +14,7 @@ from dilated_attention_pytorch.cli.errors import (
     CommandError,
     UsageError,
 )
+from dilated_attention_pytorch.printable import printable
 
 _NEEDS_RICH = "the command line needs rich: pip install 'dilated-attention-pytorch[cli]'"
 
@@ -30,9 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usage.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         code: int = parsed.command(parsed)
+        sys.stdout.flush()
     except UsageError as error:
         return _report(parsed.name, error, USAGE)
     except CommandError as error:
+        return _report(parsed.name, error, FAILURE)
+    except OSError as error:
+        # A disk that is full, or a pipe that nobody reads any more.
         return _report(parsed.name, error, FAILURE)
     except KeyboardInterrupt:
         print(f"dilated-attention {parsed.name}: interrupted", file=sys.stderr)
@@ -41,8 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(name: str, error: Exception, code: int) -> int:
-    print(f"dilated-attention {name}: error: {error}", file=sys.stderr)
+    # One line, whatever the names and texts in it hold.
+    print(f"dilated-attention {name}: error: {printable(error)}", file=sys.stderr)
     return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints show what was typed as it is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        super().error(printable(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         tune,
     )
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dilated-attention",
         description="Attention whose connections are chosen from the content.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-from dilated_attention_pytorch.cli.bar import ProgressBar
+from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import CommandError
 
 
-def measuring_bar(console: Console) -> ProgressBar:
+def measuring_bar(console: PlainConsole) -> ProgressBar:
     """A bar that counts measurements."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        words_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
     return ProgressBar(*columns, console=console)
 

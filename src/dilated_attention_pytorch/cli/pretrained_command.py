@@ -12,6 +12,7 @@ from dilated_attention_pytorch.cli.folder_command import (
     FolderCommand,
     add_run_folder,
     named_options,
+    speed,
     summary_table,
 )
 from dilated_attention_pytorch.cli.pretrained_options import (
@@ -21,7 +22,11 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     build_job,
     require_transformers,
 )
+from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.training.folder_loop import Progress
+
+# Options that say what a run reads: naming them for --resume says that they may be read.
+_FILES = frozenset({"model", "text", "adapter", "teacher"})
 
 
 class PretrainedCommand(FolderCommand):
@@ -32,17 +37,18 @@ class PretrainedCommand(FolderCommand):
     KIND: ClassVar[str]
 
     def open(self) -> Any:
-        """Starts or resumes; a resumed job takes no settings."""
+        """Starts or resumes; a resumed job takes no settings but the files that it reads."""
         require_transformers()
         from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
 
         options = named_options(self.parsed)
         if self.parsed.resume:
+            named = {name: options.pop(name) for name in _FILES & set(options)}
             if options:
                 raise UsageError(
                     f"--resume takes the settings of the run: leave {sorted(options)} out."
                 )
-            return PretrainedLoop.resume(self.parsed.out)
+            return PretrainedLoop.resume(self.parsed.out, named)
         try:
             return PretrainedLoop.start(self.parsed.out, build_job(self.KIND, options))
         except FileExistsError as error:
@@ -56,13 +62,13 @@ class PretrainedCommand(FolderCommand):
         """Sizes of what is trained and of the text."""
         count = sum(p.numel() for p in loop.training.trained())
         return (
-            f"{count:,} parameters to train, on {loop.text.source}: {len(loop.text.train):,} "
-            f"tokens ({len(loop.text.validation):,} held out)"
+            f"{count:,} parameters to train, on {printable(loop.text.source)}: "
+            f"{len(loop.text.train):,} tokens ({len(loop.text.validation):,} held out)"
         )
 
     def state(self, progress: Progress) -> str:
         """Loss and speed."""
-        return f"loss {progress.result['loss']:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+        return "  ".join([f"loss {progress.result['loss']:.4f}", *speed(progress)])
 
     def measured(self, values: dict[str, Any]) -> str:
         """All values."""
@@ -82,7 +88,7 @@ class PretrainedCommand(FolderCommand):
             "metrics": str(loop.metrics.path),
         }
         if training.done:
-            self.console.print("Calibrating and writing the result.", highlight=False)
+            self.console.print("Calibrating and writing the result.")
             loop.save_result()
             summary |= self.results(loop)
         return summary
@@ -91,7 +97,7 @@ class PretrainedCommand(FolderCommand):
         """Name by name."""
         table = summary_table(self.parsed.name.capitalize())
         for key, value in summary.items():
-            shown = f"{value:.4f}" if isinstance(value, float) else f"{value}"
+            shown = f"{value:.4f}" if isinstance(value, float) else printable(value)
             table.add_row(key.replace("_", " "), shown)
         return table
 

@@ -71,6 +71,16 @@ def check_model_folder(folder: str, option: str = "--model") -> None:
         )
 
 
+def check_lora_folder(folder: str) -> None:
+    """Raises CommandError unless there are changes there; nothing is looked for on the Hub."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise CommandError(
+                f"cannot load low-rank changes from {folder}: there is no {name}. Name the folder "
+                "lora that dilated-attention tune wrote."
+            )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds what distilling and tuning share; absent options leave no trace."""
     for name, kind, what in (

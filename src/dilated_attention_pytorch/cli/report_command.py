@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dilated_attention_pytorch.analysis.report import render_report
+from dilated_attention_pytorch.atomic_file import write_atomically
+from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.examine_options import add_options, at_work, open_examined
-from dilated_attention_pytorch.training.checkpoint import write_atomically
+from dilated_attention_pytorch.printable import printable
 
 DEFAULT_OUT = "report.html"
 
@@ -46,8 +46,9 @@ def run(parsed: argparse.Namespace) -> int:
         )
     try:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(parsed.out, page.encode())
+        write_atomically(parsed.out, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise CommandError(f"cannot write {parsed.out}: {error.strerror}.") from error
-    Console().print(f"Open {parsed.out.resolve()} in a browser.", highlight=False, soft_wrap=True)
+    place = printable(parsed.out.resolve())
+    PlainConsole().print(f"Open {place} in a browser.", soft_wrap=True)
     return OK

@@ -12,12 +12,14 @@ from dilated_attention_pytorch.cli.folder_command import (
     FolderCommand,
     add_run_folder,
     named_options,
+    speed,
     summary_table,
 )
 from dilated_attention_pytorch.cli.options import add_run_options, build_settings
+from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.tasks.text import TextError
 from dilated_attention_pytorch.training.checkpoint import CheckpointError, checkpoint_path
-from dilated_attention_pytorch.training.folder_loop import Progress
+from dilated_attention_pytorch.training.folder_loop import Progress, per_second
 from dilated_attention_pytorch.training.loop import TrainingLoop
 
 
@@ -61,7 +63,8 @@ class TrainCommand(FolderCommand):
         text, training = loop.text, loop.training
         parameters = sum(p.numel() for p in training.model.parameters())
         return (
-            f"{training.run.attention} attention, {parameters:,} parameters, on {text.source}: "
+            f"{training.run.attention} attention, {parameters:,} parameters, on "
+            f"{printable(text.source)}: "
             f"{len(text.train):,} bytes of {len(text.train_files):,} files "
             f"({len(text.validation):,} bytes of {len(text.validation_files):,} held out)"
         )
@@ -74,7 +77,7 @@ class TrainCommand(FolderCommand):
             words.append(f"sparsity {result.sparsity:.3f}")
         if result.temperature is not None:
             words.append(f"temperature {result.temperature:.2f}")
-        return "  ".join([*words, f"{progress.tokens_per_second:,.0f} tokens/s"])
+        return "  ".join([*words, *speed(progress)])
 
     def measured(self, values: dict[str, Any]) -> str:
         """Bits per byte."""
@@ -84,7 +87,7 @@ class TrainCommand(FolderCommand):
         """Losses, sparsity, times and files."""
         training = loop.training
         run = training.run
-        tokens = training.step_count * run.batch_size * run.seq_len
+        rate = per_second(training.step_count * run.batch_size * run.seq_len, training.seconds)
         lines = [line for line in loop.metrics.read() if "loss" in line]
         return {
             "attention": run.attention,
@@ -97,7 +100,7 @@ class TrainCommand(FolderCommand):
             "validation_step": loop.measured_at,
             "parameters": sum(p.numel() for p in training.model.parameters()),
             "seconds": round(training.seconds, 3),
-            "tokens_per_second": round(tokens / training.seconds, 1) if training.seconds else None,
+            "tokens_per_second": None if rate is None else round(rate, 1),
             "metrics": str(loop.metrics.path),
             "checkpoint": str(checkpoint_path(loop.checkpoints, training.step_count)),
         }
@@ -129,6 +132,6 @@ class TrainCommand(FolderCommand):
         table.add_row("parameters", f"{summary['parameters']:,}")
         table.add_row("seconds", number(summary["seconds"], 1))
         table.add_row("tokens/s", number(summary["tokens_per_second"], 0))
-        table.add_row("metrics", summary["metrics"])
-        table.add_row("checkpoint", summary["checkpoint"])
+        table.add_row("metrics", printable(summary["metrics"]))
+        table.add_row("checkpoint", printable(summary["checkpoint"]))
         return table

@@ -96,7 +96,10 @@ def load_text(
     if not contents:
         raise TextError(f"no text in {source}: all files are empty. Name files with content.")
     # A hash spreads the choice over the alphabet; it depends on the names alone.
-    contents.sort(key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    # A name may hold bytes that are no UTF-8.
+    contents.sort(
+        key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest()
+    )
     if max_bytes is not None:
         contents = _limit(contents, max_bytes)
     train, validation = _split(contents, validation_share)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,12 +11,15 @@ from typing import Any
 
 import torch
 
+from dilated_attention_pytorch.atomic_file import UNFINISHED, write_atomically
 from dilated_attention_pytorch.strict_json import short_repr
 
 FORMAT = "dilated_attention_pytorch.training"
 VERSION = 2
 
 _NAME = re.compile(r"step-(\d+)\.pt")
+# As earlier versions called what they were writing.
+_UNFINISHED_BEFORE = re.compile(r"(step-\d+\.pt|metrics\.jsonl)\.\d+\.tmp")
 
 
 class CheckpointError(ValueError):
@@ -111,34 +113,10 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what writes that were killed have left behind."""
-    for path in folder.glob("*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file by new content: a reader, or a crash, sees the old or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The new name itself must survive a power cut; not every system can open a folder.
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Removes what writers that were killed have left in a folder; nobody may write there now."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name) or _UNFINISHED_BEFORE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:

@@ -19,6 +19,7 @@ from dilated_attention_pytorch.training.checkpoint import (
     save_checkpoint,
 )
 from dilated_attention_pytorch.training.metrics import MetricsFile
+from dilated_attention_pytorch.training.own_mark import MARK, make_mark
 
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
@@ -91,17 +92,20 @@ class Progress:
 
     Attributes:
         result: What the training's ``step`` returned.
-        tokens_per_second: Of the step.
+        tokens_per_second: Of the step; None where the clock stood still.
         measured: On the held-out text, as in the metrics, if it was measured now.
     """
 
     result: Any
-    tokens_per_second: float
+    tokens_per_second: float | None
     measured: dict[str, Any] | None
 
 
 class FolderLoop(ABC, Generic[Model, Data]):
     """Trains in a folder; subclasses say what, and add ways to start and to go on.
+
+    One at a time may write into a folder: the commands hold it with :func:`lock_folder`, and so
+    should a program of one's own.
 
     Args:
         folder: Where metrics and checkpoints go.
@@ -141,6 +145,10 @@ class FolderLoop(ABC, Generic[Model, Data]):
     def values(self, result: Any) -> dict[str, Any]:
         """The step's ``loss`` and ``seconds``, and what else a line of metrics holds of it."""
 
+    def inputs(self) -> dict[str, str]:
+        """A digest of everything that is read beside the text, by what it is."""
+        return {}
+
     @property
     def checkpoints(self) -> Path:
         """Where the checkpoints lie."""
@@ -164,6 +172,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
     def begin(self) -> None:
         """Measures, and writes the first line of metrics and the checkpoint of step 0."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
         self.metrics.start()
         self.latest = self.measure()
         self.metrics.append({"step": 0, **self.latest})
@@ -187,8 +196,16 @@ class FolderLoop(ABC, Generic[Model, Data]):
         """Takes up the state of a checkpoint, and the metrics up to it.
 
         Raises:
-            CheckpointError: If the text has changed.
+            CheckpointError: If the text, or a model that is read, has changed.
         """
+        found = self.inputs()
+        for name, digest in state.get("inputs", {}).items():
+            if found.get(name) != digest:
+                raise CheckpointError(
+                    f"the {name} has changed since the checkpoint of step {state['step']} in "
+                    f"{self.folder}; going on would not give the same result. Restore it, or "
+                    "start a new run with another --out."
+                )
         if self.text.fingerprint() != state["fingerprint"]:
             raise CheckpointError(
                 f"the text ({self.text.source}) has changed since the checkpoint of step "
@@ -199,7 +216,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
         self.latest = dict(state["latest"])
         self._losses, self._seconds = list(state["losses"]), state["loss_seconds"]
         self.metrics.rewind(self.training.step_count)
-        remove_unfinished(self.checkpoints)
+        self._remove_unfinished()
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         """Trains on, and yields after every step.
@@ -221,7 +238,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
                 measured = self.latest = self.measure()
             if measured is not None or step % every.log_every == 0:
                 self._log(values | (measured or {}), tokens)
-            yield Progress(result, tokens / seconds, measured)
+            yield Progress(result, per_second(tokens, seconds), measured)
             stop = should_stop()
             if stop or last or step % every.checkpoint_every == 0:
                 self.save()
@@ -231,8 +248,11 @@ class FolderLoop(ABC, Generic[Model, Data]):
     def save(self) -> Path:
         """Writes a checkpoint of this moment."""
         self.metrics.sync()
+        settings = self.settings()
         state = {
-            self.KEY: self.settings(),
+            self.KEY: settings,
+            MARK: make_mark(settings),
+            "inputs": self.inputs(),
             "fingerprint": self.text.fingerprint(),
             "latest": self.latest,
             "losses": list(self._losses),
@@ -241,14 +261,25 @@ class FolderLoop(ABC, Generic[Model, Data]):
         }
         return save_checkpoint(self.checkpoints, self.training.step_count, state)
 
+    def _remove_unfinished(self) -> None:
+        for folder in (self.folder, self.checkpoints):
+            if folder.is_dir():
+                remove_unfinished(folder)
+
     def _log(self, values: Mapping[str, Any], tokens: int) -> None:
+        rate = per_second(len(self._losses) * tokens, self._seconds)
         self.metrics.append(
             {
                 "step": self.training.step_count,
                 "loss": sum(self._losses) / len(self._losses),
                 "seconds": round(self.training.seconds, 3),
-                "tokens_per_second": round(len(self._losses) * tokens / self._seconds, 1),
+                "tokens_per_second": None if rate is None else round(rate, 1),
                 **values,
             }
         )
         self._losses, self._seconds = [], 0.0
+
+
+def per_second(count: float, seconds: float) -> float | None:
+    """A rate; None where the clock stood still or went back."""
+    return count / seconds if seconds > 0 else None

@@ -239,7 +239,7 @@ class LanguageModelTraining:
         if self.trainer is not None:
             self.trainer.step()
         self.step_count += 1
-        seconds = time.perf_counter() - start
+        seconds = max(time.perf_counter() - start, 0.0)
         self.seconds += seconds
         return StepResult(
             self.step_count, value, tiles.sparsity, temperature, seconds, tiles.layer_sparsity

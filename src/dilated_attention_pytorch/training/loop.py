@@ -17,6 +17,7 @@ from dilated_attention_pytorch.training.language_model import (
     StepResult,
     build_language_model,
 )
+from dilated_attention_pytorch.training.own_mark import MARK, check_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,8 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             checkpoint_every: Replaces the interval (the result does not depend on it).
 
         Raises:
-            CheckpointError: If there is no intact checkpoint, or the text has changed.
+            CheckpointError: If there is no intact checkpoint, the text has changed, or the run is
+                somebody else's and ``changes`` does not name the text that it would read.
             ValueError: If ``changes`` differ from the run's settings.
             TextError: If the text cannot be used any more.
         """
@@ -113,7 +115,10 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             text_settings = TextSettings.from_dict(saved["text"])
             intervals = from_plain(LoopSettings, saved["intervals"])
             settings = flat_settings(saved)
-        _check_same(settings, changes or {})
+        changes = changes or {}
+        _check_same(settings, changes)
+        unnamed = text_settings.paths is not None and "paths" not in changes
+        check_named(folder, saved, state.get(MARK), ["text"] if unnamed else [])
         if checkpoint_every is not None:
             intervals = replace(intervals, checkpoint_every=checkpoint_every)
         check_model_state(run, state)

@@ -26,6 +26,7 @@ from dilated_attention_pytorch.analysis.recording import (
 )
 from dilated_attention_pytorch.analysis.report.packing import GRID, pack_recording
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.printable import printable
 
 # Name on the page, field of HeadStatistics, what it says, whether higher is drawn darker from 0.
 _STATISTICS = (
@@ -96,8 +97,8 @@ def render_report(
     }
     page = Template(read_asset("report.html"))
     parts = {
-        "title": escape(title),
-        "source": escape(recording.source),
+        "title": escape(printable(title)),
+        "source": escape(printable(recording.source)),
         "style": read_asset("base.css") + read_asset("report.css"),
         "script": read_asset("base.js") + read_asset("report.js"),
         "findings": "" if diagnosis is None else _findings(diagnosis),

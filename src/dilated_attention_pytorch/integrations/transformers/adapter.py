@@ -26,7 +26,6 @@ from dilated_attention_pytorch.integrations.transformers.adapter_file import (
     AdapterContent,
     AdapterError,
     check_fit,
-    identity_of,
     read_adapter,
     write_adapter,
 )
@@ -81,10 +80,6 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         base = base_identity(adapted.model, adapted.sites)
         return cls(dict(adapted.configs), tensors, base, versions, adapted.costs)
-
-    def identity(self) -> dict[str, str]:
-        """Which adapter this is, to the bit: digests of its settings and of its weights."""
-        return identity_of(self._checked())
 
     def with_budget(self, budget: str, threshold_floor: float = 0.0) -> SelectorAdapter:
         """The same selectors under another rule for how many blocks each row reads.

@@ -22,7 +22,6 @@ from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
-    json_digest,
     parse_json,
     sealed,
     short_repr,
@@ -108,12 +107,6 @@ def write_adapter(folder: Path, content: AdapterContent) -> None:
             if path.is_dir():
                 path.rmdir()
         raise
-
-
-def identity_of(content: AdapterContent) -> dict[str, str]:
-    """Digests of settings and weights."""
-    _, about = _written(content)
-    return {"settings": json_digest(about)[:16], "weights": about["weights"][:16]}
 
 
 def read_adapter(folder: Path) -> AdapterContent:

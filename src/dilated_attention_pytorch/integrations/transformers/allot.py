@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.config import check_types
 from dilated_attention_pytorch.file_access import read_file
 from dilated_attention_pytorch.integrations.transformers.adapter import (
@@ -16,12 +17,12 @@ from dilated_attention_pytorch.integrations.transformers.adapter import (
     WEIGHTS_NAME,
     SelectorAdapter,
 )
-from dilated_attention_pytorch.integrations.transformers.base_identity import exact_identity
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
     spread_windows,
 )
+from dilated_attention_pytorch.integrations.transformers.job import folder_digest
 from dilated_attention_pytorch.integrations.transformers.sensitivity import (
     SPARSITIES,
     measure_costs,
@@ -45,7 +46,6 @@ from dilated_attention_pytorch.strict_json import (
     short_repr,
     unsealed,
 )
-from dilated_attention_pytorch.training.checkpoint import write_atomically
 
 STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
 
@@ -120,14 +120,13 @@ class Allotment:
         )  # fmt: skip
         self.train, self.held_out = text.train, text.validation
         model = load_model(job.model, device=job.device, dtype=job.dtype)
-        identity = exact_identity(model)
         for part in (self.train, self.held_out):
             check_vocabulary(model, part, text.source)
         self.adapted = self.source.apply(model)
         self.units = units_of(self.adapted, job.heads)
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),
-            "model": identity,
+            "model": folder_digest(job.model),
             "text": text.fingerprint(),
             "adapter": _fingerprint(Path(job.adapter)),
         }

@@ -335,7 +335,9 @@ class Evaluation:
                 _wait(self.model.device)
                 times.append(time.perf_counter() - start)
         # The first pass warms up.
-        return tokens.shape[1] / statistics.median(times[1:])
+        seconds = statistics.median(times[1:])
+        # A clock may stand still.
+        return tokens.shape[1] / seconds if seconds > 0 else math.nan
 
 
 def perplexity(model: Any, windows: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,11 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
 from dilated_attention_pytorch.integrations.transformers.tune import MODEL_NAME, TuneRun, Tuning
 from dilated_attention_pytorch.training.checked_state import checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
+from dilated_attention_pytorch.training.own_mark import MARK, check_named
+
+# Files that decide what a model computes.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_SIZES = ("config.json", "adapter.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,20 @@ class PretrainedJob:
         intervals = from_plain(LoopSettings, fields.pop("intervals"))
         return from_plain(cls, fields, run=run, intervals=intervals)
 
+    def folders(self) -> dict[str, str]:
+        """The folders that it reads, by the option that names them."""
+        run = self.run
+        found = {
+            "model": self.model,
+            "adapter": getattr(run, "adapter", None),
+            "teacher": getattr(run, "teacher", None),
+        }
+        return {name: folder for name, folder in found.items() if folder is not None}
+
+    def named_files(self) -> dict[str, Any]:
+        """All that it reads, by the option that names it."""
+        return {**self.folders(), "text": list(self.text)}
+
     def tokens(self) -> TokenText:
         """Reads and tokenizes the text.
 
@@ -107,6 +127,7 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
 
     def __init__(self, folder: Path, job: PretrainedJob) -> None:
         self.job = job
+        self._inputs = {name: folder_digest(place) for name, place in job.folders().items()}
         text = job.tokens()
         super().__init__(folder, job.intervals, text, job.training(text))
 
@@ -123,15 +144,32 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
         return loop
 
     @classmethod
-    def resume(cls, folder: Path) -> PretrainedLoop:
+    def resume(cls, folder: Path, named: Mapping[str, Any] | None = None) -> PretrainedLoop:
         """Goes on from the newest checkpoint of a folder, with its settings.
 
+        Args:
+            folder: Of the run.
+            named: Files that the caller names: ``model``, ``text``, ``adapter``, ``teacher``; they
+                must be those of the run. A run that somebody else made must be given all of its
+                own.
+
         Raises:
-            CheckpointError: If there is no intact checkpoint, or text or models have changed.
+            CheckpointError: If there is no intact checkpoint, the text or a model has changed, or
+                the run is somebody else's and a file that it would read is not named.
+            ValueError: If ``named`` differs from the run's settings.
         """
         state = cls.read_newest(folder)
         with checkpoint_settings(folder):
             job = PretrainedJob.from_dict(state[cls.KEY])
+        given, own = dict(named or {}), job.named_files()
+        for name, value in given.items():
+            value = list(value) if name == "text" else value
+            if own.get(name) != value:
+                raise ValueError(
+                    f"the run to resume has other settings: {name} is {own.get(name)!r} there and "
+                    f"{value!r} here. Leave it out, or start a new run with another --out."
+                )
+        check_named(folder, state[cls.KEY], state.get(MARK), [x for x in own if x not in given])
         loop = cls(folder, job)
         loop.go_on(state)
         return loop
@@ -139,6 +177,10 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
     def settings(self) -> dict[str, Any]:
         """The job."""
         return self.job.to_dict()
+
+    def inputs(self) -> dict[str, str]:
+        """Of the model, and of the adapter and the teacher if there are any."""
+        return self._inputs
 
     def measure(self) -> dict[str, Any]:
         """What the training validates."""
@@ -153,3 +195,24 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
         self.training.save(self.folder)
         if (self.folder / MODEL_NAME).is_dir():
             load_tokenizer(self.job.model).save_pretrained(self.folder / MODEL_NAME)
+
+
+def folder_digest(folder: str | Path) -> str:
+    """SHA-256 of a model's or an adapter's sizes and weights: another model gives another one.
+
+    Raises:
+        ValueError: If there is no such folder, or a file of it cannot be read.
+    """
+    place, digest = Path(folder), hashlib.sha256()
+    if not place.is_dir():
+        raise ValueError(f"there is no folder {folder}.")
+    for path in sorted(place.iterdir()):
+        if (path.suffix not in _WEIGHTS and path.name not in _SIZES) or not path.is_file():
+            continue
+        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    return digest.hexdigest()

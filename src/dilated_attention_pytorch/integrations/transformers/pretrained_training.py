@@ -15,10 +15,6 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-from dilated_attention_pytorch.integrations.transformers.base_identity import (
-    check_same_models,
-    exact_identity,
-)
 from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_selection
 from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
@@ -136,8 +132,6 @@ class PretrainedTraining(ABC):
 
     def __init__(self, run: PretrainedRun, model: Any, text: TokenText) -> None:
         self.run, self.model = run, model
-        # Before anything is put into it.
-        self.identities = {"model": exact_identity(model)}
         torch.manual_seed(run.seed)
         self.windows = TextWindows(text.train, run.seq_len, run.seed)
         self.validation = validation_windows(text.validation, run.seq_len, run.validation_windows)
@@ -192,7 +186,7 @@ class PretrainedTraining(ABC):
             nn.utils.clip_grad_norm_(own["params"], 1.0)
         self.optimizer.step()
         self.step_count += 1
-        seconds = time.perf_counter() - start
+        seconds = max(time.perf_counter() - start, 0.0)
         self.seconds += seconds
         return {"loss": value, "seconds": seconds}
 
@@ -225,10 +219,7 @@ class PretrainedTraining(ABC):
         return [p for group in self.groups for p in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained parameters, optimiser, data position, random numbers and time spent.
-
-        Also the identities of what is read and not trained, which must be the same to go on.
-        """
+        """Trained parameters, optimiser, data position, random numbers and time spent."""
         on_gpu = torch.device(self.run.device).type == "cuda"
         return {
             "step_count": self.step_count,
@@ -242,21 +233,15 @@ class PretrainedTraining(ABC):
             "data_position": self.windows.position,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.run.device) if on_gpu else None,
-            "identities": self.identities,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict`'s result, of the same run, model and text.
 
         Raises:
-            CheckpointError: If it is another run's, or a model was exchanged; nothing has changed
-                then.
+            CheckpointError: If it is another run's; nothing has changed then.
         """
-        own = self.state_dict()
-        # Earlier versions knew none.
-        saved_identities = state.get("identities", own["identities"])
-        check_same_models(own["identities"], saved_identities)
-        check_training_state(own, {**state, "identities": saved_identities}, self.trained())
+        check_training_state(self.state_dict(), state, self.trained())
         with torch.no_grad():
             for parameter, value in zip(self.trained(), state["parameters"], strict=True):
                 parameter.copy_(value)

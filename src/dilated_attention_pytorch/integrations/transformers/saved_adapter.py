@@ -17,8 +17,10 @@ from dilated_attention_pytorch.integrations.transformers.job import PretrainedJo
 from dilated_attention_pytorch.integrations.transformers.lora import load_lora
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
 from dilated_attention_pytorch.integrations.transformers.tune import LORA_NAME, MODEL_NAME
+from dilated_attention_pytorch.tasks.text import TextError
 from dilated_attention_pytorch.training.folder_loop import METRICS_NAME
 from dilated_attention_pytorch.training.metrics import MetricsFile
+from dilated_attention_pytorch.training.own_mark import MARK, check_named
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class SavedAdapter:
         base: Folder of the base model.
         lora: Folder of the low-rank changes that were tuned with them; None: there are none.
         history: Lines of the metrics of the run that wrote it; empty: not known.
+        note: Which of these lines are left out, in words; None: all are there.
     """
 
     folder: Path
@@ -38,6 +41,7 @@ class SavedAdapter:
     base: str
     lora: Path | None
     history: list[dict[str, Any]]
+    note: str | None = None
 
     @classmethod
     def open(cls, folder: Path, model: str | None = None) -> SavedAdapter:
@@ -65,7 +69,8 @@ class SavedAdapter:
             adapter,
             _find_base(folder, adapter) if model is None else model,
             around / LORA_NAME if (around / LORA_NAME).is_dir() else None,
-            metrics.read() if metrics.path.is_file() else [],
+            metrics.read(),
+            metrics.note,
         )
 
     def load(self, device: str = "cpu") -> AdaptedModel:
@@ -92,12 +97,20 @@ class SavedAdapter:
         """The tokens that the run which wrote the adapter has held out, int32.
 
         Raises:
-            CheckpointError: If no run lies around the adapter.
-            TextError: If its text cannot be read any more.
+            CheckpointError: If no run of this account lies around the adapter.
+            TextError: If its text cannot be read any more, or has changed.
             ValueError: If the model of the run has no tokenizer.
         """
-        state = PretrainedLoop.read_newest(self.folder.resolve().parent)
-        return PretrainedJob.from_dict(state[PretrainedLoop.KEY]).tokens().validation
+        run = self.folder.resolve().parent
+        state = PretrainedLoop.read_newest(run)
+        # The text of somebody else's run is not read.
+        check_named(run, state[PretrainedLoop.KEY], state.get(MARK), ["text"])
+        text = PretrainedJob.from_dict(state[PretrainedLoop.KEY]).tokens()
+        if text.fingerprint() != state["fingerprint"]:
+            raise TextError(
+                f"the text of the run ({text.source}) has changed since; name one: --text FILE."
+            )
+        return text.validation
 
     @property
     def seq_len(self) -> int | None:

@@ -66,22 +66,23 @@ def local_settings(folder: str | Path, name: str) -> dict[str, Any]:
         ValueError: If there is no such folder or file, it is damaged, or names code to run.
     """
     folder = Path(folder)
-    missing = f"it has no {name}" if folder.is_dir() else "there is no such folder"
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}. Name one on this machine; what is on the Hub must be "
+            "downloaded first."
+        )
     try:
         content = read_file(folder / name, limit=MAX_BYTES)
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder} cannot be loaded: {missing}. Name a folder on this machine; what is on the "
-            "Hub must be downloaded first."
-        ) from None
+        raise ValueError(f"{folder} has no {name}.") from None
     settings = parse_json(content, str(folder / name), foreign=True)
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / name} must hold a JSON object, got {short_repr(settings)}.")
     for key in ("auto_map", "trust_remote_code"):
         if settings.get(key):
             raise ValueError(
-                f"{folder / name} has {key!r}, which names code that comes with the model; such "
-                "code is never run. Remove the entry if the model needs none."
+                f"{folder / name} names code of its own ({key}), which is never run. Where "
+                "transformers knows the architecture, remove that entry."
             )
     return settings
 

@@ -18,6 +18,8 @@ from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
 from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.tasks.text import TextData, TextError, load_text
 
+# Where a model or a tokenizer names code of its own.
+_NAMES_CODE = ("config.json", "tokenizer_config.json")
 # Characters per call of a tokenizer: pieces end at line ends, so almost no token is cut.
 _PIECE = 100_000
 
@@ -112,17 +114,33 @@ def _pieces(text: str) -> list[str]:
     return pieces or [""]
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raises ValueError unless a folder may be loaded from: it is there and brings no code.
+
+    A name that is no folder would be looked for on the Hub, with the user's token; what
+    ``auto_map`` names would be run.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}. Download the model first; save_pretrained writes such a "
+            "folder."
+        )
+    for name in _NAMES_CODE:
+        if (place / name).exists():
+            local_settings(place, name)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or it brings code.
     """
     from transformers import AutoTokenizer
 
+    check_folder(folder)
     try:
-        if not Path(folder).is_dir() or (Path(folder) / "tokenizer_config.json").exists():
-            local_settings(folder, "tokenizer_config.json")
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, token=False
         )
@@ -139,16 +157,17 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
     """A causal language model from a folder, in evaluation mode.
 
     Args:
-        folder: What ``save_pretrained`` wrote; the Hub is never asked.
+        folder: What ``save_pretrained`` wrote; nothing is looked for on the Hub.
         device: Where to put it.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-        ValueError: If it cannot be loaded, weights are missing, or it names code of its own.
+        ValueError: If it cannot be loaded, weights are missing, or it brings code.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    check_folder(folder)
     try:
         _check_sizes(local_settings(folder, "config.json"))
         check_sealed(Path(folder))

@@ -17,7 +17,6 @@ from dilated_attention_pytorch.integrations.transformers.adapter import (
     save_adapter,
 )
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
-from dilated_attention_pytorch.integrations.transformers.base_identity import exact_identity
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
@@ -120,16 +119,14 @@ class Tuning(PretrainedTraining):
         self.teacher: Any = None
         if run.teacher is not None:
             self.teacher = load_teacher(run.teacher, self.model, run.device)
-            self.identities["teacher"] = exact_identity(self.teacher)
         self.lora: Any = None
         if run.train == "lora":
             self.lora = add_lora(self.model, run.lora_rank)
         adapted = None
         if run.attention == "sparse":
             if run.adapter is not None:
-                adapter = SelectorAdapter.read(run.adapter)
-                self.identities["adapter"] = adapter.identity()
-                adapted = adapter.apply(self.model)
+                # A folder, never a name on the Hub.
+                adapted = SelectorAdapter.read(run.adapter).apply(self.model)
             else:
                 adapted = adapt(self.model, run.config, layers=run.layers)
                 fit_low_rank(adapted, self.windows.data, length=run.seq_len)

@@ -1,8 +1,10 @@
 """Compiles ``cpp_forward.cpp`` with the user's own compiler at first use, and keeps the library.
 
 The source includes no header of PyTorch, so that this takes a second or two. The library lies in
-the user's cache folder under a name made from everything that it depends on; processes that build
-it at the same time each put a whole file in its place.
+the user's cache folder under a name made from everything that it depends on and from its own
+content; processes that build it at the same time each put a whole file in its place. What is
+loaded runs as the user: a library whose content is not what its name says, or that somebody else
+owns or may write, folder included, is not loaded but built anew.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ import os
 import platform
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
+
+from dilated_attention_pytorch.atomic_file import write_atomically
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
@@ -27,7 +35,10 @@ FLAGS = (
 MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 # Set to 0, nothing is compiled or loaded.
 SWITCH = "DILATED_ATTENTION_CPP"
-_SECONDS = 120
+# A compile takes two; a slow machine needs ten times as long.
+_SECONDS = 60
+# Bytes of what the compiler prints that are read.
+_SHOWN = 10_000
 
 
 def build_refusal() -> str | None:
@@ -54,7 +65,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the environment variable {SWITCH} is 0"
     if os.name != "posix":
         return None, f"it is built on Linux and macOS alone, not on {platform.system()}"
-    compiler = find_compiler()
+    try:
+        compiler = find_compiler()
+    except ValueError as error:
+        return None, f"the environment variable CXX is no command: {error}"
     if compiler is None:
         return None, (
             f"there is no C++ compiler ($CXX, {', '.join(COMPILERS)}); install one "
@@ -62,68 +76,175 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     try:
         return _cached_or_built(compiler), None
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         return None, f"building it with {shlex.join(compiler)} failed: {error}"
 
 
 def find_compiler() -> list[str] | None:
-    """The command of the C++ compiler: ``$CXX``, or the first one on the path; None: none."""
+    """The command of the C++ compiler: ``$CXX``, or the first one on the path; None: none.
+
+    Raises:
+        ValueError: If ``$CXX`` has a quote that does not end.
+    """
     wanted = shlex.split(os.environ.get("CXX", ""))
     if wanted:
         return wanted if shutil.which(wanted[0]) else None
     return next(([name] for name in COMPILERS if shutil.which(name)), None)
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, in a folder of our own."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "dilated_attention_pytorch"
+def cache_folder() -> Path | None:
+    """Where libraries are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, in a folder of our own.
+
+    A variable that holds no absolute path does not count. None: there is no such place, as for an
+    account without a home.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path("~/.cache").expanduser()
+        except RuntimeError:
+            return None
+    return base / "dilated_attention_pytorch" if base.is_absolute() else None
 
 
 def _cached_or_built(compiler: list[str]) -> ctypes.CDLL:
-    source = resources.files(__package__).joinpath("cpp_forward.cpp").read_text()
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False
-    ).stdout
+    source = resources.files(__package__).joinpath("cpp_forward.cpp").read_text("utf-8")
+    version = _run([*compiler, "--version"]).output
     parts = (source, str(FLAGS), str(MACHINE_FLAGS), shlex.join(compiler), version, _machine())
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".so"
+    words = "\0".join(parts).encode("utf-8", "backslashreplace")
+    key = hashlib.sha256(words).hexdigest()[:32]
+    cache = _own_cache()
+    if cache is not None:
+        for path in sorted(cache.glob(f"{key}-*.so")):
+            if _is_intact(path):
+                try:
+                    return _open(path)
+                except OSError:
+                    # Nothing there may be executed, or another machine made it.
+                    pass
+        try:
+            with tempfile.TemporaryDirectory(dir=cache) as work:
+                return _open(_keep(_compile(compiler, source, Path(work)), cache, key))
+        except OSError:
+            # The cache cannot be written to, or nothing in it may be executed.
+            pass
+    # A loaded library needs its file no more.
+    with tempfile.TemporaryDirectory() as work:
+        return _open(_compile(compiler, source, Path(work)))
+
+
+def _own_cache() -> Path | None:
+    """The cache folder, made if need be; None if there is none that is the user's alone."""
+    folder = cache_folder()
+    if folder is None:
+        return None
     try:
-        return ctypes.CDLL(str(cache_folder() / name))
-    except OSError:
-        # Not there, or damaged.
-        pass
-    try:
-        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            built = _compile(compiler, source, Path(work))
-            return ctypes.CDLL(str(built.replace(folder / name)))
+        return folder if _is_private(os.lstat(folder), stat.S_ISDIR) else None
     except OSError:
-        # The cache cannot be written to, or nothing in it may be executed. A loaded library needs
-        # its file no more.
-        with tempfile.TemporaryDirectory() as work:
-            return ctypes.CDLL(str(_compile(compiler, source, Path(work))))
+        return None
+
+
+def _is_private(found: os.stat_result, kind: Callable[[int], bool]) -> bool:
+    """Whether it is of a kind, is the user's, and nobody else may write it."""
+    return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a library is the user's and its content is what its name says.
+
+    Looked at before it is mapped: a file that was cut short would end the process.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not _is_private(os.fstat(descriptor), stat.S_ISREG):
+                return False
+            return _name_of(path.name.partition("-")[0], file.read()) == path.name
+    except OSError:
+        return False
+
+
+def _name_of(key: str, content: bytes) -> str:
+    return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _keep(built: Path, cache: Path, key: str) -> Path:
+    """Puts a library into the cache, in the place of others for the same use."""
+    content = built.read_bytes()
+    kept = cache / _name_of(key, content)
+    write_atomically(kept, content, mode=0o700)
+    for path in cache.glob(f"{key}-*.so"):
+        # One that another process has just put there may stay.
+        if path != kept and not _is_intact(path):
+            path.unlink(missing_ok=True)
+    return kept
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Loads a library.
+
+    Raises:
+        OSError: If it cannot be loaded, or lacks the kernel.
+    """
+    loaded = ctypes.CDLL(str(path))
+    if not hasattr(loaded, "block_sparse_forward"):
+        raise OSError(f"{path.name} has no block_sparse_forward")
+    return loaded
 
 
 def _compile(compiler: list[str], source: str, folder: Path) -> Path:
-    """Compiles into a folder that nobody else uses; returns the library's path."""
-    (folder / "forward.cpp").write_text(source)
+    """Compiles into a folder that nobody else uses; returns the library's path.
+
+    Raises:
+        ValueError: If the compiler refuses.
+    """
+    (folder / "forward.cpp").write_text(source, "utf-8")
     out, complaint = folder / "forward.so", ""
     for flags in MACHINE_FLAGS:
-        command = [*compiler, *FLAGS, *flags, str(folder / "forward.cpp"), "-o", str(out)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
-        if done.returncode == 0:
+        done = _run([*compiler, *FLAGS, *flags, str(folder / "forward.cpp"), "-o", str(out)])
+        if done.status == 0:
             return out
-        complaint = complaint or done.stderr.strip()[-500:] or f"exit status {done.returncode}"
-    raise OSError(complaint)
+        complaint = complaint or done.output.strip()[-500:] or f"exit status {done.status}"
+    raise ValueError(complaint)
+
+
+class _Done(NamedTuple):
+    """What a command has left: its exit status and the end of all that it printed."""
+
+    status: int
+    output: str
+
+
+def _run(command: list[str]) -> _Done:
+    """Runs a command of the compiler, which may hang, never end to print, or print anything.
+
+    Raises:
+        OSError: If it cannot be started.
+        subprocess.TimeoutExpired: If it takes too long; it and what it has started are ended.
+    """
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise subprocess.TimeoutExpired(shlex.join(command[:1]), _SECONDS) from None
+        finally:
+            if process.returncode is None:
+                # A compiler is several processes.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        printed.seek(max(0, printed.tell() - _SHOWN))
+        return _Done(status, printed.read(_SHOWN).decode("utf-8", "replace"))
 
 
 def _machine() -> str:
     """What the compiler's choice of instructions depends on: a home may be shared by machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return f"{platform.platform()} {platform.node()}"
     names = ("flags", "Features", "model name", "CPU part", "isa")
