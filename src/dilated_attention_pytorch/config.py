@@ -152,7 +152,7 @@ class AdaptiveConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         if isinstance(self.pooling, str):
-            raise TypeError(f"pooling must be a sequence of names, got {self.pooling!r}.")
+            raise TypeError(f"pooling must be a sequence of names, got {short_repr(self.pooling)}.")
         check_types(self)
         _check_ranges(self)
         check_largest(self)
@@ -164,11 +164,14 @@ class AdaptiveConfig:
             ("query_scope", QUERY_SCOPES),
         ):
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {valid}, got {short_repr(getattr(self, name))}."
+                )
         unknown = [name for name in self.pooling if name not in POOLINGS]
         if unknown or not self.pooling or len(set(self.pooling)) != len(self.pooling):
             raise ValueError(
-                f"pooling must name one or more of {POOLINGS}, each once, got {self.pooling}."
+                f"pooling must name one or more of {POOLINGS}, each once, got "
+                f"{short_repr(self.pooling)}."
             )
         if self.scorer == "prototypes" and self.pooling != ("attention",):
             raise ValueError(

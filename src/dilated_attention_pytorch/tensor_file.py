@@ -105,7 +105,7 @@ def read_tensor_file(
     if metadata.get("format") != file_format or version not in versions:
         raise ValueError(
             f"{path} must be {kind} of version {' or '.join(versions)}, got "
-            f"format={metadata.get('format')!r} version={version!r}."
+            f"format={short_repr(metadata.get('format'))} version={short_repr(version)}."
         )
     if version != versions[0] and "digest" not in metadata:
         raise ValueError(

@@ -32,6 +32,7 @@ from dilated_attention_pytorch.selection.threshold import (
     threshold_budget,
 )
 from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.strict_json import short_repr
 
 METHODS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 BUDGETS = ("fixed", "threshold")
@@ -77,7 +78,9 @@ class TrainingFreeConfig:
         check_largest(self)
         for name, valid in (("method", METHODS), ("budget", BUDGETS)):
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {valid}, got {short_repr(getattr(self, name))}."
+                )
         if self.method == "sink_window" and self.budget != "fixed":
             raise ValueError("method 'sink_window' has no scores: budget must be 'fixed'.")
         check_sparsity("base_sparsity", self.base_sparsity)

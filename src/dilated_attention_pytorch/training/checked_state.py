@@ -29,7 +29,7 @@ def check_loop_state(state: Mapping[str, Any], key: str, path: Path) -> None:
     def refuse(name: str, expected: str) -> None:
         raise CheckpointError(
             f"{name} in the checkpoint {path} must be {expected}, got "
-            f"{short_repr(state.get(name))}. Go on from an earlier one, or start a new run."
+            f"{_shown(state.get(name))}. Go on from an earlier one, or start a new run."
         )
 
     for name in (key, *_LOOP_KEYS):
@@ -46,8 +46,9 @@ def check_loop_state(state: Mapping[str, Any], key: str, path: Path) -> None:
         refuse("losses", "finite numbers")
     if not _finite(state["loss_seconds"]) or state["loss_seconds"] < 0:
         refuse("loss_seconds", "a number from 0")
-    if state["training"].get("step_count") != state["step"]:
-        refuse("step", f"that of its training, {short_repr(state['training'].get('step_count'))}")
+    count = state["training"].get("step_count")
+    if type(count) is not int or count != state["step"]:
+        refuse("step", "the step_count of its training")
 
 
 @contextmanager
@@ -83,6 +84,8 @@ def check_training_state(own: Mapping[str, Any], saved: Any, parameters: list[An
     for name, value in own.items():
         if name == "optimizer":
             _check_optimizer(value, saved[name], parameters)
+        elif name == "trainer" and isinstance(value, Mapping):
+            _check_equal(name, value, saved[name], moving="current_step")
         elif name.startswith("random"):
             _check_random(name, value, saved[name])
         else:
@@ -150,18 +153,11 @@ def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) 
     if not isinstance(saved, Mapping) or set(saved) != {"state", "param_groups"}:
         raise _other(name, "the state of an optimiser", saved)
     groups, state = saved["param_groups"], saved["state"]
-    _check_form(
-        f"{name}.param_groups",
-        [{"params": group["params"], "lr": 0.0} for group in own["param_groups"]],
-        [
-            {key: group[key] for key in ("params", "lr") if key in group}
-            if isinstance(group, Mapping)
-            else group
-            for group in (groups if isinstance(groups, list) else [])
-        ],
-    )
-    if [group["params"] for group in groups] != [g["params"] for g in own["param_groups"]]:
-        raise CheckpointError("the optimiser of the checkpoint has other parameters.")
+    own_groups = own["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own_groups):
+        raise _other(f"{name}.param_groups", f"{len(own_groups)} groups", groups)
+    for own_group, group in zip(own_groups, groups, strict=True):
+        _check_equal(f"{name}.param_groups", own_group, group, moving="lr")
     if not isinstance(state, Mapping):
         raise _other(f"{name}.state", "a mapping", state)
     for number, values in state.items():
@@ -175,6 +171,23 @@ def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) 
         for key, value in values.items():
             shape = () if key == "step" else tuple(parameters[number].shape)
             _check_tensor(f"{name}.state[{number}].{key}", torch.empty(shape, device="meta"), value)
+            # Of its squares and its steps.
+            if key != "exp_avg" and bool((value < 0).any()):
+                raise _other(f"{name}.state[{number}].{key}", "not negative", value.flatten()[:4])
+
+
+def _check_equal(name: str, own: Mapping[str, Any], saved: Any, moving: str) -> None:
+    """Settings follow from the run's own: they are the same, but for one number from 0."""
+    if not isinstance(saved, Mapping) or set(saved) != set(own):
+        raise _other(name, f"settings named {sorted(own)}", saved)
+    for key, value in own.items():
+        found = saved[key]
+        if key == moving:
+            _check_form(f"{name}.{key}", value, found)
+            if found < 0:
+                raise _other(f"{name}.{key}", "not negative", found)
+        elif not _is_equal(value, found):
+            raise _other(f"{name}.{key}", f"{value!r}", found)
 
 
 def _check_random(name: str, own: Tensor | None, saved: Any) -> None:
@@ -191,9 +204,21 @@ def _check_random(name: str, own: Tensor | None, saved: Any) -> None:
             raise CheckpointError(f"{name} of the checkpoint is no state: {error}.") from error
 
 
+def _shown(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else short_repr(value)
+
+
+def _is_equal(own: Any, saved: Any) -> bool:
+    if isinstance(own, list | tuple):
+        return (
+            type(saved) is type(own) and len(saved) == len(own) and all(map(_is_equal, own, saved))
+        )
+    return type(saved) is type(own) and bool(saved == own)
+
+
 def _finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value)
 
 
 def _other(name: str, expected: str, saved: Any) -> CheckpointError:
-    return CheckpointError(f"{name} of the checkpoint must be {expected}, got {short_repr(saved)}.")
+    return CheckpointError(f"{name} of the checkpoint must be {expected}, got {_shown(saved)}.")

@@ -233,7 +233,9 @@ class AdaptiveSparsityTrainer:
 
 def _check_schedule(schedule: str) -> None:
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}.")
+        raise ValueError(
+            f"schedule must be one of {sorted(SCHEDULES)}, got {short_repr(schedule)}."
+        )
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:
