@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dilated_attention_pytorch.config import check_types, from_plain
 from dilated_attention_pytorch.tasks.text import TextData, load_text
 from dilated_attention_pytorch.training.checked_state import check_shapes, checkpoint_settings
@@ -159,7 +161,8 @@ def check_model_state(run: LanguageModelRun, state: Mapping[str, Any]) -> None:
 
     The model is not allocated for it: settings that somebody else wrote may be of any size.
     """
-    model = build_language_model(replace(run, device="meta"))
+    with torch.device("meta"):
+        model = build_language_model(replace(run, device="meta"))
     check_shapes(model.state_dict(), state["training"].get("model"), "model")
 
 
