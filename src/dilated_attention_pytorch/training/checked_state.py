@@ -38,6 +38,9 @@ def check_loop_state(state: Mapping[str, Any], key: str, path: Path) -> None:
     for name in (key, "latest", "training"):
         if not isinstance(state[name], dict):
             refuse(name, "a mapping")
+    inputs = state.get("inputs", {})
+    if not isinstance(inputs, dict) or not all(isinstance(x, str) for x in inputs.values()):
+        refuse("inputs", "digests by name")
     if not isinstance(state["fingerprint"], str):
         refuse("fingerprint", "a string")
     if not all(value is None or _finite(value) for value in state["latest"].values()):

@@ -199,12 +199,16 @@ class FolderLoop(ABC, Generic[Model, Data]):
             CheckpointError: If the text, or a model that is read, has changed.
         """
         found = self.inputs()
-        for name, digest in state.get("inputs", {}).items():
-            if found.get(name) != digest:
+        # Earlier versions noted none.
+        saved = state.get("inputs", found)
+        for name in sorted({*found, *saved}):
+            own, other = found.get(name, "none"), saved.get(name, "none")
+            if own != other:
                 raise CheckpointError(
                     f"the {name} has changed since the checkpoint of step {state['step']} in "
-                    f"{self.folder}; going on would not give the same result. Restore it, or "
-                    "start a new run with another --out."
+                    f"{self.folder}: its digest was {other[:16]}, and is now {own[:16]}. Going on "
+                    "would not give the same result. Restore it, or start a new run with another "
+                    "--out."
                 )
         if self.text.fingerprint() != state["fingerprint"]:
             raise CheckpointError(

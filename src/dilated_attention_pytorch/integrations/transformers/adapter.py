@@ -36,6 +36,15 @@ from dilated_attention_pytorch.integrations.transformers.base_identity import (
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "AdapterError",
+    "SelectorAdapter",
+    "load_adapter",
+    "save_adapter",
+]
+
 # The name of a repository on the Hub: owner and name.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 

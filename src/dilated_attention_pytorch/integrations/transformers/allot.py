@@ -12,10 +12,10 @@ from typing import Any
 from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.config import check_types
 from dilated_attention_pytorch.file_access import read_file
-from dilated_attention_pytorch.integrations.transformers.adapter import (
+from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    SelectorAdapter,
 )
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,

@@ -9,10 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-from dilated_attention_pytorch.integrations.transformers.adapter import (
-    AdapterError,
-    SelectorAdapter,
-)
+from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.adapter_file import AdapterError
 from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob, PretrainedLoop
 from dilated_attention_pytorch.integrations.transformers.lora import load_lora
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
@@ -57,7 +55,8 @@ class SavedAdapter:
         """
         adapter = SelectorAdapter.read(folder)
         for number, config in adapter.configs.items():
-            if config.budget == "threshold" and not len(adapter.tensors[f"{number}.thresholds"]):
+            rows = adapter.tensors.get(f"{number}.thresholds", ())
+            if config.budget == "threshold" and not len(rows):
                 raise AdapterError(
                     f"layer {number} of the adapter in {folder} has no thresholds: call "
                     "integrations.transformers.calibrate.calibrate before save_adapter."

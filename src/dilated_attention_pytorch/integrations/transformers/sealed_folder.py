@@ -42,7 +42,7 @@ def check_sealed(folder: Path) -> None:
     except FileNotFoundError:
         return
     about = unsealed(parse_json(content, str(place)), str(place), required=True)
-    files = about.get("files")
+    files = about.get("files", {})
     if about.get("format") != _FORMAT or about.get("version") != 1 or not _are_digests(files):
         raise ValueError(f"{place} must hold the digests of files, got {short_repr(about)}.")
     for name, digest in files.items():
