@@ -111,15 +111,15 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="third"):
         fill("b", RuntimeError("third"))
     assert [path.name for path in folder.iterdir()] == ["a"]
-    rename = os.rename
+    replace = os.replace
     with monkeypatch.context() as patch:
 
         def fail(source: Path, target: Path) -> None:
             if str(source).endswith(".new"):
                 raise OSError(5, "input/output error")
-            rename(source, target)
+            replace(source, target)
 
-        patch.setattr(os, "rename", fail)
+        patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="input/output"):
             fill("b")
     assert [path.name for path in folder.iterdir()] == ["a"]
@@ -190,6 +190,10 @@ def test_tensors_come_back_with_their_digest() -> None:
     found, metadata = parse_tensors(content, "x", required=True)
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     assert metadata["format"] == "x"
+    # The same content is the same bytes, whatever order it comes in.
+    named = {"format": "x", "b": "1", "a": "2"}
+    turned = tensor_bytes(dict(reversed(tensors.items())), dict(reversed(named.items())))
+    assert all(tensor_bytes(tensors, named) == turned for _ in range(8))
     # Any reader of the format takes it.
     assert torch.equal(load(content)["c"], own[:, 1])
     # The digest is of what is in it: another order of the header is the same.

@@ -104,7 +104,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # What a machine that stopped in between has left.
     if old.is_dir() and not folder.exists():
-        os.rename(old, folder)
+        os.replace(old, folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir()
@@ -115,12 +115,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                 _sync(path)
         exists = os.path.lexists(folder)
         if exists:
-            os.rename(folder, old)
+            os.replace(folder, old)
         try:
-            os.rename(new, folder)
+            os.replace(new, folder)
         except BaseException:
             if exists:
-                os.rename(old, folder)
+                os.replace(old, folder)
             raise
     finally:
         shutil.rmtree(new, ignore_errors=True)

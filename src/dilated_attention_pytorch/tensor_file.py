@@ -34,8 +34,13 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
     # Two names of one memory would be refused.
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    header, data = _split(save(own, dict(metadata)), "the new file")
-    return save(own, {**metadata, "digest": _digest(header, data)})
+    tensors_alone, data = _split(save(own), "the new file")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items())), **tensors_alone}
+    header["__metadata__"]["digest"] = _digest(header, data)
+    # The library writes metadata in an order of chance: the same content must give the same bytes.
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, data))
 
 
 def write_tensor_file(
