@@ -370,6 +370,7 @@ def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
         Evaluation,
         block_size_of,
     )
+    from dilated_attention_pytorch.integrations.transformers.lora import load_lora
     from dilated_attention_pytorch.integrations.transformers.tokens import (
         load_model,
         load_tokenizer,
@@ -378,10 +379,8 @@ def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
     place = folder / "model" if (folder / "model").is_dir() else MODEL
     model = load_model(place, device=options.device, dtype=options.weights)
     if (folder / "lora").is_dir():
-        from peft import PeftModel
-
         # Low-rank changes go into the model's own layers.
-        PeftModel.from_pretrained(model, str(folder / "lora"))
+        load_lora(model, folder / "lora")
     adapter, size = None, options.block_size
     if (folder / "adapter").is_dir():
         adapter = SelectorAdapter.read(folder / "adapter")

@@ -17,7 +17,16 @@ PACKAGE = "dilated_attention_pytorch"
 ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
-    ("mask", "config", "tensor_file", "tracing", "atomic_file", "printable"),
+    (
+        "mask",
+        "config",
+        "atomic_file",
+        "file_access",
+        "printable",
+        "strict_json",
+        "tensor_file",
+        "tracing",
+    ),
     ("pattern",),
     ("candidates", "fixed_patterns", "scoring", "selection"),
     ("ops",),
@@ -57,7 +66,7 @@ OPTIONAL = {
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("tensor_file", "pattern", "analysis", "training", "integrations"),
+    "safetensors": ("tensor_file", "integrations.transformers.tokens"),
 }
 
 

@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> 
         OSError: If it cannot be written, or if ``path`` is a folder or a device.
     """
     own = _mode_of(path)
-    temporary = path.with_name(f".dilated-attention-{secrets.token_hex(8)}.tmp")
+    temporary = unfinished_name(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     # Windows has neither, and tells text from bytes.
     for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
@@ -54,6 +54,11 @@ def write_atomically(path: Path, content: bytes, *, mode: int | None = None) -> 
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def unfinished_name(path: Path) -> Path:
+    """A name beside a path that nobody can foresee, for what is not finished."""
+    return path.with_name(f".dilated-attention-{secrets.token_hex(8)}.tmp")
 
 
 def _mode_of(path: Path) -> int | None:

@@ -6,15 +6,31 @@ import dataclasses
 import math
 import numbers
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
+
+from dilated_attention_pytorch.strict_json import short_repr
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
 SCORERS = ("bilinear", "mlp", "prototypes", "low_rank")
 BUDGETS = ("adaptive", "fixed", "top_p", "threshold")
 POOLINGS = ("mean", "max", "min", "attention")
 QUERY_SCOPES = ("block", "past")
+# Far above what is of use, and low enough that settings of others cannot fill the memory.
+LARGEST = {
+    "hidden_dim": 2**14, "num_layers": 256, "block_size": 2**16, "num_prototypes": 2**12,
+    "query_stride": 2**16, "hierarchy_keep": 2**20, "num_selected_blocks": 2**24,
+    "num_local_blocks": 2**24, "num_sink_blocks": 2**24, "num_explore_blocks": 2**24,
+    "stride": 2**16, "dim": 2**16, "num_heads": 2**12, "seq_len": 2**31, "batch_size": 2**16,
+    "threads": 2**12, "validation_sequences": 2**20, "validation_windows": 2**20,
+    "lora_rank": 2**12,
+}  # fmt: skip
+_DEEPEST, _WIDEST = 16, 2**16
+_LONGEST_TEXT = 4096
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +152,10 @@ class AdaptiveConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         if isinstance(self.pooling, str):
-            raise TypeError(f"pooling must be a sequence of names, got {self.pooling!r}.")
-        object.__setattr__(self, "pooling", tuple(self.pooling))
-        if not isinstance(self.hierarchy, list | tuple):
-            raise TypeError(f"hierarchy must be a sequence of ints, got {self.hierarchy!r}.")
-        hierarchy = tuple(as_int("an entry of hierarchy", size) for size in self.hierarchy)
-        object.__setattr__(self, "hierarchy", hierarchy)
-        _check_types(self)
+            raise TypeError(f"pooling must be a sequence of names, got {short_repr(self.pooling)}.")
+        check_types(self)
         _check_ranges(self)
+        check_largest(self)
         _check_hierarchy(self)
         for name, valid in (
             ("estimator", ESTIMATORS),
@@ -152,11 +164,14 @@ class AdaptiveConfig:
             ("query_scope", QUERY_SCOPES),
         ):
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {valid}, got {short_repr(getattr(self, name))}."
+                )
         unknown = [name for name in self.pooling if name not in POOLINGS]
         if unknown or not self.pooling or len(set(self.pooling)) != len(self.pooling):
             raise ValueError(
-                f"pooling must name one or more of {POOLINGS}, each once, got {self.pooling}."
+                f"pooling must name one or more of {POOLINGS}, each once, got "
+                f"{short_repr(self.pooling)}."
             )
         if self.scorer == "prototypes" and self.pooling != ("attention",):
             raise ValueError(
@@ -194,34 +209,96 @@ class AdaptiveConfig:
         """Builds a config from :meth:`to_dict`'s result.
 
         Raises:
-            ValueError: If a key is unknown.
+            TypeError: If it is no mapping, or a field has the wrong type.
+            ValueError: If a key is unknown, or a field out of range.
         """
-        names = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise ValueError(
-                f"values has unknown keys {unknown}; AdaptiveConfig knows {sorted(names)}."
-            )
-        return cls(**values)
+        return from_plain(cls, values)
 
 
-def _check_types(config: AdaptiveConfig) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type == "bool" and not isinstance(value, bool):
-            raise TypeError(f"{field.name} must be True or False, got {value!r}.")
-        if field.type in ("int", "int | None"):
-            if value is None and field.type == "int | None":
-                continue
-            object.__setattr__(config, field.name, as_int(field.name, value))
-        if field.type == "float":
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{field.name} must be a number, got {value!r}.")
-            if not math.isfinite(value):
-                raise ValueError(f"{field.name} must be finite, got {value}.")
-            object.__setattr__(config, field.name, float(value))
-        if field.type == "str" and not isinstance(value, str):
-            raise TypeError(f"{field.name} must be a string, got {value!r}.")
+def from_plain(cls: type[Settings], values: Mapping[str, Any], **made: Any) -> Settings:
+    """Builds settings from plain values such as JSON holds; lists become tuples.
+
+    Args:
+        cls: A dataclass that checks its fields.
+        values: By field; fields with a default may be missing.
+        **made: Fields that are built already, in place of those values.
+
+    Raises:
+        TypeError: If it is no mapping, or a field has the wrong type.
+        ValueError: If a key is unknown or missing, or a field out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values must be a mapping of settings, got {type(values).__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = [name for name in values if name not in fields]
+    if unknown:
+        raise ValueError(
+            f"values has unknown keys {short_repr(sorted(unknown, key=str))}; {cls.__name__} knows "
+            f"{sorted(fields)}."
+        )
+    nothing = dataclasses.MISSING
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in {*values, *made} and f.default is nothing and f.default_factory is nothing
+    ]
+    if missing:
+        raise ValueError(f"values must hold {missing} too, to make a {cls.__name__}.")
+    tuples = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return cls(**{**tuples, **made})
+
+
+def check_types(settings: Any) -> None:
+    """Checks the plain fields of a dataclass by their annotations; numbers become such.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a number is not finite, or an integer has more than 64 bits.
+    """
+    for field in dataclasses.fields(settings):
+        kind, value = str(field.type).removesuffix(" | None"), getattr(settings, field.name)
+        if value is None and kind != field.type:
+            continue
+        if entries := re.fullmatch(r"tuple\[(int|float|str), \.\.\.\]", kind):
+            if not isinstance(value, list | tuple):
+                raise TypeError(f"{field.name} must be a sequence, got {short_repr(value)}.")
+            name = f"an entry of {field.name}"
+            plain: Any = tuple(_plain_value(entries[1], name, entry) for entry in value)
+        elif kind in ("bool", "int", "float", "str"):
+            plain = _plain_value(kind, field.name, value)
+        else:
+            continue
+        object.__setattr__(settings, field.name, plain)
+
+
+def _plain_value(kind: str, name: str, value: Any) -> Any:
+    if kind == "bool" and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {short_repr(value)}.")
+    if kind == "int":
+        value = as_int(name, value)
+        if abs(value) >= 2**63:
+            raise ValueError(f"{name} must have at most 64 bits, got {value.bit_length()}.")
+    if kind == "float":
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {short_repr(value)}.")
+        if (isinstance(value, int) and abs(value) >= 2**63) or not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {short_repr(value)}.")
+        value = float(value)
+    if kind == "str" and not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {short_repr(value)}.")
+    if kind == "str" and len(value) > _LONGEST_TEXT:
+        raise ValueError(f"{name} must have at most {_LONGEST_TEXT} characters, got {len(value)}.")
+    return value
+
+
+def check_largest(settings: Any) -> None:
+    """Raises ValueError if a size is beyond what anything is built with (:data:`LARGEST`)."""
+    for name, largest in LARGEST.items():
+        value = getattr(settings, name, None)
+        if value is not None and value > largest:
+            raise ValueError(f"{name} must be at most {largest:,}, got {value:,}.")
 
 
 def _check_ranges(config: AdaptiveConfig) -> None:
@@ -258,8 +335,11 @@ def _check_ranges(config: AdaptiveConfig) -> None:
 
 
 def _check_hierarchy(config: AdaptiveConfig) -> None:
-    if any(size < 2 for size in config.hierarchy):
-        raise ValueError(f"hierarchy must hold sizes of at least 2, got {config.hierarchy}.")
+    if len(config.hierarchy) > _DEEPEST or any(not 2 <= x <= _WIDEST for x in config.hierarchy):
+        raise ValueError(
+            f"hierarchy must hold at most {_DEEPEST} sizes of at least 2 (and at most "
+            f"{_WIDEST:,}), got {short_repr(config.hierarchy)}."
+        )
     if config.hierarchy and config.estimator != "mass":
         raise ValueError(
             f"hierarchy needs estimator='mass', which trains its scorers; got {config.estimator!r}."
@@ -283,11 +363,11 @@ def as_int(name: str, value: SupportsIndex) -> int:
         TypeError: If it is none, or a bool.
     """
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
+        raise TypeError(f"{name} must be an int, got {short_repr(value)}.")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}.") from None
+        raise TypeError(f"{name} must be an int, got {short_repr(value)}.") from None
 
 
 def check_sparsity(name: str, value: float) -> None:

@@ -6,19 +6,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.tensor_file import read_tensor_file
+from dilated_attention_pytorch.strict_json import short_repr
+from dilated_attention_pytorch.tensor_file import read_tensor_file, write_tensor_file
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _FILE_FORMAT = "dilated_attention_pytorch.block_pattern"
-_FILE_VERSION = "1"
+# The first has no digest of its content.
+_FILE_VERSIONS = ("1", "2")
+# Of a file: what is built from a pattern goes by its blocks.
+_MOST_BLOCKS, _LONGEST = 2**24, 2**40
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,18 +355,18 @@ class BlockPattern:
         return cls.from_dense(dense, q_len=q_len, kv_len=kv_len, block_size=(size[0], size[1]))
 
     def save(self, path: str | Path) -> None:
-        """Writes the pattern as a safetensors file (needs the ``safetensors`` package)."""
-        from safetensors.torch import save_file
+        """Writes the pattern as a safetensors file (needs the ``safetensors`` package).
 
-        tensors = {
-            "kv_num_blocks": self.kv_num_blocks.contiguous().cpu(),
-            "kv_indices": self.kv_indices.contiguous().cpu(),
-        }
+        The file holds a digest of its content. It is written whole, or not at all: after an error
+        a file that was there is as before.
+        """
+        tensors = {"kv_num_blocks": self.kv_num_blocks, "kv_indices": self.kv_indices}
         if self.kv_num_allowed is not None:
-            tensors["kv_num_allowed"] = self.kv_num_allowed.contiguous().cpu()
+            tensors["kv_num_allowed"] = self.kv_num_allowed
         about = {"q_len": self.q_len, "kv_len": self.kv_len, "block_size": list(self.block_size)}
-        metadata = {"format": _FILE_FORMAT, "version": _FILE_VERSION, "about": json.dumps(about)}
-        save_file(tensors, str(path), metadata=metadata)
+        version = _FILE_VERSIONS[-1]
+        metadata = {"format": _FILE_FORMAT, "version": version, "about": json.dumps(about)}
+        write_tensor_file(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> BlockPattern:
@@ -370,26 +374,69 @@ class BlockPattern:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is something else or of a newer version.
+            ValueError: If the file is damaged, something else or of a newer version.
         """
-        tensors, metadata = read_tensor_file(
-            path, kind="a block pattern", file_format=_FILE_FORMAT, version=_FILE_VERSION
+        tensors, about = read_tensor_file(
+            path, kind="a block pattern", file_format=_FILE_FORMAT, versions=_FILE_VERSIONS
         )
-        try:
-            about = json.loads(metadata["about"])
-            fields = (
-                tensors["kv_num_blocks"],
-                tensors["kv_indices"],
-                int(about["q_len"]),
-                int(about["kv_len"]),
-                (int(about["block_size"][0]), int(about["block_size"][1])),
-            )
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        missing = {"kv_num_blocks", "kv_indices"} - set(tensors)
+        unknown = set(tensors) - {"kv_num_blocks", "kv_indices", "kv_num_allowed"}
+        sizes = (about.get("q_len"), about.get("kv_len"), about.get("block_size"))
+        if missing or unknown or set(about) != {"q_len", "kv_len", "block_size"}:
             raise ValueError(
                 f"{path} must hold kv_num_blocks, kv_indices and the lengths and block sizes that "
-                f"BlockPattern.save writes, but one is missing or unreadable: {error!r}."
-            ) from error
-        return cls(*fields, tensors.get("kv_num_allowed"))
+                "BlockPattern.save writes, and nothing else, but one is missing or unreadable: "
+                f"missing are {sorted(missing)}, unknown {short_repr(sorted(unknown))}, and it "
+                f"says {short_repr(about)}."
+            )
+        q_len, kv_len, block_size = _file_sizes(path, *sizes)
+        allowed = tensors.get("kv_num_allowed")
+        try:
+            pattern = cls(
+                tensors["kv_num_blocks"], tensors["kv_indices"], q_len, kv_len, block_size, allowed
+            )
+            if allowed is not None:
+                _check_allowed(allowed, pattern)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no valid pattern: {error}") from error
+        return pattern
+
+
+def _file_sizes(
+    path: str | Path, q_len: Any, kv_len: Any, block_size: Any
+) -> tuple[int, int, tuple[int, int]]:
+    """The lengths and block sizes of a file, if they are sizes that a pattern can have."""
+    if not isinstance(block_size, list) or len(block_size) != 2:
+        raise ValueError(f"{path} must hold two block sizes, got {short_repr(block_size)}.")
+    sizes = [q_len, kv_len, *block_size]
+    least = (0, 0, 1, 1)
+    if any(type(x) is not int or not a <= x <= _LONGEST for x, a in zip(sizes, least, strict=True)):
+        raise ValueError(
+            f"{path} must hold lengths from 0 and block sizes from 1, whole numbers up to 2**40, "
+            f"got {short_repr(sizes)}."
+        )
+    blocks = max(ceil_div(q_len, block_size[0]), ceil_div(kv_len, block_size[1]))
+    if blocks > _MOST_BLOCKS:
+        raise ValueError(f"{path} must be of at most {_MOST_BLOCKS:,} blocks, got {blocks:,}.")
+    return q_len, kv_len, (block_size[0], block_size[1])
+
+
+def _check_allowed(allowed: Tensor, pattern: BlockPattern) -> None:
+    """Raises unless the numbers of allowed blocks are such."""
+    shape = pattern.kv_num_blocks.shape
+    fits = allowed.dim() <= 3 and all(
+        own in (1, other) for own, other in zip(allowed.shape[::-1], shape[::-1], strict=False)
+    )
+    if allowed.is_floating_point() or allowed.dtype == torch.bool or not fits:
+        raise ValueError(
+            f"kv_num_allowed must be integers that broadcast to {tuple(shape)}, got "
+            f"{allowed.dtype} {tuple(allowed.shape)}."
+        )
+    if bool(((allowed < 0) | (allowed > pattern.num_key_blocks)).any()):
+        raise ValueError(
+            f"kv_num_allowed must lie in [0, {pattern.num_key_blocks}], got values from "
+            f"{int(allowed.min())} to {int(allowed.max())}."
+        )
 
 
 # By device type: a faster way to build the transpose, which ``ops`` enters where it has one.

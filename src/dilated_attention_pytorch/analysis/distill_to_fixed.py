@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.analysis.recording import Recording
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.distilled import BlockSparseDistilled
-from dilated_attention_pytorch.tensor_file import read_tensor_file
+from dilated_attention_pytorch.strict_json import short_repr
+from dilated_attention_pytorch.tensor_file import read_tensor_file, write_tensor_file
 
 _FILE_FORMAT = "dilated_attention_pytorch.distilled_patterns"
-_FILE_VERSION = "1"
+_LARGEST_BLOCK = 2**20
+# The first has no digest of its content.
+_FILE_VERSIONS = ("1", "2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +72,12 @@ class DistilledPatterns:
         return out
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file (needs the ``safetensors`` package)."""
-        from safetensors.torch import save_file
-
-        tensors = {f"frequency.{name}": x.contiguous() for name, x in self.frequency.items()}
-        tensors |= {f"mean_count.{name}": x.contiguous() for name, x in self.mean_count.items()}
+        """Writes a safetensors file (needs the ``safetensors`` package): whole, or not at all."""
+        tensors = {f"frequency.{name}": x for name, x in self.frequency.items()}
+        tensors |= {f"mean_count.{name}": x for name, x in self.mean_count.items()}
         about = json.dumps({"block_size": self.block_size})
-        metadata = {"format": _FILE_FORMAT, "version": _FILE_VERSION, "about": about}
-        save_file(tensors, str(path), metadata=metadata)
+        metadata = {"format": _FILE_FORMAT, "version": _FILE_VERSIONS[-1], "about": about}
+        write_tensor_file(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> DistilledPatterns:
@@ -84,13 +85,13 @@ class DistilledPatterns:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is something else.
+            ValueError: If it is damaged, or something else.
         """
-        tensors, metadata = read_tensor_file(
+        tensors, about = read_tensor_file(
             path,
             kind="distilled patterns",
             file_format=_FILE_FORMAT,
-            version=_FILE_VERSION,
+            versions=_FILE_VERSIONS,
         )
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -100,8 +101,21 @@ class DistilledPatterns:
                 if name.startswith(prefix)
             }
 
-        size = int(json.loads(metadata["about"])["block_size"])
-        return cls(part("frequency."), part("mean_count."), size)
+        size = about.get("block_size")
+        if type(size) is not int or not 1 <= size <= _LARGEST_BLOCK or len(about) != 1:
+            raise ValueError(
+                f"{path} must say a block_size from 1 to {_LARGEST_BLOCK}, and nothing else, got "
+                f"{short_repr(about)}."
+            )
+        frequency, mean_count = part("frequency."), part("mean_count.")
+        if set(frequency) != set(mean_count) or len(tensors) != 2 * len(frequency):
+            raise ValueError(
+                f"{path} must hold a frequency and a mean_count of every layer, got "
+                f"{short_repr(sorted(tensors))}."
+            )
+        for name, values in frequency.items():
+            _check_layer(f"layer {short_repr(name)} in {path}", values, mean_count[name])
+        return cls(frequency, mean_count, size)
 
 
 def distill_to_fixed(recording: Recording) -> DistilledPatterns:
@@ -143,6 +157,21 @@ def distill_to_fixed(recording: Recording) -> DistilledPatterns:
         frequency[name] = kept.mean(0)
         mean_count[name] = kept.sum(-1).mean(0)
     return DistilledPatterns(frequency, mean_count, size[0])
+
+
+def _check_layer(what: str, frequency: Tensor, mean_count: Tensor) -> None:
+    """Raises ValueError unless these are shares of samples, and numbers of tiles."""
+    if frequency.dim() != 3 or mean_count.shape != frequency.shape[:2]:
+        raise ValueError(
+            f"{what} must hold a frequency (h, i, j) and a mean_count (h, i), got "
+            f"{tuple(frequency.shape)} and {tuple(mean_count.shape)}."
+        )
+    most = float(frequency.shape[2])
+    for name, values, high in (("frequency", frequency, 1.0), ("mean_count", mean_count, most)):
+        if not values.is_floating_point() or bool((~((values >= 0) & (values <= high))).any()):
+            raise ValueError(
+                f"{what} must hold a {name} of floating-point numbers in [0, {high:g}]."
+            )
 
 
 def _layer(model: nn.Module, name: str) -> BlockSparseLayer:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.config import check_floor, check_sparsity
+from dilated_attention_pytorch.config import (
+    check_floor,
+    check_largest,
+    check_sparsity,
+    check_types,
+    from_plain,
+)
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
 from dilated_attention_pytorch.nn.row_budgets import (
@@ -30,6 +37,7 @@ from dilated_attention_pytorch.selection.threshold import (
     threshold_budget,
 )
 from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.strict_json import short_repr
 
 METHODS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 BUDGETS = ("fixed", "threshold")
@@ -56,6 +64,7 @@ class TrainingFreeConfig:
         stride: Side of the squares of ``"antidiagonal"``.
 
     Raises:
+        TypeError: If a field has the wrong type.
         ValueError: If a field is out of range.
     """
 
@@ -70,9 +79,13 @@ class TrainingFreeConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_types(self)
+        check_largest(self)
         for name, valid in (("method", METHODS), ("budget", BUDGETS)):
             if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be one of {valid}, got {short_repr(getattr(self, name))}."
+                )
         if self.method == "sink_window" and self.budget != "fixed":
             raise ValueError("method 'sink_window' has no scores: budget must be 'fixed'.")
         check_sparsity("base_sparsity", self.base_sparsity)
@@ -88,6 +101,16 @@ class TrainingFreeConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingFreeConfig:
+        """Builds a config from :meth:`to_dict`'s result.
+
+        Raises:
+            TypeError: If it is no mapping, or a field has the wrong type.
+            ValueError: If a key is unknown, or a field out of range.
+        """
+        return from_plain(cls, values)
 
 
 class BlockSparseTrainingFree(BudgetLayer):

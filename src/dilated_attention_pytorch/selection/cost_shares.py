@@ -8,6 +8,7 @@ that was measured.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -15,9 +16,12 @@ from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.selection.cost_noise import noise_of
+from dilated_attention_pytorch.strict_json import short_repr
 
 # A layer by its number, or a head by the numbers of its layer and of itself.
 Unit = int | tuple[int, int]
+_LONGEST = 2**40
+_UNIT = re.compile(r"(0|[1-9][0-9]{0,5})(?:\.(0|[1-9][0-9]{0,5}))?")
 # The slope and the width of each step of a convex curve that begins at 0.
 Steps = list[tuple[float, float]]
 
@@ -42,7 +46,7 @@ class SparsityCosts:
 
         Raises:
             ValueError: If sparsities do not ascend in (0, 1), a layer or head has another number
-                of costs, or the length is not positive.
+                of costs or one that is not finite, or the length is not positive.
         """
         if self.length < 1:
             raise ValueError(f"length must be positive, got {self.length}.")
@@ -52,7 +56,11 @@ class SparsityCosts:
             check_sparsity("sparsities", value)
         if self.sparsities[0] == 0:
             raise ValueError("sparsities must be positive: 0 costs nothing by definition.")
+        if self.length > _LONGEST:
+            raise ValueError(f"length must be at most 2**40, got {self.length}.")
         for unit, costs in self.costs.items():
+            if not all(map(math.isfinite, costs)):
+                raise ValueError(f"costs of {unit} must be finite, got {costs}.")
             if len(costs) != len(self.sparsities):
                 raise ValueError(
                     f"costs of {unit} must be {len(self.sparsities)} numbers, one per "
@@ -149,9 +157,23 @@ class SparsityCosts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SparsityCosts:
-        """Builds them from :meth:`to_dict`'s result."""
-        costs = {unit_of(name): tuple(map(float, x)) for name, x in values["costs"].items()}
-        return cls(int(values["length"]), tuple(map(float, values["sparsities"])), costs)
+        """Builds them from :meth:`to_dict`'s result.
+
+        Raises:
+            ValueError: If anything is missing, of another type, or out of range.
+        """
+        if not isinstance(values, Mapping) or set(values) != {"length", "sparsities", "costs"}:
+            raise ValueError(
+                f"costs must hold length, sparsities and costs, got {short_repr(values)}."
+            )
+        length, costs = values["length"], values["costs"]
+        if type(length) is not int or not isinstance(costs, Mapping):
+            raise ValueError(
+                "costs must hold a whole length, and costs by layer or head, got "
+                f"{short_repr(length)} and {short_repr(costs)}."
+            )
+        found = {unit_of(name): _numbers(name, own) for name, own in costs.items()}
+        return cls(length, _numbers("sparsities", values["sparsities"]), found)
 
 
 def unit_name(unit: Unit) -> str:
@@ -160,9 +182,21 @@ def unit_name(unit: Unit) -> str:
 
 
 def unit_of(name: str) -> Unit:
-    """The layer or head of :func:`unit_name`'s result."""
-    layer, dot, head = name.partition(".")
-    return (int(layer), int(head)) if dot else int(layer)
+    """The layer or head of :func:`unit_name`'s result.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    found = _UNIT.fullmatch(name)
+    if found is None:
+        raise ValueError(f"a layer or head must be named like 7 or 7.3, got {short_repr(name)}.")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not all(type(x) in (int, float) for x in values):
+        raise ValueError(f"{short_repr(name)} must be numbers, got {short_repr(values)}.")
+    return tuple(map(float, values))
 
 
 def by_layer(shares: Mapping[Unit, float]) -> dict[int, float | tuple[float, ...]]:

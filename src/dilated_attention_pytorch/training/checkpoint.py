@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dilated_attention_pytorch.atomic_file import UNFINISHED, write_atomically
+from dilated_attention_pytorch.strict_json import short_repr
 
 FORMAT = "dilated_attention_pytorch.training"
 VERSION = 2
@@ -74,6 +75,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         # torch does not verify the sums that it writes.
         with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive, path.stat().st_size)
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(_damaged(path, f"{damaged} fails its checksum"))
@@ -84,14 +86,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         # Whatever a damaged archive makes the readers raise, the user's remedy is the same.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(_damaged(path, reason)) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not _is(state.get("format"), FORMAT):
         raise CheckpointError(f"{path} is not a checkpoint of dilated-attention train.")
-    if state.get("version") != VERSION:
+    if not _is(state.get("version"), VERSION):
         raise CheckpointError(
-            f"{path} has version {state.get('version')}; this package reads version "
+            f"{path} has version {short_repr(state.get('version'))}; this package reads version "
             f"{VERSION}. Go on with the package that wrote it, or start a new run with another "
             "--out."
         )
+    step = state.get("step")
+    if type(step) is not int or not 0 <= step < 2**63 or not all(type(k) is str for k in state):
+        raise CheckpointError(_damaged(path, f"its step is {short_repr(step)}"))
     return state
 
 
@@ -112,6 +117,20 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.iterdir():
         if UNFINISHED.fullmatch(path.name) or _UNFINISHED_BEFORE.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises BadZipFile if parts would take more memory than the file, or share a name."""
+    parts = archive.infolist()
+    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if packed or sum(part.file_size for part in parts) > size:
+        raise zipfile.BadZipFile("its parts are not stored as they are")
+    if len({part.filename for part in parts}) < len(parts):
+        raise zipfile.BadZipFile("two of its parts have one name")
+
+
+def _is(value: Any, expected: str | int) -> bool:
+    return type(value) is type(expected) and value == expected
 
 
 def _damaged(path: Path, reason: str) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from dilated_attention_pytorch.config import check_types
+from dilated_attention_pytorch.training.checked_state import check_loop_state
 from dilated_attention_pytorch.training.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -39,6 +41,7 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
+        check_types(self)
         for name, value in asdict(self).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -186,6 +189,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
         state = load_checkpoint(path)
         if cls.KEY not in state:
             raise CheckpointError(f"{path} is not a checkpoint of {cls.COMMAND}.")
+        check_loop_state(state, cls.KEY, path)
         return state
 
     def go_on(self, state: Mapping[str, Any]) -> None:
@@ -195,12 +199,16 @@ class FolderLoop(ABC, Generic[Model, Data]):
             CheckpointError: If the text, or a model that is read, has changed.
         """
         found = self.inputs()
-        for name, digest in state.get("inputs", {}).items():
-            if found.get(name) != digest:
+        # Earlier versions noted none.
+        saved = state.get("inputs", found)
+        for name in sorted({*found, *saved}):
+            own, other = found.get(name, "none"), saved.get(name, "none")
+            if own != other:
                 raise CheckpointError(
                     f"the {name} has changed since the checkpoint of step {state['step']} in "
-                    f"{self.folder}; going on would not give the same result. Restore it, or "
-                    "start a new run with another --out."
+                    f"{self.folder}: its digest was {other[:16]}, and is now {own[:16]}. Going on "
+                    "would not give the same result. Restore it, or start a new run with another "
+                    "--out."
                 )
         if self.text.fingerprint() != state["fingerprint"]:
             raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
 from dilated_attention_pytorch.models.transformer import (
     ATTENTION_NAMES,
     Transformer,
@@ -22,6 +22,7 @@ from dilated_attention_pytorch.models.transformer import (
 )
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
+from dilated_attention_pytorch.training.checked_state import check_training_state
 from dilated_attention_pytorch.training.losses import get_sparsity_loss
 from dilated_attention_pytorch.training.tile_count import TileCount
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
@@ -83,7 +84,9 @@ class LanguageModelRun:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Checks every number."""
+        """Checks every field."""
+        check_types(self)
+        check_largest(self)
         if self.attention not in ATTENTION_NAMES:
             raise ValueError(f"attention must be one of {ATTENTION_NAMES}, got {self.attention!r}.")
         for name in (
@@ -119,11 +122,7 @@ class LanguageModelRun:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelRun:
         """Builds a run from :meth:`to_dict`'s result."""
-        changes = dict(values)
-        changes["config"] = AdaptiveConfig.from_dict(changes["config"])
-        for name in ("segment_lengths", "dilation_rates"):
-            changes[name] = None if changes[name] is None else tuple(changes[name])
-        return cls(**changes)
+        return from_plain(cls, values, config=AdaptiveConfig.from_dict(values["config"]))
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,12 @@ class LanguageModelTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`'s result, of the same run and text."""
+        """Goes on from :meth:`state_dict`'s result, of the same run and text.
+
+        Raises:
+            CheckpointError: If it is another run's; nothing has changed then.
+        """
+        check_training_state(self.state_dict(), state, [*self._rest, *self._selectors])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.trainer is not None:

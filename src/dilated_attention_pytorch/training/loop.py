@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dilated_attention_pytorch.config import check_types, from_plain
 from dilated_attention_pytorch.tasks.text import TextData, load_text
+from dilated_attention_pytorch.training.checked_state import check_shapes, checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
 from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
     StepResult,
+    build_language_model,
 )
 from dilated_attention_pytorch.training.own_mark import MARK, check_named
 
@@ -24,6 +29,10 @@ class TextSettings:
     paths: tuple[str, ...] | None = None
     validation_share: float = 0.05
     max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the types."""
+        check_types(self)
 
     def load(self, seq_len: int) -> TextData:
         """Reads the text."""
@@ -37,8 +46,7 @@ class TextSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextSettings:
         """Builds settings from what a checkpoint holds of them."""
-        paths = values["paths"]
-        return cls(**{**values, "paths": None if paths is None else tuple(paths)})
+        return from_plain(cls, values)
 
 
 class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
@@ -104,19 +112,19 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
         """
         state = cls.read_newest(folder)
         saved = state[cls.KEY]
+        with checkpoint_settings(folder):
+            run = LanguageModelRun.from_dict(saved["run"])
+            text_settings = TextSettings.from_dict(saved["text"])
+            intervals = from_plain(LoopSettings, saved["intervals"])
+            settings = flat_settings(saved)
         changes = changes or {}
-        _check_same(flat_settings(saved), changes)
-        unnamed = saved["text"]["paths"] is not None and "paths" not in changes
+        _check_same(settings, changes)
+        unnamed = text_settings.paths is not None and "paths" not in changes
         check_named(folder, saved, state.get(MARK), ["text"] if unnamed else [])
-        intervals = dict(saved["intervals"])
         if checkpoint_every is not None:
-            intervals["checkpoint_every"] = checkpoint_every
-        loop = cls(
-            folder,
-            LanguageModelRun.from_dict(saved["run"]),
-            TextSettings.from_dict(saved["text"]),
-            LoopSettings(**intervals),
-        )
+            intervals = replace(intervals, checkpoint_every=checkpoint_every)
+        check_model_state(run, state)
+        loop = cls(folder, run, text_settings, intervals)
         loop.go_on(state)
         return loop
 
@@ -146,6 +154,16 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             "layer_sparsity": [round(x, 6) for x in result.layer_sparsity],
             "temperature": result.temperature,
         }
+
+
+def check_model_state(run: LanguageModelRun, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the weights are those of the run's model.
+
+    The model is not allocated for it: settings that somebody else wrote may be of any size.
+    """
+    with torch.device("meta"):
+        model = build_language_model(replace(run, device="meta"))
+    check_shapes(model.state_dict(), state["training"].get("model"), "model")
 
 
 def flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:

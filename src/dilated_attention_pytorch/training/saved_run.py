@@ -11,6 +11,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.models.transformer import Transformer
 from dilated_attention_pytorch.tasks.text import TextError, read_bytes, validation_windows
+from dilated_attention_pytorch.training.checked_state import (
+    check_loop_state,
+    checkpoint_settings,
+)
 from dilated_attention_pytorch.training.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -22,7 +26,11 @@ from dilated_attention_pytorch.training.language_model import (
     LanguageModelRun,
     build_language_model,
 )
-from dilated_attention_pytorch.training.loop import TextSettings, TrainingLoop
+from dilated_attention_pytorch.training.loop import (
+    TextSettings,
+    TrainingLoop,
+    check_model_state,
+)
 from dilated_attention_pytorch.training.metrics import MetricsFile
 from dilated_attention_pytorch.training.own_mark import MARK, check_named
 
@@ -101,8 +109,12 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
             f"{path} is not a checkpoint of dilated-attention train. What distill and tune make is "
             "an adapter, which they write when they finish (--resume)."
         )
+    check_loop_state(state, TrainingLoop.KEY, path)
     saved = state[TrainingLoop.KEY]
-    run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
+    with checkpoint_settings(folder):
+        run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
+        text_settings = TextSettings.from_dict(saved["text"])
+    check_model_state(run, state)
     model = build_language_model(run)
     model.load_state_dict(state["training"]["model"])
     metrics = MetricsFile(folder / METRICS_NAME)
@@ -112,7 +124,7 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
         state["step"],
         run,
         model.eval(),
-        TextSettings.from_dict(saved["text"]),
+        text_settings,
         state["fingerprint"],
         saved,
         state.get(MARK),

@@ -11,9 +11,10 @@ from torch import nn
 
 from dilated_attention_pytorch.analysis.probe import call_model, evaluation_mode
 from dilated_attention_pytorch.analysis.statistics import PatternStatistics
-from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.config import as_int, check_sparsity
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import observe_patterns
+from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.training.schedules import SCHEDULES
 
 
@@ -153,14 +154,29 @@ class AdaptiveSparsityTrainer:
         """Goes on from :meth:`state_dict`'s result.
 
         Raises:
-            ValueError: If keys are missing or unknown, or the schedule is unknown.
+            TypeError: If a value has the wrong type.
+            ValueError: If keys are missing or unknown, or a value is out of range. After every
+                error nothing has changed.
         """
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"state must hold exactly {sorted(expected)}, got {sorted(state)}.")
-        _check_schedule(state["schedule"])
-        for name, value in state.items():
-            setattr(self, name, value)
+        settings = dict(state)
+        step = as_int("current_step", settings.pop("current_step"))
+        if not 0 <= step < 2**63:
+            raise ValueError(f"current_step must lie in 0 to 2**63 - 1, got {short_repr(step)}.")
+        for name in ("annealing_steps", "sparsity_warmup_steps", "dense_steps"):
+            if not 0 <= as_int(name, settings[name]) < 2**63:
+                raise ValueError(f"{name} must lie in 0 to 2**63 - 1.")
+        for name in ("initial_temperature", "final_temperature", "initial_sparsity"):
+            value = settings[name]
+            if type(value) not in (int, float) or abs(value) >= 2**63:
+                raise TypeError(f"{name} must be a number, got {short_repr(value)}.")
+        if not isinstance(settings["schedule"], str):
+            raise TypeError(f"schedule must be a name, got {short_repr(settings['schedule'])}.")
+        # It checks all of them.
+        checked = AdaptiveSparsityTrainer(None, **settings)
+        self.__dict__.update({**checked.__dict__, "model": self.model, "current_step": step})
         if self.model is not None:
             self._apply()
 
@@ -217,7 +233,9 @@ class AdaptiveSparsityTrainer:
 
 def _check_schedule(schedule: str) -> None:
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}.")
+        raise ValueError(
+            f"schedule must be one of {sorted(SCHEDULES)}, got {short_repr(schedule)}."
+        )
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:

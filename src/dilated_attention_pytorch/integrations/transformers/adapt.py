@@ -230,11 +230,16 @@ def adapt(
         if site.number in configs
     }
     adapted = AdaptedModel(model, sites, configs)
-    name = register()
-    for site in sites:
-        if site.number in selectors:
-            _put(site.module, selectors[site.number])
-    model.set_attn_implementation(name)
+    try:
+        name = register()
+        for site in sites:
+            if site.number in selectors:
+                _put(site.module, selectors[site.number])
+        model.set_attn_implementation(name)
+    except BaseException:
+        # Half adapted is not what it was before.
+        adapted.undo()
+        raise
     return adapted
 
 
@@ -246,24 +251,29 @@ def build_selector(
     Raises:
         TypeError: If ``config`` is neither an AdaptiveConfig nor a TrainingFreeConfig.
     """
-    selector: BlockSparseLayer
+    selector = make_selector(site, config, backend)
+    # Half precision would lose most of a selector's small updates.
+    return selector.to(site.query_weight.device, torch.float32).train(site.module.training)
+
+
+def make_selector(
+    site: AttentionSite, config: SelectorConfig, backend: str = "auto"
+) -> BlockSparseLayer:
+    """The selector of one attention layer as its class makes it; the errors are the same."""
     if isinstance(config, AdaptiveConfig):
-        selector = BlockSparseAdaptive(
+        return BlockSparseAdaptive(
             None, None, site.num_heads, site.head_dim, config,
             num_kv_heads=site.num_kv_heads, scale=site.scale, backend=backend,
         )  # fmt: skip
-    elif isinstance(config, TrainingFreeConfig):
-        selector = BlockSparseTrainingFree(
+    if isinstance(config, TrainingFreeConfig):
+        return BlockSparseTrainingFree(
             config, site.num_heads, site.head_dim,
             num_kv_heads=site.num_kv_heads, scale=site.scale, backend=backend,
         )  # fmt: skip
-    else:
-        raise TypeError(
-            "config must be an AdaptiveConfig, a TrainingFreeConfig or a mapping from layer "
-            f"numbers to them, got {type(config).__name__}."
-        )
-    # Half precision would lose most of a selector's small updates.
-    return selector.to(site.query_weight.device, torch.float32).train(site.module.training)
+    raise TypeError(
+        "config must be an AdaptiveConfig, a TrainingFreeConfig or a mapping from layer "
+        f"numbers to them, got {type(config).__name__}."
+    )
 
 
 def _check_layers(sites: list[AttentionSite], configs: Mapping[int, SelectorConfig]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,29 +14,39 @@ import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.file_access import replace_files
 from dilated_attention_pytorch.integrations.transformers.adapt import (
     AdaptedModel,
     SelectorConfig,
     adapt,
+)
+from dilated_attention_pytorch.integrations.transformers.adapter_file import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterContent,
+    AdapterError,
+    check_fit,
+    read_adapter,
+    write_adapter,
 )
 from dilated_attention_pytorch.integrations.transformers.base_identity import (
     base_identity,
     difference,
 )
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
-FORMAT = "dilated_attention_pytorch.adapter"
-# Version 2 may hold costs of the layers; files of version 1 hold none.
-VERSION, READABLE = 2, (1, 2)
-CONFIG_NAME = "adapter.json"
-WEIGHTS_NAME = "selectors.safetensors"
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "AdapterError",
+    "SelectorAdapter",
+    "load_adapter",
+    "save_adapter",
+]
 
-
-class AdapterError(ValueError):
-    """An adapter is missing, damaged or of another base; the message says what to do."""
+# The name of a repository on the Hub: owner and name.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 # Not frozen: the mixin sets an attribute of its own before the fields are there.
@@ -47,7 +58,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
 ):
     """The selectors of a model without the model: what is saved, shared and loaded.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of the Hub's mixin.
+    ``push_to_hub`` is that of the Hub's mixin.
 
     Attributes:
         configs: Settings by layer number.
@@ -129,61 +140,109 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             ValueError: If it cannot be adapted.
         """
         self.check_base(model)
+        content = self._checked()
+        check_fit(content, find_attention(model))
         adapted = adapt(model, self.configs, backend=backend)
-        adapted.costs = self.costs
         try:
+            adapted.costs = self.costs
             for number, selector in adapted.selectors.items():
-                own = f"{number}."
-                state = {
-                    name.removeprefix(own): value
-                    for name, value in self.tensors.items()
-                    if name.startswith(own)
-                }
-                selector.load_state_dict(state)
-        except RuntimeError as error:
+                selector.load_state_dict(content.layer(number))
+        except BaseException as error:
+            # The model is then as it was, whatever went wrong.
             adapted.undo()
-            raise AdapterError(f"the adapter's weights do not fit its settings: {error}") from error
+            if isinstance(error, RuntimeError | ValueError | TypeError):
+                raise AdapterError(
+                    f"the adapter's weights do not fit its settings: {error}"
+                ) from error
+            raise
         return adapted
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
+    def _checked(self) -> AdapterContent:
+        try:
+            return AdapterContent(self.configs, self.tensors, self.base, self.versions, self.costs)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the adapter cannot be used: {error}") from error
 
-        about = {
-            "format": FORMAT,
-            "version": VERSION,
-            "versions": self.versions,
-            "base": self.base,
-            "layers": {str(number): _plain(config) for number, config in self.configs.items()},
-        }
-        if self.costs:
-            about["costs"] = [costs.to_dict() for costs in self.costs]
-        save_directory.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, str(save_directory / WEIGHTS_NAME), metadata={"format": FORMAT})
-        text = json.dumps(about, indent=2) + "\n"
-        (save_directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> str | None:
+        """Writes the adapter, and a README.md if there is none.
+
+        Args:
+            save_directory: Created if needed. Other files in it stay.
+            push_to_hub: Also upload it.
+            repo_id: Where to; None: named like the folder.
+            model_card_kwargs: For the README.md.
+            **others: Of the mixin's ``push_to_hub``.
+
+        Returns:
+            The address of the upload, if there was one.
+
+        Raises:
+            AdapterError: If a weight is not finite, or parts do not fit; nothing is written then.
+            OSError: If it cannot be written; an adapter that was there is as before.
+        """
+        # The mixin's own removes a config.json, which may be the model's.
+        folder = Path(save_directory)
+        self._save_pretrained(folder)
+        if not (folder / "README.md").exists():
+            card = self.generate_model_card(**(model_card_kwargs or {}))
+            replace_files({folder / "README.md": str(card).encode()})
+        if not push_to_hub:
+            return None
+        name = folder.name if repo_id is None else repo_id
+        others.pop("config", None)
+        return str(self.push_to_hub(repo_id=name, model_card_kwargs=model_card_kwargs, **others))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_adapter(save_directory, self._checked())
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **unused: Any,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
     ) -> SelectorAdapter:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id, revision=revision, cache_dir=cache_dir, token=token,
-                    force_download=force_download, local_files_only=local_files_only,
-                    allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
-                )
-            )  # fmt: skip
-        return cls.read(folder)
+        """Reads an adapter from a folder, or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder; or ``"owner/name"`` of a repository. A
+                :class:`~pathlib.Path`, and whatever cannot be such a name, is a folder.
+            force_download: Of the Hub.
+            token: Of the Hub. None and False: the request is anonymous; True: the token that is
+                stored on this machine, which is never sent unasked.
+            cache_dir: Of the Hub.
+            local_files_only: Never ask the Hub.
+            revision: Of the repository.
+
+        Raises:
+            AdapterError: If there is no adapter, or a damaged one.
+            OSError: If the Hub cannot be reached, or has no such repository.
+        """
+        given = pretrained_model_name_or_path
+        folder = Path(given)
+        owner = folder.parts[0] if folder.parts else ""
+        on_hub = isinstance(given, str) and _HUB_NAME.fullmatch(given) is not None
+        # "runs/adapter" beside a folder "runs" is a mistyped path, no repository.
+        if not on_hub or os.path.lexists(folder) or os.path.lexists(owner):
+            return cls.read(folder)
+        found = snapshot_download(
+            str(given), revision=revision, cache_dir=cache_dir, token=token or False,
+            force_download=force_download, local_files_only=local_files_only,
+            allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+        )  # fmt: skip
+        return cls.read(found)
 
     @classmethod
     def read(cls, folder: str | Path) -> SelectorAdapter:
@@ -192,35 +251,14 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         Raises:
             AdapterError: If it holds no adapter, or a damaged one.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise AdapterError(
-                    f"{folder} is no adapter: it has no {name}. Name a folder that save_adapter "
-                    "or `dilated-attention distill` wrote."
-                )
-        try:
-            about = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-            if about["format"] != FORMAT or about["version"] not in READABLE:
-                raise AdapterError(
-                    f"{folder} must hold an adapter of version {VERSION} or earlier, got "
-                    f"format={about['format']!r} version={about['version']!r}."
-                )
-            configs = {int(n): _config(values) for n, values in about["layers"].items()}
-            tensors = load_file(folder / WEIGHTS_NAME)
-            costs = tuple(SparsityCosts.from_dict(values) for values in about.get("costs", ()))
-            return cls(configs, tensors, about["base"], about["versions"], costs)
-        except AdapterError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-            raise AdapterError(f"the adapter in {folder} is damaged: {error!r}.") from error
+        content = read_adapter(Path(folder))
+        return cls(content.configs, content.tensors, content.base, content.versions, content.costs)
 
 
 def save_adapter(adapted: AdaptedModel, folder: str | Path) -> Path:
     """Writes the selectors of a model as safetensors with a JSON file beside.
+
+    Both hold a digest of their content, so that damage is seen when they are read.
 
     Args:
         adapted: From :func:`adapt`, trained.
@@ -228,6 +266,10 @@ def save_adapter(adapted: AdaptedModel, folder: str | Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        AdapterError: If a weight is not finite; nothing is written then.
+        OSError: If it cannot be written; an adapter that was there is as before.
     """
     SelectorAdapter.of(adapted).save_pretrained(folder)
     return Path(folder)
@@ -238,29 +280,12 @@ def load_adapter(model: Any, folder: str | Path, *, backend: str = "auto") -> Ad
 
     Args:
         model: The base model that they were made for.
-        folder: What :func:`save_adapter` wrote, or the name of a repository on the Hub.
+        folder: What :func:`save_adapter` wrote. Of the Hub:
+            ``SelectorAdapter.from_pretrained("owner/name").apply(model)``.
         backend: Of :func:`block_sparse_attention`.
 
     Raises:
         AdapterError: If there is no adapter, it is damaged, or the base is another one.
-        ValueError: If the model cannot be adapted.
+        ValueError: If the model cannot be adapted. After every error the model is as before.
     """
-    path = Path(folder)
-    if path.exists() or len(path.parts) != 2:
-        return SelectorAdapter.read(path).apply(model, backend=backend)
-    return SelectorAdapter.from_pretrained(str(folder)).apply(model, backend=backend)
-
-
-def _plain(config: SelectorConfig) -> dict[str, Any]:
-    kind = "adaptive" if isinstance(config, AdaptiveConfig) else "training_free"
-    return {"kind": kind, **config.to_dict()}
-
-
-def _config(values: dict[str, Any]) -> SelectorConfig:
-    settings = dict(values)
-    kind = settings.pop("kind")
-    if kind == "adaptive":
-        return AdaptiveConfig.from_dict(settings)
-    if kind == "training_free":
-        return TrainingFreeConfig(**settings)
-    raise ValueError(f"unknown kind of selector {kind!r}")
+    return SelectorAdapter.read(folder).apply(model, backend=backend)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.atomic_file import write_atomically
-from dilated_attention_pytorch.integrations.transformers.adapter import (
+from dilated_attention_pytorch.config import check_types
+from dilated_attention_pytorch.file_access import read_file
+from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    SelectorAdapter,
 )
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
     default_lengths,
     spread_windows,
 )
+from dilated_attention_pytorch.integrations.transformers.job import folder_digest
 from dilated_attention_pytorch.integrations.transformers.sensitivity import (
     SPARSITIES,
     measure_costs,
@@ -36,7 +38,13 @@ from dilated_attention_pytorch.selection.cost_shares import (
     SparsityCosts,
     Unit,
     unit_name,
-    unit_of,
+)
+from dilated_attention_pytorch.strict_json import (
+    MAX_BYTES,
+    parse_json,
+    sealed,
+    short_repr,
+    unsealed,
 )
 
 STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
@@ -75,7 +83,8 @@ class AllotJob:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Checks every number."""
+        """Checks every field."""
+        check_types(self)
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be positive, got {self.lengths}.")
         if len(set(self.lengths)) < len(self.lengths):
@@ -95,7 +104,7 @@ class Allotment:
 
     Raises:
         FileExistsError: If the folder holds another job, or the text or adapter changed.
-        ValueError: If model, adapter or text cannot be read or do not fit.
+        ValueError: If model, adapter, text or ``costs.json`` cannot be read or do not fit.
 
     Attributes:
         measured: Costs by length and by layer or head.
@@ -117,6 +126,7 @@ class Allotment:
         self.units = units_of(self.adapted, job.heads)
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),
+            "model": folder_digest(job.model),
             "text": text.fingerprint(),
             "adapter": _fingerprint(Path(job.adapter)),
         }
@@ -179,42 +189,65 @@ class Allotment:
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        costs = {
-            str(length): {unit_name(unit): list(values) for unit, values in found.items()}
-            for length, found in self.measured.items()
-        }
-        content = json.dumps({**self._identity, "costs": costs}, indent=1) + "\n"
-        write_atomically(self.folder / STATE_NAME, content.encode())
+        write_atomically(self.folder / STATE_NAME, costs_bytes(self._identity, self.measured))
 
     def _read(self) -> None:
-        path = self.folder / STATE_NAME
-        if not path.is_file():
-            return
-        try:
-            state = json.loads(path.read_bytes())
-            if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}")
-            self._take(state)
-        except FileExistsError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to measure anew.") from error
+        found = read_costs(self.folder / STATE_NAME, self._identity, self.job, self.units)
+        self.measured.update(found)
 
-    def _take(self, state: dict[str, Any]) -> None:
-        for name, own in self._identity.items():
-            if state.get(name) != own:
-                raise FileExistsError(
-                    f"{self.folder} holds the costs of another job ({name} differs); name another "
-                    "folder, or remove this one to measure anew."
-                )
-        for length, found in state["costs"].items():
-            for name, values in found.items():
-                unit, costs = unit_of(name), tuple(map(float, values))
-                if unit not in self.units or len(costs) != len(self.job.sparsities):
-                    raise ValueError(f"{name!r} is not what is measured")
-                if not all(map(math.isfinite, costs)):
-                    raise ValueError(f"the costs of {name!r} are not finite")
-                self.measured[int(length)][unit] = costs
+
+def costs_bytes(
+    identity: Mapping[str, Any], measured: Mapping[int, Mapping[Unit, tuple[float, ...]]]
+) -> bytes:
+    """Content of ``costs.json``: whose costs they are, the costs by length, and a digest."""
+    costs = {
+        str(length): {unit_name(unit): list(values) for unit, values in found.items()}
+        for length, found in measured.items()
+    }
+    return (json.dumps(sealed({**identity, "costs": costs}), indent=1) + "\n").encode()
+
+
+def read_costs(
+    path: Path, identity: Mapping[str, Any], job: AllotJob, units: Sequence[Unit]
+) -> dict[int, dict[Unit, tuple[float, ...]]]:
+    """The costs that a ``costs.json`` holds, by length; none if there is no such file.
+
+    Raises:
+        FileExistsError: If they are those of another job.
+        ValueError: If the file is damaged.
+    """
+    try:
+        content = read_file(path, limit=MAX_BYTES)
+    except FileNotFoundError:
+        return {}
+    state = unsealed(parse_json(content, str(path)), str(path), required=False)
+    for name, own in identity.items():
+        # Earlier versions did not know the model.
+        if state.get(name, own if name == "model" else None) != own:
+            raise FileExistsError(
+                f"{path.parent} holds the costs of another job ({name} differs); name another "
+                "folder, or remove this one to measure anew."
+            )
+    costs = state.get("costs")
+    if not isinstance(costs, dict) or set(costs) != {str(length) for length in job.lengths}:
+        raise ValueError(
+            f"{path} must hold the costs at the lengths {job.lengths}, got {short_repr(costs)}. "
+            "Remove it to measure anew."
+        )
+    measured = {}
+    for length in job.lengths:
+        values = {"length": length, "sparsities": job.sparsities, "costs": costs[str(length)]}
+        try:
+            found = dict(SparsityCosts.from_dict(values).costs)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
+        if unknown := set(found) - set(units):
+            raise ValueError(
+                f"{path} has costs of {short_repr(sorted(map(unit_name, unknown)))}, which are "
+                "not measured here. Remove it to measure anew."
+            )
+        measured[length] = found
+    return measured
 
 
 def _fingerprint(adapter: Path) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
+from dilated_attention_pytorch.strict_json import short_repr
 
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -47,7 +49,8 @@ def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
         other = saved.get("signature", {}).get(layer)
         if other is None:
             return f"attention layer {layer} is missing there"
-        if any(abs(a - b) > _TOLERANCE for a, b in zip(numbers, other, strict=True)):
+        # Numbers that are none are near nothing.
+        if any(not abs(a - b) <= _TOLERANCE for a, b in zip(numbers, other, strict=True)):
             return f"the weights of attention layer {layer} differ"
     return None
 
@@ -58,3 +61,32 @@ def _signature(weight: Tensor) -> float:
     flat = weight.detach().float().cpu().flatten()
     product = torch.where(signs.bool(), flat, -flat).double().sum()
     return round(float(product / flat.double().norm().clamp(min=1e-30)), 4)
+
+
+def check_identity(saved: dict[str, Any]) -> None:
+    """Raises ValueError unless these are values that :func:`base_identity` could have returned."""
+    expected = {*_CONFIG_FIELDS, "head_dim", "name", "signature"}
+    if set(saved) != expected:
+        raise ValueError(f"base must hold {sorted(expected)}, got {short_repr(sorted(saved))}.")
+    for name in ("model_type", "name"):
+        if not isinstance(saved[name], str):
+            raise ValueError(f"{name} of the base must be a string, got {short_repr(saved[name])}.")
+    for name in expected - {"model_type", "name", "signature"}:
+        if type(saved[name]) is not int or not 1 <= saved[name] < 2**31:
+            raise ValueError(
+                f"{name} of the base must be a positive size, got {short_repr(saved[name])}."
+            )
+    signature = saved["signature"]
+    if not isinstance(signature, dict) or not all(map(_is_signature, signature.values())):
+        raise ValueError(
+            "signature of the base must hold two finite numbers for each layer, got "
+            f"{short_repr(signature)}."
+        )
+
+
+def _is_signature(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+    )

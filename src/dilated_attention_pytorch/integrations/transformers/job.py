@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dilated_attention_pytorch.config import check_types, from_plain
 from dilated_attention_pytorch.integrations.transformers.distill import Distillation, DistillRun
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     TokenText,
@@ -17,6 +18,7 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_tokens,
 )
 from dilated_attention_pytorch.integrations.transformers.tune import MODEL_NAME, TuneRun, Tuning
+from dilated_attention_pytorch.training.checked_state import checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
 from dilated_attention_pytorch.training.own_mark import MARK, check_named
 
@@ -45,6 +47,10 @@ class PretrainedJob:
     max_bytes: int | None = None
     intervals: LoopSettings = field(default_factory=LoopSettings)
 
+    def __post_init__(self) -> None:
+        """Checks the types."""
+        check_types(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return {
@@ -59,14 +65,16 @@ class PretrainedJob:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PretrainedJob:
-        """Builds a job from :meth:`to_dict`'s result."""
+        """Builds a job from :meth:`to_dict`'s result.
+
+        Raises:
+            KeyError, TypeError or ValueError: If anything is missing, or of the wrong type.
+        """
         fields = dict(values)
-        kind: type[DistillRun | TuneRun] = (
-            DistillRun if fields.pop("kind") == "distill" else TuneRun
-        )
-        run = kind.from_dict(fields.pop("run"))
-        intervals = LoopSettings(**fields.pop("intervals"))
-        return cls(**{**fields, "text": tuple(fields["text"])}, run=run, intervals=intervals)
+        kinds: dict[str, type[DistillRun | TuneRun]] = {"distill": DistillRun, "tune": TuneRun}
+        run = kinds[fields.pop("kind")].from_dict(fields.pop("run"))
+        intervals = from_plain(LoopSettings, fields.pop("intervals"))
+        return from_plain(cls, fields, run=run, intervals=intervals)
 
     def folders(self) -> dict[str, str]:
         """The folders that it reads, by the option that names them."""
@@ -151,7 +159,8 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
             ValueError: If ``named`` differs from the run's settings.
         """
         state = cls.read_newest(folder)
-        job = PretrainedJob.from_dict(state[cls.KEY])
+        with checkpoint_settings(folder):
+            job = PretrainedJob.from_dict(state[cls.KEY])
         given, own = dict(named or {}), job.named_files()
         for name, value in given.items():
             value = list(value) if name == "text" else value

@@ -13,12 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.selection_quality import measure_selection
 from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
+from dilated_attention_pytorch.training.checked_state import check_training_state
 from dilated_attention_pytorch.training.language_model import TrainingError, check_device
 
 DTYPES = ("float32", "bfloat16")
@@ -80,7 +81,9 @@ class PretrainedRun:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Checks every number."""
+        """Checks every field."""
+        check_types(self)
+        check_largest(self)
         for name in ("seq_len", "batch_size", "steps", "validation_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -109,11 +112,7 @@ class PretrainedRun:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Builds a run from :meth:`to_dict`'s result."""
-        changes = dict(values)
-        changes["config"] = AdaptiveConfig.from_dict(changes["config"])
-        if changes["layers"] is not None:
-            changes["layers"] = tuple(changes["layers"])
-        return cls(**changes)
+        return from_plain(cls, values, config=AdaptiveConfig.from_dict(values["config"]))
 
 
 class PretrainedTraining(ABC):
@@ -237,7 +236,12 @@ class PretrainedTraining(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`'s result, of the same run, model and text."""
+        """Goes on from :meth:`state_dict`'s result, of the same run, model and text.
+
+        Raises:
+            CheckpointError: If it is another run's; nothing has changed then.
+        """
+        check_training_state(self.state_dict(), state, self.trained())
         with torch.no_grad():
             for parameter, value in zip(self.trained(), state["parameters"], strict=True):
                 parameter.copy_(value)

@@ -9,10 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-from dilated_attention_pytorch.integrations.transformers.adapter import (
-    AdapterError,
-    SelectorAdapter,
-)
+from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
+from dilated_attention_pytorch.integrations.transformers.adapter_file import AdapterError
 from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob, PretrainedLoop
 from dilated_attention_pytorch.integrations.transformers.lora import load_lora
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
@@ -60,7 +58,8 @@ class SavedAdapter:
         for number, config in adapter.configs.items():
             if config.budget != "threshold":
                 continue
-            if ThresholdTable.from_buffer(adapter.tensors[f"{number}.thresholds"]) is None:
+            rows = adapter.tensors.get(f"{number}.thresholds")
+            if rows is None or ThresholdTable.from_buffer(rows) is None:
                 raise AdapterError(
                     f"layer {number} of the adapter in {folder} has no thresholds: call "
                     "integrations.transformers.calibrate.calibrate before save_adapter."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
+    check_sealed,
+    local_settings,
+)
+from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.tasks.text import TextData, TextError, load_text
 
 # Where a model or a tokenizer names code of its own.
@@ -123,19 +127,8 @@ def check_folder(folder: str | Path) -> None:
             "folder."
         )
     for name in _NAMES_CODE:
-        if not (place / name).is_file():
-            continue
-        try:
-            settings = json.loads((place / name).read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{place / name} cannot be read: {error}.") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{place / name} must hold an object, got {type(settings).__name__}.")
-        if settings.get("auto_map"):
-            raise ValueError(
-                f"{place / name} names code of its own (auto_map), which is never run. Where "
-                "transformers knows the architecture, remove that entry."
-            )
+        if (place / name).exists():
+            local_settings(place, name)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -148,8 +141,11 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     check_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, token=False
+        )
+    # Its Rust part raises plain exceptions.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"no tokenizer in {folder} ({reason}). Copy the model's tokenizer.json and "
@@ -166,19 +162,43 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-        ValueError: If it cannot be loaded, or it brings code.
+        ValueError: If it cannot be loaded, weights are missing, or it brings code.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        _check_sizes(local_settings(folder, "config.json"))
+        check_sealed(Path(folder))
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False,
+            token=False, output_loading_info=True,
+        )  # fmt: skip
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load a model from {folder}: {reason}") from error
+    if found["missing_keys"]:
+        # transformers would fill them with random numbers.
+        raise ValueError(
+            f"cannot load a model from {folder}: it lacks the weights "
+            f"{short_repr(sorted(found['missing_keys']))}. Copy it again."
+        )
     return model.to(device).eval()
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raises ValueError if a model would have sizes that no model has."""
+    for name, largest in (
+        ("num_hidden_layers", 2**12), ("hidden_size", 2**17), ("intermediate_size", 2**20),
+        ("num_attention_heads", 2**12), ("num_key_value_heads", 2**12), ("head_dim", 2**14),
+        ("vocab_size", 2**24),
+    ):  # fmt: skip
+        value = config.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            raise ValueError(f"{name} must lie in 1 to {largest:,}, got {short_repr(value)}.")
 
 
 def quieten() -> None:

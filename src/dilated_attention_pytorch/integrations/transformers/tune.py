@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from dilated_attention_pytorch.file_access import replaced_folder
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import (
     SelectorAdapter,
@@ -27,6 +28,7 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
     PretrainedRun,
     PretrainedTraining,
 )
+from dilated_attention_pytorch.integrations.transformers.sealed_folder import seal_folder
 from dilated_attention_pytorch.integrations.transformers.teacher import load_teacher, taught_loss
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -203,9 +205,13 @@ class Tuning(PretrainedTraining):
                 )  # fmt: skip
             save_adapter(self.adapted, folder / ADAPTER_NAME)
         if self.lora is not None:
-            self.lora.save_pretrained(folder / LORA_NAME)
+            with replaced_folder(folder / LORA_NAME) as new:
+                self.lora.save_pretrained(new)
+                seal_folder(new)
         if self.run.train == "all":
-            self._save_model(folder / MODEL_NAME)
+            with replaced_folder(folder / MODEL_NAME) as new:
+                self._save_model(new)
+                seal_folder(new)
 
     def _save_model(self, folder: Path) -> None:
         """The model alone: selectors are an adapter of their own."""

@@ -1,0 +1,227 @@
+"""What a checkpoint holds, compared with what it is for before anything of it is taken up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch.strict_json import short_repr
+from dilated_attention_pytorch.training.checkpoint import CheckpointError
+
+_LOOP_KEYS = ("fingerprint", "latest", "losses", "loss_seconds", "training")
+
+
+def check_loop_state(state: Mapping[str, Any], key: str, path: Path) -> None:
+    """Raises CheckpointError unless a folder's loop could have written this.
+
+    Args:
+        state: Of the checkpoint.
+        key: Under which the settings are.
+        path: Of the checkpoint.
+    """
+
+    def refuse(name: str, expected: str) -> None:
+        raise CheckpointError(
+            f"{name} in the checkpoint {path} must be {expected}, got "
+            f"{_shown(state.get(name))}. Go on from an earlier one, or start a new run."
+        )
+
+    for name in (key, *_LOOP_KEYS):
+        if name not in state:
+            raise CheckpointError(f"the checkpoint {path} has no {name}: start a new run.")
+    for name in (key, "latest", "training"):
+        if not isinstance(state[name], dict):
+            refuse(name, "a mapping")
+    inputs = state.get("inputs", {})
+    if not isinstance(inputs, dict) or not all(isinstance(x, str) for x in inputs.values()):
+        refuse("inputs", "digests by name")
+    if not isinstance(state["fingerprint"], str):
+        refuse("fingerprint", "a string")
+    if not all(value is None or _finite(value) for value in state["latest"].values()):
+        refuse("latest", "finite numbers by name")
+    if not isinstance(state["losses"], list) or not all(map(_finite, state["losses"])):
+        refuse("losses", "finite numbers")
+    if not _finite(state["loss_seconds"]) or state["loss_seconds"] < 0:
+        refuse("loss_seconds", "a number from 0")
+    count = state["training"].get("step_count")
+    if type(count) is not int or count != state["step"]:
+        refuse("step", "the step_count of its training")
+
+
+@contextmanager
+def checkpoint_settings(place: Path) -> Iterator[None]:
+    """Where settings of a checkpoint are read: what they make fail is a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else f"{error}"
+        raise CheckpointError(
+            f"the settings in the checkpoint of {place} cannot be used: {reason}"
+        ) from error
+
+
+def check_training_state(own: Mapping[str, Any], saved: Any, parameters: list[Any]) -> None:
+    """Raises CheckpointError unless a state has the form of a training's own.
+
+    Same names, kinds, shapes and dtypes, finite numbers, random states that are such: after that
+    taking it up cannot fail half way.
+
+    Args:
+        own: ``state_dict()`` of the training that is to take it up.
+        saved: The state.
+        parameters: What its optimiser changes, in order.
+    """
+    if not isinstance(saved, Mapping) or set(saved) != set(own):
+        raise CheckpointError(
+            f"the state of a training must hold {sorted(own)}, got "
+            f"{short_repr(sorted(map(str, saved)) if isinstance(saved, Mapping) else saved)}."
+        )
+    for name, value in own.items():
+        if name == "optimizer":
+            _check_optimizer(value, saved[name], parameters)
+        elif name == "trainer" and isinstance(value, Mapping):
+            _check_equal(name, value, saved[name], moving="current_step")
+        elif name.startswith("random"):
+            _check_random(name, value, saved[name])
+        else:
+            _check_form(name, value, saved[name])
+    for name in ("step_count", "data_position", "seconds"):
+        if saved[name] < 0:
+            raise CheckpointError(f"{name} of a training must not be negative, got {saved[name]}.")
+
+
+def check_shapes(own: Mapping[str, Tensor], saved: Any, name: str) -> None:
+    """Raises CheckpointError unless tensors are those of a model, which may be without memory."""
+    _check_form(name, dict(own), saved)
+
+
+def _check_form(name: str, own: Any, saved: Any) -> None:
+    if isinstance(own, Tensor):
+        _check_tensor(name, own, saved)
+    elif isinstance(own, Mapping):
+        if not isinstance(saved, Mapping) or set(saved) != set(own):
+            missing = set(own) - set(saved) if isinstance(saved, Mapping) else set(own)
+            unknown = set(saved) - set(own) if isinstance(saved, Mapping) else set()
+            raise CheckpointError(
+                f"{name} of the checkpoint does not fit: it lacks "
+                f"{short_repr(sorted(missing, key=str))} and holds the unknown "
+                f"{short_repr(sorted(unknown, key=str))}."
+            )
+        for key, value in own.items():
+            _check_form(f"{name}.{key}", value, saved[key])
+    elif isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            raise CheckpointError(
+                f"{name} of the checkpoint must hold {len(own)} entries, got {short_repr(saved)}."
+            )
+        for place, (a, b) in enumerate(zip(own, saved, strict=True)):
+            _check_form(f"{name}[{place}]", a, b)
+    elif isinstance(own, float):
+        if not _finite(saved):
+            raise _other(name, "a finite number", saved)
+    elif type(saved) is not type(own):
+        raise _other(name, type(own).__name__, saved)
+    elif type(own) is int and abs(saved) >= 2**63:
+        raise _other(name, "an integer of 64 bits", saved)
+
+
+def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
+    if not isinstance(saved, Tensor):
+        raise _other(name, "a tensor", saved)
+    # There may be any number of calibrated lengths, and numbers of their own may gain precision.
+    free = name.endswith(".thresholds")
+    shapes_fit = saved.dim() == 2 if free else saved.shape == own.shape
+    alike = saved.is_floating_point() and own.is_floating_point() and not saved.dim()
+    if not shapes_fit or not (saved.dtype == own.dtype or alike) or saved.layout != torch.strided:
+        raise CheckpointError(
+            f"{name} of the checkpoint must be {own.dtype} {tuple(own.shape)}, got "
+            f"{saved.dtype} {tuple(saved.shape)}."
+        )
+    if saved.is_floating_point() and not bool(saved.isfinite().all()):
+        raise CheckpointError(
+            f"{name} of the checkpoint must be finite, but holds NaN or infinity."
+        )
+
+
+def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) -> None:
+    name = "optimizer"
+    if not isinstance(saved, Mapping) or set(saved) != {"state", "param_groups"}:
+        raise _other(name, "the state of an optimiser", saved)
+    groups, state = saved["param_groups"], saved["state"]
+    own_groups = own["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own_groups):
+        raise _other(f"{name}.param_groups", f"{len(own_groups)} groups", groups)
+    for own_group, group in zip(own_groups, groups, strict=True):
+        _check_equal(f"{name}.param_groups", own_group, group, moving="lr")
+    if not isinstance(state, Mapping):
+        raise _other(f"{name}.state", "a mapping", state)
+    for number, values in state.items():
+        if type(number) is not int or not 0 <= number < len(parameters):
+            raise _other(f"{name}.state", "by number of a parameter", number)
+        if not isinstance(values, Mapping):
+            raise _other(f"{name}.state[{number}]", "a mapping", values)
+        expected = {"step", "exp_avg", "exp_avg_sq"}
+        if set(values) != expected:
+            raise _other(f"{name}.state[{number}]", f"{sorted(expected)}", sorted(map(str, values)))
+        for key, value in values.items():
+            shape = () if key == "step" else tuple(parameters[number].shape)
+            _check_tensor(f"{name}.state[{number}].{key}", torch.empty(shape, device="meta"), value)
+            # Of its squares and its steps.
+            if key != "exp_avg" and bool((value < 0).any()):
+                raise _other(f"{name}.state[{number}].{key}", "not negative", value.flatten()[:4])
+
+
+def _check_equal(name: str, own: Mapping[str, Any], saved: Any, moving: str) -> None:
+    """Settings follow from the run's own: they are the same, but for one number from 0."""
+    if not isinstance(saved, Mapping) or set(saved) != set(own):
+        raise _other(name, f"settings named {sorted(own)}", saved)
+    for key, value in own.items():
+        found = saved[key]
+        if key == moving:
+            _check_form(f"{name}.{key}", value, found)
+            if found < 0:
+                raise _other(f"{name}.{key}", "not negative", found)
+        elif not _is_equal(value, found):
+            raise _other(f"{name}.{key}", f"{value!r}", found)
+
+
+def _check_random(name: str, own: Tensor | None, saved: Any) -> None:
+    if own is None and saved is None:
+        return
+    if own is None or not isinstance(saved, Tensor) or saved.dtype != torch.uint8:
+        raise _other(name, "a state of random numbers", saved)
+    if saved.shape != own.shape:
+        raise CheckpointError(f"{name} of the checkpoint must have {len(own)} bytes.")
+    if name == "random":
+        try:
+            torch.Generator().set_state(saved)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name} of the checkpoint is no state: {error}.") from error
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else short_repr(value)
+
+
+def _is_equal(own: Any, saved: Any) -> bool:
+    if isinstance(own, list | tuple):
+        return (
+            type(saved) is type(own) and len(saved) == len(own) and all(map(_is_equal, own, saved))
+        )
+    return type(saved) is type(own) and bool(saved == own)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value)
+
+
+def _other(name: str, expected: str, saved: Any) -> CheckpointError:
+    return CheckpointError(f"{name} of the checkpoint must be {expected}, got {_shown(saved)}.")
