@@ -179,6 +179,9 @@ def calibrate_threshold(samples: Sequence[ThresholdSample], sparsity: float) -> 
 class ThresholdTable:
     """Thresholds by length: longer sequences spread their attention over more blocks.
 
+    The length is that of a sample without its padding, of a document in a packed row, or of what a
+    cache holds, never the batch's.
+
     Attributes:
         lengths: Key tokens, ascending.
         thresholds: One for each length, or a tuple with one for each head.
