@@ -186,6 +186,9 @@ _UNUSED = -1.0
 class ThresholdTable:
     """Thresholds by length: longer sequences spread their attention over more blocks.
 
+    The length is that of a sample without its padding, of a document in a packed row, or of what a
+    cache holds, never the batch's.
+
     Attributes:
         lengths: Key tokens, ascending, at most 64 of them.
         thresholds: One for each length, or a tuple with one for each head; above 0.
