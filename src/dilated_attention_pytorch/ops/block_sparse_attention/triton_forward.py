@@ -8,12 +8,14 @@ import triton.language as tl
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
     LN2,
     LOG2E,
+    any_left_out,
     count_below,
     document_of,
+    finite_part,
     load_rows,
+    mark_readers,
     store_rows,
     visible,
-    without_padding,
 )
 
 
@@ -68,16 +70,25 @@ def _forward_tile(
             row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        s = tl.where(ok, s, float("-inf"))
-        v = without_padding(v, column, key_limit)
-    new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
+        ok = ok & (bias != float("-inf"))
+        # After the factor, which may be 0: -inf * 0 is NaN.
+        s = tl.where(ok, s * scale2 + bias, float("-inf"))
+        v, special = finite_part(v)
+        new_high = tl.maximum(high, tl.max(s, 1))
+    else:
+        new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
     # A row that has seen nothing yet keeps -inf; 0 instead avoids -inf - -inf.
-    base = tl.where(new_high == float("-inf"), 0.0, new_high) if MASKED else new_high
-    p = tl.exp2(s * scale2 + (bias - base)[:, None])
+    base = tl.where(new_high == float("-inf"), 0.0, new_high)
+    if MASKED:
+        p = tl.exp2(s - base[:, None])
+    else:
+        p = tl.exp2(s * scale2 + (bias - base)[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    if MASKED:
+        acc = mark_readers(acc, ok, special)
     return acc, new_high, total
 
 
@@ -124,7 +135,7 @@ def forward_kernel(
     # Tiles [low, full) of the ascending list need no mask.
     low = 0
     full = count
-    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+    if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         unmasked_end = key_limit
         if CAUSAL:
             unmasked_end = tl.minimum(unmasked_end, first + offset + 1)
@@ -135,6 +146,8 @@ def forward_kernel(
             low = count_below(entries, count, 1, BLOCK_K, start)
         full = count_below(entries, count, 1, BLOCK_K, unmasked_end - BLOCK_K + 1)
         full = tl.maximum(full, low)
+        if BIAS:
+            full = tl.where(any_left_out(biases, count) > 0, low, full)
     q = load_rows(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
         PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
@@ -161,7 +174,7 @@ def forward_kernel(
             row, key_limit, offset, documents, q_len,
             D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, False, TMA, UPCAST, PRECISION,
         )  # fmt: skip
-    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+    if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
             slot = step // VISITS
             slot = tl.where(slot < low, slot, slot + full - low)
@@ -186,4 +199,6 @@ def forward_kernel(
     of_row = head + tl.arange(0, PACK * ROWS) // ROWS
     place = (batch64 * num_heads + of_row) * q_len + row
     natural = tl.where(empty, float("-inf"), (high + tl.log2(total)) * LN2)
+    # An infinite logit takes all the weight: not inf - inf.
+    natural = tl.where(high == float("inf"), high, natural)
     tl.store(lse + place, natural, mask=row < q_len)

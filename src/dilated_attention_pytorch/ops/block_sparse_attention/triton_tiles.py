@@ -88,7 +88,7 @@ def visible(
     DOCUMENTS: tl.constexpr,
 ):
     """The token rule for broadcastable token numbers ``row`` and ``column``."""
-    ok = column < key_limit
+    ok = (column < key_limit) & (row < q_len)
     if CAUSAL:
         ok = ok & (column <= row + offset)
     if DOCUMENTS:
@@ -100,9 +100,46 @@ def visible(
 
 
 @triton.jit
-def without_padding(tile, column, key_limit):
-    """Zeroes key or value rows that are padding: what lies there may be NaN, and 0 * NaN is NaN."""
-    return tl.where((column < key_limit)[:, None], tile, 0.0).to(tile.dtype)
+def finite_part(tile):
+    """``(tokens, D)`` with 0 for NaN and infinities, and 1 for each token that held one.
+
+    0 * NaN is NaN: in a product they would reach rows that must not read them.
+    """
+    finite = tl.abs(tile.to(tl.float32)) < float("inf")
+    return tl.where(finite, tile, 0.0).to(tile.dtype), tl.max(tl.where(finite, 0, 1), 1)
+
+
+@triton.jit
+def mark_readers(acc, seen, special):
+    """NaN for the rows ``(n, D)`` that see, by ``(n, m)``, one of the ``(m,)`` special tokens."""
+    reads = tl.max(tl.where(seen, special[None, :], 0), 1)
+    return tl.where((reads > 0)[:, None], float("nan"), acc)
+
+
+@triton.jit
+def any_left_out(biases, count):
+    """How many of the first ``count`` biases are -inf: nobody reads their tiles."""
+    lane = tl.arange(0, 128)
+    total = 0
+    for chunk in range(0, count, 128):
+        place = chunk + lane
+        bias = tl.load(biases + place, mask=place < count, other=0.0)
+        total += tl.sum((bias == float("-inf")).to(tl.int32))
+    return total
+
+
+@triton.jit
+def any_tile_left_out(biases, entries, count, width, stride_i):
+    """The same for tiles listed as ``query_block * width + slot``."""
+    lane = tl.arange(0, 128)
+    total = 0
+    for chunk in range(0, count, 128):
+        place = chunk + lane
+        entry = tl.load(entries + place, mask=place < count, other=0)
+        at = (entry // width).to(tl.int64) * stride_i + entry % width
+        bias = tl.load(biases + at, mask=place < count, other=0.0)
+        total += tl.sum((bias == float("-inf")).to(tl.int32))
+    return total
 
 
 @triton.jit
