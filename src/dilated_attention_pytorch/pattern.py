@@ -332,9 +332,7 @@ class BlockPattern:
 
         # As wide as there are key blocks: shorter lists are filled up, unused entries cut off.
         pad = self.num_key_blocks - self.kv_indices.shape[-1]
-        index = torch.nn.functional.pad(
-            torch.where(self.slot_used(), self.kv_indices, 0), (0, pad)
-        )
+        index = torch.nn.functional.pad(torch.where(self.slot_used(), self.kv_indices, 0), (0, pad))
         return BlockMask.from_kv_blocks(
             self.kv_num_blocks.contiguous(),
             index.contiguous(),

@@ -20,7 +20,7 @@ NAMES = ("query", "key", "value", "block_bias", "mass_probe")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one call: ``""`` in ``wrong`` if it is right; ``refusal`` if it was refused."""
+    """What became of one call: what is wrong with it, or why it was refused; else nothing."""
 
     kind: str
     backend: str
@@ -31,9 +31,7 @@ class Outcome:
 def expected(case: Case) -> tuple[dict[str, Tensor], rounding.Bounds]:
     """The oracle's results and gradients, and how far others may be off."""
     options, dtype = case.options, case.query.dtype
-    q, k, v = (
-        x.double().contiguous().requires_grad_() for x in (case.query, case.key, case.value)
-    )
+    q, k, v = (x.double().contiguous().requires_grad_() for x in (case.query, case.key, case.value))
     bias = options["block_bias"]
     if bias is not None:
         bias = bias.double().requires_grad_()
@@ -75,16 +73,17 @@ def expected(case: Case) -> tuple[dict[str, Tensor], rounding.Bounds]:
 
 
 def difference(
-    name: str, got: Tensor, want: Tensor, limit: Tensor, *, shows_nan: bool = True
+    name: str, got: Tensor, want: Tensor, limit: Tensor, nan: Tensor | None = None
 ) -> str:
-    """What is wrong with a result, or nothing."""
+    """What is wrong with a result, or nothing. ``nan``: rows ``(b, h, n)`` that read one."""
     if got.shape != want.shape:
         return f"{name} has shape {tuple(got.shape)}, not {tuple(want.shape)}"
     got = got.detach().double().cpu()
     same = (got == want) | ((got - want).abs() <= limit) | ~(limit < torch.inf)
-    if name in ("out", "lse") and shows_nan:
+    if name in ("out", "lse") and nan is not None:
         # A row that reads NaN must not look as if it had not.
-        same = torch.where(want.isnan(), got.isnan() | got.isinf(), same)
+        rows = nan if name == "lse" else nan.transpose(1, 2)[..., None]
+        same = torch.where(rows & want.isnan(), ~got.isfinite(), same)
     if bool(same.all()):
         return ""
     at = tuple(int(x) for x in (~same).nonzero()[0])
@@ -94,6 +93,15 @@ def difference(
     )
 
 
+def rows_of_nan(case: Case) -> Tensor:
+    """Rows ``(b, h, n)`` that read a NaN; a scale of 0 may leave out the product altogether."""
+    group = case.query.shape[2] // case.key.shape[2]
+    q, k, v = (x.transpose(1, 2).isnan().any(-1) for x in (case.query, case.key, case.value))
+    k, v = (x.repeat_interleave(group, 1)[:, :, None] for x in (k, v))
+    found = v if case.scale == 0 else q[..., None] | k | v
+    return ((case.slots >= 0) & found).any(-1)
+
+
 def run(case: Case, backend: str, device: str) -> dict[str, Tensor]:
     """Results and gradients of one call."""
 
@@ -101,10 +109,9 @@ def run(case: Case, backend: str, device: str) -> dict[str, Tensor]:
         if not isinstance(x, Tensor) or device == "cpu":
             return x
         # Copied by its storage, so that strides and what lies between stay.
-        moved = torch.empty(0, dtype=x.dtype, device=device).set_(
+        return torch.empty(0, dtype=x.dtype, device=device).set_(
             x.untyped_storage().to(device), x.storage_offset(), x.shape, x.stride()
         )
-        return moved
 
     options = {name: place(x) for name, x in case.options.items()}
     inputs = {
@@ -157,11 +164,8 @@ def check(case: Case, backends: Sequence[str], device: str) -> list[Outcome]:
             continue
         finally:
             torch.use_deterministic_algorithms(False)
-        # A scale of 0 may leave out the product altogether.
-        wrong = [
-            difference(name, x, want[name], limits[name], shows_nan=case.scale != 0)
-            for name, x in found.items()
-        ]
+        nan = rows_of_nan(case)
+        wrong = [difference(name, x, want[name], limits[name], nan) for name, x in found.items()]
         if not (device != "cpu" and backend in ("dense", "flash_atomic")):
             wrong += [
                 f"{name} differs from run to run"

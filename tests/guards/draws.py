@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from guards import oracle
 
 PLANTS = (float("nan"), float("inf"), -float("inf"), 1e38)
 BLOCKS = (1, 2, 3, 4, 5, 7, 8, 16, 16, 17, 32, 64)
-# Numbers in the largest tensor of pairs; the oracle's time.
-MOST_PAIRS = 150_000
+# What interpreted and compiled kernels take, and a size that they do not.
+INTERPRETED_BLOCKS = (16, 16, 32)
+GPU_BLOCKS = (16, 16, 32, 64, 128, 8)
 DTYPES = (torch.float64, *(torch.float32,) * 3, torch.bfloat16, torch.float16)
 
 
@@ -68,7 +69,6 @@ class Case:
     grad_out: Tensor
     grad_lse: Tensor | None
     complete: bool = False
-    notes: list[str] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
@@ -90,24 +90,38 @@ class Case:
         return (
             f"b={b} n={n} m={m} h={h} g={g} d={d} {self.query.dtype} blocks="
             f"{self.pattern.block_size} lists={lists} {given} needs="
-            f"{[x for x, yes in self.needs.items() if yes]} {self.notes}"
+            f"{[x for x, yes in self.needs.items() if yes]}"
         )
 
 
-def draw(seed: int, *, small: bool = False, dtypes: Sequence[torch.dtype] = DTYPES) -> Case:
-    """Draws a call. ``small``: for interpreted kernels, with blocks that they take."""
+def draw(
+    seed: int,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    blocks: Sequence[int] = BLOCKS,
+    longest: int = 140,
+    most_pairs: int = 150_000,
+) -> Case:
+    """Draws a call.
+
+    Args:
+        seed: What it follows from, together with the other arguments.
+        dtypes: Dtypes to draw from.
+        blocks: Block sizes to draw from.
+        longest: Tokens, at most.
+        most_pairs: Numbers in the largest tensor of pairs, at most: the oracle's time.
+    """
     dice = Dice(seed)
     dtype = dice.choice(dtypes)
-    size = dice.choice((16, 16, 32)) if small else dice.choice(BLOCKS)
-    sizes = (size, size) if dice.chance(0.6) else (size, dice.choice((16, 32) if small else BLOCKS))
-    most = 70 if small else 140
-    n = dice.length(sizes[0], most)
-    m = n if dice.chance(0.5) else dice.length(sizes[1], most)
+    size = dice.choice(blocks)
+    sizes = (size, size) if dice.chance(0.6) else (size, dice.choice(blocks))
+    n = dice.length(sizes[0], longest)
+    m = n if dice.chance(0.5) else dice.length(sizes[1], longest)
     g = dice.choice((1, 1, 2, 3))
     h = g * dice.choice((1, 1, 2, 4))
     d = dice.choice((1, 2, 3, 4, 8, 8, 15, 16, 16, 17, 32, 33, 64))
     b = dice.choice((0, 1, 1, 2, 2, 3)) if dice.chance(0.3) else dice.choice((1, 2))
-    while b * h * n * m * d > MOST_PAIRS:
+    while b * h * n * m * d > most_pairs:
         if b > 1:
             b -= 1
         elif d > 8:
@@ -118,24 +132,24 @@ def draw(seed: int, *, small: bool = False, dtypes: Sequence[torch.dtype] = DTYP
             h = g = g - 1
         else:
             n, m = (n // 2, m // 2) if n == m else (max(n // 2, 1), max(m // 2, 1))
-    rule = _draw_rule(dice, b, n, m, sizes)
-    pattern, complete = _draw_pattern(dice, b, n, m, g, h, sizes)
-    blocks = tuple(np.arange(x) // size for x, size in zip((n, m), sizes, strict=True))
+    rule = draw_rule(dice, b, n, m, sizes)
+    pattern, complete = draw_pattern(dice, b, n, m, g, h, sizes)
+    rows, columns = (np.arange(x) // size for x, size in zip((n, m), sizes, strict=True))
     allowed = oracle.token_rule(b, n, m, **rule)
     slots = oracle.seen_slots(
         pattern.kv_num_blocks.numpy(), pattern.kv_indices.numpy(), -(-m // sizes[1]), allowed, h,
-        (blocks[0][None], blocks[1][None]),
+        (rows[None], columns[None]),
     )  # fmt: skip
     case = Case(
         seed, *_draw_inputs(dice, b, n, m, h, g, d, dtype, slots), pattern,
         {"causal": False, "key_lengths": None, "cu_seqlens": None, "query_offset": None, **rule},
-        slots, torch.from_numpy(blocks[0]), {}, torch.empty(0), None, complete,
+        slots, torch.from_numpy(rows), {}, torch.empty(0), None, complete,
     )  # fmt: skip
     _draw_rest(dice, case, dtype)
     return case
 
 
-def _draw_rule(dice: Dice, b: int, n: int, m: int, sizes: tuple[int, int]) -> dict[str, Any]:
+def draw_rule(dice: Dice, b: int, n: int, m: int, sizes: tuple[int, int]) -> dict[str, Any]:
     """Keyword arguments of the token rule: any combination that is allowed."""
     rule: dict[str, Any] = {"causal": dice.chance(0.55)}
     integers = dice.choice((torch.int32, torch.int64))
@@ -173,7 +187,7 @@ def _draw_offset(dice: Dice, n: int, m: int) -> int:
     return dice.choice((0, 1, -1, m - n, m, -n, dice.randint(-n - 2, m + 2)))
 
 
-def _draw_pattern(
+def draw_pattern(
     dice: Dice, b: int, n: int, m: int, g: int, h: int, sizes: tuple[int, int]
 ) -> tuple[BlockPattern, bool]:
     """A pattern, and whether the package knows that it keeps everything."""
@@ -232,12 +246,14 @@ def _draw_inputs(
         q[:, dice.randint(0, n - 1)] = dice.choice(PLANTS)
     if n == m and b * n and dice.chance(0.2):
         return _fused(dice, q.to(dtype), k.to(dtype), v.to(dtype))
-    return tuple(_lay_out(dice, x.to(dtype)) for x in (q, k, v))  # type: ignore[return-value]
+    return tuple(lay_out(dice, x.to(dtype)) for x in (q, k, v))  # type: ignore[return-value]
 
 
 def _resize(dice: Dice, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
     """Sometimes makes the numbers very large, very small, equal or of many sizes."""
-    kind = dice.choice((*("normal",) * 6, "large", "huge", "tiny", "equal", "zero", "mixed", "late"))
+    kind = dice.choice(
+        (*("normal",) * 6, "large", "huge", "tiny", "equal", "zero", "mixed", "late")
+    )
     half = dtype == torch.float16
     if kind == "large":
         q *= dice.choice((5, 30, 100))
@@ -269,7 +285,7 @@ def _fused(dice: Dice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     return parts[0], parts[1], parts[2]
 
 
-def _lay_out(dice: Dice, x: Tensor) -> Tensor:
+def lay_out(dice: Dice, x: Tensor) -> Tensor:
     """The same numbers with other strides; the memory between them is NaN."""
     kind = dice.choice(("plain", "heads first", "batch last", "steps", "offset", "last axis"))
     if kind == "heads first":

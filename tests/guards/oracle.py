@@ -74,10 +74,13 @@ def attention(q, k, v, slots, *, scale=None, bias=None, rows=None):
 
 
 def tile_mass(p, grad_out, slots, rows, shape):
-    """Weight of each listed tile, mean over its rows weighted by the norm of their gradient."""
+    """Weight of each listed tile, mean over its rows weighted by the norm of their gradient.
+
+    Rows that see nothing have no part in the mean.
+    """
     b, h, _, _ = p.shape
     sample, head = torch.arange(b).view(-1, 1, 1), torch.arange(h).view(-1, 1) // (h // shape[1])
-    norm = grad_out.norm(dim=-1).transpose(1, 2)
+    norm = torch.where((p != 0).any(-1), grad_out.norm(dim=-1).transpose(1, 2), 0)
     total = p.new_zeros(shape[:3]).index_put_((sample, head, rows), norm, accumulate=True)
     share = norm / total[sample, head, rows].clamp(min=torch.finfo(p.dtype).tiny)
     # One place too many takes the pairs that do not see each other.

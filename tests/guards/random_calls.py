@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -50,18 +51,19 @@ def kind_of(seed: int) -> str:
 
 def runner(device: str, backend: str) -> Callable[[int, str], tuple[list[Any], str]]:
     """A function that runs one seed as one kind: its outcomes, and what was called."""
-    from guards import attention_calls, layer_calls
-    from guards.draws import draw
+    from guards import attention_calls, draws, layer_calls
 
-    interpreted = device == "cpu" and backend == "triton"
+    options: dict[str, Any] = {}
+    if device == "cuda":
+        options = {"blocks": draws.GPU_BLOCKS, "longest": 300, "most_pairs": 1_200_000}
+    elif backend == "triton":
+        options = {"blocks": draws.INTERPRETED_BLOCKS, "longest": 70}
+    if backend == "triton":
+        options["dtypes"] = draws.DTYPES[1:]
 
     def run(seed: int, kind: str) -> tuple[list[Any], str]:
         if kind == "attention":
-            import torch
-
-            halves = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
-            more = {"dtypes": halves} if backend == "triton" else {}
-            case = draw(seed, small=interpreted, **more)
+            case = draws.draw(seed, **options)
             names = (backend,) if backend != "all" else attention_calls.some_backends(case, device)
             return attention_calls.check(case, names, device), str(case)
         if kind == "decode":
@@ -95,14 +97,14 @@ def run_seeds(options: argparse.Namespace) -> dict[str, Any]:
             if outcome.wrong:
                 found = {"seed": seed, "kind": kind, "backend": outcome.backend}
                 wrong.append({**found, "wrong": outcome.wrong, "about": about})
-                print(f"MISMATCH --only {seed} ({kind} {outcome.backend}): {outcome.wrong}", flush=True)
-                if about:
-                    print(f"    {about}", flush=True)
+                where = f"MISMATCH --only {seed} ({kind} {outcome.backend})"
+                print(f"{where}: {outcome.wrong}\n    {about}", flush=True)
         seed += 1
         if time.monotonic() - said > 30:
             said = time.monotonic()
             rate = counts.total() / (said - start)
-            print(f"{counts.total():,} calls, {rate:.0f}/s, seeds to {seed}, {len(wrong)} wrong", flush=True)
+            done = f"{counts.total():,} calls, {rate:.0f}/s, seeds to {seed}"
+            print(f"{done}, {len(wrong)} wrong", flush=True)
     return {
         "first_seed": options.seed, "next_seed": seed, "calls": counts.total(),
         "seconds": round(time.monotonic() - start, 1), "counts": dict(sorted(counts.items())),
@@ -133,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         from interpreted_kernels import hasten_interpreter
 
         hasten_interpreter()
+        # NumPy says so where numbers are not finite, as many here are meant to be.
+        warnings.simplefilter("ignore", RuntimeWarning)
     import torch
 
     torch.set_num_threads(1)
@@ -141,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         outcomes, about = runner(options.device, options.backend)(options.only, kind)
         print(about)
         for outcome in outcomes:
-            print(f"{outcome.kind} {outcome.backend}: {outcome.wrong or outcome.refusal or 'right'}")
+            found = outcome.wrong or outcome.refusal or "right"
+            print(f"{outcome.kind} {outcome.backend}: {found}")
         return int(any(outcome.wrong for outcome in outcomes))
     report = run_seeds(options)
     if options.device == "cpu" and options.backend == "all" and options.kind is None:
@@ -153,11 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     for title in ("counts", "refusals"):
-        print(f"{title}: " + ", ".join(f"{name} {number:,}" for name, number in report[title].items()))
-    print(
-        f"{report['calls']:,} calls of seeds {report['first_seed']} to {report['next_seed'] - 1} in "
-        f"{report['seconds']} s: {len(report['mismatches'])} mismatches"
-    )
+        numbers = [f"{name} {number:,}" for name, number in report[title].items()]
+        print(f"{title}: {', '.join(numbers)}")
+    seeds = f"seeds {report['first_seed']} to {report['next_seed'] - 1}"
+    wrong = f"{len(report['mismatches'])} mismatches"
+    print(f"{report['calls']:,} calls of {seeds} in {report['seconds']} s: {wrong}")
     return int(bool(report["mismatches"]))
 
 

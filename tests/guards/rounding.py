@@ -95,26 +95,29 @@ def bounds(call: Call, dtype: torch.dtype) -> Bounds:
     s, bad_s = abs(call.scale), seen & ~good_s[..., None]
     bad_p = seen & ~(good & ~g[1])[..., None]
 
-    def finish(error: Tensor, size: Tensor, bad: Tensor) -> Tensor:
-        error = error + 2 * eps * size + least
-        return torch.where(size < most_narrow, _infinite(error, bad), torch.inf)
+    def finish(error: Tensor, size: Tensor, bad: Tensor, factor: float = s) -> Tensor:
+        error = factor * (error + 2 * eps * size) + least
+        # The factor may come before or after the sum.
+        fits = (size < most) & (factor * size < most_narrow)
+        return torch.where(fits, _infinite(error, bad), torch.inf)
 
     def to_kv_heads(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
 
-    found["query"] = finish(s * (error @ k[0]), s * (slope @ k[0]), bad_s.any(-1)).transpose(1, 2)
-    found["key"] = to_kv_heads(finish(s * (error.mT @ q[0]), s * (slope.mT @ q[0]), bad_s.any(2)))
-    found["value"] = to_kv_heads(finish(weight.mT @ g[0], p.mT @ g[0], bad_p.any(2)))
-    found["bias"] = _infinite(
-        call.per_tile(error) + 2 * eps * call.per_tile(slope) + least, call.per_tile(bad_s * 1.0) > 0
-    )
+    found["query"] = finish(error @ k[0], slope @ k[0], bad_s.any(-1)).transpose(1, 2)
+    found["key"] = to_kv_heads(finish(error.mT @ q[0], slope.mT @ q[0], bad_s.any(2)))
+    found["value"] = to_kv_heads(finish(weight.mT @ g[0], p.mT @ g[0], bad_p.any(2), 1.0))
+    of_tile = call.per_tile(error) + 2 * eps * call.per_tile(slope) + least
+    found["bias"] = _infinite(of_tile, call.per_tile(bad_s * 1.0) > 0)
+
     # Norms whose squares leave the range promise nothing of their block.
     norm = largest(g[0])
     extreme = g[1] | (norm > most**0.5) | ((norm > 0) & (norm < least**0.25))
-    at = call.rows.expand(norm.shape[2]), torch.arange(norm.shape[1]) // (norm.shape[1] // call.shape[1])
-    marks = torch.zeros(call.shape[:3]).index_put_(
-        (torch.arange(len(norm)).view(-1, 1, 1), at[1][:, None], at[0]), extreme * 1.0, accumulate=True
-    )
+    b, h, _ = norm.shape
+    lists = torch.arange(h) // (h // call.shape[1])
+    marks = torch.zeros(call.shape[:3], dtype=torch.int64)
+    at = (torch.arange(b).view(-1, 1, 1), lists[:, None], call.rows)
+    marks.index_put_(at, (extreme & seen.any(-1)).long(), accumulate=True)
     bad = (call.per_tile((seen & ~good[..., None]) * 1.0) > 0) | (marks > 0)[..., None]
     found["mass"] = _infinite(call.per_tile(2 * weight), bad) + 16 * eps_wide
     return found
