@@ -20,7 +20,6 @@ from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
     document_of,
     finite_part,
     load_rows,
-    mark_readers,
     store_rows,
     visible,
 )
@@ -54,7 +53,8 @@ def row_kernel(
     log_sum = tl.load(lse + read, mask=inside, other=float("-inf"))
     # +inf makes exp2(s - lse) zero: empty rows and rows past the end cost the kernels no mask.
     empty = log_sum == float("-inf")
-    log_sum = tl.where(empty, float("inf"), log_sum * LOG2E)
+    # NaN where the gradient is not finite: the kernels take that from the products of masked tiles.
+    log_sum = tl.where(empty, float("inf"), log_sum * LOG2E + tl.sum(g - g, 1))
     tl.store(lse2 + write, log_sum, mask=row < padded_len)
     dot = tl.sum(o * g, 1)
     length = tl.sqrt(tl.sum(g * g, 1))
@@ -204,10 +204,10 @@ def query_kernel(
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            ds = tl.where(ok, p * (dp - centre[:, None]), 0.0)
-            k, special = finite_part(k)
+            ds = tl.where(p == 0, 0.0, p * (dp - centre[:, None]))
+            # Where k is not finite, s is neither, nor is ds where k is read.
+            k = finite_part(k)
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-            acc = mark_readers(acc, ok, special)
             store_by_products(
                 mass,
                 grad_bias,
@@ -290,15 +290,14 @@ def _key_tile(
         )  # fmt: skip
         ok = ok & (bias != float("-inf"))
         p = tl.where(ok, p, 0.0)
-        g, special = finite_part(g)
-        dv = mark_readers(dv, ok, special)
+        # Rows whose g or q is not finite have p = NaN where they read.
+        g = finite_part(g)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     ds = p * (dp - centre[None, :])
     if MASKED:
-        ds = tl.where(ok, ds, 0.0)
-        q, special = finite_part(q)
-        dk = mark_readers(dk, ok, special)
+        ds = tl.where(p == 0, 0.0, ds)
+        q = finite_part(q)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 

@@ -13,7 +13,6 @@ from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
     document_of,
     finite_part,
     load_rows,
-    mark_readers,
     store_rows,
     visible,
 )
@@ -73,7 +72,6 @@ def _forward_tile(
         ok = ok & (bias != float("-inf"))
         # After the factor, which may be 0: -inf * 0 is NaN.
         s = tl.where(ok, s * scale2 + bias, float("-inf"))
-        v, special = finite_part(v)
         new_high = tl.maximum(high, tl.max(s, 1))
     else:
         new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
@@ -86,9 +84,12 @@ def _forward_tile(
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     if MASKED:
-        acc = mark_readers(acc, ok, special)
+        # 0, or NaN for a token with a number that is not finite: for those alone that read it.
+        special = tl.sum((v - v).to(tl.float32), 1)
+        p = tl.where(p > 0, p + special[None, :], p)
+        v = finite_part(v)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_high, total
 
 

@@ -101,19 +101,11 @@ def visible(
 
 @triton.jit
 def finite_part(tile):
-    """``(tokens, D)`` with 0 for NaN and infinities, and 1 for each token that held one.
+    """0 for NaN and infinities, which in a product would reach rows that must not read them.
 
-    0 * NaN is NaN: in a product they would reach rows that must not read them.
+    0 * NaN is NaN. Rows that do read them must have NaN as their weight.
     """
-    finite = tl.abs(tile.to(tl.float32)) < float("inf")
-    return tl.where(finite, tile, 0.0).to(tile.dtype), tl.max(tl.where(finite, 0, 1), 1)
-
-
-@triton.jit
-def mark_readers(acc, seen, special):
-    """NaN for the rows ``(n, D)`` that see, by ``(n, m)``, one of the ``(m,)`` special tokens."""
-    reads = tl.max(tl.where(seen, special[None, :], 0), 1)
-    return tl.where((reads > 0)[:, None], float("nan"), acc)
+    return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
 
 
 @triton.jit
