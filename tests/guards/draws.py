@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import BlockPattern
+from dilated_attention_pytorch.mask import AttentionMask
 from guards import oracle
 
 PLANTS = (float("nan"), float("inf"), -float("inf"), 1e38)
@@ -69,6 +70,12 @@ class Case:
     grad_out: Tensor
     grad_lse: Tensor | None
     complete: bool = False
+    autocast: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the op computes and returns."""
+        return torch.bfloat16 if self.autocast else self.query.dtype
 
     @property
     def scale(self) -> float:
@@ -90,7 +97,7 @@ class Case:
         return (
             f"b={b} n={n} m={m} h={h} g={g} d={d} {self.query.dtype} blocks="
             f"{self.pattern.block_size} lists={lists} {given} needs="
-            f"{[x for x, yes in self.needs.items() if yes]}"
+            f"{[x for x, yes in self.needs.items() if yes]}{' autocast' * self.autocast}"
         )
 
 
@@ -136,6 +143,10 @@ def draw(
     pattern, complete = draw_pattern(dice, b, n, m, g, h, sizes)
     rows, columns = (np.arange(x) // size for x, size in zip((n, m), sizes, strict=True))
     allowed = oracle.token_rule(b, n, m, **rule)
+    offset = rule.get("query_offset", m - n)
+    alike = rule.keys() <= {"causal", "query_offset"} and isinstance(offset, int)
+    if b and alike and dice.chance(0.1):
+        pattern, complete = _complete_pattern(allowed[0], sizes, rule["causal"], offset), True
     slots = oracle.seen_slots(
         pattern.kv_num_blocks.numpy(), pattern.kv_indices.numpy(), -(-m // sizes[1]), allowed, h,
         (rows[None], columns[None]),
@@ -214,6 +225,18 @@ def draw_pattern(
     if dice.chance(0.1):
         indices = indices.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     return BlockPattern(counts.int(), indices, n, m, sizes), False
+
+
+def _complete_pattern(
+    allowed: np.ndarray, sizes: tuple[int, int], causal: bool, offset: int
+) -> BlockPattern:
+    """All tiles of a mask that is the same for all samples, and the promise that they are all."""
+    n, m = allowed.shape
+    kept = torch.zeros(1, 1, -(-n // sizes[0]), -(-m // sizes[1]), dtype=torch.bool)
+    rows, columns = np.nonzero(allowed)
+    kept[0, 0, rows // sizes[0], columns // sizes[1]] = True
+    pattern = BlockPattern.from_dense(kept, q_len=n, kv_len=m, block_size=sizes)
+    return replace(pattern, complete_for=AttentionMask(n, m, causal, offset))
 
 
 def _draw_inputs(
@@ -342,6 +365,8 @@ def _draw_rest(dice: Dice, case: Case, dtype: torch.dtype) -> None:
     blind = ~(case.slots >= 0).any(-1)
     if dice.chance(0.2):
         grad[blind.transpose(1, 2)] = dice.choice(PLANTS)
+    case.autocast = dtype == torch.float32 and dice.chance(0.04)
+    dtype = case.dtype
     grad = grad.to(dtype)
     if kind == "ones":
         grad = torch.ones((), dtype=dtype).expand(b, n, h, d)
