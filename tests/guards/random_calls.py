@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 # Of 100 seeds so many are calls of each kind.
-SHARES = {"attention": 84, "decode": 6, "layer": 4, "multihead": 2, "pattern": 4}
+SHARES = {"attention": 82, "decode": 6, "layer": 4, "multihead": 2, "pattern": 4, "misuse": 2}
 # Interpreted kernels take a hundred times as long.
 INTERPRETED_SHARE = 0.003
 
@@ -51,7 +51,7 @@ def kind_of(seed: int) -> str:
 
 def runner(device: str, backend: str) -> Callable[[int, str], tuple[list[Any], str]]:
     """A function that runs one seed as one kind: its outcomes, and what was called."""
-    from guards import attention_calls, draws, layer_calls
+    from guards import attention_calls, draws, layer_calls, misuse_calls
 
     options: dict[str, Any] = {}
     if device == "cuda":
@@ -70,7 +70,8 @@ def runner(device: str, backend: str) -> Callable[[int, str], tuple[list[Any], s
             every = ("gather", "reference", "auto") if device == "cpu" else ("triton", "auto")
             names = (backend,) if backend != "all" else every
             return layer_calls.check_decode(seed, device, names), ""
-        return getattr(layer_calls, f"check_{kind}")(seed, device), ""
+        room = misuse_calls if kind == "misuse" else layer_calls
+        return getattr(room, f"check_{kind}")(seed, device), ""
 
     return run
 
