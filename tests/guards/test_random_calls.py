@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dilated_attention_pytorch.ops.block_sparse_attention.interface import BACKENDS
 from guards.random_calls import parse, run_seeds
 
 pytestmark = [
@@ -27,6 +29,30 @@ def mismatches(*arguments: str) -> list[str]:
 @pytest.mark.parametrize("first", range(0, 50_000, 10_000))
 def test_every_backend_equals_the_oracle(first):
     assert not mismatches("--calls", "140", "--seed", str(first))
+
+
+def last_tile_left_out(args):
+    pattern = args.pattern
+    full = pattern.kv_num_blocks == pattern.kv_indices.shape[3]
+    counts = (pattern.kv_num_blocks - full.int()).clamp(min=0)
+    return replace(args, pattern=replace(pattern, kv_num_blocks=counts, check_values=False))
+
+
+def scale_slightly_off(args):
+    return replace(args, scale=args.scale * (1 + 1e-5))
+
+
+def one_later_key_seen(args):
+    offset = args.mask.query_offset
+    return replace(args, mask=replace(args.mask, query_offset=offset + 1))
+
+
+@pytest.mark.parametrize("spoil", [last_tile_left_out, scale_slightly_off, one_later_key_seen])
+def test_what_is_wrong_is_noticed(monkeypatch, spoil):
+    gather = BACKENDS["gather"]
+    monkeypatch.setitem(BACKENDS, "gather", lambda args: gather(spoil(args)))
+    arguments = ("--calls", "40", "--kind", "attention", "--backend", "gather")
+    assert len(mismatches(*arguments)) >= 3
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the kernels run there")
