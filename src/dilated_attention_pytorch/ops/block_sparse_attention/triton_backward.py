@@ -196,7 +196,8 @@ def query_kernel(
                 row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
                 CAUSAL, DOCUMENTS,
             )  # fmt: skip
-            ok = ok & (bias != float("-inf"))
+            if BIAS:
+                ok = ok & (bias != float("-inf"))
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
             v = load_rows(
@@ -262,6 +263,7 @@ def _key_tile(
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    BIAS: tl.constexpr,
     MASKED: tl.constexpr,
     TMA_Q: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -288,7 +290,8 @@ def _key_tile(
             row[None, :], column[:, None], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        ok = ok & (bias != float("-inf"))
+        if BIAS:
+            ok = ok & (bias != float("-inf"))
         p = tl.where(ok, p, 0.0)
         # Rows whose g or q is not finite have p = NaN where they read.
         g = finite_part(g)
@@ -402,7 +405,7 @@ def key_kernel(
                 lse2, delta,
                 batch, head + step % VISITS // ROW_VISITS * PACK, first,
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
-                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
+                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, BIAS, False,
                 TMA_Q, UPCAST, PRECISION,
             )  # fmt: skip
         if MASKS:
@@ -423,7 +426,7 @@ def key_kernel(
                     batch, head + step % VISITS // ROW_VISITS * PACK, first,
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
-                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
+                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, BIAS, True,
                     TMA_Q, UPCAST, PRECISION,
                 )  # fmt: skip
     store_rows(
