@@ -190,14 +190,14 @@ def query_kernel(
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
             bias = 0.0
+            limit = key_limit
             if BIAS:
                 bias = tl.load(biases + slot) * LOG2E
+                limit = tl.where(bias == float("-inf"), 0, key_limit)
             ok = visible(
-                row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
+                row[:, None], column[None, :], batch, limit, offset, documents, q_len,
                 CAUSAL, DOCUMENTS,
             )  # fmt: skip
-            if BIAS:
-                ok = ok & (bias != float("-inf"))
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
             v = load_rows(
@@ -286,12 +286,12 @@ def _key_tile(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.exp2(s * scale2 + (bias - log_sum)[None, :])
     if MASKED:
+        if BIAS:
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
         ok = visible(
             row[None, :], column[:, None], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        if BIAS:
-            ok = ok & (bias != float("-inf"))
         p = tl.where(ok, p, 0.0)
         # Rows whose g or q is not finite have p = NaN where they read.
         g = finite_part(g)

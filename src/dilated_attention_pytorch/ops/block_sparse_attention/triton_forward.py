@@ -66,12 +66,13 @@ def _forward_tile(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         column = start + tl.arange(0, COLUMNS)
+        if BIAS:
+            # Nobody reads such a tile.
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
         ok = visible(
             row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        if BIAS:
-            ok = ok & (bias != float("-inf"))
         # After the factor, which may be 0: -inf * 0 is NaN.
         s = tl.where(ok, s * scale2 + bias, float("-inf"))
         new_high = tl.maximum(high, tl.max(s, 1))
