@@ -23,6 +23,8 @@ from dilated_attention_pytorch.ops.block_sparse_attention.row_groups import (
 # Logits of one chunk, by device type. On 2 CPU cores 2**18 to 2**21 take the same time.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
+# From here on float32's rounding of an lse is a thousandth and more of the weights.
+_STEEP = 1 << 14
 
 
 def gather_forward(args: Arguments) -> tuple[Tensor, Tensor]:
@@ -275,6 +277,8 @@ def _backward(
     finite = _all_finite(query) and _all_finite(key) and _all_finite(grad)
     # Rows that read nothing: exp(s - inf) is 0, and what they hold must not reach a sum.
     empty = _rows_to_blocks(lse == -torch.inf, x.size_q, True)
+    # So large that another kernel's lse, rounded otherwise, would give weights above 1 or none.
+    steep = bool((lse.abs().masked_fill(lse.isinf(), 0) > _STEEP).any())
     lse = _rows_to_blocks(lse, x.size_q, torch.inf).masked_fill_(empty, torch.inf)[..., None]
     has_empty = empty.any(-1)
     if grad_lse is not None:
@@ -295,7 +299,12 @@ def _backward(
         none_read = empty[group.rows[some]][..., None]
         for rows_of in (q, g):
             _clear(rows_of, some, none_read)
-        p = x.hide(x.logits(q, k, group).sub_(lse[group.rows]).exp_(), group, 0)
+        p = x.logits(q, k, group)
+        if steep:
+            torch.softmax(x.hide(p, group, -torch.inf), -1, out=p)
+        else:
+            p.sub_(lse[group.rows]).exp_()
+        x.hide(p, group, 0)
         _clear(p, some, none_read)
         if needs_mass:
             column = torch.bmm(weight[group.rows][:, None], p)

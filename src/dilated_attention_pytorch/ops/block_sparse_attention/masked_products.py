@@ -55,6 +55,7 @@ class _Sum(Function):
 
     @staticmethod
     def forward(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        x = torch.where(seen.any(-2)[..., None], x, 0)
         # Values cannot be looked at in a mapped call.
         if not torch._C._are_functorch_transforms_active() and bool(x.isfinite().all()):
             return torch.where(seen, weights, 0) @ x

@@ -87,6 +87,6 @@ class _MassTap(torch.autograd.Function):
         p = F.pad(p, (0, j * size_k - m, 0, i * size_q - n))
         p = p.view(b, heads, h // heads, i, size_q, j, size_k).sum(-1)
         mass = (p * w[..., None]).sum((2, 4))
-        slots = mass.gather(-1, pattern.kv_indices.long().clamp(max=j - 1) if j else mass.long())
+        slots = mass.gather(-1, pattern.kv_indices.long().clamp(0, j - 1) if j else mass.long())
         slots = slots.masked_fill(~pattern.slot_used(), 0)
         return grad, slots.to(ctx.probe_dtype), None, None, None

@@ -190,13 +190,14 @@ def query_kernel(
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
             bias = 0.0
+            limit = key_limit
             if BIAS:
                 bias = tl.load(biases + slot) * LOG2E
+                limit = tl.where(bias == float("-inf"), 0, key_limit)
             ok = visible(
-                row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
+                row[:, None], column[None, :], batch, limit, offset, documents, q_len,
                 CAUSAL, DOCUMENTS,
             )  # fmt: skip
-            ok = ok & (bias != float("-inf"))
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
             v = load_rows(
@@ -262,6 +263,7 @@ def _key_tile(
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    BIAS: tl.constexpr,
     MASKED: tl.constexpr,
     TMA_Q: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -284,11 +286,12 @@ def _key_tile(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.exp2(s * scale2 + (bias - log_sum)[None, :])
     if MASKED:
+        if BIAS:
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
         ok = visible(
             row[None, :], column[:, None], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        ok = ok & (bias != float("-inf"))
         p = tl.where(ok, p, 0.0)
         # Rows whose g or q is not finite have p = NaN where they read.
         g = finite_part(g)
@@ -402,7 +405,7 @@ def key_kernel(
                 lse2, delta,
                 batch, head + step % VISITS // ROW_VISITS * PACK, first,
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
-                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
+                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, BIAS, False,
                 TMA_Q, UPCAST, PRECISION,
             )  # fmt: skip
         if MASKS:
@@ -423,7 +426,7 @@ def key_kernel(
                     batch, head + step % VISITS // ROW_VISITS * PACK, first,
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
-                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
+                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, BIAS, True,
                     TMA_Q, UPCAST, PRECISION,
                 )  # fmt: skip
     store_rows(

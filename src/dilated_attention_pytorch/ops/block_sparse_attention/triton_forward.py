@@ -48,6 +48,7 @@ def _forward_tile(
     COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    BIAS: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -65,11 +66,13 @@ def _forward_tile(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         column = start + tl.arange(0, COLUMNS)
+        if BIAS:
+            # Nobody reads such a tile.
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
         ok = visible(
             row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        ok = ok & (bias != float("-inf"))
         # After the factor, which may be 0: -inf * 0 is NaN.
         s = tl.where(ok, s * scale2 + bias, float("-inf"))
         new_high = tl.maximum(high, tl.max(s, 1))
@@ -173,7 +176,7 @@ def forward_kernel(
             k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
             batch, kv_head, start, kv_len, bias, scale2,
             row, key_limit, offset, documents, q_len,
-            D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, False, TMA, UPCAST, PRECISION,
+            D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, BIAS, False, TMA, UPCAST, PRECISION,
         )  # fmt: skip
     if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
@@ -188,7 +191,7 @@ def forward_kernel(
                 k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
                 batch, kv_head, start, kv_len, bias, scale2,
                 row, key_limit, offset, documents, q_len,
-                D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, True, TMA, UPCAST, PRECISION,
+                D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, BIAS, True, TMA, UPCAST, PRECISION,
             )  # fmt: skip
     empty = high == float("-inf")
     total = tl.where(empty, 1.0, total)
