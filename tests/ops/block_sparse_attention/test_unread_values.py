@@ -111,11 +111,14 @@ def test_unread_values_change_no_bit(backend, case, value):
     for old, new in zip(before, call.run(), strict=True):
         assert torch.equal(old, new)
     out, lse, dq, dk, dv, dbias, mass = before
-    assert not out[~call.rows].any() and not dq[~call.rows].any()
+    assert not out[~call.rows].any()
+    assert not dq[~call.rows].any()
     assert torch.equal(lse == -INF, ~call.rows.transpose(1, 2))
-    assert not dk[~call.keys].any() and not dv[~call.keys].any()
+    assert not dk[~call.keys].any()
+    assert not dv[~call.keys].any()
     left_out = ~call.pattern.slot_used() | (call.bias == -INF)
-    assert not dbias[left_out].any() and not mass[left_out].any()
+    assert not dbias[left_out].any()
+    assert not mass[left_out].any()
     # Something was computed at all.
     if call.rows.any():
         assert all(x.any() for x in (out, dq, dk, dv, dbias, mass))
@@ -167,7 +170,8 @@ def test_infinite_logits_of_later_keys_change_nothing_earlier(backend):
     inputs = [x.requires_grad_() for x in (q, torch.where(late, k * 1e20, k * 1e-19), v)]
     out = block_sparse_attention(*inputs, pattern, causal=True, backend=backend)
     plain = block_sparse_attention(q, k * 1e-19, v, pattern, causal=True, backend=backend)
-    assert not (q @ inputs[1].mT).isfinite().all() and torch.equal(out[:, :35], plain[:, :35])
+    assert not (q @ inputs[1].mT).isfinite().all()
+    assert torch.equal(out[:, :35], plain[:, :35])
     out[:, :35].sum().backward()
     assert q.grad[:, :35].isfinite().all()
 
@@ -191,9 +195,13 @@ def test_a_row_whose_every_bias_is_minus_infinity_reads_nothing(backend):
     call = Call(backend, {"causal": True, "keep": 2.0})
     call.bias[:, 1] = -INF
     out, lse, dq, dk, dv, dbias, mass = call.run()
-    assert not out[:, :, 1].any() and not dq[:, :, 1].any() and (lse[:, 1] == -INF).all()
-    assert not dbias[:, 1].any() and not mass[:, 1].any()
-    assert out[:, :, 0].all() and all(x.isfinite().all() for x in (dq, dk, dv, dbias, mass))
+    assert not out[:, :, 1].any()
+    assert not dq[:, :, 1].any()
+    assert (lse[:, 1] == -INF).all()
+    assert not dbias[:, 1].any()
+    assert not mass[:, 1].any()
+    assert out[:, :, 0].all()
+    assert all(x.isfinite().all() for x in (dq, dk, dv, dbias, mass))
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -206,7 +214,8 @@ def test_a_bias_that_is_not_a_number_spoils_the_rows_that_read_its_tile(backend,
     spoiled = torch.zeros_like(call.rows)
     spoiled[0, 32:48, 0] = True
     for old, new in ((before[0], out), (before[2], dq)):
-        assert new[spoiled].isnan().all() and torch.equal(old[~spoiled], new[~spoiled])
+        assert new[spoiled].isnan().all()
+        assert torch.equal(old[~spoiled], new[~spoiled])
     assert not (lse.transpose(1, 2)[spoiled] < INF).any()
 
 
@@ -223,11 +232,14 @@ def test_nothing_to_compute_gives_the_right_shapes(backend, causal, shape):
         q, k, v, pattern, causal=causal, block_bias=bias, mass_probe=probe, backend=backend,
         return_lse=True,
     )  # fmt: skip
-    assert out.shape == q.shape and lse.shape == (batch, 2, n)
-    assert not out.any() and (lse == -INF).all()
+    assert out.shape == q.shape
+    assert lse.shape == (batch, 2, n)
+    assert not out.any()
+    assert (lse == -INF).all()
     (out.sum() + torch.where(lse.isfinite(), lse, 0).sum()).backward()
     for x in (q, k, v, bias, probe):
-        assert x.grad.shape == x.shape and not x.grad.any()
+        assert x.grad.shape == x.shape
+        assert not x.grad.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -239,7 +251,8 @@ def test_a_factor_of_zero_attends_uniformly(backend):
     torch.testing.assert_close(lse, count.log())
     mean = (call.seen.float() / count[..., None].clamp(min=1)) @ call.v.transpose(1, 2)
     torch.testing.assert_close(out, mean.transpose(1, 2))
-    assert not dq.any() and not dk.any()
+    assert not dq.any()
+    assert not dk.any()
 
 
 @pytest.mark.parametrize("offset", [2**63 - 1, -(2**63), 2**63 - 60, 2**31 - 1, -(2**31), 10**30])
@@ -257,6 +270,7 @@ def test_an_offset_far_away_sees_everything_or_nothing(backend, kind, offset):
         q, k, v, pattern, causal=True, query_offset=where, backend=backend, return_lse=True
     )
     if offset < 0:
-        assert not out.any() and (lse == -INF).all()
+        assert not out.any()
+        assert (lse == -INF).all()
     else:
         torch.testing.assert_close(out, block_sparse_attention(q, k, v, pattern, backend="dense"))

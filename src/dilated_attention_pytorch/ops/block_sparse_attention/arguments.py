@@ -183,12 +183,12 @@ def make_mask(
     """
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, (batch,), device)
-        if _readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > kv_len)).any()):
+        if readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > kv_len)).any()):
             raise ValueError(
                 f"key_lengths must lie in [0, {kv_len}] (the tokens of key), got "
                 f"{key_lengths.tolist()}."
             )
-        if not _readable(key_lengths):
+        if not readable(key_lengths):
             key_lengths = key_lengths.clamp(0, kv_len)
     offset: int | Tensor = kv_len - q_len
     if isinstance(query_offset, Tensor):
@@ -236,7 +236,7 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int, device: torch.
             f"got shape {tuple(cu_seqlens.shape)}."
         )
     _check_integers("cu_seqlens", rows, tuple(rows.shape), device)
-    if _readable(rows) and (
+    if readable(rows) and (
         bool((rows[:, 0] != 0).any())
         or bool((rows[:, 1:] < rows[:, :-1]).any())
         or bool((rows[:, -1] > length).any())
@@ -250,7 +250,7 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int, device: torch.
     return torch.where(number < rows.shape[1] - 1, number, -1).int()
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether looking at the values costs no wait for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -229,7 +229,7 @@ def weighted_sum(
     return out
 
 
-def _all_finite(x: Tensor) -> bool:
+def all_finite(x: Tensor) -> bool:
     """Whether no number of ``x`` is NaN or infinite; False if the sum overflows. One pass."""
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     return bool(x.detach().sum(dtype=wide).isfinite())
@@ -247,7 +247,7 @@ def _forward(args: Arguments, rows: RowGroups) -> tuple[Tensor, Tensor]:
     out = x.new_blocks(x.query)
     lse = out.new_empty(out.shape[:2])
     out[rows.empty], lse[rows.empty] = 0, -torch.inf
-    finite = _all_finite(args.value)
+    finite = all_finite(args.value)
     for group in rows.groups:
         k, v = x.gather_keys(group)
         q = x.gather_rows("query", x.query, group)
@@ -274,7 +274,7 @@ def _backward(
     grad = torch.zeros_like(query) if grad_out is None else grad_out.contiguous()
     weight = _row_weights(grad, lse, pattern.num_heads, x.size_q)
     grad_tokens = _Tokens(grad, x.size_q)
-    finite = _all_finite(query) and _all_finite(key) and _all_finite(grad)
+    finite = all_finite(query) and all_finite(key) and all_finite(grad)
     # Rows that read nothing: exp(s - inf) is 0, and what they hold must not reach a sum.
     empty = _rows_to_blocks(lse == -torch.inf, x.size_q, True)
     # So large that another kernel's lse, rounded otherwise, would give weights above 1 or none.

@@ -80,10 +80,7 @@ def _forward_tile(
         new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
     # A row that has seen nothing yet keeps -inf; 0 instead avoids -inf - -inf.
     base = tl.where(new_high == float("-inf"), 0.0, new_high)
-    if MASKED:
-        p = tl.exp2(s - base[:, None])
-    else:
-        p = tl.exp2(s * scale2 + (bias - base)[:, None])
+    p = tl.exp2(s - base[:, None]) if MASKED else tl.exp2(s * scale2 + (bias - base)[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
