@@ -77,6 +77,13 @@ def test_block_mask_there_and_back():
     assert (back.q_len, back.kv_len, back.block_size) == (pattern.q_len, pattern.kv_len, (32, 16))
 
 
+def test_block_mask_of_lists_wider_than_the_key_blocks():
+    index = torch.tensor([[[[0, 1, -1, 7], [1, 9, 9, 9]]]], dtype=torch.int32)
+    pattern = BlockPattern(torch.tensor([[[2, 1]]]).int(), index, 8, 8, (4, 4))
+    dense = pattern.to_block_mask().to_dense().bool()
+    assert dense.tolist() == [[[[True, True], [False, True]]]]
+
+
 def test_pack_ascending_cuts_at_the_width():
     chosen = torch.tensor([[True, False, True, True], [False] * 4])
     assert pack_ascending(chosen, 2).tolist() == [[0, 2], [0, 0]]

@@ -67,6 +67,17 @@ class AttentionMask:
         """Returns the query offset as an int or ``(batch, 1, 1)``, ready to broadcast."""
         return self._column(self.query_offset, 3)
 
+    def real_keys(self) -> Tensor | None:
+        """Booleans ``(batch, kv_len)``: keys that are not padding; None: none is."""
+        real = None
+        if self.key_lengths is not None:
+            place = torch.arange(self.kv_len, device=self.key_lengths.device)
+            real = place < self.key_lengths[:, None]
+        if self.document_ids is not None:
+            in_document = self.document_ids >= 0
+            real = in_document if real is None else real & in_document
+        return real
+
     def tokens(self, query_index: Tensor, key_index: Tensor) -> Tensor:
         """Evaluates the rule.
 

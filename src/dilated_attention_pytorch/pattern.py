@@ -121,29 +121,7 @@ class BlockPattern:
         Raises:
             ValueError: Naming the first rule that is broken.
         """
-        count, index = self.kv_num_blocks, self.kv_indices
-        width = index.shape[-1]
-        if count.numel() and bool(((count < 0) | (count > width)).any()):
-            raise ValueError(
-                f"kv_num_blocks must lie in [0, {width}] (the width of kv_indices), got values "
-                f"from {int(count.min())} to {int(count.max())}."
-            )
-        used = self.slot_used()
-        outside = used & ((index < 0) | (index >= self.num_key_blocks))
-        if bool(outside.any()):
-            raise ValueError(
-                f"kv_indices must lie in [0, {self.num_key_blocks - 1}] for kv_len={self.kv_len} "
-                f"and key blocks of {self.block_size[1]}, got {int(index[outside][0])}."
-            )
-        if width > 1:
-            unsorted = used[..., 1:] & (index[..., 1:] <= index[..., :-1])
-            if bool(unsorted.any()):
-                b, h, i = (int(x) for x in unsorted.nonzero()[0][:3])
-                raise ValueError(
-                    "kv_indices must ascend strictly in every row (sorted, no block twice); "
-                    f"sample {b}, head {h}, query block {i} holds "
-                    f"{index[b, h, i, : int(count[b, h, i])].tolist()}."
-                )
+        check_list_values(self.kv_num_blocks, self.kv_indices, self.num_key_blocks)
 
     @property
     def batch_size(self) -> int:
@@ -334,10 +312,9 @@ class BlockPattern:
         """
         from torch.nn.attention.flex_attention import BlockMask
 
+        # As wide as there are key blocks: shorter lists are filled up, unused entries cut off.
         pad = self.num_key_blocks - self.kv_indices.shape[-1]
-        index = torch.nn.functional.pad(
-            torch.where(self.slot_used(), self.kv_indices, 0), (0, max(pad, 0))
-        )
+        index = torch.nn.functional.pad(torch.where(self.slot_used(), self.kv_indices, 0), (0, pad))
         return BlockMask.from_kv_blocks(
             self.kv_num_blocks.contiguous(),
             index.contiguous(),
@@ -462,3 +439,40 @@ def pack_ascending(chosen: Tensor, width: int, numbers: Tensor | None = None) ->
     out = torch.zeros(*chosen.shape[:-1], width + 1, dtype=torch.int32, device=chosen.device)
     out.scatter_(-1, place, numbers.expand(chosen.shape).int())
     return out[..., :width]
+
+
+def check_list_values(count: Tensor, index: Tensor, num_key_blocks: int) -> None:
+    """Checks lists of key blocks: counts and numbers in range, strictly ascending.
+
+    Waits for the device.
+
+    Args:
+        count: ``(b, h, i)``: entries of each list.
+        index: ``(b, h, i, k)``.
+        num_key_blocks: Key blocks that there are.
+
+    Raises:
+        ValueError: Naming the first rule that is broken.
+    """
+    width = index.shape[-1]
+    if count.numel() and bool(((count < 0) | (count > width)).any()):
+        raise ValueError(
+            f"kv_num_blocks must lie in [0, {width}] (the width of kv_indices), got values "
+            f"from {int(count.min())} to {int(count.max())}."
+        )
+    used = torch.arange(width, device=index.device) < count[..., None]
+    outside = used & ((index < 0) | (index >= num_key_blocks))
+    if bool(outside.any()):
+        raise ValueError(
+            f"kv_indices must lie in [0, {num_key_blocks - 1}] (the blocks of the keys), got "
+            f"{int(index[outside][0])}."
+        )
+    if width > 1:
+        unsorted = used[..., 1:] & (index[..., 1:] <= index[..., :-1])
+        if bool(unsorted.any()):
+            b, h, i = (int(x) for x in unsorted.nonzero()[0][:3])
+            raise ValueError(
+                "kv_indices must ascend strictly in every row (sorted, no block twice); "
+                f"sample {b}, head {h}, query block {i} holds "
+                f"{index[b, h, i, : int(count[b, h, i])].tolist()}."
+            )

@@ -109,6 +109,24 @@ def test_key_lengths_equal_the_unpadded_run(make: Make, causal: bool) -> None:
             torch.testing.assert_close(info["sparsity"][b].expand(HEADS), expected)
 
 
+@every_layer
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_padding_holds_reaches_no_gradient(make: Make, causal: bool) -> None:
+    layer = make()
+    lengths = [40, 21, 0]
+    q, k, v = (tokens(3, 40, seed=s) for s in range(3))
+    junk = torch.arange(40) >= torch.tensor(lengths)[:, None]
+    q, k, v = (x.masked_fill(junk[..., None, None], torch.nan).requires_grad_() for x in (q, k, v))
+    out = layer(q, k, v, is_causal=causal, key_lengths=torch.tensor(lengths))
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for b, length in enumerate(lengths[:2]):
+        alone = [x[b : b + 1, :length] for x in (q, k, v)]
+        wanted = torch.autograd.grad(layer(*alone, is_causal=causal).square().sum(), alone)
+        for got, want in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(got[b : b + 1, :length], want, atol=1e-5, rtol=1e-5)
+    assert all(bool((x[junk] == 0).all()) for x in gradients)
+
+
 @pytest.mark.parametrize("make", unbiased.values(), ids=unbiased)
 def test_shorter_and_longer_queries(make: Make) -> None:
     layer = make()

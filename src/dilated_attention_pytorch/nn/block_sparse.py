@@ -240,6 +240,12 @@ class BlockSparseLayer(nn.Module, ABC):
             query = selection.query
         if selection.key is not None and score_key is key:
             key = selection.key
+        real: Tensor | None = None
+        if key_lengths is not None and one_sequence:
+            tokens = torch.arange(q_len, device=query.device)
+            real = (tokens < key_lengths[:, None])[..., None, None]
+            # Their outputs are replaced below, but 0 * nan in the backward pass is nan.
+            query = torch.where(real, query, 0)
         out = block_sparse_attention(
             query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
             block_bias=selection.block_bias, mass_probe=selection.mass_probe,
@@ -260,9 +266,8 @@ class BlockSparseLayer(nn.Module, ABC):
             out = reach_all_parameters(out, self)
         if documents is not None:
             out = documents.restore(out)
-        if key_lengths is not None and one_sequence:
-            real = torch.arange(q_len, device=out.device) < key_lengths[:, None]
-            out = torch.where(real[..., None, None], out, 0)
+        if real is not None:
+            out = torch.where(real, out, 0)
         if return_pattern:
             info = self.pattern_info(selection.pattern)
             # A pattern shared by the batch holds for every sample of it.

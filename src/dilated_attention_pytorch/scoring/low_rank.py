@@ -54,6 +54,11 @@ def _wide(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), weight.to(dtype)
 
 
+def _real(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``(b, n, h, d)`` with 0 for tokens that are not valid."""
+    return x if valid is None else torch.where(valid[..., None, None], x, 0)
+
+
 class LowRankScorer(nn.Module):
     r"""Scores tiles by the attention of projected tokens, as the logarithm of the expected mass.
 
@@ -154,14 +159,16 @@ class LowRankScorer(nn.Module):
             lead = block_size - stride
         # The last samples of a window are its last token and those ``stride`` before each other.
         sampled = slice(stride - 1 if past else 0, None, stride)
+        valid = None if query_valid is None else query_valid[:, sampled]
+        # Padding may hold NaN, which no product may meet, nor that of a gradient with 0.
+        query, key = _real(query[:, sampled], valid), _real(key, mask.real_keys())
         # Half precision would blur scores whose differences decide.
         with torch.autocast(query.device.type, enabled=False):
             groups = self.num_heads // self.num_kv_heads
-            q = torch.einsum("bnhd,hdr->bhnr", *_wide(query[:, sampled], self.query_map))
+            q = torch.einsum("bnhd,hdr->bhnr", *_wide(query, self.query_map))
             k = torch.einsum(
                 "bmhd,hdr->bhmr", *_wide(key.repeat_interleave(groups, 2), self.key_map)
             )
-            valid = None if query_valid is None else query_valid[:, sampled]
             mass = self._mass(q * self.scale, k, mask, block_size, valid, lead)
             scores = self._scores(mass)
         if candidates is None:

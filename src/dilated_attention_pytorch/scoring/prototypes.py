@@ -38,6 +38,9 @@ def block_prototypes(
         torch.Size([2, 4, 2, 3, 8])
     """
     length = x.shape[1]
+    if valid is not None:
+        # What lies elsewhere may be NaN, which no product may meet: 0 * NaN is NaN.
+        x = torch.where(valid[..., None, None], x, 0)
     pad = -length % block_size
     if pad and valid is None:
         valid = torch.ones(1, length, dtype=torch.bool, device=x.device)
@@ -48,7 +51,6 @@ def block_prototypes(
         keep = F.pad(valid, (0, pad)).unflatten(1, (-1, block_size))[:, None, :, None]
         # Not -inf: the softmax of a block without valid tokens must stay finite.
         logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
-        x = torch.where(keep.transpose(-1, -2), x, 0)
     return logits.softmax(-1) @ x
 
 

@@ -147,11 +147,13 @@ def _pool(
         return torch.where(keep.any(2), pooled, 0).to(dtype)
     if pool_query is None:
         raise ValueError("pooling 'attention' needs pool_query (num_heads, head_dim), got None.")
+    if keep is not None:
+        # Before the product: its gradient multiplies what lies there by 0, and 0 * NaN is NaN.
+        x = torch.where(keep, x, 0)
     logits = torch.einsum("bithd,hd->bith", x.to(wide), pool_query.to(wide))[..., None]
     if keep is not None:
         # Not -inf: the softmax of a block without valid tokens must stay finite.
         logits = torch.where(keep, logits, torch.finfo(wide).min)
-        x = torch.where(keep, x, 0)
     return (logits.softmax(2) * x).sum(2).to(dtype)
 
 

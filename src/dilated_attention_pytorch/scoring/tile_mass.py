@@ -91,7 +91,9 @@ def mass_of_rows(
     Returns:
         ``(b, h, i, j)``; rows that see nothing add nothing, and a block of weight 0 is 0.
     """
-    p = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
+    # Rows of weight 0 may hold anything: they are left out here, for 0 * NaN is NaN.
+    counted = seen & (weights != 0)[..., None]
+    p = torch.where(counted, logits, torch.finfo(logits.dtype).min).softmax(-1)
     p = F.pad(p, (0, -p.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
     p = p * (seen.any(-1) * weights)[..., None]
     short = -p.shape[2] % rows_per_block

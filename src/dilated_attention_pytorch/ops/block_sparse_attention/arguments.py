@@ -173,7 +173,9 @@ def make_mask(
     """Builds the token rule from public arguments.
 
     Values are checked when the tensors are on the CPU; on a GPU only shapes and dtypes are,
-    so that nothing waits for the device.
+    so that nothing waits for the device: lengths out of range count as the nearest that fit there.
+    An offset beyond the tokens means the same as the furthest that matters: query 0 sees all keys
+    or the last query none, so that none is too large for the arithmetic behind it.
 
     Raises:
         TypeError: If lengths are not integers.
@@ -181,18 +183,23 @@ def make_mask(
     """
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, (batch,), device)
-        if _readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > kv_len)).any()):
+        if readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > kv_len)).any()):
             raise ValueError(
                 f"key_lengths must lie in [0, {kv_len}] (the tokens of key), got "
                 f"{key_lengths.tolist()}."
             )
+        if not readable(key_lengths):
+            key_lengths = key_lengths.clamp(0, kv_len)
+    offset: int | Tensor = kv_len - q_len
     if isinstance(query_offset, Tensor):
         _check_integers("query_offset", query_offset, (batch,), device)
-    elif query_offset is not None and not isinstance(query_offset, int):
+        offset = query_offset.clamp(-q_len, kv_len)
+    elif isinstance(query_offset, int):
+        offset = min(max(query_offset, -q_len), kv_len)
+    elif query_offset is not None:
         raise TypeError(
             f"query_offset must be an int or an integer Tensor, got {type(query_offset).__name__}."
         )
-    offset: int | Tensor = kv_len - q_len if query_offset is None else query_offset
     document_ids = None
     if cu_seqlens is not None:
         if q_len != kv_len:
@@ -229,7 +236,7 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int, device: torch.
             f"got shape {tuple(cu_seqlens.shape)}."
         )
     _check_integers("cu_seqlens", rows, tuple(rows.shape), device)
-    if _readable(rows) and (
+    if readable(rows) and (
         bool((rows[:, 0] != 0).any())
         or bool((rows[:, 1:] < rows[:, :-1]).any())
         or bool((rows[:, -1] > length).any())
@@ -243,7 +250,7 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int, device: torch.
     return torch.where(number < rows.shape[1] - 1, number, -1).int()
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether looking at the values costs no wait for a device."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -142,11 +142,34 @@ struct Rows {
   int32_t low[kQueries], high[kQueries];  // the keys that each query may see: low <= m < high
 };
 
+// All ones in the lanes whose query sees the key at `place`; `lane` is the first of them.
+inline Ints sees(const Rows& x, int64_t lane, int64_t place) {
+  Ints low, high;
+  std::memcpy(&low, x.low + lane, sizeof low);
+  std::memcpy(&high, x.high + lane, sizeof high);
+  return (low <= int32_t(place)) & (high > int32_t(place));
+}
+
+// Adds weighted values to what `factor` leaves of the results of one register of queries, each to
+// the queries that see it alone: 0 * NaN is NaN.
+void add_visible(Rows& x, int64_t lane, const float* value, int keys, int64_t first,
+                 Floats factor) {
+  for (int64_t t = 0; t < x.head_dim; t++) {
+    Floats sum = load(x.out + t * x.lanes + lane) * factor;
+    for (int m = 0; m < keys; m++) {
+      const Floats added = value[m * x.head_dim + t] * load(x.weights + m * kLanes);
+      sum += sees(x, lane, first + m) ? added : Floats{};
+    }
+    store(x.out + t * x.lanes + lane, sum);
+  }
+}
+
 // Adds keys to V registers of queries from `lane` on. `first` is the place of the first key among
-// all; `masked` says that not every query sees every key.
+// all; `masked` (V is 1 then) says that not every query sees every key, `finite` that no value is
+// NaN or infinite.
 template <int V>
 void attend_panel(Rows& x, int64_t lane, const float* key, int64_t key_step, const float* value,
-                  int keys, int64_t first, float bias, bool masked) {
+                  int keys, int64_t first, float bias, bool masked, bool finite) {
   constexpr int64_t step = V * kLanes;
   product<V>(key, key_step, 1, x.query + lane, x.lanes, x.weights, step, keys, int(x.head_dim),
              nullptr, bias);
@@ -156,11 +179,7 @@ void attend_panel(Rows& x, int64_t lane, const float* key, int64_t key_step, con
     for (int v = 0; v < V; v++) {
       Floats s = load(x.weights + m * step + v * kLanes);
       if (masked) {
-        Ints low, high;
-        std::memcpy(&low, x.low + lane + v * kLanes, sizeof low);
-        std::memcpy(&high, x.high + lane + v * kLanes, sizeof high);
-        const int32_t place = int32_t(first + m);
-        s = (low <= place) & (high > place) ? s : all(-kInfinity);
+        s = sees(x, lane + v * kLanes, first + m) ? s : all(-kInfinity);
         store(x.weights + m * step + v * kLanes, s);
       }
       top[v] = s > top[v] ? s : top[v];
@@ -181,8 +200,22 @@ void attend_panel(Rows& x, int64_t lane, const float* key, int64_t key_step, con
     }
   }
   for (int v = 0; v < V; v++) store(x.sum + lane + v * kLanes, sum[v]);
+  if constexpr (V == 1) {
+    if (masked && !finite) return add_visible(x, lane, value, keys, first, factor[0]);
+  }
   product<V>(value, 1, x.head_dim, x.weights, step, x.out + lane, x.lanes, int(x.head_dim), keys,
              factor, 0);
+}
+
+bool all_finite(const float* x, int64_t count) {
+  Floats sum{};
+  int64_t i = 0;
+  // x - x is 0 for every finite number, NaN for all others.
+  for (; i + kLanes <= count; i += kLanes) sum += load(x + i) - load(x + i);
+  float rest = 0;
+  for (; i < count; i++) rest += x[i] - x[i];
+  for (int lane = 0; lane < kLanes; lane++) rest += sum[lane];
+  return rest == 0;
 }
 
 // Adds the keys [begin, end) to the queries, at most kKeys of them.
@@ -192,6 +225,7 @@ void attend_keys(Rows& x, const float* key, int64_t key_step, const float* value
   for (int64_t m = begin; m < end; m++) {
     std::memcpy(x.values + (m - begin) * x.head_dim, value + m * value_step, 4 * x.head_dim);
   }
+  const bool finite = !masked || all_finite(x.values, (end - begin) * x.head_dim);
   for (int64_t lane = 0; lane < x.lanes;) {
     int64_t from = begin, to = end, vectors = std::min<int64_t>((x.lanes - lane) / kLanes, kPanel);
     if (masked) {
@@ -212,16 +246,17 @@ void attend_keys(Rows& x, const float* key, int64_t key_step, const float* value
       const int keys = int(to - from);
       switch (vectors) {
         case 1:
-          attend_panel<1>(x, lane, k, key_step, v, keys, from, bias, masked);
+          attend_panel<1>(x, lane, k, key_step, v, keys, from, bias, masked, finite);
           break;
         case 2:
-          attend_panel<2>(x, lane, k, key_step, v, keys, from, bias, masked);
+          attend_panel<2>(x, lane, k, key_step, v, keys, from, bias, masked, finite);
           break;
         case 3:
-          attend_panel<std::min(3, kPanel)>(x, lane, k, key_step, v, keys, from, bias, masked);
+          attend_panel<std::min(3, kPanel)>(x, lane, k, key_step, v, keys, from, bias, masked,
+                                            finite);
           break;
         default:
-          attend_panel<kPanel>(x, lane, k, key_step, v, keys, from, bias, masked);
+          attend_panel<kPanel>(x, lane, k, key_step, v, keys, from, bias, masked, finite);
       }
     }
     lane += vectors * kLanes;
@@ -290,6 +325,8 @@ bool attend_rows(const Problem& p, Rows& x, int64_t b, int64_t h, int64_t i, int
     if (p.bias) {
       bias = kLog2E * p.bias[b * p.bias_step[0] + list * p.bias_step[1] + i * p.bias_step[2] +
                              slot * p.bias_step[3]];
+      // Nobody reads such a tile.
+      if (bias == -kInfinity) continue;
     }
     for (int64_t m = first; m < last; m += kKeys) {
       attend_keys(x, key, p.key_step[1], value, p.value_step[1], m, std::min(m + kKeys, last), bias,
@@ -304,6 +341,8 @@ bool attend_rows(const Problem& p, Rows& x, int64_t b, int64_t h, int64_t i, int
     // Nothing seen, nothing added up: 0, and -inf.
     const float factor = sum == 0 ? 0 : 1 / sum;
     lse[lane] = sum == 0 ? -kInfinity : (x.highest[lane] + std::log2(sum)) * kLn2;
+    // An infinite logit takes all the weight: not inf - inf.
+    if (x.highest[lane] == kInfinity) lse[lane] = kInfinity;
     for (int64_t t = 0; t < d; t++) {
       out[lane * p.heads * d + t] = x.out[t * x.lanes + lane] * factor;
     }

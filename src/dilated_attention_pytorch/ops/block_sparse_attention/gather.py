@@ -23,6 +23,8 @@ from dilated_attention_pytorch.ops.block_sparse_attention.row_groups import (
 # Logits of one chunk, by device type. On 2 CPU cores 2**18 to 2**21 take the same time.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
+# From here on float32's rounding of an lse is a thousandth and more of the weights.
+_STEEP = 1 << 14
 
 
 def gather_forward(args: Arguments) -> tuple[Tensor, Tensor]:
@@ -153,49 +155,84 @@ class _Products:
             gathered.append(tiles.view(r, c * self.size_k, self.head_dim))
         return gathered[0], gathered[1]
 
-    def mask(self, group: RowGroup) -> Tensor | None:
-        """What to add to the logits: ``(r, size_q, c * size_k)``, or r = 1 for all rows alike."""
-        r, c = group.slots.shape
-        if self.bias is None and group.shared is not None:
-            row = self.query.rows.new_zeros(1, self.size_q, c * self.size_k)
-            row[..., -self.size_k :].masked_fill_(self.hidden[group.shared], -torch.inf)
-            return row
-        if self.bias is None and group.masked is None:
-            return None
-        mask = self.buffer("mask", (r, self.size_q, c * self.size_k))
-        tiles = mask.view(r, self.size_q, c, self.size_k)
-        if self.bias is None:
-            mask.zero_()
-        else:
-            tiles.copy_(self.bias[group.slots].view(r, 1, c, 1))
+    def hide(self, pairs: Tensor, group: RowGroup, value: float) -> Tensor:
+        """Writes ``value`` where a query token of ``(r, size_q, c * size_k)`` sees no key.
+
+        Written, not added or multiplied: what stands there may be NaN or infinite.
+        """
         if group.shared is not None:
-            tiles[:, :, -1].masked_fill_(self.hidden[group.shared], -torch.inf)
+            pairs[..., -self.size_k :].masked_fill_(self.hidden[group.shared], value)
         elif group.masked is not None:
             row, place, number = group.masked
-            hidden = self.hidden[number]
-            tiles[row, :, place] = tiles[row, :, place].masked_fill_(hidden, -torch.inf)
-        return mask
+            tiles = pairs.view(*pairs.shape[:2], -1, self.size_k)
+            tiles[row, :, place] = tiles[row, :, place].masked_fill_(self.hidden[number], value)
+        return pairs
 
-    def logits(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """``scale * query @ key^T + mask``, in a buffer."""
-        s = self.buffer("logits", (*query.shape[:2], key.shape[1]))
+    def hidden_pairs(self, group: RowGroup) -> Tensor | None:
+        """The pairs that :meth:`hide` writes, as booleans; None if there are none."""
+        if group.shared is None and group.masked is None:
+            return None
+        r, c = group.slots.shape
+        nothing = self.hidden.new_zeros(r, self.size_q, c * self.size_k)
+        return self.hide(nothing, group, True)
+
+    def logits(self, query: Tensor, key: Tensor, group: RowGroup) -> Tensor:
+        """``scale * query @ key^T + bias``, in a buffer; of hidden pairs too."""
+        r, c = group.slots.shape
+        s = self.buffer("logits", (r, self.size_q, c * self.size_k))
         torch.baddbmm(s, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=s)
-        if mask is not None:
-            s += mask
+        if self.bias is not None:
+            tiles = s.view(r, self.size_q, c, self.size_k)
+            tiles += self.bias[group.slots].view(r, 1, c, 1)
         return s
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, group: RowGroup, finite: bool
     ) -> tuple[Tensor, Tensor]:
         """Softmax attention (in a buffer) and its lse; a row that sees nothing gives 0 and -inf."""
-        p = self.logits(query, key, mask)
+        p = self.hide(self.logits(query, key, group), group, -torch.inf)
         highest = p.amax(-1, keepdim=True)
         # A row of -inf alone must not become NaN.
         p.sub_(highest.clamp(min=torch.finfo(p.dtype).min)).exp_()
         total = p.sum(-1, keepdim=True)
-        out = torch.bmm(p, value, out=self.buffer("out", tuple(query.shape)))
+        hidden = None if finite else self.hidden_pairs(group)
+        out = weighted_sum(p, value, hidden, self.buffer("out", tuple(query.shape)))
         out.div_(total.clamp(min=torch.finfo(p.dtype).tiny))
-        return out, total.log_().add_(highest).squeeze(-1)
+        # An infinite logit takes all the weight: its lse is infinite as well, not inf - inf.
+        lse = total.log_().add_(highest).masked_fill_(highest == torch.inf, torch.inf)
+        return out, lse.squeeze(-1)
+
+
+def weighted_sum(
+    weights: Tensor, x: Tensor, hidden: Tensor | None, out: Tensor, factor: float = 1.0
+) -> Tensor:
+    """Fills ``out`` with ``factor * weights @ x``, without what is hidden.
+
+    Args:
+        weights: ``(r, n, m)``, 0 for hidden pairs.
+        x: ``(r, m, d)``. NaN and infinities in it reach those rows alone that see them, although
+            0 * NaN is NaN.
+        hidden: Booleans ``(r, n, m)``. None: nothing is, or ``x`` is finite.
+        out: ``(r, n, d)``.
+        factor: Multiplies the result.
+    """
+    if hidden is None or not bool((special := ~x.isfinite().all(-1)).any()):
+        return torch.baddbmm(out, weights, x, beta=0, alpha=factor, out=out)
+    rest = x.masked_fill(special[..., None], 0)
+    torch.baddbmm(out, weights, rest, beta=0, alpha=factor, out=out)
+    step = max(_CHUNK_ELEMENTS["cpu"] // (out.shape[1] * out.shape[2]), 1)
+    for some in special.nonzero().split(step):
+        row, place = some.unbind(1)
+        products = weights[row, :, place][..., None] * x[row, place][:, None, :] * factor
+        products.masked_fill_(hidden[row, :, place][..., None], 0)
+        out.index_add_(0, row, products)
+    return out
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no number of ``x`` is NaN or infinite; False if the sum overflows. One pass."""
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return bool(x.detach().sum(dtype=wide).isfinite())
 
 
 def _products(args: Arguments, rows: RowGroups) -> _Products:
@@ -210,11 +247,11 @@ def _forward(args: Arguments, rows: RowGroups) -> tuple[Tensor, Tensor]:
     out = x.new_blocks(x.query)
     lse = out.new_empty(out.shape[:2])
     out[rows.empty], lse[rows.empty] = 0, -torch.inf
+    finite = all_finite(args.value)
     for group in rows.groups:
         k, v = x.gather_keys(group)
-        mask = x.mask(group)
         q = x.gather_rows("query", x.query, group)
-        some_out, some_lse = x.attend(q, k, v, mask)
+        some_out, some_lse = x.attend(q, k, v, group, finite)
         out.index_copy_(0, group.rows, some_out)
         lse.index_copy_(0, group.rows, some_lse)
     lse = lse.view(b, h, ceil_div(n, x.size_q) * x.size_q)[:, :, :n]
@@ -235,12 +272,15 @@ def _backward(
     x = _products(args, rows)
     # An expanded gradient, as of a sum, is slow to reduce.
     grad = torch.zeros_like(query) if grad_out is None else grad_out.contiguous()
-    weight = _row_weights(grad, pattern.num_heads, x.size_q, x.query.rows.dtype)
+    weight = _row_weights(grad, lse, pattern.num_heads, x.size_q)
     grad_tokens = _Tokens(grad, x.size_q)
+    finite = all_finite(query) and all_finite(key) and all_finite(grad)
     # Rows that read nothing: exp(s - inf) is 0, and what they hold must not reach a sum.
     empty = _rows_to_blocks(lse == -torch.inf, x.size_q, True)
+    # So large that another kernel's lse, rounded otherwise, would give weights above 1 or none.
+    steep = bool((lse.abs().masked_fill(lse.isinf(), 0) > _STEEP).any())
     lse = _rows_to_blocks(lse, x.size_q, torch.inf).masked_fill_(empty, torch.inf)[..., None]
-    any_empty = bool(empty.any())
+    has_empty = empty.any(-1)
     if grad_lse is not None:
         grad_lse = _rows_to_blocks(grad_lse, x.size_q, 0).masked_fill_(empty, 0)[..., None]
     needs_q, needs_k, needs_v, needs_bias, needs_mass = needs
@@ -254,27 +294,40 @@ def _backward(
         k, v = x.gather_keys(group)
         q = x.gather_rows("query", x.query, group)
         g = x.gather_rows("grad rows", grad_tokens, group)
-        if any_empty:
-            for rows_of in (q, g):
-                rows_of.masked_fill_(empty[group.rows][..., None], 0)
-        p = x.logits(q, k, x.mask(group)).sub_(lse[group.rows]).exp_()
+        hidden = None if finite else x.hidden_pairs(group)
+        some = has_empty[group.rows].nonzero().squeeze(-1)
+        none_read = empty[group.rows[some]][..., None]
+        for rows_of in (q, g):
+            _clear(rows_of, some, none_read)
+        p = x.logits(q, k, group)
+        if steep:
+            torch.softmax(x.hide(p, group, -torch.inf), -1, out=p)
+        else:
+            p.sub_(lse[group.rows]).exp_()
+        x.hide(p, group, 0)
+        _clear(p, some, none_read)
         if needs_mass:
             column = torch.bmm(weight[group.rows][:, None], p)
             mass.index_add_(0, group.slots.flatten(), column.view(r * c, x.size_k).sum(-1))
         ds = torch.bmm(g, v.transpose(1, 2), out=x.buffer("grad", tuple(p.shape)))
+        x.hide(ds, group, 0)
+        _clear(ds, some, none_read)
+        to_keys = None if hidden is None else hidden.transpose(1, 2)
         if needs_v:
             # The gathered values are no longer needed: their place takes the gradient.
-            torch.bmm(p.transpose(1, 2), g, out=v)
+            weighted_sum(p.transpose(1, 2), g, to_keys, v)
             dv.index_add_(0, group.keys.flatten(), v.view(r * c, *dv.shape[1:]))
         _softmax_backward(ds, p, None if grad_lse is None else grad_lse[group.rows])
+        # Again: the row's sum, or the gradient of its lse, may be NaN.
+        x.hide(ds, group, 0)
         if needs_bias:
             column = ds.sum(1)
             d_bias.index_add_(0, group.slots.flatten(), column.view(r * c, x.size_k).sum(-1))
         if needs_q:
             # The gathered output gradient is no longer needed.
-            dq.index_copy_(0, group.rows, torch.baddbmm(g, ds, k, beta=0, alpha=args.scale, out=g))
+            dq.index_copy_(0, group.rows, weighted_sum(ds, k, hidden, g, args.scale))
         if needs_k:
-            torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=args.scale, out=k)
+            weighted_sum(ds.transpose(1, 2), q, to_keys, k, args.scale)
             dk.index_add_(0, group.keys.flatten(), k.view(r * c, *dk.shape[1:]))
     shape = pattern.kv_indices.shape
     return [
@@ -284,6 +337,12 @@ def _backward(
         d_bias.view(shape) if needs_bias else None,
         mass.view(shape) if needs_mass else None,
     ]
+
+
+def _clear(x: Tensor, some: Tensor, tokens: Tensor) -> None:
+    """Writes 0 into ``tokens`` ``(s, size_q, 1)`` of the rows ``some`` ``(s,)``, in place."""
+    if some.numel():
+        x[some] = x[some].masked_fill_(tokens, 0)
 
 
 def _softmax_backward(grad: Tensor, p: Tensor, grad_lse: Tensor | None) -> None:
@@ -309,11 +368,14 @@ def _rows_to_blocks(x: Tensor, size: int, fill: float | bool) -> Tensor:
     return out.view(b * h * blocks, size)
 
 
-def _row_weights(grad: Tensor, pattern_heads: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Each row's share of ``‖dO‖`` in its query block and pattern head, ``(b * h * i, size)``."""
+def _row_weights(grad: Tensor, lse: Tensor, pattern_heads: int, size: int) -> Tensor:
+    """Each row's share of ``‖dO‖`` in its query block and pattern head, ``(b * h * i, size)``.
+
+    Rows that read nothing have none, whatever gradient arrives there.
+    """
     b, n, h, _ = grad.shape
-    norm = torch.linalg.vector_norm(grad, dim=-1, dtype=dtype).transpose(1, 2)
-    norm = _rows_to_blocks(norm, size, 0)
+    norm = torch.linalg.vector_norm(grad, dim=-1, dtype=lse.dtype).transpose(1, 2)
+    norm = _rows_to_blocks(norm.masked_fill(lse == -torch.inf, 0), size, 0)
     shared = norm.view(b, pattern_heads, h // pattern_heads, ceil_div(n, size), size)
-    total = shared.sum((2, 4), keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
+    total = shared.sum((2, 4), keepdim=True).clamp_(min=torch.finfo(lse.dtype).tiny)
     return (shared / total).view(norm.shape)

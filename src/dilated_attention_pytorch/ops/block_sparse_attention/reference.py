@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
+from dilated_attention_pytorch.ops.block_sparse_attention.masked_products import (
+    pair_products,
+    visible_sum,
+)
 
 
 def reference_attention(args: Arguments) -> tuple[Tensor, Tensor]:
@@ -30,17 +34,23 @@ def reference_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     rows = torch.arange(n, device=q.device).view(1, 1, n, 1)
     columns = torch.arange(m, device=q.device).view(1, 1, 1, m)
     visible = to_tokens(args.pattern.to_dense()) & args.mask.tokens(rows, columns)
-    logits = q @ k.transpose(-1, -2) * args.scale
+    bias = None
     if args.block_bias is not None:
-        logits = logits + to_tokens(_slots_to_tiles(args, args.block_bias))
-    empty = ~visible.any(-1, keepdim=True)
-    logits = logits.masked_fill(~visible, -torch.inf).masked_fill(empty, 0)
+        bias = to_tokens(_slots_to_tiles(args, args.block_bias))
+        # Nobody reads a tile with a bias of -inf.
+        visible = visible & (bias != -torch.inf)
+    logits = pair_products(q, k, visible) * args.scale
+    if bias is not None:
+        logits = logits + bias
+    logits = torch.where(visible, logits, -torch.inf)
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    visible = visible & ~empty
+    logits = logits.masked_fill(empty, 0)
     lse = logits.logsumexp(-1, keepdim=True)
-    p = (logits - lse).exp().masked_fill(~visible, 0)
-    # 0 * nan is nan: a value that nobody reads must not reach the sum.
-    out = (p @ torch.where(visible.any(2, keepdim=True).transpose(-1, -2), v, 0)).transpose(1, 2)
+    p = torch.where(visible, (logits - lse).exp(), 0)
+    out = visible_sum(p, v, visible).transpose(1, 2)
     if args.mass_probe is not None:
-        out = _MassTap.apply(out, args.mass_probe, p.detach(), args)
+        out = _MassTap.apply(out, args.mass_probe, p.detach(), empty, args)
     return out.to(args.query.dtype), lse.masked_fill(empty, -torch.inf).squeeze(-1)
 
 
@@ -56,24 +66,27 @@ class _MassTap(torch.autograd.Function):
     """Identity on the output; in the backward pass the probe's gradient is the tile mass."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, probe: Tensor, p: Tensor, args: Arguments) -> Tensor:
-        ctx.save_for_backward(p)
+    def forward(
+        ctx: Any, out: Tensor, probe: Tensor, p: Tensor, empty: Tensor, args: Arguments
+    ) -> Tensor:
+        ctx.save_for_backward(p, empty)
         ctx.args, ctx.probe_dtype = args, probe.dtype
         return out.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (p,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        p, empty = ctx.saved_tensors
         pattern = ctx.args.pattern
         (size_q, size_k), (b, h, n, m) = pattern.block_size, p.shape
         i, j, heads = pattern.num_query_blocks, pattern.num_key_blocks, pattern.num_heads
         # (b, p, heads sharing it, i, rows)
-        w = F.pad(grad.norm(dim=-1).transpose(1, 2), (0, i * size_q - n))
+        norm = grad.norm(dim=-1).transpose(1, 2).masked_fill(empty.squeeze(-1), 0)
+        w = F.pad(norm, (0, i * size_q - n))
         w = w.view(b, heads, h // heads, i, size_q)
         w = w / w.sum((2, 4), keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
         p = F.pad(p, (0, j * size_k - m, 0, i * size_q - n))
         p = p.view(b, heads, h // heads, i, size_q, j, size_k).sum(-1)
         mass = (p * w[..., None]).sum((2, 4))
-        slots = mass.gather(-1, pattern.kv_indices.long().clamp(max=j - 1) if j else mass.long())
+        slots = mass.gather(-1, pattern.kv_indices.long().clamp(0, j - 1) if j else mass.long())
         slots = slots.masked_fill(~pattern.slot_used(), 0)
-        return grad, slots.to(ctx.probe_dtype), None, None
+        return grad, slots.to(ctx.probe_dtype), None, None, None

@@ -43,6 +43,7 @@ class RowGroups:
         groups: The rows that read anything, in ascending order of key blocks read.
         empty: Places in the flattened ``(b, h, i)`` of the rows that read nothing.
         hidden: Booleans ``(masks, size_q, size_k)``: the distinct token masks (True: not seen).
+            Query tokens past the end see nothing in them.
     """
 
     groups: list[RowGroup]
@@ -53,7 +54,8 @@ class RowGroups:
 def group_rows(args: Arguments, max_elements: int) -> RowGroups:
     """Lists the tiles to compute, grouped; waits for the device.
 
-    Tiles that the token rule forbids altogether are left out, whatever the pattern says.
+    Tiles that the token rule forbids altogether or whose bias is -inf are left out, whatever the
+    pattern says: nobody reads them.
 
     Args:
         args: The call.
@@ -63,6 +65,8 @@ def group_rows(args: Arguments, max_elements: int) -> RowGroups:
     (size_q, size_k), device = pattern.block_size, pattern.device
     b, p, i, _k = pattern.kv_indices.shape
     used = pattern.slot_used()
+    if args.block_bias is not None:
+        used = used & (args.block_bias != -torch.inf)
     if not bool(used.any()):
         nothing = torch.empty(0, size_q, size_k, dtype=torch.bool, device=device)
         return RowGroups([], torch.arange(b * num_heads * i, device=device), nothing)
@@ -153,7 +157,9 @@ def _token_masks(args: Arguments, used: Tensor, index: Tensor) -> tuple[Tensor, 
         offset = offset.view(-1, 1, 1, 1) if isinstance(offset, Tensor) else offset
         diagonal = index * size[1] - rows * size[0] - offset + size[1]
         otherwise_full = replace(mask, causal=False).full_tiles(size, rows, index)
-        code = torch.where(otherwise_full, diagonal, code)
+        # Query tokens past the end must not count among those that see a key.
+        whole = (rows + 1) * size[0] <= mask.q_len
+        code = torch.where(otherwise_full & whole, diagonal, code)
     code = torch.where(partial, code, -1)
     distinct, inverse = code[partial].unique(return_inverse=True)
     number = torch.full((index.numel(),), -1, device=index.device)

@@ -14,12 +14,14 @@ from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products imp
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
     LOG2E,
+    any_left_out,
+    any_tile_left_out,
     count_below,
     document_of,
+    finite_part,
     load_rows,
     store_rows,
     visible,
-    without_padding,
 )
 
 
@@ -50,15 +52,17 @@ def row_kernel(
     inside = row < q_len
     log_sum = tl.load(lse + read, mask=inside, other=float("-inf"))
     # +inf makes exp2(s - lse) zero: empty rows and rows past the end cost the kernels no mask.
-    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E)
+    empty = log_sum == float("-inf")
+    # NaN where the gradient is not finite: the kernels take that from the products of masked tiles.
+    log_sum = tl.where(empty, float("inf"), log_sum * LOG2E + tl.sum(g - g, 1))
     tl.store(lse2 + write, log_sum, mask=row < padded_len)
     dot = tl.sum(o * g, 1)
     length = tl.sqrt(tl.sum(g * g, 1))
-    extra = tl.zeros([ROWS], tl.float32)
     if GRAD_LSE:
-        extra = tl.load(grad_lse + read, mask=inside, other=0.0)
-    tl.store(delta + write, dot - extra, mask=row < padded_len)
-    tl.store(norm + write, length, mask=row < padded_len)
+        dot -= tl.load(grad_lse + read, mask=inside, other=0.0)
+    # Whatever gradient arrives at a row that reads nothing.
+    tl.store(delta + write, tl.where(empty, 0.0, dot), mask=row < padded_len)
+    tl.store(norm + write, tl.where(empty, 0.0, length), mask=row < padded_len)
 
 
 @triton.jit
@@ -109,7 +113,7 @@ def query_kernel(
         key_limit = tl.minimum(tl.load(key_lengths + batch).to(tl.int32), kv_len)
     low = 0
     full = count
-    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+    if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         unmasked_end = key_limit
         if CAUSAL:
             unmasked_end = tl.minimum(unmasked_end, first + offset + 1)
@@ -120,6 +124,8 @@ def query_kernel(
             low = count_below(entries, count, 1, BLOCK_K, start)
         full = count_below(entries, count, 1, BLOCK_K, unmasked_end - BLOCK_K + 1)
         full = tl.maximum(full, low)
+        if BIAS:
+            full = tl.where(any_left_out(biases, count) > 0, low, full)
     q = load_rows(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
         PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
@@ -173,7 +179,7 @@ def query_kernel(
             GRAD_BIAS,
             PARTS,
         )
-    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+    if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
             slot = step // VISITS
             slot = tl.where(slot < low, slot, slot + full - low)
@@ -183,12 +189,13 @@ def query_kernel(
                 k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
-            k = without_padding(k, column, key_limit)
             bias = 0.0
+            limit = key_limit
             if BIAS:
                 bias = tl.load(biases + slot) * LOG2E
+                limit = tl.where(bias == float("-inf"), 0, key_limit)
             ok = visible(
-                row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
+                row[:, None], column[None, :], batch, limit, offset, documents, q_len,
                 CAUSAL, DOCUMENTS,
             )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -197,9 +204,10 @@ def query_kernel(
                 v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
                 1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
             )  # fmt: skip
-            v = without_padding(v, column, key_limit)
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            ds = p * (dp - centre[:, None])
+            ds = tl.where(p == 0, 0.0, p * (dp - centre[:, None]))
+            # Where k is not finite, s is neither, nor is ds where k is read.
+            k = finite_part(k)
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
             store_by_products(
                 mass,
@@ -255,6 +263,7 @@ def _key_tile(
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    BIAS: tl.constexpr,
     MASKED: tl.constexpr,
     TMA_Q: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -277,14 +286,21 @@ def _key_tile(
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.exp2(s * scale2 + (bias - log_sum)[None, :])
     if MASKED:
+        if BIAS:
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
         ok = visible(
             row[None, :], column[:, None], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
         p = tl.where(ok, p, 0.0)
+        # Rows whose g or q is not finite have p = NaN where they read.
+        g = finite_part(g)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
     ds = p * (dp - centre[None, :])
+    if MASKED:
+        ds = tl.where(p == 0, 0.0, ds)
+        q = finite_part(q)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -307,7 +323,7 @@ def key_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, OFFSETS: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, EVEN_KEYS: tl.constexpr, EVEN_QUERIES: tl.constexpr,
     TMA_Q: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -336,12 +352,9 @@ def key_kernel(
         v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
         1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
     )  # fmt: skip
-    if LENGTHS:
-        k = without_padding(k, column, key_limit)
-        v = without_padding(v, column, key_limit)
     # Queries [row_low, row_end) see all these keys.
     row_low = 0
-    row_end = query_blocks * BLOCK_Q
+    row_end = q_len
     if CAUSAL:
         row_low = start + COLUMNS - 1 - offset
     if DOCUMENTS:
@@ -353,6 +366,7 @@ def key_kernel(
         row_end = tl.where(start + COLUMNS <= key_limit, row_end, 0)
     dk = tl.zeros([COLUMNS, D], tl.float32)
     dv = tl.zeros([COLUMNS, D], tl.float32)
+    MASKS: tl.constexpr = CAUSAL or LENGTHS or DOCUMENTS or BIAS or not (EVEN_KEYS and EVEN_QUERIES)
     # Heads that share one list are visited in one loop, the others one after another.
     TOGETHER: tl.constexpr = GROUP // PACK if HEADS_PER_PATTERN % GROUP == 0 else 1
     ROW_VISITS: tl.constexpr = BLOCK_Q // ROWS
@@ -368,10 +382,13 @@ def key_kernel(
             biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p
         low = 0
         full = count
-        if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+        if MASKS:
             low = count_below(entries, count, width, BLOCK_Q, row_low)
             full = count_below(entries, count, width, BLOCK_Q, row_end - BLOCK_Q + 1)
             full = tl.maximum(full, low)
+            if BIAS:
+                dead = any_tile_left_out(biases, entries, count, width, b_stride_i)
+                full = tl.where(dead > 0, low, full)
         upcoming = tl.load(entries + low, mask=low < full, other=0)
         for step in tl.range(low * VISITS, full * VISITS, num_stages=STAGES):
             entry = upcoming
@@ -388,10 +405,10 @@ def key_kernel(
                 lse2, delta,
                 batch, head + step % VISITS // ROW_VISITS * PACK, first,
                 bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
-                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, False,
+                PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, BIAS, False,
                 TMA_Q, UPCAST, PRECISION,
             )  # fmt: skip
-        if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+        if MASKS:
             for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
                 place = step // VISITS
                 place = tl.where(place < low, place, place + full - low)
@@ -409,7 +426,7 @@ def key_kernel(
                     batch, head + step % VISITS // ROW_VISITS * PACK, first,
                     bias, q_len, padded_len, num_heads, scale2, column, key_limit, offset,
                     documents,
-                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, True,
+                    PACK, ROWS, D, HEAD_DIM, CAUSAL, DOCUMENTS, BIAS, True,
                     TMA_Q, UPCAST, PRECISION,
                 )  # fmt: skip
     store_rows(

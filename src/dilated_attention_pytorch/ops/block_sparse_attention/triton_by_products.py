@@ -84,11 +84,12 @@ def mass_kernel(
         g_source, g_stride_b, g_stride_h, g_stride_n, batch, head, first, q_len,
         1, ROWS, D, HEAD_DIM, TMA_Q, True,
     )  # fmt: skip
-    weight = tl.sqrt(tl.sum(g * g, 1))
     row = first + tl.arange(0, ROWS)
     place = (batch64 * num_heads + head) * q_len + row
-    tl.store(norm + place, weight)
     log_sum = tl.load(lse + place)
+    # Whatever gradient arrives at a row that reads nothing.
+    weight = tl.where(log_sum == float("-inf"), 0.0, tl.sqrt(tl.sum(g * g, 1)))
+    tl.store(norm + place, weight)
     # +inf makes exp2(s - lse) zero: rows that read nothing cost no mask.
     log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E)
     q = load_rows(

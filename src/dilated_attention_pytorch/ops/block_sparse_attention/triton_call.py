@@ -60,6 +60,11 @@ class Call:
         )
 
     @property
+    def empty(self) -> bool:
+        """Whether there is no tile at all, so that nothing need be launched."""
+        return 0 in (self.query.numel(), self.key.numel(), self.indices.numel())
+
+    @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.query.shape[2] // self.key.shape[2]

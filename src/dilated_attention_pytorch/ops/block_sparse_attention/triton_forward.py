@@ -8,12 +8,13 @@ import triton.language as tl
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
     LN2,
     LOG2E,
+    any_left_out,
     count_below,
     document_of,
+    finite_part,
     load_rows,
     store_rows,
     visible,
-    without_padding,
 )
 
 
@@ -47,6 +48,7 @@ def _forward_tile(
     COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    BIAS: tl.constexpr,
     MASKED: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -64,19 +66,29 @@ def _forward_tile(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         column = start + tl.arange(0, COLUMNS)
+        if BIAS:
+            # Nobody reads such a tile.
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
         ok = visible(
             row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
             CAUSAL, DOCUMENTS,
         )  # fmt: skip
-        s = tl.where(ok, s, float("-inf"))
-        v = without_padding(v, column, key_limit)
-    new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
+        # After the factor, which may be 0: -inf * 0 is NaN.
+        s = tl.where(ok, s * scale2 + bias, float("-inf"))
+        new_high = tl.maximum(high, tl.max(s, 1))
+    else:
+        new_high = tl.maximum(high, tl.max(s, 1) * scale2 + bias)
     # A row that has seen nothing yet keeps -inf; 0 instead avoids -inf - -inf.
-    base = tl.where(new_high == float("-inf"), 0.0, new_high) if MASKED else new_high
-    p = tl.exp2(s * scale2 + (bias - base)[:, None])
+    base = tl.where(new_high == float("-inf"), 0.0, new_high)
+    p = tl.exp2(s - base[:, None]) if MASKED else tl.exp2(s * scale2 + (bias - base)[:, None])
     shrink = tl.exp2(high - base)
     total = total * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
+    if MASKED:
+        # 0, or NaN for a token with a number that is not finite: for those alone that read it.
+        special = tl.sum((v - v).to(tl.float32), 1)
+        p = tl.where(p > 0, p + special[None, :], p)
+        v = finite_part(v)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_high, total
 
@@ -124,7 +136,7 @@ def forward_kernel(
     # Tiles [low, full) of the ascending list need no mask.
     low = 0
     full = count
-    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+    if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         unmasked_end = key_limit
         if CAUSAL:
             unmasked_end = tl.minimum(unmasked_end, first + offset + 1)
@@ -135,6 +147,8 @@ def forward_kernel(
             low = count_below(entries, count, 1, BLOCK_K, start)
         full = count_below(entries, count, 1, BLOCK_K, unmasked_end - BLOCK_K + 1)
         full = tl.maximum(full, low)
+        if BIAS:
+            full = tl.where(any_left_out(biases, count) > 0, low, full)
     q = load_rows(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
         PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
@@ -159,9 +173,9 @@ def forward_kernel(
             k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
             batch, kv_head, start, kv_len, bias, scale2,
             row, key_limit, offset, documents, q_len,
-            D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, False, TMA, UPCAST, PRECISION,
+            D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, BIAS, False, TMA, UPCAST, PRECISION,
         )  # fmt: skip
-    if CAUSAL or LENGTHS or DOCUMENTS or not EVEN_KEYS:
+    if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
             slot = step // VISITS
             slot = tl.where(slot < low, slot, slot + full - low)
@@ -174,7 +188,7 @@ def forward_kernel(
                 k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
                 batch, kv_head, start, kv_len, bias, scale2,
                 row, key_limit, offset, documents, q_len,
-                D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, True, TMA, UPCAST, PRECISION,
+                D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, BIAS, True, TMA, UPCAST, PRECISION,
             )  # fmt: skip
     empty = high == float("-inf")
     total = tl.where(empty, 1.0, total)
@@ -186,4 +200,6 @@ def forward_kernel(
     of_row = head + tl.arange(0, PACK * ROWS) // ROWS
     place = (batch64 * num_heads + of_row) * q_len + row
     natural = tl.where(empty, float("-inf"), (high + tl.log2(total)) * LN2)
+    # An infinite logit takes all the weight: not inf - inf.
+    natural = tl.where(high == float("inf"), high, natural)
     tl.store(lse + place, natural, mask=row < q_len)

@@ -28,7 +28,9 @@ def launch_forward(
     call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | None = None
 ) -> None:
     """Writes the output ``(b, n, h, d)`` and the lse ``(b, h, n)``, both preallocated."""
-    if out.numel() == 0:
+    if call.empty:
+        out.zero_()
+        lse.fill_(-torch.inf)
         return
     config = config or forward_config(call.tile())
     batch, q_len, num_heads, _ = call.query.shape
@@ -106,7 +108,7 @@ def launch_backward(
     """
     batch, q_len, num_heads, _ = call.query.shape
     kv_len, num_kv_heads = call.key.shape[1:3]
-    if q_len == 0 or kv_len == 0 or batch == 0:
+    if call.empty:
         for tensor in (grads.query, grads.key, grads.value, grads.block_bias, grads.mass):
             if tensor is not None:
                 tensor.zero_()
@@ -144,6 +146,7 @@ def launch_backward(
             q_len, kv_len, padded_len, call.offset, call.scale,
             call.scale * LOG2E.value, num_heads, query_blocks, width,
             **constants, PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
+            EVEN_QUERIES=q_len % call.block_q == 0,
             TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages, OVERLAP=overlap,
             **config.options(),
         )  # fmt: skip

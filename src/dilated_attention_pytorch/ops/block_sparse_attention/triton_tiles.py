@@ -88,7 +88,7 @@ def visible(
     DOCUMENTS: tl.constexpr,
 ):
     """The token rule for broadcastable token numbers ``row`` and ``column``."""
-    ok = column < key_limit
+    ok = (column < key_limit) & (row < q_len)
     if CAUSAL:
         ok = ok & (column <= row + offset)
     if DOCUMENTS:
@@ -100,9 +100,38 @@ def visible(
 
 
 @triton.jit
-def without_padding(tile, column, key_limit):
-    """Zeroes key or value rows that are padding: what lies there may be NaN, and 0 * NaN is NaN."""
-    return tl.where((column < key_limit)[:, None], tile, 0.0).to(tile.dtype)
+def finite_part(tile):
+    """0 for NaN and infinities, which in a product would reach rows that must not read them.
+
+    0 * NaN is NaN. Rows that do read them must have NaN as their weight.
+    """
+    return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
+def any_left_out(biases, count):
+    """How many of the first ``count`` biases are -inf: nobody reads their tiles."""
+    lane = tl.arange(0, 128)
+    total = 0
+    for chunk in range(0, count, 128):
+        place = chunk + lane
+        bias = tl.load(biases + place, mask=place < count, other=0.0)
+        total += tl.sum((bias == float("-inf")).to(tl.int32))
+    return total
+
+
+@triton.jit
+def any_tile_left_out(biases, entries, count, width, stride_i):
+    """The same for tiles listed as ``query_block * width + slot``."""
+    lane = tl.arange(0, 128)
+    total = 0
+    for chunk in range(0, count, 128):
+        place = chunk + lane
+        entry = tl.load(entries + place, mask=place < count, other=0)
+        at = (entry // width).to(tl.int64) * stride_i + entry % width
+        bias = tl.load(biases + at, mask=place < count, other=0.0)
+        total += tl.sum((bias == float("-inf")).to(tl.int32))
+    return total
 
 
 @triton.jit

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv
+from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, readable
+from dilated_attention_pytorch.pattern import check_list_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,18 @@ class DecodeArguments:
         limit = (self.lengths.long()[:, None] + steps).clamp(min=0)
         room = self.key.shape[1] if self.starts is None else self.key.shape[1] - self.starts.long()
         return torch.minimum(limit, torch.as_tensor(room, device=limit.device).view(-1, 1))
+
+    def listed(self) -> Tensor:
+        """Booleans shaped like ``indices``: the entries that are read.
+
+        Not those from the count on, nor numbers of no block, nor blocks with a bias of -inf.
+        """
+        slots = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        listed = (slots < self.counts[..., None]) & (self.indices >= 0)
+        listed = listed & (self.indices < ceil_div(self.key.shape[1], self.block_size))
+        if self.block_bias is not None:
+            listed = listed & (self.block_bias != -torch.inf)
+        return listed
 
 
 def check_arguments(
@@ -134,3 +148,20 @@ def _check_per_sample(name: str, x: Tensor, batch: int, device: torch.device) ->
         raise ValueError(f"{name} must have shape {(batch,)}, got {tuple(x.shape)}.")
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like query, got {x.device}.")
+
+
+def check_values(args: DecodeArguments) -> None:
+    """Checks lists, lengths and starts by value where that waits for no device.
+
+    Raises:
+        ValueError: Naming the first rule that is broken.
+    """
+    if not readable(args.indices):
+        return
+    capacity = args.key.shape[1]
+    check_list_values(args.counts, args.indices, ceil_div(capacity, args.block_size))
+    for name, x in (("lengths", args.lengths), ("starts", args.starts)):
+        if x is not None and bool(((x < 0) | (x > capacity)).any()):
+            raise ValueError(
+                f"{name} must lie in [0, {capacity}] (the tokens of key_cache), got {x.tolist()}."
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import all_finite, weighted_sum
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
 
 # Numbers of gathered keys at a time on the CPU: 2**18 float32 numbers are 1 MiB, so that the
@@ -57,10 +58,23 @@ def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
             weights = logits.sub_(high.masked_fill_(empty, 0)).exp_()
             total = weights.sum(-1, keepdim=True)
             v = values.take(b, head[part], tokens).to(wide)
-            result = (weights.flatten(2, 3) @ v).view(q.shape) / total
+            hidden = None
+            if per_list > 1 and not all_finite(v):
+                # Tokens that a later query sees and an earlier one does not.
+                hidden = ~visible[b, part, :, :, None].expand(weights.shape).flatten(2, 3)
+                hidden = hidden.flatten(0, 1)
+            x = torch.empty(q.shape, dtype=wide, device=q.device)
+            weighted_sum(
+                weights.flatten(2, 3).flatten(0, 1),
+                v.flatten(0, 1),
+                hidden,
+                x.flatten(2, 3).flatten(0, 1),
+            )
             # A row without tokens has weights of 0, but 0 * nan and 0 / 0 are nan.
-            out[b, part] = result.masked_fill(empty, 0)
-            lse[b, part] = (total.log() + high).squeeze(-1)
+            out[b, part] = (x / total).masked_fill(empty, 0)
+            # An infinite logit takes all the weight: not inf - inf.
+            of_rows = (total.log() + high).masked_fill(high == torch.inf, torch.inf)
+            lse[b, part] = of_rows.squeeze(-1)
     # Planes and groups are the heads, lists and their tokens the tokens.
     out = out.permute(0, 2, 3, 1, 4, 5).reshape(args.query.shape)
     return out.to(args.query.dtype), lse.permute(0, 1, 4, 2, 3).reshape(batch, heads, n)
@@ -77,12 +91,13 @@ def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor]:
     limits = args.limits().unflatten(1, (lists, -1))[:, None, :, :, None]
     inside = torch.arange(size, device=args.indices.device)
     token = (args.indices.long()[..., None] * size + inside).flatten(-2)
-    slot = torch.arange(token.shape[-1], device=token.device) // size
-    listed = slot < args.counts[..., None]
+    listed = args.listed().repeat_interleave(size, -1)
     visible = listed[:, :, :, None] & (token[:, :, :, None] < limits)
-    # What nobody sees repeats the first token of the list, which is read if anything is. The last
-    # query sees all that those before it see.
-    token = torch.where(visible[:, :, :, -1], token, token[..., :1])
+    # What nobody sees repeats the first token that is seen. The last query sees all that those
+    # before it see.
+    seen = visible[:, :, :, -1]
+    if token.shape[-1]:
+        token = torch.where(seen, token, token.gather(-1, seen.int().argmax(-1, keepdim=True)))
     if args.starts is not None:
         token = token + args.starts.long().view(-1, 1, 1, 1)
     token = token.clamp(0, max(args.key.shape[1] - 1, 0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import (
     DecodeArguments,
     check_arguments,
+    check_values,
 )
 from dilated_attention_pytorch.ops.block_sparse_decode.gather import gather_decode
 from dilated_attention_pytorch.ops.block_sparse_decode.reference import reference_decode
@@ -67,13 +68,16 @@ def block_sparse_decode(
         kv_num_blocks: ``(batch, heads, n)`` int32, blocks that each token reads; ``heads`` is 1,
             ``num_kv_heads`` or ``num_heads``. ``(batch, heads, 1)``: the same for all tokens.
         kv_indices: ``(batch, heads, n, k)`` int32, their numbers, ascending and
-            left-packed; entries from ``kv_num_blocks`` on are ignored.
+            left-packed; entries from ``kv_num_blocks`` on are ignored. On the CPU lists, lengths
+            and starts are checked by value; on a GPU entries that name no block are left out,
+            counts end at k, and a block that is listed twice counts twice.
         lengths: ``(batch,)`` integers: tokens of each sample in the cache, the new ones included.
             None: the capacity.
         starts: ``(batch,)`` integers: cache position of token 0 (left padding). None: 0.
         block_size: Tokens per block, counted from token 0.
         scale: Factor of the logits. None: ``head_dim ** -0.5``.
-        block_bias: Shaped like ``kv_indices``: added to every logit of a block. None: 0.
+        block_bias: Shaped like ``kv_indices``: added to every logit of a block; a block with -inf
+            is not read. None: 0.
         backend: ``"auto"`` (``"triton"`` on CUDA, ``"gather"`` elsewhere) or a name in
             ``BACKENDS``.
         return_lse: Also return the log-sum-exp of the logits.
@@ -84,8 +88,8 @@ def block_sparse_decode(
 
     Raises:
         TypeError: If inputs are not floating point, mix dtypes, or lists are not integers.
-        ValueError: If shapes or devices disagree, an input needs a gradient, or the backend is
-            unknown or cannot run this.
+        ValueError: If shapes or devices disagree, an input needs a gradient, the backend is
+            unknown or cannot run this, or (on the CPU) a list, length or start is out of range.
 
     Example:
         >>> import torch
@@ -99,6 +103,7 @@ def block_sparse_decode(
         query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths=lengths, starts=starts,
         block_size=block_size, scale=scale, block_bias=block_bias,
     )  # fmt: skip
+    check_values(arguments)
     out, lse = run_decode(arguments, backend)
     return (out, lse) if return_lse else out
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.ops.block_sparse_attention.masked_products import (
+    pair_products,
+    visible_sum,
+)
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
 
 
@@ -22,18 +26,19 @@ def reference_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     block = token.clamp(min=0) // args.block_size
     kept = torch.zeros_like(visible).expand(batch, args.counts.shape[1], n, -1).clone()
     bias = torch.zeros(kept.shape, dtype=dtype, device=q.device)
+    listed = args.listed()
     for slot in range(args.indices.shape[-1]):
-        here = (block == args.indices[..., slot, None]) & (slot < args.counts[..., None])
+        here = (block == args.indices[..., slot, None]) & listed[..., slot, None]
         kept |= here
         if args.block_bias is not None:
             bias = torch.where(here, args.block_bias[..., slot, None], bias)
     kept, bias = (x.repeat_interleave(heads // x.shape[1], 1) for x in (kept, bias))
     visible = visible & kept
-    logits = (q @ k.transpose(-1, -2) * args.scale + bias).masked_fill(~visible, -torch.inf)
-    empty = ~visible.any(-1, keepdim=True)
+    logits = torch.where(visible, pair_products(q, k, visible) * args.scale + bias, -torch.inf)
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    visible = visible & ~empty
     lse = logits.masked_fill(empty, 0).logsumexp(-1, keepdim=True)
-    p = (logits - lse).exp().masked_fill(~visible, 0)
-    # 0 * nan is nan: a value that nobody reads must not reach the sum.
-    out = p @ torch.where(visible.any(2)[..., None], v, 0)
+    p = torch.where(visible, (logits - lse).exp(), 0)
+    out = visible_sum(p, v, visible)
     lse = lse.masked_fill(empty, -torch.inf).squeeze(-1)
     return out.transpose(1, 2).to(args.query.dtype), lse

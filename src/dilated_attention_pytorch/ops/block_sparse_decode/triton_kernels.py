@@ -25,7 +25,7 @@ def split_kernel(
     indices, i_stride_b, i_stride_p, i_stride_n,
     block_bias, b_stride_b, b_stride_p, b_stride_n,
     lengths, starts,
-    new, capacity, num_heads, scale2, splits,
+    new, capacity, width, num_heads, scale2, splits,
     GROUP: tl.constexpr, HEADS_PER_LIST: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     BIAS: tl.constexpr, STARTS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -41,14 +41,16 @@ def split_kernel(
     shared64 = (first_head // HEADS_PER_LIST).to(tl.int64)
     kv_head64 = (first_head // GROUP).to(tl.int64)
     count = tl.load(counts + batch64 * c_stride_b + shared64 * c_stride_p + token64 * c_stride_n)
+    count = tl.minimum(count, width)
     entries = indices + batch64 * i_stride_b + shared64 * i_stride_p + token64 * i_stride_n
     if BIAS:
         biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p + token64 * b_stride_n
     start = 0
     if STARTS:
-        start = tl.load(starts + batch).to(tl.int32)
+        start = tl.minimum(tl.maximum(tl.load(starts + batch), 0), capacity).to(tl.int32)
     # The query sees the tokens up to its own.
-    limit = tl.load(lengths + batch).to(tl.int32) - new + token + 1
+    length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), capacity).to(tl.int32)
+    limit = length - new + token + 1
     limit = tl.minimum(limit, capacity - start)
 
     row = tl.arange(0, ROWS)
@@ -72,14 +74,19 @@ def split_kernel(
     # Block numbers are fetched one step ahead: an address that waits for another load takes the
     # place of a tile in flight.
     slot = (first * COLUMNS + lane) // BLOCK
-    upcoming = tl.load(entries + slot, mask=slot < count, other=0)
+    upcoming = tl.load(entries + slot, mask=slot < count, other=-1)
     for tile in tl.range(first, last, num_stages=STAGES):
         column = tile * COLUMNS + lane
         slot = column // BLOCK
-        position = upcoming * BLOCK + column % BLOCK
+        # Numbers of no block are out of sight, whatever they are.
+        named = (upcoming >= 0) & (upcoming <= limit // BLOCK)
+        position = tl.where(named, upcoming * BLOCK + column % BLOCK, limit)
         following = (column + COLUMNS) // BLOCK
-        upcoming = tl.load(entries + following, mask=following < count, other=0)
-        visible = (position < limit) & (slot < count)
+        upcoming = tl.load(entries + following, mask=following < count, other=-1)
+        visible = position < limit
+        if BIAS:
+            bias = tl.load(biases + slot, mask=slot < count, other=0.0) * LOG2E
+            visible = visible & (bias != float("-inf"))
         # What is not visible is never read: it may be unwritten, and 0 * NaN is NaN.
         read = visible[:, None] & (dim < HEAD_DIM)[None, :]
         cached = (position + start).to(tl.int64)[:, None]
@@ -90,7 +97,7 @@ def split_kernel(
             v = v.to(tl.float32)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         if BIAS:
-            s += (tl.load(biases + slot, mask=slot < count, other=0.0) * LOG2E)[None, :]
+            s += bias[None, :]
         s = tl.where(visible[None, :], s, float("-inf"))
         new_high = tl.maximum(high, tl.max(s, 1))
         # A row that has seen nothing yet keeps -inf; 0 instead avoids -inf - -inf.
@@ -106,7 +113,7 @@ def split_kernel(
     tl.store(partial + (cell * HEAD_DIM)[:, None] + dim[None, :], acc / total[:, None], mask=inside)
     tl.store(
         partial_lse + cell,
-        tl.where(empty, float("-inf"), high + tl.log2(total)),
+        tl.where(empty | (high == float("inf")), high, high + tl.log2(total)),
         mask=row < PACK,
     )
 
@@ -136,7 +143,9 @@ def merge_kernel(
     target = out + batch64 * o_stride_b + head.to(tl.int64) * o_stride_h
     target += token.to(tl.int64) * o_stride_n
     tl.store(target + dim, acc.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
-    tl.store(lse + cell, tl.where(empty, float("-inf"), (high + tl.log2(total)) * LN2))
+    natural = tl.where(empty, float("-inf"), (high + tl.log2(total)) * LN2)
+    # An infinite logit takes all the weight: not inf - inf.
+    tl.store(lse + cell, tl.where(high == float("inf"), high, natural))
 
 
 INTERPRETED = not isinstance(split_kernel, triton.JITFunction)
