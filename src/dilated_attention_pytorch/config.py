@@ -255,7 +255,7 @@ def check_types(settings: Any) -> None:
 
     Raises:
         TypeError: If a field has the wrong type.
-        ValueError: If a number is not finite, or an integer has more than 64 bits.
+        ValueError: If an integer has more than 64 bits, or a string is endless.
     """
     for field in dataclasses.fields(settings):
         kind, value = str(field.type).removesuffix(" | None"), getattr(settings, field.name)
@@ -283,8 +283,8 @@ def _plain_value(kind: str, name: str, value: Any) -> Any:
     if kind == "float":
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {short_repr(value)}.")
-        if (isinstance(value, int) and abs(value) >= 2**63) or not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {short_repr(value)}.")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must have at most 64 bits, got {short_repr(value)}.")
         value = float(value)
     if kind == "str" and not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {short_repr(value)}.")
@@ -302,6 +302,10 @@ def check_largest(settings: Any) -> None:
 
 
 def _check_ranges(config: AdaptiveConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "float" and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}.")
     check_sparsity("base_sparsity", config.base_sparsity)
     for name in (
         "temperature",

@@ -221,13 +221,18 @@ def damage_json(rng: random.Random, content: bytes) -> bytes:
 
 def forge_json(rng: random.Random, content: bytes) -> bytes:
     """By structure, with a digest that fits where one can be made."""
+    from dilated_attention_pytorch.integrations.transformers.adapter_file import _digest
     from dilated_attention_pytorch.strict_json import sealed
 
     tree = json.loads(content)
     tree.pop("digest", None)
     tree = damage_tree(rng, tree)
+    if _raw(tree):
+        return dump_tree(rng, tree)
     try:
-        return json.dumps(sealed(tree)).encode() if not _raw(tree) else dump_tree(rng, tree)
+        return json.dumps(
+            {**tree, "digest": _digest(tree)} if "weights" in tree else sealed(tree)
+        ).encode()
     except ValueError:
         return dump_tree(rng, tree)
 
@@ -382,7 +387,9 @@ def adapter_kinds() -> list[Kind]:
         found = SelectorAdapter.read(folder)
         configs = {number: config.to_dict() for number, config in found.configs.items()}
         costs = [one.to_dict() for one in found.costs]
-        return [configs, found.tensors, found.base, found.versions, costs]
+        # Where the base lies may be corrected by hand.
+        base = {**found.base, "name": ""}
+        return [configs, found.tensors, base, found.versions, costs]
 
     def apply(folder: Path) -> Any:
         try:
@@ -401,10 +408,9 @@ def adapter_kinds() -> list[Kind]:
         kind, name="forged adapter settings", read=apply, damage=forge_json, forged=True,
         named=False,
     )  # fmt: skip
-    # An earlier version does not name its weights.
+    # Earlier ones do not name their weights.
     about = json.loads(files["adapter.json"])
     earlier = {key: own for key, own in about.items() if key not in ("weights", "digest")}
-    earlier["version"] = 2
     forged_weights = replace(
         forged, name="forged adapter weights", target="selectors.safetensors",
         damage=forge_tensors, files={**files, "adapter.json": json.dumps(earlier).encode()},

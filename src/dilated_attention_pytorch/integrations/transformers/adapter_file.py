@@ -22,21 +22,20 @@ from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
+    json_digest,
     parse_json,
-    sealed,
     short_repr,
-    unsealed,
 )
 from dilated_attention_pytorch.tensor_file import MAX_FILE, parse_tensors, tensor_bytes
 
 FORMAT = "dilated_attention_pytorch.adapter"
-# Since version 2 there may be costs of the layers, since version 3 there is a digest.
-VERSION, READABLE, SEALED_SINCE = 3, (1, 2, 3), 3
+# Version 2 may hold costs of the layers; files of version 1 hold none. Earlier ones have no digest.
+VERSION, READABLE = 2, (1, 2)
 CONFIG_NAME = "adapter.json"
 WEIGHTS_NAME = "selectors.safetensors"
 
 _REQUIRED = {"format", "version", "versions", "base", "layers"}
-_OPTIONAL = {"costs", "weights"}
+_OPTIONAL = {"costs", "weights", "digest"}
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,3}")
 _TENSOR = re.compile(r"(0|[1-9][0-9]{0,3})\.([A-Za-z0-9_.]{1,200})")
 _LARGEST_LENGTH = 2**40
@@ -97,7 +96,8 @@ def write_adapter(folder: Path, content: AdapterContent) -> None:
         OSError: If they cannot be written.
     """
     weights, about = _written(content)
-    text = json.dumps(sealed(about), indent=2, allow_nan=False) + "\n"
+    about["digest"] = _digest(about)
+    text = json.dumps(about, indent=2, allow_nan=False) + "\n"
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,21 +187,22 @@ def _parse(folder: Path, config: bytes, weights: bytes) -> AdapterContent:
             f"format={short_repr(about.get('format'))} version={short_repr(version)}."
         )
     _refuse_code(about, place)
-    required = version >= SEALED_SINCE
-    about = unsealed(about, place, required=required)
-    missing = (_REQUIRED | {"weights"} if required else _REQUIRED) - set(about)
+    sealed = not {"weights", "digest"}.isdisjoint(about)
+    missing = (_REQUIRED | {"weights", "digest"} if sealed else _REQUIRED) - set(about)
     unknown = set(about) - _REQUIRED - _OPTIONAL
     if missing or unknown:
         raise ValueError(
             f"{place} lacks {sorted(missing)} and holds the unknown {short_repr(sorted(unknown))}."
         )
-    tensors, metadata = parse_tensors(weights, str(folder / WEIGHTS_NAME), required=required)
+    if sealed and about["digest"] != _digest(about):
+        raise ValueError(f"{place} is not as it was written: content and digest do not fit.")
+    tensors, metadata = parse_tensors(weights, str(folder / WEIGHTS_NAME), required=sealed)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{folder / WEIGHTS_NAME} must be of the format {FORMAT}, got "
             f"{short_repr(metadata.get('format'))}."
         )
-    if "weights" in about and about["weights"] != metadata.get("digest"):
+    if sealed and about["weights"] != metadata.get("digest"):
         raise ValueError(
             f"{CONFIG_NAME} and {WEIGHTS_NAME} are of two adapters, as a writer that was stopped "
             "leaves them."
@@ -216,6 +217,17 @@ def _parse(folder: Path, config: bytes, weights: bytes) -> AdapterContent:
         {name: str(own) for name, own in _mapping(about, "versions").items()},
         tuple(SparsityCosts.from_dict(own) for own in costs),
     )
+
+
+def _digest(about: dict[str, Any]) -> str:
+    """SHA-256 of all that decides what the adapter computes.
+
+    Where its base lies may be corrected by hand, and every version is read alike.
+    """
+    decisive = {key: own for key, own in about.items() if key not in ("version", "digest")}
+    if isinstance(about.get("base"), dict):
+        decisive["base"] = {key: own for key, own in about["base"].items() if key != "name"}
+    return json_digest(decisive)
 
 
 def _refuse_code(about: dict[str, Any], place: str) -> None:
