@@ -17,7 +17,7 @@ PACKAGE = "dilated_attention_pytorch"
 ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
-    ("mask", "config", "tensor_file", "tracing"),
+    ("called_module", "mask", "config", "tensor_file", "tracing"),
     ("pattern",),
     ("candidates", "fixed_patterns", "scoring", "selection"),
     ("ops",),

@@ -37,5 +37,5 @@ def hand_over_cache(
 
 def _decodes(selector: BlockSparseAdaptive) -> bool:
     # Whoever observes the layer wants its forward pass.
-    observed = selector.observers or selector._forward_hooks or selector._forward_pre_hooks
+    observed = selector.observed or selector._forward_hooks or selector._forward_pre_hooks
     return not selector.training and not observed and decoding_refusal(selector) is None
