@@ -28,6 +28,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_at
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, make_mask
 from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending
 
+
 @dataclass(frozen=True, eq=False)
 class SelectionInputs:
     """What a layer may look at when it chooses blocks.
@@ -241,6 +242,7 @@ class BlockSparseLayer(CalledModule, ABC):
         *,
         is_causal: bool = False,
         key_lengths: Tensor | None = None,
+        query_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         query_offset: int | Tensor | None = None,
         cross_attention: bool = False,
@@ -260,6 +262,9 @@ class BlockSparseLayer(CalledModule, ABC):
             is_causal: Hide later keys (aligned bottom-right if the lengths differ).
             key_lengths: ``(batch,)`` integers: tokens from there on are padding. With as many
                 queries as keys they are padding as queries too and give 0.
+            query_lengths: ``(batch,)`` integers: queries from there on are padding and give 0, with
+                ``key_lengths`` alone. None: ``key_lengths`` if there are as many queries as keys
+                and no ``cross_attention``, otherwise all queries are real.
             cu_seqlens: Cumulative document lengths; see :func:`block_sparse_attention`. Every
                 document is treated as if it were alone; the pattern then counts blocks from the
                 start of each document, in a layout where every document starts a new block.
@@ -295,10 +300,10 @@ class BlockSparseLayer(CalledModule, ABC):
         if compute is not None:
             return compute(query, key, value)
         out, selection, inputs = self._attend(
-            query, key, value, is_causal=is_causal, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
-            query_offset=query_offset, cross_attention=cross_attention,
-            selector_query=selector_query, selector_key=selector_key, pattern=pattern,
-            generator=generator,
+            query, key, value, is_causal=is_causal, key_lengths=key_lengths,
+            query_lengths=query_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
+            cross_attention=cross_attention, selector_query=selector_query,
+            selector_key=selector_key, pattern=pattern, generator=generator,
         )  # fmt: skip
         result: Tensor | tuple[Tensor, dict[str, Any]] = out
         if return_pattern:
@@ -333,6 +338,7 @@ class BlockSparseLayer(CalledModule, ABC):
         *,
         is_causal: bool = False,
         key_lengths: Tensor | None = None,
+        query_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         query_offset: int | Tensor | None = None,
         cross_attention: bool = False,
@@ -355,6 +361,8 @@ class BlockSparseLayer(CalledModule, ABC):
             batch, q_len, kv_len, device=query.device, causal=is_causal,
             key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
         )  # fmt: skip
+        if query_lengths is not None:
+            _check_query_lengths(query_lengths, key_lengths, batch)
         documents: AlignedDocuments | None = None
         if cu_seqlens is not None:
             documents = align_documents(cu_seqlens, batch, q_len, self.block_size)
@@ -371,10 +379,14 @@ class BlockSparseLayer(CalledModule, ABC):
             )
         one_sequence = q_len == kv_len and not cross_attention
         has_diagonal = is_causal or query_offset is not None or one_sequence
+        if key_lengths is not None and one_sequence and query_lengths is None:
+            query_lengths = key_lengths
         guard = None if generator is None else ReplayGuard(generator)
         inputs: SelectionInputs | None = None
         if pattern is None:
-            inputs = self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
+            inputs = self._inputs(
+                score_query, score_key, mask, documents, has_diagonal, generator, query_lengths
+            )
             selection = self.select(inputs)
         else:
             selection = Selection(pattern)
@@ -400,8 +412,8 @@ class BlockSparseLayer(CalledModule, ABC):
             out = reach_all_parameters(out, self)
         if documents is not None:
             out = documents.restore(out)
-        if key_lengths is not None and one_sequence:
-            real = torch.arange(q_len, device=out.device) < key_lengths[:, None]
+        if query_lengths is not None:
+            real = torch.arange(q_len, device=out.device) < query_lengths[:, None]
             out = torch.where(real[..., None, None], out, 0)
         return out, selection, inputs
 
@@ -432,9 +444,12 @@ class BlockSparseLayer(CalledModule, ABC):
         documents: AlignedDocuments | None,
         has_diagonal: bool,
         generator: torch.Generator | None,
+        query_lengths: Tensor | None = None,
     ) -> SelectionInputs:
         size = (self.block_size, self.block_size)
-        rows = row_ranges(mask, size, has_diagonal=has_diagonal, device=query.device)
+        rows = row_ranges(
+            mask, size, has_diagonal=has_diagonal, device=query.device, query_lengths=query_lengths
+        )
         rule = CandidateRule(
             num_heads=self.pattern_heads,
             num_key_blocks=-(-mask.kv_len // self.block_size),
@@ -451,7 +466,10 @@ class BlockSparseLayer(CalledModule, ABC):
         elif mask.key_lengths is not None:
             positions = torch.arange(mask.kv_len, device=query.device)
             key_valid = positions < mask.key_lengths[:, None]
-            query_valid = key_valid if has_diagonal and mask.q_len == mask.kv_len else None
+            if query_lengths is not None:
+                query_valid = torch.arange(mask.q_len, device=query.device) < query_lengths[:, None]
+            elif has_diagonal and mask.q_len == mask.kv_len:
+                query_valid = key_valid
         return SelectionInputs(query, key, mask, rows, rule, query_valid, key_valid, generator)
 
     def _all_are_candidates(self, inputs: SelectionInputs) -> bool:
@@ -531,6 +549,16 @@ def observe_patterns(
         for layer in seen:
             if observer in layer.observers:
                 layer.observers.remove(observer)
+
+
+def _check_query_lengths(lengths: Tensor, key_lengths: Tensor | None, batch: int) -> None:
+    if key_lengths is None:
+        raise ValueError("query_lengths needs key_lengths; give the lengths of the keys too.")
+    if lengths.shape != (batch,) or lengths.is_floating_point():
+        raise ValueError(
+            f"query_lengths must be ({batch},) integers, got {tuple(lengths.shape)} of "
+            f"{lengths.dtype}."
+        )
 
 
 def _stand_in(name: str, given: Tensor | None, original: Tensor) -> Tensor:

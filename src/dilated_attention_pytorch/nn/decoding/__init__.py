@@ -1,4 +1,4 @@
-"""Remembering and decoding of :class:`BlockSparseAdaptive`: choosing blocks by remembered summaries.
+"""Decoding of :class:`BlockSparseAdaptive`: choosing blocks by remembered summaries.
 
 Everything that a choice needs is recomputed from the state alone, so that choosing twice for a row
 gives the same list: samples of different lengths choose together, whoever begins a block or not.
