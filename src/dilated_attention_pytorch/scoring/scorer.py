@@ -230,7 +230,7 @@ class ImportanceScorer(CalledModule):
         return torch.einsum("bhir,bhicr->bhic", q, _take_rows(k, candidates)).float()
 
     def _mlp(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
-        if candidates is not None and candidates.shape[1] not in (1, q.shape[1]):
+        if candidates is not None and 1 != candidates.shape[1] != q.shape[1]:
             # Heads that share a pattern have one list of candidates.
             candidates = candidates.repeat_interleave(q.shape[1] // candidates.shape[1], 1)
         rows = q.shape[2]
@@ -238,13 +238,16 @@ class ImportanceScorer(CalledModule):
         per_row = max(q.shape[0] * q.shape[1] * columns * q.shape[3], 1)
         step = max(_MLP_CHUNK // per_row, 1)
         chunks = []
-        for start in range(0, rows, step):
+        start = 0
+        # Not range(), for which torch.compile would fix the number of rows.
+        while start < rows:
             part = None if candidates is None else candidates[:, :, start : start + step]
             inputs = (q[:, :, start : start + step], k, part)
             if rows > step and torch.is_grad_enabled():
                 chunks.append(checkpoint(self._mlp_rows, *inputs, use_reentrant=False))
             else:
                 chunks.append(self._mlp_rows(*inputs))
+            start += step
         scores = torch.cat(chunks, 2) if chunks else q.new_zeros(*q.shape[:3], columns)
         return self._share(scores)
 
