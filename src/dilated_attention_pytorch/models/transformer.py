@@ -167,7 +167,7 @@ class _Block(nn.Module):
             query, key = unrotated
             options = {"selector_query": query, "selector_key": key, **options}
         info: dict[str, Any] | None = None
-        if with_pattern:
+        if with_pattern and isinstance(self.attention, BlockSparseLayer):
             attended, pattern = self.attention.with_pattern(q, k, v, is_causal=True, **options)
             return self.after_attention(x, attended), {"pattern": pattern}
         attended = self.attention(q, k, v, is_causal=True, **options)

@@ -193,7 +193,7 @@ def make_mask(
         raise TypeError(
             f"query_offset must be an int or an integer Tensor, got {type(query_offset).__name__}."
         )
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         # There sizes of tensors are tensors, which an offset of each sample would be.
         q_len, kv_len = int(q_len), int(kv_len)
     offset: int | Tensor = kv_len - q_len if query_offset is None else query_offset
