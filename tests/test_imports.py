@@ -18,6 +18,7 @@ ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
     (
+        "called_module",
         "mask",
         "config",
         "atomic_file",

@@ -159,6 +159,7 @@ def row_ranges(
     *,
     has_diagonal: bool,
     device: torch.device,
+    query_lengths: Tensor | None = None,
 ) -> RowRange:
     """Computes the visible range of every query block. Linear in the number of blocks.
 
@@ -166,14 +167,17 @@ def row_ranges(
 
     Args:
         mask: The token rule. Documents must start at block boundaries (``documents.py`` brings
-            them there). With ``key_lengths``, a diagonal and as many queries as keys, query
-            blocks that lie entirely in the padding see nothing.
+            them there).
         block_size: Tokens per query block and per key block.
         has_diagonal: Whether queries and keys are positions of one sequence.
         device: Where to build the tensors.
+        query_lengths: ``(batch,)`` integers: query blocks that begin there or later see nothing.
+            None: the mask's ``key_lengths``, with a diagonal and as many queries as keys.
     """
+    if query_lengths is None and has_diagonal and mask.q_len == mask.kv_len:
+        query_lengths = mask.key_lengths
     if mask.per_sample or tracing():
-        return _row_ranges(mask, block_size, has_diagonal, device)
+        return _row_ranges(mask, block_size, has_diagonal, device, query_lengths)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _shared_row_ranges(
@@ -198,7 +202,11 @@ def _shared_row_ranges(
 
 
 def _row_ranges(
-    mask: AttentionMask, block_size: tuple[int, int], has_diagonal: bool, device: torch.device
+    mask: AttentionMask,
+    block_size: tuple[int, int],
+    has_diagonal: bool,
+    device: torch.device,
+    query_lengths: Tensor | None = None,
 ) -> RowRange:
     size_q, size_k = block_size
     blocks_k = ceil_div(mask.kv_len, size_k)
@@ -219,8 +227,8 @@ def _row_ranges(
     if mask.key_lengths is not None:
         lengths = mask.key_lengths.view(-1, 1, 1).long()
         end = torch.minimum(end, (lengths + size_k - 1).div(size_k, rounding_mode="floor"))
-        if has_diagonal and mask.q_len == mask.kv_len:
-            end = torch.where(rows * size_q < lengths, end, 0)
+    if query_lengths is not None:
+        end = torch.where(rows * size_q < query_lengths.view(-1, 1, 1), end, 0)
     if mask.document_ids is not None:
         document = mask.document_ids[:, None, ::size_q].long()
         num_documents = int(rows.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_monitor_measures_training_passes_and_writes() -> None:
         SparsityMonitor(schedules(), every=0)
     with pytest.raises(ValueError, match="BlockSparseAdaptive"):
         monitor.start(nn.Linear(2, 2))
+
+
+def test_a_training_that_failed_leaves_generation_alone() -> None:
+    """Nobody calls stop(): the layer decodes, and its copies train, as if nobody had watched."""
+    model = Model()
+    monitor = SparsityMonitor(AdaptiveSparsityTrainer(), every=1)
+    monitor.start(model)
+    assert model.layer.observed
+    assert not model.eval().layer.observed
+    assert not copy.deepcopy(model).train().layer.observed
 
 
 def test_monitor_goes_on_where_it_was() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,11 @@ from torch import Tensor
 
 from brute_force import dense_attention
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, BlockSparseFixed
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
+from dilated_attention_pytorch.nn.block_sparse import (
+    BlockSparseLayer,
+    observe_passes,
+    observe_patterns,
+)
 
 HEADS, DIM, SIZE = 4, 8, 16
 Make = Callable[..., BlockSparseLayer]
@@ -390,3 +396,43 @@ def test_bad_constructor_arguments(error: type[Exception], match: str, options: 
     for layer in (BlockSparseAdaptive, BlockSparseFixed):
         with pytest.raises(error, match=match):
             layer(**options)
+
+
+def test_observers_belong_to_one_layer_and_one_mode() -> None:
+    """Copies have none; those of training leave evaluation alone; leaving twice is harmless."""
+    layer = BlockSparseAdaptive(num_heads=2, head_dim=16)
+    x = torch.randn(1, 100, 2, 16)
+    seen: list[str] = []
+    with (
+        observe_patterns([layer], lambda *_: seen.append("pattern")),
+        observe_passes([layer], lambda _: seen.append("pass")),
+        observe_passes([layer], lambda _: seen.append("training"), training_only=True),
+    ):
+        twins = [copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))]
+        for twin in twins:
+            twin(x, x, x)
+        assert not seen
+        layer(x, x, x)
+        assert seen == ["pattern", "pass", "training"]
+        seen.clear()
+        layer.eval()(x, x, x)
+        assert seen == ["pattern", "pass"]
+        layer.observers.clear()
+    with observe_passes([layer], lambda _: None, training_only=True):
+        assert not layer.observed
+        assert layer.train().observed
+    assert not layer.observed
+
+
+def test_an_observer_that_fails_is_gone_afterwards() -> None:
+    layer = BlockSparseAdaptive(num_heads=2, head_dim=16)
+    x = torch.randn(1, 100, 2, 16)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for watch in (observe_patterns, observe_passes):
+        with pytest.raises(KeyboardInterrupt), watch([layer], fail):
+            layer(x, x, x)
+        assert not layer.observed
+        layer(x, x, x)

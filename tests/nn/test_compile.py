@@ -127,6 +127,25 @@ def test_another_length_recompiles_once_for_all_lengths(backend, device, compile
     assert graphs() == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": "fixed", "scorer": "low_rank", "hidden_dim": 4}, {"hierarchy": (2,)}],
+    ids=["low rank", "hierarchy"],
+)
+def test_dynamic_shapes_train_all_lengths_with_one_graph(options):
+    """Lengths that are no multiple of a block, too; the layer's own numbers stay numbers."""
+    layer = small("gather", **options).train()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for length in (75, 90, 137):
+        inputs = tokens(length, "cpu")
+        found = []
+        for run in (layer, compiled):
+            torch.manual_seed(0)
+            found.append(run(*inputs, is_causal=True))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert graphs() == 1
+
+
 @pytest.mark.parametrize("estimator", ["mass", "gumbel", "soft", "straight_through"])
 @pytest.mark.parametrize("budget", ["adaptive", "fixed", "top_p"])
 def test_every_estimator_and_budget_is_one_graph(estimator, budget):

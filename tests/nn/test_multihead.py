@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch import (
     AdaptiveConfig,
@@ -104,6 +106,117 @@ def test_equal_lengths_do_not_make_it_self_attention() -> None:
     q, k = tokens(4, 50, DIM), tokens(4, 50, DIM, seed=1)
     expected, _ = dense(q, k, k, key_padding_mask=PADDING, need_weights=False)
     agree(ours(q, k, k, key_padding_mask=PADDING)[0], expected)
+
+
+SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, num_local_blocks=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"cross_attention": True}])
+def test_only_numbers_count_not_which_objects_hold_them(padded: bool, options: dict) -> None:
+    """Checkpointing, sharding and tracing hand over copies."""
+    ours = make(SPARSE)
+    if padded:
+        options = {"key_padding_mask": PADDING, **options}
+    x = tokens(4, 50, DIM).requires_grad_()
+    found = []
+    for inputs in (
+        (x, x, x),
+        (x, x.clone(), x.clone()),
+        (x.clone(), x, x),
+        (x.clone(), x.clone(), x),
+    ):
+        out, info = ours(*inputs, **options, return_pattern=True)
+        (out * tokens(4, 50, DIM, seed=3)).sum().backward(retain_graph=True)
+        found.append((out.detach(), info["pattern"].to_dense(), x.grad))
+        x.grad = None
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0])
+        assert torch.equal(other[1], found[0][1])
+        torch.testing.assert_close(other[2], found[0][2], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_has_the_same_gradients(reentrant: bool) -> None:
+    ours = make(SPARSE)
+    grads = []
+    for checkpointed in (False, True):
+        x = tokens(4, 50, DIM).requires_grad_()
+        if checkpointed:
+            out = checkpoint(
+                lambda q, k, v: ours(q, k, v, key_padding_mask=PADDING)[0],
+                x, x, x, use_reentrant=reentrant,
+            )  # fmt: skip
+        else:
+            out = ours(x, x, x, key_padding_mask=PADDING)[0]
+        (out * tokens(4, 50, DIM, seed=3)).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_a_traced_layer_computes_the_same() -> None:
+    ours, x = make(SPARSE), tokens(1, 50, DIM)
+
+    class Output(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = ours
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.attention(q, k, v)[0]
+
+    with warnings.catch_warnings():
+        # Tracing warns of every value that it takes for a constant.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Output(), (x, x, x), check_trace=False)
+    torch.testing.assert_close(traced(x, x, x), ours(x, x, x)[0])
+
+
+def test_one_sample_of_a_batch_may_be_self_attention() -> None:
+    """Each sample is what it would be alone."""
+    ours = make(SPARSE)
+    k, q = tokens(4, 50, DIM), tokens(4, 50, DIM, seed=1)
+    q[1] = k[1]
+    together = ours(q, k, k, key_padding_mask=PADDING)[0]
+    for n in range(4):
+        alone = ours(q[n : n + 1], k[n : n + 1], k[n : n + 1], key_padding_mask=PADDING[n : n + 1])
+        torch.testing.assert_close(together[n : n + 1], alone[0], atol=1e-6, rtol=1e-5)
+    bias = ours.out_proj.bias
+    torch.testing.assert_close(together[1, PADDING[1]], bias.expand(int(PADDING[1].sum()), -1))
+    assert not torch.allclose(together[3, PADDING[3]], bias)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_padding_holds_does_not_matter(causal: bool) -> None:
+    """Nor that it is no number, which no comparison calls equal."""
+    ours, real = make(SPARSE), ~PADDING
+    outs = []
+    for filling in (0.0, 3.0, torch.nan):
+        x = tokens(4, 50, DIM).masked_fill(PADDING[..., None], filling)
+        outs.append(ours(x, x, x, key_padding_mask=PADDING, is_causal=causal)[0][real])
+    assert torch.equal(outs[1], outs[0])
+    assert torch.equal(outs[2], outs[0])
+
+
+def test_cross_attention_can_be_said() -> None:
+    """Of equal sequences, in the constructor and in the call, which goes first."""
+    dense, ours = pair()
+    x = tokens(4, 50, DIM)
+    expected, _ = dense(x, x, x, key_padding_mask=PADDING, need_weights=False)
+    agree(ours(x, x, x, key_padding_mask=PADDING, cross_attention=True)[0], expected)
+    said = make(SPARSE, cross_attention=True)
+    _, info = said(x, x, x, return_pattern=True)
+    _, other = said(x, x, x, cross_attention=False, return_pattern=True)
+    diagonal = torch.eye(7, dtype=torch.bool)
+    assert not info["pattern"].to_dense()[..., diagonal].all()
+    assert other["pattern"].to_dense()[..., diagonal].all()
+    q = tokens(4, 50, DIM, seed=1)
+    hidden = ours(q, x, x, key_padding_mask=PADDING, cross_attention=False)[0][PADDING]
+    torch.testing.assert_close(hidden, ours.out_proj.bias.expand_as(hidden))
+    with pytest.raises(ValueError, match="cross_attention=True excludes is_causal"):
+        said(x, x, x, is_causal=True)
+    with pytest.raises(ValueError, match="cross_attention=False needs as many"):
+        ours(x[:, :7], x, x, cross_attention=False)
 
 
 def test_causal_with_fewer_queries_aligns_bottom_right() -> None:

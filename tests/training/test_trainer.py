@@ -190,7 +190,7 @@ def test_analysis_of_a_model_with_several_layers() -> None:
     assert len(stats["pattern_diversity"]) == 2 * 2
     assert len(stats["head_similarity"]) == 2 * 12
     assert [module.training for module in model.modules()] == modes
-    assert model.first.observers == []
+    assert not model.first.observed
     assert all(parameter.grad is None for parameter in model.parameters())
     again = trainer.analyze_patterns([(x, 2.0), {"x": x, "shift": 1.0}, x], num_samples=100)
     assert again == stats, "evaluation mode leaves no randomness"
@@ -211,7 +211,7 @@ def test_modes_are_restored_after_an_error() -> None:
     with pytest.raises(ValueError, match="head_dim"):
         AdaptiveSparsityTrainer(layer).analyze_patterns([torch.randn(1, 8, 2, 4)])
     assert layer.training
-    assert layer.observers == []
+    assert not layer.observed
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.nn.block_sparse import (
     BlockSparseLayer,
-    Selection,
     SelectionInputs,
+    observe_passes,
 )
+from dilated_attention_pytorch.nn.block_sparse import LayerPass as ObservedPass
 from dilated_attention_pytorch.pattern import BlockPattern
 
 
@@ -41,70 +42,32 @@ class LayerPass:
     output: Tensor
 
 
-class _Watch:
-    """Gathers the parts of a pass as a layer's forward pass hands them out."""
-
-    def __init__(
-        self, name: str, layer: BlockSparseLayer, observer: Callable[[LayerPass], None]
-    ) -> None:
-        self.name, self.layer, self.observer = name, layer, observer
-        self.tokens: tuple[Tensor, Tensor] | None = None
-        self.choice: tuple[SelectionInputs, Selection] | None = None
-
-    def before(self, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if options.get("cu_seqlens") is not None:
-            raise ValueError(
-                f"{self.name}: cu_seqlens must be None while a model is analysed; give every "
-                "document as a sample of its own."
-            )
-        named = dict(zip(("query", "key"), args, strict=False)) | options
-        self.tokens = named["query"], named["key"]
-
-    def after(
-        self, layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any], result: Any
-    ) -> None:
-        output = result[0] if isinstance(result, tuple) else result
-        if self.tokens is None or self.choice is None:
-            return
-        (query, key), (inputs, selection) = self.tokens, self.choice
-        self.observer(
-            LayerPass(self.name, self.layer, query, key, inputs, selection.pattern, output)
-        )
-        self.tokens = self.choice = None
-
-
 @contextmanager
 def watch_layers(model: nn.Module, observer: Callable[[LayerPass], None]) -> Iterator[None]:
     """Calls ``observer`` after every forward pass of every block-sparse layer, while open.
 
-    Packed documents (``cu_seqlens``) are refused: their patterns count blocks per document.
+    Packed documents (``cu_seqlens``) are refused: their patterns count blocks per document. Passes
+    whose pattern was given are left out.
     """
-    with ExitStack() as stack:
-        for name, layer in block_sparse_layers(model).items():
-            watch = _Watch(name, layer, observer)
-            stack.enter_context(_watched_selection(layer, watch))
-            before = layer.register_forward_pre_hook(watch.before, with_kwargs=True)
-            after = layer.register_forward_hook(watch.after, with_kwargs=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+    names = {layer: name for name, layer in block_sparse_layers(model).items()}
+
+    def show(seen: ObservedPass) -> None:
+        if seen.inputs is None:
+            return
+        name = names[seen.layer]
+        if seen.inputs.mask.document_ids is not None:
+            raise ValueError(
+                f"{name}: cu_seqlens must be None while a model is analysed; give every "
+                "document as a sample of its own."
+            )
+        observer(
+            LayerPass(
+                name, seen.layer, seen.query, seen.key, seen.inputs, seen.pattern, seen.output
+            )
+        )
+
+    with observe_passes(list(names), show):
         yield
-
-
-@contextmanager
-def _watched_selection(layer: BlockSparseLayer, watch: _Watch) -> Iterator[None]:
-    original = layer.select
-
-    def select(inputs: SelectionInputs) -> Selection:
-        selection = original(inputs)
-        watch.choice = inputs, selection
-        return selection
-
-    # The attribute hides the method of the class until it is deleted.
-    layer.select = select  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del layer.select
 
 
 def block_sparse_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:

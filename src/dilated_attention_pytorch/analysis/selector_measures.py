@@ -218,7 +218,10 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
     weights = None if gradient is None else gradient.norm(dim=-1)
     factors = None
     if layer.config.budget == "adaptive" and layer.config.num_selected_blocks is None:
-        factors = budget_factor(layer, inputs.rows, key_means, inputs.mask.causal)
+        factors = layer.called(
+            lambda *_: budget_factor(layer, inputs.rows, key_means, inputs.mask.causal),
+            seen.query, seen.key, seen.key,
+        )  # fmt: skip
     norms = [
         parameter.grad.norm()
         for name, parameter in layer.named_parameters()

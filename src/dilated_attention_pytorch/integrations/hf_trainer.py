@@ -59,6 +59,8 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self._given
         if trainer is None:
             trainer = AdaptiveSparsityTrainer(annealing_steps=max(1, state.max_steps // 4))
+        # A training that failed did not end.
+        self.on_train_end(args, state, control)
         self.monitor = SparsityMonitor(trainer, every=self._every, writer=self._writer)
         self.monitor.start(model, state.global_step)
 

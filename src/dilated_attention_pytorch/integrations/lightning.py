@@ -35,6 +35,7 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
         if schedules is None:
             steps = int(trainer.estimated_stepping_batches)
             schedules = AdaptiveSparsityTrainer(annealing_steps=max(1, steps // 4))
+        self.on_fit_end(trainer, pl_module)
         self.monitor = SparsityMonitor(schedules, every=self._every)
         if self._saved is not None:
             self.monitor.load_state_dict(self._saved)
@@ -55,6 +56,12 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
         """Ends the measuring."""
         if self.monitor is not None:
             self.monitor.stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Ends the measuring of a training that fails."""
+        self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Saved with Lightning's checkpoints."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed
 from dilated_attention_pytorch.pattern import BlockPattern
 
@@ -153,7 +153,12 @@ class _Block(nn.Module):
         return x
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor] | None, **options: Any
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        *,
+        with_pattern: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, dict[str, Any] | None]:
         # Rotated summaries match by content at short distances only.
         selects = isinstance(self.attention, BlockSparseAdaptive)
@@ -161,8 +166,11 @@ class _Block(nn.Module):
         if unrotated is not None:
             query, key = unrotated
             options = {"selector_query": query, "selector_key": key, **options}
+        info: dict[str, Any] | None = None
+        if with_pattern and isinstance(self.attention, BlockSparseLayer):
+            attended, pattern = self.attention.with_pattern(q, k, v, is_causal=True, **options)
+            return self.after_attention(x, attended), {"pattern": pattern}
         attended = self.attention(q, k, v, is_causal=True, **options)
-        info = None
         if isinstance(attended, tuple):
             attended, info = attended
         return self.after_attention(x, attended), info
@@ -254,18 +262,20 @@ class Transformer(nn.Module):
         x = x if self.embedding is None else self.embedding(x)
         table = rotary_table(x.shape[1], self.head_dim, x.device) if self.rope else None
         infos: list[dict[str, Any] | None] = []
-        patterns: list[BlockPattern] = []
+        pattern: BlockPattern | None = None
         for number, block in enumerate(self.blocks):
             layer = block.attention
             if not isinstance(layer, BlockSparseLayer):
                 x, info = block(x, table)
             elif number % self.layers_per_selection:
-                x, info = block(x, table, **options, pattern=patterns[-1])
-            elif self.layers_per_selection == 1:
+                x, info = block(x, table, **options, pattern=pattern)
+            elif self.layers_per_selection == 1 or options:
                 x, info = block(x, table, **options)
+                pattern = None if info is None else info["pattern"]
             else:
-                with observe_patterns([layer], lambda _, pattern: patterns.append(pattern)):
-                    x, info = block(x, table, **options)
+                # Returned, not observed: observers also see the passes of other threads.
+                x, info = block(x, table, with_pattern=True)
+                pattern = info["pattern"]
             infos.append(info)
         x = self.norm(x if keep is None else x[keep])
         return self.head(x), infos

@@ -133,7 +133,7 @@ class BlockSparseAdaptive(ScheduledLayer):
             inputs = inputs.limited_to(found)
             scores = self.scorer(queries, keys, inputs.candidates.indices)
         else:
-            scores, key_means = self.score(inputs)
+            scores, key_means = self.scores_of(inputs)
         candidates = inputs.candidates
         budget = row_budgets(self, inputs, scores, key_means)
         forced = candidates.forced.sum(-1, dtype=torch.int32)
@@ -176,7 +176,10 @@ class BlockSparseAdaptive(ScheduledLayer):
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
         if self.selection_refusal(inputs) is not None:
             return super().threshold_sample(inputs)
-        return self._sample(inputs, score_tokens(self, inputs))
+        return self.called(
+            lambda *_: self._sample(inputs, score_tokens(self, inputs)),
+            inputs.query, inputs.key, inputs.key,
+        )  # fmt: skip
 
     @torch.no_grad()
     def prefill(
@@ -211,10 +214,16 @@ class BlockSparseAdaptive(ScheduledLayer):
             RuntimeError: In training mode.
             ValueError: If shapes do not fit, or ``state`` is not empty.
         """
-        return decoding.prefill(
-            self, query, key, value, state, key_lengths=key_lengths, starts=starts,
+        self._remember(
+            query if selector_query is None else selector_query,
+            key if selector_key is None else selector_key,
+            state, key_lengths, starts, None,
+        )  # fmt: skip
+        out: Tensor = self(
+            query, key, value, is_causal=True, key_lengths=key_lengths,
             selector_query=selector_query, selector_key=selector_key,
         )  # fmt: skip
+        return out
 
     @torch.no_grad()
     def remember(
@@ -243,9 +252,23 @@ class BlockSparseAdaptive(ScheduledLayer):
                 the keys of a past whose queries are gone. Until a whole window of queries has
                 come, blocks are chosen by those that there are. None: ``query`` is the prompt.
         """
-        decoding.remember(
-            self, query, key, state, key_lengths=key_lengths, starts=starts,
-            query_offset=query_offset,
+        self._remember(query, key, state, key_lengths, starts, query_offset)
+
+    def _remember(
+        self,
+        query: Tensor,
+        key: Tensor,
+        state: SelectorState,
+        key_lengths: Tensor | None,
+        starts: Tensor | None,
+        query_offset: Tensor | None,
+    ) -> None:
+        self.called(
+            lambda query, key, _: decoding.remember(
+                self, query, key, state, key_lengths=key_lengths, starts=starts,
+                query_offset=query_offset,
+            ),
+            query, key, key,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -298,9 +321,12 @@ class BlockSparseAdaptive(ScheduledLayer):
             RuntimeError: In training mode.
             ValueError: If shapes do not fit, or the state is full.
         """
-        return decoding.decode(
-            self, query, key_cache, value_cache, state, selector_query=selector_query,
-            selector_key=selector_key, choose=choose,
+        return self.called(
+            lambda query, key, value: decoding.decode(
+                self, query, key, value, state, selector_query=selector_query,
+                selector_key=selector_key, choose=choose,
+            ),
+            query, key_cache, value_cache,
         )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.candidates import (
     CandidateRule,
     Candidates,
@@ -26,8 +27,6 @@ from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, make_mask
 from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending
-
-PatternObserver = Callable[["BlockSparseLayer", BlockPattern], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +87,49 @@ class Selection:
     key: Tensor | None = None
 
 
-class BlockSparseLayer(nn.Module, ABC):
+@dataclass(frozen=True, eq=False)
+class LayerPass:
+    """One forward pass of one layer, as its observers see it.
+
+    Attributes:
+        layer: The layer.
+        query: As it was given.
+        key: Likewise.
+        inputs: What the layer chose by; None: the pattern was given.
+        pattern: What it chose, or was given.
+        output: What it returns, inside the autograd graph if there is one.
+    """
+
+    layer: BlockSparseLayer
+    query: Tensor
+    key: Tensor
+    inputs: SelectionInputs | None
+    pattern: BlockPattern
+    output: Tensor
+
+
+PassObserver = Callable[[LayerPass], None]
+PatternObserver = Callable[["BlockSparseLayer", BlockPattern], None]
+
+
+@dataclass(eq=False)
+class Watch:
+    """An observer at work.
+
+    Attributes:
+        observer: Called after every forward pass.
+        training_only: Whether it has no eye for passes in evaluation mode.
+    """
+
+    observer: PassObserver
+    training_only: bool
+
+
+class BlockSparseLayer(CalledModule, ABC):
     """Attention over blocks that :meth:`select` chooses; has no projections of its own.
+
+    Hooks run around everything that a method computes with parameters or buffers, not around the
+    forward pass alone; see :class:`CalledModule`.
 
     Args:
         segment_lengths: See :class:`BlockSparseAdaptive`.
@@ -127,11 +167,62 @@ class BlockSparseLayer(nn.Module, ABC):
         self.block_size, self.pattern_heads = block_size, pattern_heads
         self.num_local_blocks, self.num_sink_blocks = num_local_blocks, num_sink_blocks
         self.scale, self.backend = scale, backend
+        # Called with the layer and the pattern after every forward pass.
         self.observers: list[PatternObserver] = []
+        # A tuple, which no thread changes while another one reads it.
+        self._watches: tuple[Watch, ...] = ()
 
     @abstractmethod
     def select(self, inputs: SelectionInputs) -> Selection:
-        """Chooses the blocks."""
+        """Chooses the blocks, inside a call of the layer; from outside it is :meth:`choose`."""
+
+    def choose(self, inputs: SelectionInputs) -> Selection:
+        """What a forward pass would choose by these inputs."""
+        return self.called(lambda *_: self.select(inputs), inputs.query, inputs.key, inputs.key)
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody observes the passes of the mode that the layer is in."""
+        watches = (self.training or not watch.training_only for watch in self._watches)
+        return bool(self.observers) or any(watches)
+
+    def watch(self, watch: Watch) -> None:
+        """Begins to show an observer every forward pass."""
+        self._watches = (*self._watches, watch)
+
+    def unwatch(self, watch: Watch) -> None:
+        """Ends it; harmless where it is over already."""
+        self._watches = tuple(other for other in self._watches if other is not watch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the observers: they look at this layer, not at copies of it."""
+        return {**self.__dict__, "observers": [], "_watches": ()}
+
+    def with_pattern(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
+    ) -> tuple[Tensor, BlockPattern]:
+        """A forward pass, and the pattern alone, for other layers to attend to.
+
+        Arguments are those of :meth:`forward`, whose ``return_pattern`` also describes the pattern
+        and waits for the device.
+        """
+
+        def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, BlockPattern]:
+            out, selection, inputs = self._attend(
+                query, key, value, is_causal=is_causal, selector_query=selector_query,
+                selector_key=selector_key,
+            )  # fmt: skip
+            self._show(query, key, inputs, selection.pattern, out)
+            return out, selection.pattern
+
+        return self.called(run, query, key, value)
 
     def pattern_info(self, pattern: BlockPattern) -> dict[str, Any]:
         """What ``return_pattern=True`` returns beside the output."""
@@ -151,6 +242,7 @@ class BlockSparseLayer(nn.Module, ABC):
         *,
         is_causal: bool = False,
         key_lengths: Tensor | None = None,
+        query_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         query_offset: int | Tensor | None = None,
         cross_attention: bool = False,
@@ -159,7 +251,8 @@ class BlockSparseLayer(nn.Module, ABC):
         pattern: BlockPattern | None = None,
         return_pattern: bool = False,
         generator: torch.Generator | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        compute: Callable[..., Any] | None = None,
+    ) -> Any:
         """Chooses blocks and attends to them.
 
         Args:
@@ -169,6 +262,9 @@ class BlockSparseLayer(nn.Module, ABC):
             is_causal: Hide later keys (aligned bottom-right if the lengths differ).
             key_lengths: ``(batch,)`` integers: tokens from there on are padding. With as many
                 queries as keys they are padding as queries too and give 0.
+            query_lengths: ``(batch,)`` integers: queries from there on are padding and give 0, with
+                ``key_lengths`` alone. None: ``key_lengths`` if there are as many queries as keys
+                and no ``cross_attention``, otherwise all queries are real.
             cu_seqlens: Cumulative document lengths; see :func:`block_sparse_attention`. Every
                 document is treated as if it were alone; the pattern then counts blocks from the
                 start of each document, in a layout where every document starts a new block.
@@ -187,6 +283,7 @@ class BlockSparseLayer(nn.Module, ABC):
                 ``torch.compile`` needs for one graph and activation checkpointing to replay. The
                 fused selection (CUDA) draws a seed from it, so its noise is another stream than
                 the PyTorch path's.
+            compute: Called with the inputs instead; see :class:`CalledModule`.
 
         Returns:
             The output, shaped like ``query``. With ``return_pattern`` also a dict:
@@ -200,6 +297,57 @@ class BlockSparseLayer(nn.Module, ABC):
             RuntimeError: In the backward pass, if activation checkpointing ran this again and
                 ``generator`` had moved on.
         """
+        if compute is not None:
+            return compute(query, key, value)
+        out, selection, inputs = self._attend(
+            query, key, value, is_causal=is_causal, key_lengths=key_lengths,
+            query_lengths=query_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
+            cross_attention=cross_attention, selector_query=selector_query,
+            selector_key=selector_key, pattern=pattern, generator=generator,
+        )  # fmt: skip
+        result: Tensor | tuple[Tensor, dict[str, Any]] = out
+        if return_pattern:
+            info = self.pattern_info(selection.pattern)
+            # A pattern shared by the batch holds for every sample of it.
+            info["sparsity"] = info["sparsity"].expand(query.shape[0], -1)
+            result = out, info
+        # Last of all: an observer may call the layer, which nests calls.
+        self._show(query, key, inputs, selection.pattern, out)
+        return result
+
+    def _show(
+        self,
+        query: Tensor,
+        key: Tensor,
+        inputs: SelectionInputs | None,
+        pattern: BlockPattern,
+        out: Tensor,
+    ) -> None:
+        """Calls the observers."""
+        for observer in tuple(self.observers):
+            observer(self, pattern)
+        for watch in self._watches:
+            if self.training or not watch.training_only:
+                watch.observer(LayerPass(self, query, key, inputs, pattern, out))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        key_lengths: Tensor | None = None,
+        query_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        query_offset: int | Tensor | None = None,
+        cross_attention: bool = False,
+        selector_query: Tensor | None = None,
+        selector_key: Tensor | None = None,
+        pattern: BlockPattern | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Selection, SelectionInputs | None]:
+        """The output, what was chosen, and by what; see :meth:`forward`."""
         self.check_inputs(query, key, value)
         score_query = _stand_in("selector_query", selector_query, query)
         score_key = _stand_in("selector_key", selector_key, key)
@@ -213,6 +361,8 @@ class BlockSparseLayer(nn.Module, ABC):
             batch, q_len, kv_len, device=query.device, causal=is_causal,
             key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
         )  # fmt: skip
+        if query_lengths is not None:
+            _check_query_lengths(query_lengths, key_lengths, batch)
         documents: AlignedDocuments | None = None
         if cu_seqlens is not None:
             documents = align_documents(cu_seqlens, batch, q_len, self.block_size)
@@ -229,11 +379,15 @@ class BlockSparseLayer(nn.Module, ABC):
             )
         one_sequence = q_len == kv_len and not cross_attention
         has_diagonal = is_causal or query_offset is not None or one_sequence
+        if key_lengths is not None and one_sequence and query_lengths is None:
+            query_lengths = key_lengths
         guard = None if generator is None else ReplayGuard(generator)
+        inputs: SelectionInputs | None = None
         if pattern is None:
-            selection = self.select(
-                self._inputs(score_query, score_key, mask, documents, has_diagonal, generator)
+            inputs = self._inputs(
+                score_query, score_key, mask, documents, has_diagonal, generator, query_lengths
             )
+            selection = self.select(inputs)
         else:
             selection = Selection(pattern)
         if selection.query is not None and score_query is query:
@@ -241,9 +395,9 @@ class BlockSparseLayer(nn.Module, ABC):
         if selection.key is not None and score_key is key:
             key = selection.key
         real: Tensor | None = None
-        if key_lengths is not None and one_sequence:
+        if query_lengths is not None:
             tokens = torch.arange(q_len, device=query.device)
-            real = (tokens < key_lengths[:, None])[..., None, None]
+            real = (tokens < query_lengths[:, None])[..., None, None]
             # Their outputs are replaced below, but 0 * nan in the backward pass is nan.
             query = torch.where(real, query, 0)
         out = block_sparse_attention(
@@ -254,8 +408,6 @@ class BlockSparseLayer(nn.Module, ABC):
         )  # fmt: skip
         if not isinstance(out, Tensor):
             out = out[0]
-        for observer in self.observers:
-            observer(self, selection.pattern)
         if guard is not None:
             out = guard.watch(out)
         if (
@@ -268,12 +420,7 @@ class BlockSparseLayer(nn.Module, ABC):
             out = documents.restore(out)
         if real is not None:
             out = torch.where(real, out, 0)
-        if return_pattern:
-            info = self.pattern_info(selection.pattern)
-            # A pattern shared by the batch holds for every sample of it.
-            info["sparsity"] = info["sparsity"].expand(batch, -1)
-            return out, info
-        return out
+        return out, selection, inputs
 
     def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Checks the three inputs against each other and the layer.
@@ -302,9 +449,12 @@ class BlockSparseLayer(nn.Module, ABC):
         documents: AlignedDocuments | None,
         has_diagonal: bool,
         generator: torch.Generator | None,
+        query_lengths: Tensor | None = None,
     ) -> SelectionInputs:
         size = (self.block_size, self.block_size)
-        rows = row_ranges(mask, size, has_diagonal=has_diagonal, device=query.device)
+        rows = row_ranges(
+            mask, size, has_diagonal=has_diagonal, device=query.device, query_lengths=query_lengths
+        )
         if documents is not None:
             # What lies behind the last one counts as one more.
             most = min(documents.count + 1, rows.num_documents)
@@ -325,7 +475,10 @@ class BlockSparseLayer(nn.Module, ABC):
         elif mask.key_lengths is not None:
             positions = torch.arange(mask.kv_len, device=query.device)
             key_valid = positions < mask.key_lengths[:, None]
-            query_valid = key_valid if has_diagonal and mask.q_len == mask.kv_len else None
+            if query_lengths is not None:
+                query_valid = torch.arange(mask.q_len, device=query.device) < query_lengths[:, None]
+            elif has_diagonal and mask.q_len == mask.kv_len:
+                query_valid = key_valid
         return SelectionInputs(query, key, mask, rows, rule, query_valid, key_valid, generator)
 
     def _all_are_candidates(self, inputs: SelectionInputs) -> bool:
@@ -367,17 +520,54 @@ class BlockSparseLayer(nn.Module, ABC):
 
 
 @contextmanager
+def observe_passes(
+    layers: Sequence[BlockSparseLayer], observer: PassObserver, *, training_only: bool = False
+) -> Iterator[None]:
+    """Calls ``observer`` with the :class:`LayerPass` of every forward pass, while open.
+
+    Copies of a layer, pickled ones too, are not observed.
+
+    Args:
+        layers: Whose passes.
+        observer: What it raises, the layer's call raises.
+        training_only: Of layers in training mode alone. An observer that does not ask for it also
+            makes generation with a cache run whole forward passes, which it then sees.
+    """
+    watch = Watch(observer, training_only)
+    try:
+        for layer in layers:
+            layer.watch(watch)
+        yield
+    finally:
+        for layer in layers:
+            layer.unwatch(watch)
+
+
+@contextmanager
 def observe_patterns(
     layers: Sequence[BlockSparseLayer], observer: PatternObserver
 ) -> Iterator[None]:
     """Calls ``observer(layer, pattern)`` after every forward pass of the layers, while open."""
-    for layer in layers:
-        layer.observers.append(observer)
+    seen = []
     try:
+        for layer in layers:
+            layer.observers.append(observer)
+            seen.append(layer)
         yield
     finally:
-        for layer in layers:
-            layer.observers.remove(observer)
+        for layer in seen:
+            if observer in layer.observers:
+                layer.observers.remove(observer)
+
+
+def _check_query_lengths(lengths: Tensor, key_lengths: Tensor | None, batch: int) -> None:
+    if key_lengths is None:
+        raise ValueError("query_lengths needs key_lengths; give the lengths of the keys too.")
+    if lengths.shape != (batch,) or lengths.is_floating_point():
+        raise ValueError(
+            f"query_lengths must be ({batch},) integers, got {tuple(lengths.shape)} of "
+            f"{lengths.dtype}."
+        )
 
 
 def _stand_in(name: str, given: Tensor | None, original: Tensor) -> Tensor:

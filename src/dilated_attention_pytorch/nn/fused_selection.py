@@ -99,22 +99,30 @@ def score_candidates(
 
     # Other kinds take the PyTorch path.
     scorer = cast(ImportanceScorer, layer.scorer)
-    if scorer.kind == "mlp":
-        with torch.no_grad():
-            q, k = scorer.first_maps(queries, keys)
-            hidden = torch.stack(list(scorer.hidden)) if len(scorer.hidden) else scorer.out
-            weights = (x.float() for x in (scorer.bias, hidden, scorer.out, scorer.gain))
-            scores = mlp_op(q, k, candidates, *weights, layer.pattern_heads)
-        return None, scores
-    if not torch.is_grad_enabled() and not len(scorer.query_tower):
+
+    def by_mlp(queries: Tensor, keys: Tensor) -> Tensor:
+        q, k = scorer.first_maps(queries, keys)
+        hidden = scorer.hidden()
+        deeper = torch.stack(hidden) if hidden else scorer.out
+        weights = (x.float() for x in (scorer.bias, deeper, scorer.out, scorer.gain))
+        return mlp_op(q, k, candidates, *weights, layer.pattern_heads)
+
+    def towers(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         share = scorer.heads_per_pattern
         factor = 1 / (math.sqrt(scorer.query_in.shape[-1]) * share)
-        q, k = towers_op(
+        encoded: tuple[Tensor, Tensor] = towers_op(
             queries.transpose(1, 2), keys.transpose(1, 2), scorer.query_in, scorer.key_in,
             scorer.gain, factor, share,
         )  # fmt: skip
+        return encoded
+
+    if scorer.kind == "mlp":
+        with torch.no_grad():
+            return None, scorer.called(by_mlp, queries, keys)
+    if not torch.is_grad_enabled() and not len(scorer.query_tower):
+        q, k = scorer.called(towers, queries, keys)
     else:
-        q, k = scorer.encode_queries(queries).float(), scorer.encode_keys(keys).float()
+        q, k = (codes.float() for codes in scorer.encode(queries, keys))
     with torch.no_grad():
         if candidates is None:
             return (q, k), products_op(q.detach(), k.detach())

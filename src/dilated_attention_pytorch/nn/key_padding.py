@@ -81,6 +81,29 @@ class KeyPadding:
         value = moved if value is key else _reorder(value, self.order)
         return moved, query, value
 
+    def of_queries(self, query: Tensor, key: Tensor) -> KeyPadding:
+        """Plans for the queries: as for the keys in samples where they hold the same numbers.
+
+        Those are one sequence, whatever objects it came in. Elsewhere the queries are another
+        sequence, of which nothing is known to be padding. Does not wait for the device.
+
+        Args:
+            query: ``(batch, kv_len, dim)``, before anything has moved.
+            key: Likewise.
+        """
+        same = (query == key) | (query.isnan() & key.isnan())
+        own, length = same.flatten(1).all(1), key.shape[1]
+        given = torch.arange(length, device=key.device)
+        return KeyPadding(
+            torch.where(own[:, None], self.order, given),
+            torch.where(own[:, None], self.place, given),
+            torch.where(own, self.lengths, length),
+        )
+
+    def move(self, x: Tensor) -> Tensor:
+        """Moves tokens ``(batch, kv_len, dim)`` to their compact places."""
+        return _reorder(x, self.order)
+
     def spread(self, out: Tensor) -> Tensor:
         """Moves outputs ``(batch, kv_len, dim)`` back to the given positions."""
         return _reorder(out, self.place)

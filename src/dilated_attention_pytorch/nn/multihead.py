@@ -25,6 +25,12 @@ class MultiheadAdaptiveAttention(nn.Module):
     are never returned; padded queries of self-attention give the output bias instead of a value,
     as do queries with nothing to read (instead of NaN).
 
+    As many queries as keys are taken for one sequence, and each block of queries then always reads
+    the keys at its own place: what the inputs are is decided by shapes and numbers, never by
+    whether they are the same object, which checkpointing, sharding and tracing change. For
+    cross-attention of equally long sequences say ``cross_attention=True``, here or in the call; it
+    is right without, and may read one block more.
+
     Args:
         embed_dim: Model dimension; ``head_dim = embed_dim // num_heads``.
         num_heads: Query heads; must divide ``embed_dim``.
@@ -43,6 +49,7 @@ class MultiheadAdaptiveAttention(nn.Module):
         dilation_rates: As in :class:`BlockSparseAdaptive`.
         adaptive_config: As in :class:`BlockSparseAdaptive`.
         backend: Of :func:`block_sparse_attention`.
+        cross_attention: Of calls that do not say; None: see :meth:`forward`.
 
     Raises:
         ValueError: If sizes do not fit, or an option is asked for that block-sparse attention does
@@ -81,6 +88,7 @@ class MultiheadAdaptiveAttention(nn.Module):
         dilation_rates: Sequence[int] | None = None,
         adaptive_config: AdaptiveConfig | None = None,
         backend: str = "auto",
+        cross_attention: bool | None = None,
     ) -> None:
         super().__init__()
         _refuse_options(dropout, add_bias_kv, add_zero_attn)
@@ -95,6 +103,7 @@ class MultiheadAdaptiveAttention(nn.Module):
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim, vdim
         self.num_heads, self.num_kv_heads = num_heads, attention.num_kv_heads
         self.head_dim, self.dropout, self.batch_first = attention.head_dim, dropout, batch_first
+        self.cross_attention = cross_attention
         kv_dim = self.num_kv_heads * self.head_dim
         self._sizes = [embed_dim, kv_dim, kv_dim]
 
@@ -136,13 +145,11 @@ class MultiheadAdaptiveAttention(nn.Module):
         is_causal: bool = False,
         *,
         cu_seqlens: Tensor | None = None,
+        cross_attention: bool | None = None,
         return_pattern: bool = False,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Any] | None]:
         """Projects, attends and projects back.
-
-        It is self-attention, with a diagonal, if ``query is key``, or if ``is_causal`` or
-        ``cu_seqlens`` are given; anything else is cross-attention.
 
         Args:
             query: ``(batch, q_len, embed_dim)``, or ``(q_len, embed_dim)`` without a batch;
@@ -151,7 +158,10 @@ class MultiheadAdaptiveAttention(nn.Module):
             value: ``(batch, kv_len, vdim)``, likewise.
             key_padding_mask: ``(batch, kv_len)`` (``(kv_len,)`` without a batch): True, or -inf in
                 a floating-point mask, marks padding anywhere in the sequence. Blocks are cut as
-                if it stood at the end. Checking a floating-point mask waits for the device.
+                if it stood at the end. Checking a floating-point mask waits for the device. In
+                self-attention it marks queries too: in that of ``cross_attention=False``,
+                ``is_causal`` or ``cu_seqlens``; with None in the samples whose ``query`` and
+                ``key`` hold the same numbers.
             need_weights: Must be False: the weights are never formed.
             attn_mask: None, or the causal mask (``nn.Transformer`` hands it over beside
                 ``is_causal``): ``(q_len, kv_len)`` or ``(batch * num_heads, q_len, kv_len)``. It is
@@ -159,6 +169,8 @@ class MultiheadAdaptiveAttention(nn.Module):
             average_attn_weights: No effect, as there are no weights.
             is_causal: Hide later keys (aligned bottom-right if the lengths differ).
             cu_seqlens: Packed documents, as in :class:`BlockSparseAdaptive`.
+            cross_attention: Whether queries and keys are two sequences. None: what the layer was
+                made with; None there, too: if they differ in length or size.
             return_pattern: Return the dict of :class:`BlockSparseAdaptive` in the place of the
                 weights. Its blocks are cut after padding was moved to the end.
             generator: Source of the training-time randomness; None: torch's default.
@@ -168,7 +180,8 @@ class MultiheadAdaptiveAttention(nn.Module):
 
         Raises:
             TypeError: If an input has the wrong type.
-            ValueError: If shapes do not fit, or a mask is given that blocks cannot express.
+            ValueError: If shapes do not fit, a mask is given that blocks cannot express, or
+                ``cross_attention`` contradicts the lengths or another argument.
         """
         if need_weights:
             raise ValueError(
@@ -185,33 +198,61 @@ class MultiheadAdaptiveAttention(nn.Module):
         batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
         if attn_mask is not None and not (is_causal and attn_mask.device.type != "cpu"):
             is_causal = is_causal_mask(attn_mask, q_len, kv_len, batch * self.num_heads)
-        one_sequence = query is key or cu_seqlens is not None or (is_causal and q_len == kv_len)
+        placed = is_causal or cu_seqlens is not None
+        cross = self._crosses(cross_attention, q_len == kv_len, placed)
+        one_sequence = q_len == kv_len and not cross
         padding: KeyPadding | None = None
+        queries: KeyPadding | None = None
         if key_padding_mask is not None:
             hidden = hidden_tokens(key_padding_mask if batched else key_padding_mask[None])
             padding = KeyPadding.of(hidden, batch, kv_len, key.device)
             if is_causal and not one_sequence:
                 padding.require_at_the_end()
+            elif one_sequence and not placed and cross is None:
+                queries = padding.of_queries(query, key)
+                key, _, value = padding.compact(key, query, value, one_sequence=False)
+                query = queries.move(query)
             else:
+                queries = padding if one_sequence else None
                 key, query, value = padding.compact(key, query, value, one_sequence)
         projected = self._project(query, key, value)
         result = self.attention(
             *projected,
             is_causal=is_causal,
             key_lengths=None if padding is None else padding.lengths,
+            query_lengths=None if queries is None else queries.lengths,
             cu_seqlens=cu_seqlens,
-            cross_attention=not (one_sequence or is_causal),
+            cross_attention=bool(cross),
             return_pattern=return_pattern,
             generator=generator,
         )
         out, info = result if return_pattern else (result, None)
         out = out.flatten(2)
-        if padding is not None and one_sequence:
-            out = padding.spread(out)
+        if queries is not None:
+            out = queries.spread(out)
         out = self.out_proj(out)
         if not batched:
             return out[0], info
         return (out if self.batch_first else out.transpose(0, 1)), info
+
+    def _crosses(self, given: bool | None, equally_long: bool, placed: bool) -> bool | None:
+        """Whether queries and keys are two sequences; None: they look like one."""
+        cross = self.cross_attention if given is None else given
+        if cross and placed:
+            raise ValueError(
+                "cross_attention=True excludes is_causal, a causal attn_mask and cu_seqlens: they "
+                "place the queries among the keys."
+            )
+        if placed or cross is None:
+            # A causal layer may have fewer queries than keys, which have a place among them.
+            differs = not equally_long or self.embed_dim != self.kdim
+            return True if differs and not placed else None
+        if not cross and not equally_long:
+            raise ValueError(
+                "cross_attention=False needs as many queries as keys; leave it None for "
+                "cross-attention, or say is_causal for the last queries of a sequence."
+            )
+        return cross
 
     def get_sparsity_loss(self) -> Tensor:
         """That of the layer inside: :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
@@ -251,36 +292,27 @@ class MultiheadAdaptiveAttention(nn.Module):
                 f"key and value must be as long, got {tuple(key.shape)} and {tuple(value.shape)}."
             )
 
-    def _batch_first(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Brings the inputs to ``(batch, seq_len, dim)``; the same tensor stays the same."""
+    def _batch_first(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Brings the inputs to ``(batch, seq_len, dim)``."""
 
         def move(x: Tensor) -> Tensor:
             if x.dim() == 2:
                 return x[None]
             return x if self.batch_first else x.transpose(0, 1)
 
-        moved = move(query)
-        # By identity of the tensors, not by id(), which torch.compile would hold against the
-        # next step's.
-        moved_key = moved if key is query else move(key)
-        if value is key:
-            return moved, moved_key, moved_key
-        return moved, moved_key, moved if value is query else move(value)
+        return tuple(move(x) for x in inputs)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Projects to ``(batch, seq_len, heads, head_dim)`` each."""
         bias = self.in_proj_bias
-        packed = hasattr(self, "in_proj_weight")
-        if packed and query is key and key is value:
-            parts = F.linear(query, self.in_proj_weight, bias).split(self._sizes, dim=-1)
+        if hasattr(self, "in_proj_weight"):
+            weights = self.in_proj_weight.split(self._sizes)
         else:
-            if packed:
-                weights = self.in_proj_weight.split(self._sizes)
-            else:
-                weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None, None, None) if bias is None else bias.split(self._sizes)
-            inputs = zip((query, key, value), weights, biases, strict=True)
-            parts = tuple(F.linear(x, weight, b) for x, weight, b in inputs)
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None, None, None) if bias is None else bias.split(self._sizes)
+        inputs = zip((query, key, value), weights, biases, strict=True)
+        # One product for all three where they are one object would round otherwise.
+        parts = tuple(F.linear(x, weight, b) for x, weight, b in inputs)
         return [x.unflatten(-1, (-1, self.head_dim)) for x in parts]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

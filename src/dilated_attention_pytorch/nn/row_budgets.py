@@ -374,6 +374,12 @@ def most_kept(layer: BlockSparseAdaptive) -> float:
 
     While compiling a power of two, which schedules seldom move.
     """
-    factor = MAX_BUDGET_FACTOR if layer.config.budget == "adaptive" else 1.0
-    share = 0.5**layer.halvings if torch.compiler.is_compiling() else layer.densest
+    if torch.compiler.is_compiling():
+        # With dynamic shapes the compiler takes numbers of modules, and of globals, for symbols,
+        # and no size can be made of a power of one: so it counts from MAX_BUDGET_FACTOR or 1.
+        share, left = 2.0 if layer.config.budget == "adaptive" else 1.0, layer.halvings
+        while left > 0:
+            share, left = share * 0.5, left - 1
+        return min(share, 1.0)
+    factor, share = MAX_BUDGET_FACTOR if layer.config.budget == "adaptive" else 1.0, layer.densest
     return min(share * factor, 1.0)

@@ -109,7 +109,10 @@ class ScheduledLayer(ScoringLayer):
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
-        return self._sample(inputs, self.score(inputs)[0])
+        return self.called(
+            lambda *_: self._sample(inputs, self.scores_of(inputs)[0]),
+            inputs.query, inputs.key, inputs.key,
+        )  # fmt: skip
 
     def _sample(self, inputs: SelectionInputs, scores: Tensor) -> ThresholdSample:
         candidates, lengths = inputs.candidates, row_lengths(self, inputs)

@@ -110,6 +110,10 @@ class ScoringLayer(BudgetLayer):
 
     def score(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
         """Scores of all candidates ``(b, h, i, c)``, and the key blocks' means."""
+        return self.called(lambda *_: self.scores_of(inputs), inputs.query, inputs.key, inputs.key)
+
+    def scores_of(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor]:
+        """:meth:`score`, inside a call of the layer."""
         if isinstance(self.scorer, LowRankScorer):
             scores = self.scorer(
                 inputs.query, inputs.key, inputs.mask, self.block_size, inputs.candidates.indices,

@@ -45,9 +45,12 @@ def score_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Tensor:
         ("spans", layer.block_size, stride, lead),
         lambda: _sample_spans(inputs, layer.block_size, stride, lead),
     )
-    return low_rank_scores(
-        query, inputs.key, scorer.query_map, scorer.key_map, spans, query_stride=stride,
-        block_size=layer.block_size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
+    return scorer.called(
+        lambda query, key: low_rank_scores(
+            query, key, scorer.query_map, scorer.key_map, spans, query_stride=stride,
+            block_size=layer.block_size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
+        ),
+        query, inputs.key, inputs.mask, layer.block_size,
     )  # fmt: skip
 
 

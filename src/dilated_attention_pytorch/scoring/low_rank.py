@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.scoring.summaries import exact_dtype, past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
@@ -59,7 +63,7 @@ def _real(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else torch.where(valid[..., None, None], x, 0)
 
 
-class LowRankScorer(nn.Module):
+class LowRankScorer(CalledModule):
     r"""Scores tiles by the attention of projected tokens, as the logarithm of the expected mass.
 
     .. math:: S_{ij} = \log \frac{1}{|Q_i|} \sum_{t \in Q_i} \sum_{s \in j}
@@ -121,7 +125,16 @@ class LowRankScorer(nn.Module):
 
     @torch.no_grad()
     def fit(self, query_moment: Tensor, key_moment: Tensor) -> None:
-        """Sets the maps to those of :func:`low_rank_maps`."""
+        """Sets the maps to those of :func:`low_rank_maps`.
+
+        Raises:
+            RuntimeError: If the maps are offloaded, so that what is written is lost.
+        """
+        if self.query_map.is_meta:
+            raise RuntimeError(
+                "the scorer's weights are on the meta device, where nothing can be written; fit "
+                "before the model is offloaded."
+            )
         maps = low_rank_maps(query_moment, key_moment, self.query_map.shape[2])
         self.query_map.copy_(maps[0])
         self.key_map.copy_(maps[1])
@@ -136,7 +149,8 @@ class LowRankScorer(nn.Module):
         *,
         query_valid: Tensor | None = None,
         past: bool = False,
-    ) -> Tensor:
+        compute: Callable[..., Any] | None = None,
+    ) -> Any:
         """Scores query blocks against key blocks.
 
         Args:
@@ -149,10 +163,13 @@ class LowRankScorer(nn.Module):
                 which begins no block whose later tokens are real.
             past: Rate block i by every ``query_stride``-th query up to its first token, as many as
                 a block has, in place of its own: a choice then depends on nothing later.
+            compute: Called with the inputs instead; see :class:`CalledModule`.
 
         Returns:
             Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all).
         """
+        if compute is not None:
+            return compute(query, key)
         stride, lead = self.query_stride, 0
         if past:
             query, query_valid = past_windows(query, block_size, query_valid, mask.document_ids)
@@ -192,6 +209,12 @@ class LowRankScorer(nn.Module):
         Returns:
             ``(batch, pattern heads, 1, j)``.
         """
+        visible = AttentionMask(query.shape[1], key.shape[1])
+        return self.called(
+            lambda q, k: self._rate(q, k, last, block_size), query, key, visible, block_size
+        )
+
+    def _rate(self, query: Tensor, key: Tensor, last: Tensor, block_size: int) -> Tensor:
         groups = self.num_heads // self.num_kv_heads
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             real = torch.where((last >= 0)[..., None, None], query, 0)

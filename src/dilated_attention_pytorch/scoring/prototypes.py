@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.mask import ceil_div
 
 # Products of prototypes are made for this many numbers at a time and recomputed in the backward
@@ -54,7 +58,7 @@ def block_prototypes(
     return logits.softmax(-1) @ x
 
 
-class PrototypeScorer(nn.Module):
+class PrototypeScorer(CalledModule):
     r"""Scores pairs of blocks by the log-sum-exp of the products of their prototypes.
 
     .. math:: S_{ij} = \log \sum_{r, p} \exp(g\, \tilde q_{ir}^\top M \tilde k_{jp} + \beta_{rp})
@@ -116,7 +120,8 @@ class PrototypeScorer(nn.Module):
         *,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
-    ) -> Tensor:
+        compute: Callable[..., Any] | None = None,
+    ) -> Any:
         """Scores query blocks against key blocks.
 
         Args:
@@ -126,10 +131,13 @@ class PrototypeScorer(nn.Module):
             candidates: ``(1 or batch, 1 or heads, i, c)`` key block numbers; None: all.
             query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding.
             key_valid: The same for keys.
+            compute: Called with the inputs instead; see :class:`CalledModule`.
 
         Returns:
             Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all).
         """
+        if compute is not None:
+            return compute(query, key)
         # Half precision would blur scores whose differences decide.
         with torch.autocast(query.device.type, enabled=False):
             scores = self._score(query, key, block_size, query_valid, key_valid)
@@ -140,16 +148,27 @@ class PrototypeScorer(nn.Module):
 
         e is ``num_prototypes * head_dim``.
         """
-        with torch.autocast(query.device.type, enabled=False):
-            return self._query_prototypes(query, block_size, valid).flatten(3)
+
+        def encode(query: Tensor, _: Tensor) -> Tensor:
+            with torch.autocast(query.device.type, enabled=False):
+                return self._query_prototypes(query, block_size, valid).flatten(3)
+
+        return self.called(encode, query, query, block_size)
 
     def encode_keys(self, key: Tensor, block_size: int, valid: Tensor | None) -> Tensor:
         """The same for keys ``(b, m, g, d)``: ``(b, g, j, e)``; a block's depends on it alone."""
-        with torch.autocast(key.device.type, enabled=False):
-            return block_prototypes(key, block_size, self.key_pool, valid).flatten(3)
+
+        def encode(key: Tensor, _: Tensor) -> Tensor:
+            with torch.autocast(key.device.type, enabled=False):
+                return block_prototypes(key, block_size, self.key_pool, valid).flatten(3)
+
+        return self.called(encode, key, key, block_size)
 
     def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
         """Scores encoded blocks, a few rows of them; see :meth:`forward`."""
+        return self.called(lambda q, k: self._compare(q, k, candidates), q, k, 0)
+
+    def _compare(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
         count, groups = self.query_pool.shape[1], k.shape[1]
         q, k = (x.unflatten(-1, (count, -1)) for x in (q, k))
         with torch.autocast(q.device.type, enabled=False):

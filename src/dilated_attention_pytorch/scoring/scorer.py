@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
 
 KINDS = ("bilinear", "mlp")
@@ -17,7 +20,18 @@ KINDS = ("bilinear", "mlp")
 _MLP_CHUNK = 2**24
 
 
-class ImportanceScorer(nn.Module):
+class WeightList(nn.ParameterList):
+    """Parameters that are read by calling the list, for hooks that bring them."""
+
+    # A plain ParameterList refuses to be called.
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> list[Tensor]:
+        """The parameters, in order."""
+        return list(self)
+
+
+class ImportanceScorer(CalledModule):
     r"""Scores pairs of block summaries.
 
     ``"bilinear"``: :math:`S_{ij} = g\,\langle f(\bar q_i), f'(\bar k_j)\rangle / \sqrt r`, where
@@ -79,8 +93,8 @@ class ImportanceScorer(nn.Module):
         self.key_in = nn.Parameter(torch.empty(num_heads, summary_dim, hidden_dim))
         self.gain = nn.Parameter(torch.ones(()))
 
-        def deeper(count: int) -> nn.ParameterList:
-            return nn.ParameterList(
+        def deeper(count: int) -> WeightList:
+            return WeightList(
                 nn.Parameter(torch.empty(num_heads, hidden_dim, hidden_dim)) for _ in range(count)
             )
 
@@ -108,7 +122,9 @@ class ImportanceScorer(nn.Module):
         query_summaries: Tensor,
         key_summaries: Tensor | None = None,
         candidates: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        compute: Callable[..., Any] | None = None,
+    ) -> Any:
         """Scores query blocks against key blocks.
 
         Args:
@@ -116,11 +132,14 @@ class ImportanceScorer(nn.Module):
                 pairs, concatenated: ``(batch, pairs, num_heads, 2 * s)``.
             key_summaries: ``(batch, j, num_kv_heads, s)``.
             candidates: ``(1 or batch, 1 or heads, i, c)`` key block numbers to score; None: all.
+            compute: Called with the inputs instead; see :class:`CalledModule`.
 
         Returns:
             Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all), or
             ``(batch, pattern heads, pairs)`` for concatenated pairs.
         """
+        if compute is not None:
+            return compute(query_summaries, key_summaries)
         if key_summaries is None:
             return self._score_pairs(query_summaries)
         for name, x in (("query_summaries", query_summaries), ("key_summaries", key_summaries)):
@@ -128,8 +147,8 @@ class ImportanceScorer(nn.Module):
                 raise ValueError(
                     f"{name} must end in summary_dim={self.summary_dim}, got {tuple(x.shape)}."
                 )
-        q, k = self.encode_queries(query_summaries), self.encode_keys(key_summaries)
-        return self.compare(q, k, candidates)
+        q, k = self._encode_queries(query_summaries), self._encode_keys(key_summaries)
+        return self._compare(q, k, candidates)
 
     def encode_queries(self, summaries: Tensor) -> Tensor:
         """What :meth:`compare` needs of query summaries ``(b, i, num_heads, s)``: ``(b, h, i, e)``.
@@ -137,25 +156,45 @@ class ImportanceScorer(nn.Module):
         e is ``hidden_dim``, times the heads that share a pattern if the kind is bilinear, whose
         gain is in this side.
         """
+        return self.called(lambda x, _: self._encode_queries(x), summaries)
+
+    def encode_keys(self, summaries: Tensor) -> Tensor:
+        """The same for key summaries ``(b, j, g, s)``; a block's code depends on it alone."""
+        return self.called(lambda x, _: self._encode_keys(x), summaries)
+
+    def encode(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once."""
+        return self.called(
+            lambda q, k: (self._encode_queries(q), self._encode_keys(k)),
+            query_summaries,
+            key_summaries,
+        )
+
+    def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Scores encoded blocks; see :meth:`forward`."""
+        return self.called(lambda q, k: self._compare(q, k, candidates), q, k)
+
+    def _encode_queries(self, summaries: Tensor) -> Tensor:
         q = self._enter(summaries, self.query_in, 1)
         if self.kind != "bilinear":
             return q
         factor = _wide(self.gain) / (math.sqrt(self.query_in.shape[-1]) * self.heads_per_pattern)
         return self._tower(q, self.query_tower) * factor.to(q.dtype)
 
-    def encode_keys(self, summaries: Tensor) -> Tensor:
-        """The same for key summaries ``(b, j, g, s)``; a block's code depends on it alone."""
+    def _encode_keys(self, summaries: Tensor) -> Tensor:
         k = self._enter(summaries, self.key_in, self.num_heads // summaries.shape[2])
         return self._tower(k, self.key_tower) if self.kind == "bilinear" else k
 
     def first_maps(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
-        """The first linear map of both sides: ``(batch, num_heads, i or j, hidden_dim)``."""
+        """The first linear map of both sides: ``(batch, num_heads, i or j, hidden_dim)``.
+
+        Inside a call of this module.
+        """
         group = self.num_heads // key_summaries.shape[2]
         q = self._enter(query_summaries, self.query_in, 1)
         return q, self._enter(key_summaries, self.key_in, group)
 
-    def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
-        """Scores encoded blocks; see :meth:`forward`."""
+    def _compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
         if self.kind == "bilinear":
             return self._bilinear(q, k, candidates)
         return self._mlp(q, k, candidates)
@@ -171,9 +210,9 @@ class ImportanceScorer(nn.Module):
             x = x.repeat_interleave(group, 1)
         return x @ weight
 
-    def _tower(self, x: Tensor, weights: nn.ParameterList) -> Tensor:
+    def _tower(self, x: Tensor, weights: WeightList) -> Tensor:
         """The maps after the first; the heads that share a pattern side by side."""
-        for weight in weights:
+        for weight in weights():
             x = F.gelu(x) @ _wide(weight)
         share = self.heads_per_pattern
         if share == 1:
@@ -191,7 +230,7 @@ class ImportanceScorer(nn.Module):
         return torch.einsum("bhir,bhicr->bhic", q, _take_rows(k, candidates)).float()
 
     def _mlp(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
-        if candidates is not None and candidates.shape[1] not in (1, q.shape[1]):
+        if candidates is not None and 1 != candidates.shape[1] != q.shape[1]:
             # Heads that share a pattern have one list of candidates.
             candidates = candidates.repeat_interleave(q.shape[1] // candidates.shape[1], 1)
         rows = q.shape[2]
@@ -199,13 +238,16 @@ class ImportanceScorer(nn.Module):
         per_row = max(q.shape[0] * q.shape[1] * columns * q.shape[3], 1)
         step = max(_MLP_CHUNK // per_row, 1)
         chunks = []
-        for start in range(0, rows, step):
+        start = 0
+        # Not range(), for which torch.compile would fix the number of rows.
+        while start < rows:
             part = None if candidates is None else candidates[:, :, start : start + step]
             inputs = (q[:, :, start : start + step], k, part)
             if rows > step and torch.is_grad_enabled():
                 chunks.append(checkpoint(self._mlp_rows, *inputs, use_reentrant=False))
             else:
                 chunks.append(self._mlp_rows(*inputs))
+            start += step
         scores = torch.cat(chunks, 2) if chunks else q.new_zeros(*q.shape[:3], columns)
         return self._share(scores)
 
@@ -218,7 +260,7 @@ class ImportanceScorer(nn.Module):
         column = (-1,) + (1,) * (x.dim() - 3) + (x.shape[-1],)
         bias, out = _wide(self.bias), _wide(self.out)
         x = F.gelu(x + bias[0].view(column))
-        for depth, weight in enumerate(self.hidden, start=1):
+        for depth, weight in enumerate(self.hidden(), start=1):
             x = F.gelu(x.flatten(2, -2) @ _wide(weight) + bias[depth][:, None]).view(x.shape)
         return (x * out.view(column)).sum(-1).float() * _wide(self.gain)
 
@@ -238,7 +280,7 @@ class ImportanceScorer(nn.Module):
         q, k = self._enter(left, self.query_in, 1), self._enter(right, self.key_in, 1)
         if self.kind == "mlp":
             return self._share(self._head(q + k))
-        for weight_q, weight_k in zip(self.query_tower, self.key_tower, strict=True):
+        for weight_q, weight_k in zip(self.query_tower(), self.key_tower(), strict=True):
             q, k = F.gelu(q) @ _wide(weight_q), F.gelu(k) @ _wide(weight_k)
         scores = (q * k).sum(-1).float() * (_wide(self.gain) / math.sqrt(q.shape[-1]))
         return self._share(scores)

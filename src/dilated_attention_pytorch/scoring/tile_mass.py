@@ -108,8 +108,11 @@ def chunks(
     """First and last row of each chunk of whole query blocks, and the keys that it may see."""
     limit = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     step = max(limit // max(maps * mask.kv_len * block_size, 1), 1) * block_size
-    for first in range(0, mask.q_len, step):
+    first = 0
+    # Not range(), for which torch.compile would fix the length.
+    while first < mask.q_len:
         last, end = min(first + step, mask.q_len), mask.kv_len
         if mask.causal and isinstance(mask.query_offset, int):
             end = min(max(last + mask.query_offset, 1), end)
         yield first, last, end
+        first += step

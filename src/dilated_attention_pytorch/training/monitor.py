@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
-from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, LayerPass, observe_passes
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 
@@ -83,12 +82,14 @@ class SparsityMonitor:
             if isinstance(module, BlockSparseLayer)
         }
 
-        def count(layer: BlockSparseLayer, pattern: BlockPattern) -> None:
-            if layer.training:
-                kept = pattern.kv_num_blocks.sum()
-                self._counts[layers[layer]] = kept, pattern.allowed_tiles.sum()
+        counts = self._counts
 
-        self._watch.enter_context(observe_patterns(list(layers), count))
+        def count(seen: LayerPass) -> None:
+            kept = seen.pattern.kv_num_blocks.sum()
+            counts[layers[seen.layer]] = kept, seen.pattern.allowed_tiles.sum()
+
+        # A training that fails ends without stop(): generation must not mind what is left.
+        self._watch.enter_context(observe_passes(list(layers), count, training_only=True))
 
     def step(self) -> dict[str, float] | None:
         """Call it after every optimiser step.

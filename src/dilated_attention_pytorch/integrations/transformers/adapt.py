@@ -60,6 +60,8 @@ class AdaptedModel:
             if site.number in configs
         ]
         self._undone = False
+        self._own: dict[int, BlockSparseLayer] = {}
+        self._replacements: list[dict[int, BlockSparseLayer]] = []
 
     @property
     def selectors(self) -> dict[int, BlockSparseLayer]:
@@ -132,15 +134,25 @@ class AdaptedModel:
         Args:
             selectors: By layer number; the layers that are missing keep theirs.
         """
-        before = {site.number: site.module._modules.get(SELECTOR) for site in self.sites}
+        if not self._replacements:
+            self._own = self.selectors
+        # A copy, to be found again by what it is.
+        mine = dict(selectors)
+        self._replacements.append(mine)
         try:
-            for site in self.sites:
-                if site.number in selectors:
-                    site.module._modules[SELECTOR] = selectors[site.number]
+            self._install()
             yield
         finally:
-            for site in self.sites:
-                _put(site.module, before[site.number])
+            self._replacements = [other for other in self._replacements if other is not mine]
+            self._install()
+
+    def _install(self) -> None:
+        """Puts the selectors in, or what stands in for them last; whoever is undone has none."""
+        now = self._own
+        for replacement in self._replacements:
+            now = {**now, **replacement}
+        for site in self.sites:
+            _put(site.module, None if self._undone else now.get(site.number))
 
     def undo(self) -> Any:
         """Takes the selectors out and restores what the model was; calling it again is harmless.
@@ -251,9 +263,12 @@ def build_selector(
     Raises:
         TypeError: If ``config`` is neither an AdaptiveConfig nor a TrainingFreeConfig.
     """
-    selector = make_selector(site, config, backend)
-    # Half precision would lose most of a selector's small updates.
-    return selector.to(site.query_weight.device, torch.float32).train(site.module.training)
+    # What is made in inference mode could not be trained, nor would it count its changes, by which
+    # a cache knows that its summaries are those of other weights.
+    with torch.inference_mode(False):
+        selector = make_selector(site, config, backend)
+        # Half precision would lose most of a selector's small updates.
+        return selector.to(site.device, torch.float32).train(site.module.training)
 
 
 def make_selector(

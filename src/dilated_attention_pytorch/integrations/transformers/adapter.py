@@ -34,6 +34,7 @@ from dilated_attention_pytorch.integrations.transformers.base_identity import (
     difference,
 )
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
+from dilated_attention_pytorch.integrations.transformers.offloaded import real_values
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 __all__ = [
@@ -81,10 +82,14 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
     @classmethod
     def of(cls, adapted: AdaptedModel) -> SelectorAdapter:
         """Takes the selectors of an adapted model, as a copy on the CPU."""
-        tensors = {
-            f"{number}.{name}": value.detach().cpu().clone()
+        own = {
+            f"{number}.{name}": value
             for number, selector in adapted.selectors.items()
-            for name, value in selector.state_dict().items()
+            for name, value in selector.state_dict(keep_vars=True).items()
+        }
+        tensors = {
+            name: value.detach().cpu().clone()
+            for name, value in real_values(adapted.model, own).items()
         }
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         base = base_identity(adapted.model, adapted.sites)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
+from dilated_attention_pytorch.integrations.transformers.offloaded import real_values
 from dilated_attention_pytorch.strict_json import short_repr
 
 _CONFIG_FIELDS = (
@@ -34,7 +35,12 @@ def base_identity(model: Any, sites: list[AttentionSite]) -> dict[str, Any]:
     identity["head_dim"] = sites[0].head_dim
     identity["name"] = getattr(config, "_name_or_path", "") or ""
     identity["signature"] = {
-        str(site.number): [_signature(site.query_weight), _signature(site.key_weight)]
+        str(site.number): [
+            _signature(weight)
+            for weight in real_values(
+                model, {"query": site.query_weight, "key": site.key_weight}
+            ).values()
+        ]
         for site in sites
     }
     return identity

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from dilated_attention_pytorch.integrations.transformers.offloaded import execution_device
 
 # Model type of the text config: class of its attention layers.
 FAMILIES = {
@@ -38,6 +41,13 @@ class AttentionSite:
     head_dim: int
     scale: float
     sliding: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        projection: Any = self.module.q_proj
+        owner = getattr(projection, "base_layer", projection)
+        return execution_device(owner, self.query_weight)
 
     @property
     def query_weight(self) -> Tensor:

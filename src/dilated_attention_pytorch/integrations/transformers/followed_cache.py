@@ -51,8 +51,13 @@ class FollowedState:
 
     def belongs_to(self, selector: BlockSparseAdaptive) -> bool:
         """Whether it is this selector's, and the selector has not changed."""
+        weights = [*selector.parameters(), *selector.buffers()]
+        # Of offloaded weights every call has other objects.
+        same = len(weights) == len(self._weights) and all(
+            a is b or (a.is_meta and b.is_meta) for a, b in zip(weights, self._weights, strict=True)
+        )
         versions = [_version(x) for x in self._weights]
-        return self._selector() is selector and versions == self._weight_versions
+        return self._selector() is selector and same and versions == self._weight_versions
 
     def reorder(self, samples: Tensor) -> None:
         """Goes on with what ``samples`` were."""

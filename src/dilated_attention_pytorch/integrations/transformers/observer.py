@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +50,16 @@ class SelectionObserver(BlockSparseLayer):
         # In a list it is no submodule, and stays where it was.
         self._selector = [selector]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied or pickled, it is what it stands in for: nobody observes the copy."""
+        return _itself, (self._selector[0],)
+
     def select(self, inputs: SelectionInputs) -> Selection:
         """Calls back, and chooses."""
         selector = self._selector[0]
         scores = self.callback(self.number, selector, inputs)
         if not self.dense:
-            return selector.select(inputs)
+            return selector.choose(inputs)
         candidates = inputs.candidates
         visible = candidates.scored | candidates.forced
         if scores is None:
@@ -65,6 +70,10 @@ class SelectionObserver(BlockSparseLayer):
         kept = scores.gather(-1, slots)
         probe = mass_target_probe(kept, pattern.slot_used(), 1.0, batch * rows)
         return Selection(pattern, mass_probe=probe)
+
+
+def _itself(selector: BlockSparseLayer) -> BlockSparseLayer:
+    return selector
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def measure_kept_mass(adapted: AdaptedModel, windows: Tensor) -> float:
     kept: list[float] = []
 
     def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
-        chosen = selector.select(inputs).pattern.to_dense()
+        chosen = selector.choose(inputs).pattern.to_dense()
         mass = true_mass(selector, inputs)
         kept.append(float(mass.masked_fill(~chosen, 0).sum(-1).mean()))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
+from dilated_attention_pytorch.scoring.summaries import exact_dtype
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -24,7 +26,9 @@ def key_codes(
     """
     if isinstance(layer.scorer, LowRankScorer):
         means = layer.key_means(key, valid)
-        return layer.scorer.key_map.new_zeros(key.shape[0], 0, means.shape[1], 0), means
+        dtype = exact_dtype(layer.scorer.key_map.dtype)
+        none = torch.zeros(key.shape[0], 0, means.shape[1], 0, dtype=dtype, device=key.device)
+        return none, means
     if isinstance(layer.scorer, PrototypeScorer):
         codes = layer.scorer.encode_keys(key, layer.block_size, valid)
         return codes, layer.key_means(key, valid)

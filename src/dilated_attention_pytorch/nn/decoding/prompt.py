@@ -1,4 +1,4 @@
-"""Filling a state from tokens that a cache already holds: prefill and remember."""
+"""Filling a state from tokens that a cache already holds."""
 
 from __future__ import annotations
 
@@ -27,35 +27,6 @@ from dilated_attention_pytorch.selection.running_budget import running_budget, s
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-
-
-def prefill(
-    layer: BlockSparseAdaptive,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: SelectorState,
-    *,
-    key_lengths: Tensor | None,
-    starts: Tensor | None,
-    selector_query: Tensor | None,
-    selector_key: Tensor | None,
-) -> Tensor:
-    """See :meth:`BlockSparseAdaptive.prefill`."""
-    remember(
-        layer,
-        query if selector_query is None else selector_query,
-        key if selector_key is None else selector_key,
-        state,
-        key_lengths=key_lengths,
-        starts=starts,
-        query_offset=None,
-    )
-    out: Tensor = layer(
-        query, key, value, is_causal=True, key_lengths=key_lengths,
-        selector_query=selector_query, selector_key=selector_key,
-    )  # fmt: skip
-    return out
 
 
 def remember(

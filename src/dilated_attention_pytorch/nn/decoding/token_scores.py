@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow
 from dilated_attention_pytorch.nn.decoding.settings import sums_mass
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
@@ -125,9 +126,13 @@ def _rate(
     key = cached.blocks(blocks, size)
     if has_kernel(layer, key, blocks):
         spans = torch.stack([torch.zeros_like(last), last + 1], 1).int()
-        scores = low_rank_scores(
-            query, key, scorer.query_map, scorer.key_map, spans, query_stride=1,
-            block_size=size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
+        visible = AttentionMask(query.shape[1], key.shape[1])
+        scores = scorer.called(
+            lambda query, key: low_rank_scores(
+                query, key, scorer.query_map, scorer.key_map, spans, query_stride=1,
+                block_size=size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
+            ),
+            query, key, visible, size,
         )  # fmt: skip
     else:
         scores = scorer.rate(query, key, last, size)

@@ -63,9 +63,10 @@ def check_arguments(
             f"pattern was made for q_len={pattern.q_len}, kv_len={pattern.kv_len}, but query has "
             f"{q_len} tokens and key {kv_len}; build it for these lengths."
         )
-    if pattern.batch_size not in (1, batch):
+    # Compared one by one: torch.compile does not find a symbol among others.
+    if pattern.batch_size != 1 and pattern.batch_size != batch:
         raise ValueError(f"pattern must hold 1 or batch={batch} samples, got {pattern.batch_size}.")
-    if pattern.num_heads not in (1, num_kv_heads, num_heads):
+    if all(pattern.num_heads != heads for heads in (1, num_kv_heads, num_heads)):
         raise ValueError(
             f"pattern must have 1, num_kv_heads={num_kv_heads} or num_heads={num_heads} heads, "
             f"got {pattern.num_heads}."
@@ -190,6 +191,9 @@ def make_mask(
             )
         if not readable(key_lengths):
             key_lengths = key_lengths.clamp(0, kv_len)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # There sizes of tensors are tensors, which an offset of each sample would be.
+        q_len, kv_len = int(q_len), int(kv_len)
     offset: int | Tensor = kv_len - q_len
     if isinstance(query_offset, Tensor):
         _check_integers("query_offset", query_offset, (batch,), device)
@@ -275,7 +279,7 @@ def _check_per_slot(
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}.")
-    if x.dim() != 4 or x.shape[0] not in (1, slots[0]) or x.shape[1:] != slots[1:]:
+    if x.dim() != 4 or (x.shape[0] != 1 and x.shape[0] != slots[0]) or x.shape[1:] != slots[1:]:
         raise ValueError(
             f"{name} must be shaped like pattern.kv_indices {tuple(slots)} (or with batch 1), got "
             f"{tuple(x.shape)}."

@@ -205,7 +205,7 @@ _attend = differentiable(flash_forward_op, flash_backward_op, _setup_context, _b
 
 def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
     """``(b or 1, p, ...)`` as ``(b, h, ...)``."""
-    if x.shape[1] not in (1, heads):
+    if x.shape[1] != 1 and x.shape[1] != heads:
         x = x.repeat_interleave(heads // x.shape[1], 1)
     return x.expand(batch, heads, *x.shape[2:]).contiguous()
 
