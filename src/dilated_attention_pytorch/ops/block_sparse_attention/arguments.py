@@ -154,7 +154,9 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"query and key must have one head_dim, got {query.shape[3]} and {key.shape[3]}."
         )
-    if key.shape[2] < 1 or query.shape[2] % key.shape[2]:
+    if query.shape[3] < 1:
+        raise ValueError("query must have a head_dim of at least 1, got 0.")
+    if min(key.shape[2], query.shape[2]) < 1 or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"num_kv_heads must divide num_heads={query.shape[2]}, got {key.shape[2]}."
         )

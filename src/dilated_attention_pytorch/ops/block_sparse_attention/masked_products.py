@@ -56,14 +56,18 @@ class _Sum(Function):
     @staticmethod
     def forward(weights: Tensor, x: Tensor, seen: Tensor) -> Tensor:
         x = torch.where(seen.any(-2)[..., None], x, 0)
+        kept = torch.where(seen, weights, 0)
+        finite = x.isfinite().all(-1, keepdim=True)
         # Values cannot be looked at in a mapped call.
-        if not torch._C._are_functorch_transforms_active() and bool(x.isfinite().all()):
-            return torch.where(seen, weights, 0) @ x
+        if not torch._C._are_functorch_transforms_active() and bool(finite.all()):
+            return kept @ x
         parts = []
         for some, visible in zip(weights.split(_ROWS, -2), seen.split(_ROWS, -2), strict=True):
             products = some[..., None] * x[..., None, :, :]
             parts.append(torch.where(visible[..., None], products, 0).sum(-2))
-        return torch.cat(parts, -2)
+        # Rows that read nothing special keep every bit.
+        special = (seen & ~finite.mT).any(-1, keepdim=True)
+        return torch.where(special, torch.cat(parts, -2), kept @ torch.where(finite, x, 0))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import readable
 from dilated_attention_pytorch.ops.block_sparse_attention.gather import all_finite, weighted_sum
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
 
@@ -26,10 +27,13 @@ def gather_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
 def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     """One row per list and group: the query heads of its tokens that share keys and list."""
     batch, n, heads, dim = args.query.shape
+    wide = torch.float64 if args.query.dtype == torch.float64 else torch.float32
+    if 0 in (args.query.numel(), args.key.numel(), args.indices.numel()):
+        nothing = args.query.new_full((batch, heads, n), -torch.inf, dtype=wide)
+        return torch.zeros_like(args.query), nothing
     kv_heads, lists = args.key.shape[2], args.counts.shape[1]
     planes = max(kv_heads, lists)
     group, per_list = heads // planes, n // args.counts.shape[2]
-    wide = torch.float64 if args.query.dtype == torch.float64 else torch.float32
     query = args.query.reshape(batch, n // per_list, per_list, planes, group, dim)
     query = query.permute(0, 3, 1, 2, 4, 5).to(wide) * args.scale
     index, visible = _tokens(args, planes)
@@ -40,7 +44,7 @@ def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
         bias = args.block_bias.repeat_interleave(args.block_size, -1)
         bias = bias.repeat_interleave(planes // lists, 1)
     limit = _CHUNK_NUMBERS.get(query.device.type, _CHUNK_NUMBERS_ELSEWHERE)
-    step = min(max(limit // max(index[0, 0].numel() * dim, 1), 1), planes)
+    step = min(max(limit // max(index.shape[2] * index.shape[3] * dim, 1), 1), planes)
     keys, values = _Rows(args.key), _Rows(args.value)
     head = torch.arange(planes, device=query.device) // (planes // kv_heads)
     for b in range(batch):
@@ -58,18 +62,7 @@ def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
             weights = logits.sub_(high.masked_fill_(empty, 0)).exp_()
             total = weights.sum(-1, keepdim=True)
             v = values.take(b, head[part], tokens).to(wide)
-            hidden = None
-            if per_list > 1 and not all_finite(v):
-                # Tokens that a later query sees and an earlier one does not.
-                hidden = ~visible[b, part, :, :, None].expand(weights.shape).flatten(2, 3)
-                hidden = hidden.flatten(0, 1)
-            x = torch.empty(q.shape, dtype=wide, device=q.device)
-            weighted_sum(
-                weights.flatten(2, 3).flatten(0, 1),
-                v.flatten(0, 1),
-                hidden,
-                x.flatten(2, 3).flatten(0, 1),
-            )
+            x = _weighted_sum(weights, v, visible[b, part])
             # A row without tokens has weights of 0, but 0 * nan and 0 / 0 are nan.
             out[b, part] = (x / total).masked_fill(empty, 0)
             # An infinite logit takes all the weight: not inf - inf.
@@ -78,6 +71,21 @@ def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     # Planes and groups are the heads, lists and their tokens the tokens.
     out = out.permute(0, 2, 3, 1, 4, 5).reshape(args.query.shape)
     return out.to(args.query.dtype), lse.permute(0, 1, 4, 2, 3).reshape(batch, heads, n)
+
+
+def _weighted_sum(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """``(p, l, t, g, m)`` weights of ``(p, l, m, d)`` values, ``(p, l, t, g, d)``.
+
+    Where looking costs no wait, values that are not finite reach those of the t queries alone that
+    see them: a later one may see more than an earlier one.
+    """
+    rows = weights.flatten(0, 1).flatten(1, 2)
+    x = rows.new_empty(*rows.shape[:2], v.shape[-1])
+    hidden = None
+    if weights.shape[2] > 1 and readable(v) and not all_finite(v):
+        hidden = ~visible[:, :, :, None].expand(weights.shape).flatten(0, 1).flatten(1, 2)
+    weighted_sum(rows, v.flatten(0, 1), hidden, x)
+    return x.view(*weights.shape[:-1], -1)
 
 
 def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,9 @@ def launch_config(call: Call) -> LaunchConfig:
 
 def launch_decode(call: Call, out: Tensor, lse: Tensor, config: LaunchConfig | None = None) -> None:
     """Writes the output ``(b, n, h, d)`` and the lse ``(b, h, n)``, both preallocated."""
-    if out.numel() == 0:
+    if 0 in (out.numel(), call.key.numel(), call.indices.numel()):
+        out.zero_()
+        lse.fill_(-torch.inf)
         return
     config = config or launch_config(call)
     batch, new, heads, dim = call.query.shape
