@@ -177,7 +177,7 @@ class BlockPattern:
         shape = self.kv_num_blocks.shape
         if self.kv_num_allowed is None:
             total = self.num_query_blocks * self.num_key_blocks
-            return torch.full(shape[:2], total, device=self.device)
+            return torch.full(shape[:2], total, dtype=torch.long, device=self.device)
         return self.kv_num_allowed.expand(shape).sum(-1)
 
     @property
@@ -354,12 +354,12 @@ class BlockPattern:
         """Writes the pattern as a safetensors file (needs the ``safetensors`` package)."""
         from safetensors.torch import save_file
 
+        # Copies: the format refuses tensors that share memory, and one may serve twice.
         tensors = {
-            "kv_num_blocks": self.kv_num_blocks.contiguous().cpu(),
-            "kv_indices": self.kv_indices.contiguous().cpu(),
+            name: value.cpu().clone(memory_format=torch.contiguous_format)
+            for name in ("kv_num_blocks", "kv_indices", "kv_num_allowed")
+            if (value := getattr(self, name)) is not None
         }
-        if self.kv_num_allowed is not None:
-            tensors["kv_num_allowed"] = self.kv_num_allowed.contiguous().cpu()
         about = {"q_len": self.q_len, "kv_len": self.kv_len, "block_size": list(self.block_size)}
         metadata = {"format": _FILE_FORMAT, "version": _FILE_VERSION, "about": json.dumps(about)}
         save_file(tensors, str(path), metadata=metadata)

@@ -57,7 +57,7 @@ class DensityRecord:
         density = self.exact.sum() / total
         if self.rounded is not None:
             # The value is what was kept; the gradient is the stand-in's.
-            density = density - density.detach() + self.rounded.sum() / total
+            density = density - density.detach() + self.rounded.sum().to(density.dtype) / total
         return density / (1 - self.sparsity) - 1
 
     def settle(self) -> None:
@@ -216,7 +216,7 @@ def heads_thresholds(table: ThresholdTable, length: int, device: torch.device) -
 
 
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, -1, 1)
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1)
 
 
 _kept = lru_cache(maxsize=1024)(_on_device)

@@ -233,6 +233,6 @@ def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float) -> Ten
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
     shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
-    keep = torch.full(shape, 1 - sparsity, device=scores.device)
+    keep = torch.full(shape, 1 - sparsity, dtype=torch.float32, device=scores.device)
     exact = water_level_budget(keep, forced, limit, rows, candidates.width)
     return (round_budget(exact, rows) - forced).clamp(min=0)

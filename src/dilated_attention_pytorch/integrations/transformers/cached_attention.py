@@ -86,7 +86,9 @@ class CachedAttention:
         if followed is not None and followed.state.num_tokens == step.place:
             state = followed.state
         if step.starts is None:
-            offset = torch.full((len(self.query),), step.place, device=self.query.device)
+            offset = torch.full(
+                (len(self.query),), step.place, dtype=torch.long, device=self.query.device
+            )
             self.selector.remember(self.query, self.key, state, query_offset=offset)
         else:
             tokens = self._compact()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.pattern import pack_ascending
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise
+from dilated_attention_pytorch.selection.gumbel import gumbel_noise, uniform_noise
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -49,8 +49,8 @@ def choose_reference(
         ranked = ranked + gumbel_noise(scores, generator) * temperature
     chosen = choose_top_k(ranked, free, count.expand(scores.shape[:3]), columns)
     if explore:
-        lottery = torch.rand(scores.shape, device=scores.device, generator=generator)
-        extra = torch.full(scores.shape[:3], explore, device=scores.device)
+        lottery = uniform_noise(scores, generator)
+        extra = count.new_full(scores.shape[:3], explore)
         chosen = chosen | choose_top_k(lottery, free & ~chosen, extra, explore)
     every = chosen | forced
     counts = every.sum(-1, dtype=torch.int32).clamp(max=width)
