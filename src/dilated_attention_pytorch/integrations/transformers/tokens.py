@@ -46,7 +46,7 @@ class TokenText:
         digest = hashlib.sha256()
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part.numpy())
+            digest.update(part.numpy().data)
         return digest.hexdigest()
 
 
