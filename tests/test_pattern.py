@@ -1,6 +1,8 @@
 """BlockPattern: checks, conversions, transpose, files."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,16 @@ def test_no_file_and_no_safetensors(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         BlockPattern.load(tmp_path / "text")
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    base = torch.tensor([[[1, 2, 2, 1]]], dtype=torch.int32)
+    index = torch.tensor([0, 1], dtype=torch.int32).expand(1, 1, 4, 2)
+    pattern = BlockPattern(base, index, 4, 4, (1, 1), kv_num_allowed=base)
+    # One tensor twice, views of one, and one that repeats itself.
+    for allowed in (base, base[..., :1], base.expand(1, 1, 4)):
+        replace(pattern, kv_num_allowed=allowed).save(tmp_path / "pattern.safetensors")
+        read = BlockPattern.load(tmp_path / "pattern.safetensors")
+        assert torch.equal(read.kv_num_blocks, base)
+        assert torch.equal(read.kv_indices, index)
+        assert torch.equal(read.kv_num_allowed, allowed)

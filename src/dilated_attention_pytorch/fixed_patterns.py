@@ -55,7 +55,7 @@ def dilated(grid: TileGrid) -> Tensor:
     """
     rate = 2 ** (grid.head % 3)
     on_lattice = grid.position % rate == grid.head % rate
-    return torch.where(on_lattice, 0.0, -_FAR) - grid.distance.abs().float()
+    return _first(on_lattice, grid)
 
 
 def strided(grid: TileGrid) -> Tensor:
@@ -66,14 +66,14 @@ def strided(grid: TileGrid) -> Tensor:
     # Powers by the head's last two bits, as a table of strides would wait for the device.
     low, high = grid.head % 2, grid.head // 2 % 2
     stride = 2 ** (2 * low + high)
-    return torch.where(grid.distance % stride == 0, 0.0, -_FAR) - grid.distance.abs().float()
+    return _first(grid.distance % stride == 0, grid)
 
 
 def hierarchical(grid: TileGrid) -> Tensor:
     """Distances 1, 2, 4, 8, … first: fine near, coarse far (LogSparse, arXiv 1907.00235)."""
     distance = grid.distance.abs()
     power = (distance > 0) & ((distance & (distance - 1)) == 0)
-    return torch.where(power, 0.0, -_FAR) - distance.float()
+    return _first(power, grid)
 
 
 def sink_local(grid: TileGrid) -> Tensor:
@@ -89,6 +89,12 @@ def random(grid: TileGrid) -> Tensor:
         x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
     x = x ^ (x >> 16)
     return (x & 0xFFFFFF).float() / 2**24
+
+
+def _first(chosen: Tensor, grid: TileGrid) -> Tensor:
+    """Nearest first, the chosen ones before all others."""
+    near = -grid.distance.abs().float()
+    return torch.where(chosen, near, near - _FAR)
 
 
 Ranking = Callable[[TileGrid], Tensor]

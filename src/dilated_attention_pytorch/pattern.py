@@ -159,7 +159,7 @@ class BlockPattern:
         shape = self.kv_num_blocks.shape
         if self.kv_num_allowed is None:
             total = self.num_query_blocks * self.num_key_blocks
-            return torch.full(shape[:2], total, device=self.device)
+            return torch.full(shape[:2], total, dtype=torch.long, device=self.device)
         return self.kv_num_allowed.expand(shape).sum(-1)
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from dilated_attention_pytorch import (
     AdaptiveSparsityTrainer,
     BlockSparseAdaptive,
 )
-from dilated_attention_pytorch.training.monitor import SparsityMonitor
+from dilated_attention_pytorch.training.monitor import SparsityMonitor, default_schedules
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,13 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(number)
         return {"x": torch.randn(128, 4, generator=generator), "labels": torch.zeros(())}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (Data()[number] for number in range(16))
 
 
 class Writer:
@@ -130,6 +139,15 @@ def test_monitor_goes_on_where_it_was() -> None:
     assert float(other.layer.temperature) == pytest.approx(EXPECTED[4][0])
 
 
+def test_an_unknown_number_of_steps_has_no_quarter() -> None:
+    assert default_schedules(400).annealing_steps == 100
+    # Nothing to train is no error.
+    assert default_schedules(0).annealing_steps == 1
+    for steps in (-1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"AdaptiveSparsityTrainer\(annealing_steps=\.\.\.\)"):
+            default_schedules(steps)
+
+
 @pytest.mark.slow
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -175,6 +193,10 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     assert seen == EXPECTED[3:6]
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value)
+    with pytest.raises(ValueError, match="no known number of steps"):
+        AdaptiveSparsityCallback().on_train_begin(
+            trainer.args, transformers.TrainerState(max_steps=-1), trainer.control, model=whole
+        )
     # Without schedules of its own: a quarter of the training.
     _, seen, _ = run(4, False, AdaptiveSparsityCallback(), "three")
     assert [t for t, _ in seen] == pytest.approx([0.1] * 4)
@@ -203,16 +225,19 @@ def test_lightning(tmp_path: Path) -> None:
             if trainer.global_step > len(module.spy.seen) + module.skipped:
                 module.spy.note()
 
-    def run(steps: int, resume: Path | None) -> tuple[Module, Any]:
+    def run(
+        steps: int, resume: Path | None, callback: Any = None, data: Any = None, **limits: int
+    ) -> tuple[Module, Any]:
         module = Module()
         module.skipped = 0 if resume is None else 3
-        callback = AdaptiveSparsityCallback(schedules(), every=1)
+        callback = callback or AdaptiveSparsityCallback(schedules(), every=1)
         trainer = pl.Trainer(
             max_steps=steps, accumulate_grad_batches=2, callbacks=[callback, Note()],
             accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            **limits,
         )  # fmt: skip
-        batches = torch.utils.data.DataLoader(Data(), batch_size=1)
+        batches = torch.utils.data.DataLoader(data or Data(), batch_size=1)
         trainer.fit(
             module, batches, ckpt_path=resume, **({} if resume is None else {"weights_only": False})
         )
@@ -225,6 +250,20 @@ def test_lightning(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     resumed, _ = run(6, tmp_path / "three.ckpt")
     assert resumed.spy.seen == EXPECTED[3:6]
+    # The checkpoint holds the schedules: the length of what follows does not matter.
+    resumed, _ = run(6, tmp_path / "three.ckpt", AdaptiveSparsityCallback(), max_epochs=-1)
+    assert resumed.spy.seen == EXPECTED[3:6]
+    # A second training with the same callback begins anew.
+    again = AdaptiveSparsityCallback(schedules())
+    assert run(3, None, again)[0].spy.seen == run(3, None, again)[0].spy.seen == EXPECTED[:3]
+    for data, limits in ((None, {"max_epochs": -1}), (Stream(), {}), (Stream(), {"max_epochs": 2})):
+        with pytest.raises(ValueError, match="no known number of steps"):
+            run(-1, None, AdaptiveSparsityCallback(), data, **limits)
+    # Known again: one step of annealing.
+    for data, limits in ((None, {"max_epochs": -1}), (Stream(), {})):
+        seen = run(8, None, AdaptiveSparsityCallback(), data, **limits)[0].spy.seen
+        temperatures = [temperature for temperature, _ in seen]
+        assert temperatures == pytest.approx([0.1**0.5] + [0.1] * 7)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_steps_of_training_with_schedules_do_not_recompile(backend, device, comp
     layer = small(backend).to(device).train()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    for step in range(4):
+    for step in range(3):
         layer.set_temperature(1.0 - 0.1 * step)
         layer.set_base_sparsity(0.55 + 0.01 * step)
         inputs = tokens(64, device, step)
@@ -120,7 +120,7 @@ def test_a_warm_up_from_dense_takes_few_graphs():
 def test_another_length_recompiles_once_for_all_lengths(backend, device, compiler, causal):
     layer = small(backend).to(device).eval()
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
-    for length in (64, 96, 160):
+    for length in (48, 64, 80):
         inputs = tokens(length, device)
         want = layer(*inputs, is_causal=causal)
         torch.testing.assert_close(compiled(*inputs, is_causal=causal), want, rtol=1e-5, atol=1e-5)
@@ -146,8 +146,14 @@ def test_dynamic_shapes_train_all_lengths_with_one_graph(options):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("estimator", ["mass", "gumbel", "soft", "straight_through"])
-@pytest.mark.parametrize("budget", ["adaptive", "fixed", "top_p"])
+@pytest.mark.parametrize(
+    ("estimator", "budget"),
+    # Neither knows of the other.
+    [
+        *((name, "adaptive") for name in ("mass", "gumbel", "soft", "straight_through")),
+        *(("mass", name) for name in ("fixed", "top_p")),
+    ],
+)
 def test_every_estimator_and_budget_is_one_graph(estimator, budget):
     layer = small("gather", estimator=estimator, budget=budget).train()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -213,7 +219,7 @@ def test_the_multihead_layer_is_one_graph(backend, device, compiler, training):
     layer = MultiheadAdaptiveAttention(32, 2, adaptive_config=config, backend=backend)
     layer = layer.to(device).train(training)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
-    for step in range(3):
+    for step in range(2):
         x = torch.randn(2, 64, 32, device=device, requires_grad=True)
         padding = (torch.arange(64) >= torch.tensor([[64], [40 - step]])).to(device)
         torch.manual_seed(step)
@@ -229,10 +235,13 @@ def test_the_multihead_layer_is_one_graph(backend, device, compiler, training):
 def test_the_default_compiler_on_the_cpu():
     layer = small("gather", hard_sparsity=True).train()
     compiled = torch.compile(layer, fullgraph=True)
-    for length in (64, 96, 112):
+    for length in (64, 96):
         inputs = tokens(length, "cpu")
+        # For all lengths at once: the C++ compiler takes half a minute for every graph.
+        for x in inputs:
+            torch._dynamo.maybe_mark_dynamic(x, 1)
         got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
         want = gradients(layer(*inputs, is_causal=True), layer, inputs)
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
-    assert graphs() == 2
+    assert graphs() == 1

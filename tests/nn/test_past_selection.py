@@ -110,7 +110,8 @@ def test_the_choice_depends_on_nothing_later(settings: dict[str, Any]) -> None:
 
     tensors = [x[:1] for x in inputs()]
     out, chosen = run(tensors)
-    for start in (33, 48, 49, 64):
+    # Within a block, where one begins, and where the last one does.
+    for start in (33, 48, 64):
         changed = [x.clone() for x in tensors]
         for x in changed:
             x[:, start:] = 5 * torch.randn_like(x[:, start:])

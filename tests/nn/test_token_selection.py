@@ -130,16 +130,19 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "name"),
     [
-        {},
-        {"share_within_kv_group": True},
-        {"num_local_blocks": 2},
-        {"query_scope": "past"},
-        {"query_scope": "past", "query_stride": 1},
-        {"query_scope": "past", "scorer": "prototypes", "pooling": ("attention",)},
+        *(({}, name) for name in CALLS),
+        *(({"query_scope": "past"}, name) for name in CALLS),
+        # What a query sees and the other settings do not know of each other.
+        *(({"share_within_kv_group": True}, name) for name in ("plain", "documents")),
+        *(({"num_local_blocks": 2}, name) for name in ("plain", "lengths")),
+        *(({"query_scope": "past", "query_stride": 1}, name) for name in ("plain", "offset")),
+        *(
+            ({"query_scope": "past", "scorer": "prototypes", "pooling": ("attention",)}, name)
+            for name in ("plain", "documents")
+        ),
     ],
     ids=str,
 )

@@ -1,16 +1,21 @@
 """Real text: the same bytes every time, and nothing held out that is trained on."""
 
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 
+from dilated_attention_pytorch.tasks import text
 from dilated_attention_pytorch.tasks.text import (
     TextError,
     TextWindows,
     load_text,
+    read_bytes,
     read_text,
     standard_library_files,
+    text_names,
     validation_windows,
 )
 
@@ -111,7 +116,75 @@ def test_validation_windows_do_not_overlap():
 def test_read_text_joins_files_and_replaces_bad_bytes(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"second \xff")
     (tmp_path / "a.txt").write_text("first")
-    assert read_text(tmp_path) == "first\n\nsecond \ufffd"
-    assert read_text(tmp_path / "a.txt") == "first"
+    assert "".join(read_text(tmp_path)) == "first\n\nsecond \ufffd"
+    assert "".join(read_text(tmp_path / "a.txt")) == "first"
     with pytest.raises(TextError, match="no such text"):
-        read_text(tmp_path / "missing.txt")
+        list(read_text(tmp_path / "missing.txt"))
+
+
+def test_where_reading_cuts_makes_no_difference(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "part0" / "file0.txt"
+    path.write_bytes("Grüße, 世界 🌍\n".encode() * 5 + b"\xf0\x9f")
+    whole = load_text([folder]), "".join(read_text(folder)), read_bytes(path, 1)
+    assert "世界 🌍\n\ufffd\n\n" in whole[1]
+    monkeypatch.setattr(text, "_CHUNK", 3)
+    assert load_text([folder]).fingerprint() == whole[0].fingerprint()
+    assert "".join(read_text(folder)) == whole[1]
+    assert torch.equal(read_bytes(path, 1), whole[2])
+
+
+def test_both_parts_are_the_files_in_order_of_their_hash(folder: Path) -> None:
+    data = load_text([folder], max_bytes=4000)
+    names = data.validation_files + data.train_files
+    contents = [(folder / name).read_bytes() for name in names]
+    # The last one is cut by the limit.
+    cut = len(b"".join(contents)) - 4000
+    assert 0 <= cut < len(contents[-1])
+    joined = b"\x00".join(contents)
+    found = b"\x00".join(bytes(x.tolist()) for x in (data.validation, data.train))
+    assert found == joined[: len(joined) - cut]
+
+
+def test_a_text_is_in_memory_once(tmp_path: Path) -> None:
+    size, path = 8_000_000, tmp_path / "large.txt"
+    path.write_bytes(b"sixteen letters\n" * (size // 16))
+    for read in (lambda: load_text([path]), lambda: read_bytes(path, 1)):
+        tracemalloc.start()
+        data = read()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        del data
+        # A growing buffer reserves an eighth more; besides, there is the part being read.
+        assert size < peak < 1.5 * size
+
+
+def test_names_that_are_the_same_in_two_folders_do_not_depend_on_the_order(folder: Path) -> None:
+    for part in ("part0", "part1", "part2"):
+        (folder / part / "same.txt").write_text(f"from {part}. " * 20)
+    parts = [folder / f"part{n}" for n in range(3)]
+    first, second = (load_text(order, validation_share=0.3) for order in (parts, parts[::-1]))
+    assert first.fingerprint() == second.fingerprint()
+    assert (first.train_files + first.validation_files).count("same.txt") == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_names_that_are_not_utf_8(folder: Path) -> None:
+    odd = os.fsencode(folder) + b"/part0/\xff\xfe.txt"
+    try:
+        Path(os.fsdecode(odd)).write_text("an odd name " * 9)
+    except OSError:
+        pytest.skip("the file system refuses such names")
+    data = load_text([folder])
+    assert len(data.train_files) + len(data.validation_files) == 21
+
+
+def test_every_text_has_a_name_of_its_own() -> None:
+    assert list(text_names(["prose/test.txt", "code/train.py"])) == ["test", "train"]
+    given = ["prose/test.txt", "code/test.txt", "other/a.txt", "a.md"]
+    assert text_names(given) == {path: Path(path) for path in given}
+    # Also where a name with its ending is another one without.
+    given = ["b.txt.gz", "b.txt", "a/b.md"]
+    assert list(text_names(given)) == given
+    assert list(text_names(["a.txt", Path("a.txt")])) == ["a"]

@@ -242,3 +242,49 @@ def test_bad_models_and_data() -> None:
         AdaptiveSparsityTrainer(make()).analyze_patterns([], num_samples=0)
     with pytest.raises(ValueError, match="dataloader"):
         AdaptiveSparsityTrainer(make()).analyze_patterns([])
+
+
+@pytest.mark.parametrize("name", ["annealing_steps", "sparsity_warmup_steps", "dense_steps"])
+def test_steps_are_whole_numbers(name: str) -> None:
+    for value in (math.inf, 1e400, math.nan, 2.5, True, "10", None):
+        with pytest.raises(TypeError, match=f"{name} must be an int"):
+            AdaptiveSparsityTrainer(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        AdaptiveSparsityTrainer(**{name: -1})
+
+
+def test_numbers_that_are_too_large_for_a_float() -> None:
+    huge = 10**400
+    trainer = AdaptiveSparsityTrainer(make(), annealing_steps=huge, sparsity_warmup_steps=huge)
+    assert trainer.step() == 1.0
+    trainer.load_state_dict(trainer.state_dict() | {"current_step": huge})
+    assert trainer.temperature == trainer.final_temperature
+    assert trainer.sparsity(0.6) == 0.6
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+def test_temperatures_as_far_apart_as_float32_allows(schedule: str) -> None:
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    for ends in ((least, most), (most, least)):
+        trainer = AdaptiveSparsityTrainer(make(), *ends, 4, schedule=schedule)
+        seen = [ends[0], *(trainer.step() for _ in range(5))]
+        assert seen == sorted(seen, reverse=ends[0] == most)
+        assert seen[-1] == ends[1]
+    for value in (0.0, -1.0, math.nan, math.inf, 1e39, 1e-39):
+        with pytest.raises(ValueError, match="initial_temperature must be positive and finite"):
+            AdaptiveSparsityTrainer(initial_temperature=value)
+
+
+def test_a_state_is_checked_before_any_of_it_is_taken() -> None:
+    trainer = AdaptiveSparsityTrainer(make(), annealing_steps=5)
+    before = trainer.state_dict()
+    for change, error in (
+        ({"annealing_steps": 0}, ValueError),
+        ({"annealing_steps": 5.0}, TypeError),
+        ({"current_step": -1}, ValueError),
+        ({"final_temperature": math.nan}, ValueError),
+        ({"initial_sparsity": 1.0}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(change))):
+            trainer.load_state_dict(before | {"current_step": 3} | change)
+        assert trainer.state_dict() == before

@@ -46,7 +46,7 @@ def tile_mass(
     q, k = query.float().transpose(1, 2), key.float().transpose(1, 2)
     k = k.repeat_interleave(heads // k.shape[1], 1)
     if weights is None:
-        weights = torch.ones(batch, q_len, heads, device=query.device)
+        weights = torch.ones(batch, q_len, heads, dtype=torch.float32, device=query.device)
     w = weights.float().transpose(1, 2)
     blocks = ceil_div(mask.kv_len, block_size)
     columns = torch.arange(mask.kv_len, device=query.device).view(1, 1, 1, -1)

@@ -138,12 +138,12 @@ def distance_profile(records: Sequence[LayerRecord]) -> Tensor:
     """
     longest = max(r.pattern.num_key_blocks for r in records)
     heads = records[0].pattern.num_heads
-    kept = torch.zeros(heads, longest, dtype=torch.float64)
-    allowed = torch.zeros(longest, dtype=torch.float64)
+    kept = torch.zeros(heads, longest, dtype=torch.float64, device="cpu")
+    allowed = torch.zeros(longest, dtype=torch.float64, device="cpu")
     for record in records:
         used = record.pattern.slot_used()[0].flatten(1)
         kept.scatter_add_(1, record.distances().flatten(1), used.double())
-        columns = torch.arange(record.pattern.num_key_blocks)
+        columns = torch.arange(record.pattern.num_key_blocks, device="cpu")
         every = (own_blocks(record.pattern)[:, None] - columns).abs()
         visible = visible_tiles(record.pattern)
         allowed.scatter_add_(0, every.flatten(), visible.flatten().double())
@@ -153,12 +153,12 @@ def distance_profile(records: Sequence[LayerRecord]) -> Tensor:
 def _places(records: Sequence[LayerRecord]) -> dict[str, Tensor]:
     """Where the chosen tiles of selective rows lie."""
     heads = records[0].pattern.num_heads
-    total, near, far = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
-    apart_rows, sink_rows = torch.zeros_like(total), torch.zeros_like(total)
+    total = torch.zeros(heads, dtype=torch.float64, device="cpu")
+    near, far, apart_rows, sink_rows = (torch.zeros_like(total) for _ in range(4))
     for record in records:
         pattern = record.pattern
         own, visible = own_blocks(pattern), visible_tiles(pattern)
-        columns = torch.arange(pattern.num_key_blocks)
+        columns = torch.arange(pattern.num_key_blocks, device="cpu")
         reach = torch.where(visible, (own[:, None] - columns).abs(), 0).amax(-1).clamp(min=1)
         tiles, distance = record.chosen_slots(), record.distances()
         count = tiles.sum(-1)
@@ -177,16 +177,20 @@ def _places(records: Sequence[LayerRecord]) -> dict[str, Tensor]:
     }
 
 
+def _unknown(heads: int) -> Tensor:
+    return torch.full((heads,), math.nan, dtype=torch.float64, device="cpu")
+
+
 def _diversity(chosen: Sequence[Tensor]) -> Tensor:
     if len({x.shape for x in chosen}) == len(chosen):
-        return torch.full((len(chosen[0]),), math.nan)
-    return torch.tensor(pattern_diversity(list(chosen)))
+        return _unknown(len(chosen[0]))
+    return torch.tensor(pattern_diversity(list(chosen)), dtype=torch.float64, device="cpu")
 
 
 def _similarity(chosen: Tensor) -> Tensor:
     heads = len(chosen)
     if heads == 1:
-        return torch.full((1,), math.nan)
+        return _unknown(1)
     return (head_similarity(chosen).sum(-1) - 1) / (heads - 1)
 
 
@@ -198,7 +202,7 @@ def head_similarity(tiles: Tensor) -> Tensor:
 def _entropy(record: LayerRecord) -> Tensor:
     heads = record.pattern.num_heads
     if record.mass is None:
-        return torch.full((heads,), math.nan)
+        return _unknown(heads)
     mass = record.mass.double().masked_fill(~record.pattern.slot_used()[0], 0)
     p = mass / mass.sum(-1, keepdim=True).clamp(min=1e-12)
     entropy = -(p * p.clamp(min=1e-12).log()).sum(-1)
@@ -208,7 +212,7 @@ def _entropy(record: LayerRecord) -> Tensor:
 def _row_mean(record: LayerRecord, mass: Tensor | None) -> Tensor:
     """Mean over the rows of a share of the attention."""
     if mass is None:
-        return torch.full((record.pattern.num_heads,), math.nan)
+        return _unknown(record.pattern.num_heads)
     if mass.dim() == 3:
         mass = mass.masked_fill(~record.pattern.slot_used()[0], 0).sum(-1)
     return mass.double().mean(-1)
@@ -237,7 +241,7 @@ def find_period(profile: Tensor) -> tuple[float, int]:
     explained: dict[int, float] = {}
     for period in range(2, min(count // _REPEATS, _LONGEST_PERIOD) + 1):
         sums = F.pad(values, (0, -count % period)).view(-1, period).sum(0)
-        sizes = (count - torch.arange(period) + period - 1) // period
+        sizes = (count - torch.arange(period, device="cpu") + period - 1) // period
         left = max(0.0, 1 - float((sums.square() / sizes).sum()) / spread)
         explained[period] = 1 - left * (count - 1) / (count - period)
     best = max(explained.values())

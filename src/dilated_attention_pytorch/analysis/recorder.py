@@ -156,8 +156,8 @@ def best_mass(mass: Tensor, pattern: BlockPattern, scores: Tensor | None) -> Ten
     if scores is not None:
         used = pattern.slot_used().expand(scores.shape)
         index = torch.where(used & scores.isnan(), pattern.kv_indices, mass.shape[-1]).long()
-        wide = torch.zeros(*mass.shape[:3], mass.shape[-1] + 1, dtype=torch.bool)
-        forced = wide.to(mass.device).scatter(-1, index, True)[..., :-1]
+        wide = mass.new_zeros(*mass.shape[:3], mass.shape[-1] + 1, dtype=torch.bool)
+        forced = wide.scatter(-1, index, True)[..., :-1]
     free = mass.masked_fill(forced, 0).sort(-1, descending=True).values.cumsum(-1)
     count = (kept & ~forced).sum(-1, keepdim=True)
     best = free.gather(-1, (count - 1).clamp(min=0)).masked_fill(count == 0, 0)[..., 0]

@@ -146,7 +146,7 @@ class Recording:
 
 def own_blocks(pattern: BlockPattern) -> Tensor:
     """The key block at the position of every query block's last token, ``(i,)`` int64."""
-    rows = torch.arange(1, pattern.num_query_blocks + 1)
+    rows = torch.arange(1, pattern.num_query_blocks + 1, device=pattern.device)
     last = (rows * pattern.block_size[0]).clamp(max=pattern.q_len) - 1
     own = (last + pattern.kv_len - pattern.q_len) // pattern.block_size[1]
     return own.clamp(0, pattern.num_key_blocks - 1)
@@ -154,14 +154,15 @@ def own_blocks(pattern: BlockPattern) -> Tensor:
 
 def own_tiles(pattern: BlockPattern) -> Tensor:
     """``(i, j)`` booleans: the row's own block."""
-    return own_blocks(pattern)[:, None] == torch.arange(pattern.num_key_blocks)
+    columns = torch.arange(pattern.num_key_blocks, device=pattern.device)
+    return own_blocks(pattern)[:, None] == columns
 
 
 def visible_tiles(pattern: BlockPattern) -> Tensor:
     """``(i, j)`` booleans: tiles that dense attention under the same mask would compute."""
-    columns = torch.arange(pattern.num_key_blocks)
+    columns = torch.arange(pattern.num_key_blocks, device=pattern.device)
     if pattern.kv_num_allowed is None:
-        return torch.ones(pattern.num_query_blocks, len(columns), dtype=torch.bool)
+        return columns.new_ones(pattern.num_query_blocks, len(columns), dtype=torch.bool)
     # Of one sequence, a row sees a prefix of the key blocks.
     allowed = pattern.kv_num_allowed.reshape(-1, pattern.num_query_blocks)[0]
     return columns < allowed[:, None]

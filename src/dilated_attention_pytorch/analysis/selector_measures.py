@@ -177,8 +177,10 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
             f"the model returned {type(result).__name__} without a loss or a floating-point tensor;"
             " give loss_function."
         )
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(output.shape, generator=generator).to(output)
+    generator = torch.Generator("cpu").manual_seed(0)
+    direction = torch.randn(
+        output.shape, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(output)
     return (output * direction).mean()
 
 

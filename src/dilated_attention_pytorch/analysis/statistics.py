@@ -89,7 +89,7 @@ def pattern_diversity(samples: list[Tensor]) -> list[float]:
     for kept in samples:
         by_shape[kept.shape].append(kept)
     heads = samples[0].shape[0]
-    total, pairs = torch.zeros(heads), 0
+    total, pairs = torch.zeros(heads, dtype=torch.float32, device="cpu"), 0
     for group in by_shape.values():
         count = len(group)
         if count < 2:

@@ -128,7 +128,7 @@ def _build(parsed: argparse.Namespace) -> Any:
         load_tokenizer,
         tokenize,
     )
-    from dilated_attention_pytorch.tasks.text import read_text
+    from dilated_attention_pytorch.tasks.text import read_text, text_names
 
     check_model_folder(parsed.model)
     if parsed.lora is not None:
@@ -151,7 +151,9 @@ def _build(parsed: argparse.Namespace) -> Any:
     if adapter is None and not settings.rivals:
         raise UsageError("nothing to measure: give --adapter, or rivals.")
     tokenizer = load_tokenizer(parsed.model)
-    texts = {Path(path).stem: tokenize(tokenizer, read_text(path)) for path in parsed.text}
+    texts = {
+        name: tokenize(tokenizer, read_text(path)) for name, path in text_names(parsed.text).items()
+    }
     model = load_model(parsed.model, device=parsed.device, dtype=parsed.dtype)
     if parsed.lora is not None:
         load_lora(model, parsed.lora)

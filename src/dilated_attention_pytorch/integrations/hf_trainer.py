@@ -12,7 +12,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from dilated_attention_pytorch.training.monitor import ScalarWriter, SparsityMonitor
+from dilated_attention_pytorch.training.monitor import (
+    ScalarWriter,
+    SparsityMonitor,
+    default_schedules,
+)
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 
@@ -24,7 +28,8 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
     that ``report_to`` names come first, list them here with ``report_to="none"``.
 
     Args:
-        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training.
+        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training,
+            whose number of steps must then be known.
         every: Steps between two measurements.
         writer: Gets every measurement at its own step, whenever the trainer logs; such as
             ``torch.utils.tensorboard.SummaryWriter``.
@@ -58,7 +63,7 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError("the Trainer gave no model to its callbacks.")
         trainer = self._given
         if trainer is None:
-            trainer = AdaptiveSparsityTrainer(annealing_steps=max(1, state.max_steps // 4))
+            trainer = default_schedules(state.max_steps)
         # A training that failed did not end.
         self.on_train_end(args, state, control)
         self.monitor = SparsityMonitor(trainer, every=self._every, writer=self._writer)

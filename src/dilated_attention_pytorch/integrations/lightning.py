@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dilated_attention_pytorch.training.monitor import SparsityMonitor
+from dilated_attention_pytorch.training.monitor import SparsityMonitor, default_schedules
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 
@@ -17,7 +17,9 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
     among them.
 
     Args:
-        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training.
+        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training,
+            whose number of steps must then be known: with a stream, or without a limit of epochs,
+            set ``max_steps``.
         every: Steps between two measurements.
 
     Example:
@@ -31,15 +33,18 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the schedules at the step where the training begins or goes on."""
-        schedules = self._given
-        if schedules is None:
-            steps = int(trainer.estimated_stepping_batches)
-            schedules = AdaptiveSparsityTrainer(annealing_steps=max(1, steps // 4))
+        if self._given is not None:
+            schedules = self._given
+        elif self._saved is not None:
+            schedules = AdaptiveSparsityTrainer()
+        else:
+            schedules = default_schedules(trainer.estimated_stepping_batches)
         self.on_fit_end(trainer, pl_module)
         self.monitor = SparsityMonitor(schedules, every=self._every)
         if self._saved is not None:
             self.monitor.load_state_dict(self._saved)
-        self.monitor.start(pl_module)
+        # Lightning restores its own count later.
+        self.monitor.start(pl_module, None if self._saved is not None else trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **others: Any

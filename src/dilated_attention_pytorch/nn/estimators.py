@@ -121,5 +121,5 @@ def explore_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs, chosen: 
     lottery = uniform_noise(chosen, inputs.generator)
     extra = layer.config.num_explore_blocks
     free = inputs.candidates.scored & ~chosen
-    count = torch.full(chosen.shape[:3], extra, device=chosen.device)
+    count = torch.full(chosen.shape[:3], extra, dtype=torch.long, device=chosen.device)
     return choose_top_k(lottery, free, count, extra)

@@ -137,7 +137,7 @@ def fixed_selection(
         if num_selected_blocks is not None:
             exact = torch.minimum(forced + num_selected_blocks, limit).float()
         else:
-            keep = torch.full(shape[:3], 1 - base_sparsity, device=scores.device)
+            keep = scores.new_full(shape[:3], 1 - base_sparsity)
             exact = water_level_budget(keep, forced, limit, rows, candidates.width)
         count = (round_budget(exact, rows) - forced).clamp(min=0)
         most = _most(count, candidates.width)
@@ -217,13 +217,8 @@ def fixed_pattern(
         num_local_blocks=num_local_blocks,
         num_sink_blocks=num_sink_blocks,
     )
-    tokens = torch.empty(1, q_len, num_heads, 1, device=device)
-    _, info = layer(
-        torch.zeros_like(tokens),
-        torch.zeros(1, q_len if kv_len is None else kv_len, num_heads, 1, device=device),
-        torch.zeros(1, q_len if kv_len is None else kv_len, num_heads, 1, device=device),
-        is_causal=causal,
-        return_pattern=True,
-    )
+    query = torch.zeros(1, q_len, num_heads, 1, dtype=torch.float32, device=device)
+    key = query.new_zeros(1, q_len if kv_len is None else kv_len, num_heads, 1)
+    _, info = layer(query, key, torch.zeros_like(key), is_causal=causal, return_pattern=True)
     pattern: BlockPattern = info["pattern"]
     return pattern

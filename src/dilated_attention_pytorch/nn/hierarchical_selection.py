@@ -151,7 +151,7 @@ def _choose(
     extra = config.num_explore_blocks if explore else 0
     temperature = layer.effective_temperature().detach() if explore else None
     if not kernels:
-        count = torch.full((1, 1, 1), config.hierarchy_keep, device=scores.device)
+        count = torch.full((1, 1, 1), config.hierarchy_keep, dtype=torch.long, device=scores.device)
         return choose_reference(
             scores, candidates, spans, count.expand(1, 1, scores.shape[2]), width,
             temperature=temperature, explore=extra, generator=inputs.generator,
@@ -186,7 +186,7 @@ def coarse_probes(
         weight: λ over the rows.
         factor: Divides the scores, as it does the blocks'.
     """
-    total = torch.zeros((), device=indices.device)
+    total = torch.zeros((), dtype=torch.float32, device=indices.device)
     for level in levels:
         parent = look_up(level.owner, indices)
         slots = parent_slots(level.counts, level.indices, parent)

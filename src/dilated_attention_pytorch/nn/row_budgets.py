@@ -60,7 +60,7 @@ class DensityRecord:
         density = self.exact.sum() / total
         if self.rounded is not None:
             # The value is what was kept; the gradient is the stand-in's.
-            density = density - density.detach() + self.rounded.sum() / total
+            density = density - density.detach() + self.rounded.sum().to(density.dtype) / total
         return density / (1 - self.sparsity) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DensityRecord:

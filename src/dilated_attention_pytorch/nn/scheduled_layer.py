@@ -116,7 +116,7 @@ class ScheduledLayer(ScoringLayer):
 
     def _sample(self, inputs: SelectionInputs, scores: Tensor) -> ThresholdSample:
         candidates, lengths = inputs.candidates, row_lengths(self, inputs)
-        share = lengths / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
+        share = lengths.float() / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
         return ThresholdSample.of(
             scores, candidates.scored, candidates.forced, inputs.rows.num_allowed,
             threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest), share=share,

@@ -257,6 +257,6 @@ def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float | Tenso
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
     shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
-    keep = torch.ones(shape, device=scores.device) - sparsity
+    keep = torch.ones(shape, dtype=torch.float32, device=scores.device) - sparsity
     exact = water_level_budget(keep, forced, limit, rows, candidates.width)
     return (round_budget(exact, rows) - forced).clamp(min=0)

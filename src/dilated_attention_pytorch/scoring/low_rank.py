@@ -119,7 +119,11 @@ class LowRankScorer(CalledModule):
         """Draws the same orthonormal directions for both maps: logits are right in the mean."""
         heads, dim, rank = self.query_map.shape
         with torch.no_grad():
-            basis = torch.linalg.qr(torch.randn(heads, dim, dim)).Q[..., :rank]
+            # Half precision has no decomposition.
+            drawn = self.query_map.new_empty(
+                heads, dim, dim, dtype=exact_dtype(self.query_map.dtype)
+            )
+            basis = torch.linalg.qr(drawn.normal_()).Q[..., :rank]
             for target in (self.query_map, self.key_map):
                 target.copy_(basis * (dim / rank) ** 0.5)
 

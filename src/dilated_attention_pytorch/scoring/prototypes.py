@@ -107,7 +107,7 @@ class PrototypeScorer(CalledModule):
         with torch.no_grad():
             for pool in (self.query_pool, self.key_pool):
                 pool.normal_(std=pool.shape[-1] ** -0.5)
-            self.form.copy_(torch.eye(self.form.shape[-1]))
+            self.form.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
             self.bias.zero_()
             self.gain.fill_(1)
 

@@ -115,5 +115,11 @@ def most_scored_blocks(
         limit = forced + candidates.scored.sum(-1)
         width = candidates.width
     shape = torch.broadcast_shapes(forced.shape, limit.shape)
-    level = water_level_budget(torch.full(shape, keep), forced, limit, rows, width)
+    level = water_level_budget(
+        torch.full(shape, keep, dtype=torch.float32, device=rows.low.device),
+        forced,
+        limit,
+        rows,
+        width,
+    )
     return int((level - forced).max().ceil()) + 1

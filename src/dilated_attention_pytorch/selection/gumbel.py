@@ -16,8 +16,8 @@ def uniform_noise(like: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     if generator is None:
         # Even generator=None would break the graph.
-        return torch.rand(like.shape, device=like.device)
-    return torch.rand(like.shape, device=like.device, generator=generator)
+        return torch.rand(like.shape, dtype=torch.float32, device=like.device)
+    return torch.rand(like.shape, dtype=torch.float32, device=like.device, generator=generator)
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -126,7 +126,7 @@ def _columns_per_row(k: int | Tensor, scores: Tensor) -> tuple[Tensor, int]:
         k = as_int("k", k)
         if not 0 <= k <= columns:
             raise ValueError(f"k must lie in [0, {columns}] (the columns of scores), got {k}.")
-        return torch.full(rows, k, device=scores.device), k
+        return torch.full(rows, k, dtype=torch.long, device=scores.device), k
     if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
         raise TypeError(f"k must hold integers, got {k.dtype}.")
     if k.shape != rows:

@@ -83,7 +83,7 @@ def floor_budget(
         int32 ``(1 or b, 1 or heads, i)``, forced blocks included; the same for all content.
     """
     shape = torch.broadcast_shapes(forced.shape, limit.shape, rows.low.shape)
-    keep = torch.full(shape, 1 - sparsity, device=rows.low.device)
+    keep = torch.full(shape, 1 - sparsity, dtype=torch.float32, device=rows.low.device)
     even = water_level_budget(keep, forced, limit, rows, max_limit)
     return round_budget(forced + share * (even - forced), rows)
 

@@ -56,6 +56,9 @@ class NeedleTask:
         """Checks that the sizes fit together."""
         if self.target not in TARGETS:
             raise ValueError(f"target must be one of {TARGETS}, got {self.target!r}.")
+        for name in ("block_size", "keys_per_block", "num_values"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         blocks = self.seq_len // self.block_size
         if self.seq_len % self.block_size or blocks < 2:
             raise ValueError(
@@ -78,29 +81,32 @@ class NeedleTask:
         blocks, block, keys = self.seq_len // self.block_size, self.block_size, self.keys_per_block
 
         def rand(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator)
+            return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+        def randint(high: int, *shape: int) -> Tensor:
+            return torch.randint(high, shape, generator=generator, device="cpu")
 
         names = rand(size, self.num_keys).argsort(-1)[:, : blocks * keys].view(size, blocks, keys)
-        values = torch.randint(0, self.num_values, (size, blocks, keys), generator=generator)
+        values = randint(self.num_values, size, blocks, keys)
         place = rand(size, blocks, block).argsort(-1)[..., : keys + 1]
-        kind = torch.zeros(size, blocks, block, dtype=torch.long)
+        kind = torch.zeros(size, blocks, block, dtype=torch.long, device="cpu")
         key, value, answer = kind.clone(), kind.clone(), torch.full_like(kind, -100)
-        noise = torch.randint(0, _NOISE_TOKENS, kind.shape, generator=generator)
+        noise = randint(_NOISE_TOKENS, *kind.shape)
         kind.scatter_(-1, place[..., :keys], 1)
         key.scatter_(-1, place[..., :keys], names)
         value.scatter_(-1, place[..., :keys], values)
         # Block 0 has nothing before it; its query is not asked.
-        earlier = torch.arange(blocks).clamp(min=1)
-        target = (rand(size, blocks) * earlier).long()
+        row = torch.arange(blocks, device="cpu")
+        target = (rand(size, blocks) * row.clamp(min=1)).long()
         if self.target != "anywhere":
-            places = [target, *((torch.arange(blocks) - d).clamp(min=0) for d in (1, _PERIOD))]
+            places = [target, *((row - d).clamp(min=0) for d in (1, _PERIOD))]
             kinds = torch.stack([place.expand(size, -1) for place in places])
-            pick = torch.full((size, blocks), TARGETS.index(self.target))
+            pick = torch.full_like(target, TARGETS.index(self.target))
             if self.target == "mixed":
-                pick = torch.randint(0, len(places), (size, blocks), generator=generator)
+                pick = randint(len(places), size, blocks)
             target = kinds.gather(0, pick[None])[0]
-        which = torch.randint(0, keys, (size, blocks), generator=generator)
-        sample = torch.arange(size)[:, None]
+        which = randint(keys, size, blocks)
+        sample = torch.arange(size, device="cpu")[:, None]
         query = place[..., keys:]
         kind.scatter_(-1, query, 2)
         key.scatter_(-1, query, names[sample, target, which][..., None])

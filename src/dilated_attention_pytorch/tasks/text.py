@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _SKIPPED_FOLDERS = frozenset(
 )
 # Between two files; it occurs in no text, so a model can learn that a new file begins.
 _SEPARATOR = b"\x00"
+# Bytes in one read: a text is in memory once, however long its files are.
+_CHUNK = 1 << 20
 
 
 class TextError(ValueError):
@@ -47,7 +50,7 @@ class TextData:
         digest = hashlib.sha256()
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part.numpy().tobytes())
+            digest.update(part.numpy().data)
         return digest.hexdigest()
 
 
@@ -91,25 +94,13 @@ def load_text(
     else:
         named = list(_named_files(paths))
         source = ", ".join(str(path) for path in paths)
-    contents = [(name, _read(path)) for name, path in named]
-    contents = [(name, content) for name, content in contents if content]
-    if not contents:
+    # A hash spreads the choice over the alphabet. It depends on the names alone, and on the place
+    # where files of several folders have one name.
+    named.sort(key=lambda item: (_digest(item[0]), os.fsencode(item[1])))
+    content, starts = _join(named, max_bytes)
+    if not starts:
         raise TextError(f"no text in {source}: all files are empty. Name files with content.")
-    # A hash spreads the choice over the alphabet; it depends on the names alone.
-    # A name may hold bytes that are no UTF-8.
-    contents.sort(
-        key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest()
-    )
-    if max_bytes is not None:
-        contents = _limit(contents, max_bytes)
-    train, validation = _split(contents, validation_share)
-    data = TextData(
-        _join(train),
-        _join(validation),
-        tuple(name for name, _ in train),
-        tuple(name for name, _ in validation),
-        source,
-    )
+    data = _split(content, starts, validation_share, source)
     for part, what in ((data.train, "training"), (data.validation, "validation")):
         if len(part) < seq_len + 1:
             raise TextError(
@@ -128,13 +119,15 @@ def read_bytes(path: Path, seq_len: int) -> Tensor:
     """
     if not path.is_file():
         raise TextError(f"no such text: {path}. Name a file that exists.")
-    content = _read(path)
+    content = bytearray()
+    for chunk in _chunks(path):
+        content += chunk
     if len(content) < seq_len + 1:
         raise TextError(
             f"too little text in {path}: {len(content):,} bytes, but seq_len={seq_len} needs at "
             f"least {seq_len + 1:,}."
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 class TextWindows:
@@ -157,7 +150,7 @@ class TextWindows:
         self.data, self.seq_len, self.seed = data, seq_len, seed
         self.position = 0
         self._epoch = -1
-        self._starts = torch.empty(0, dtype=torch.long)
+        self._starts = torch.empty(0, dtype=torch.long, device="cpu")
 
     @property
     def per_epoch(self) -> int:
@@ -177,10 +170,10 @@ class TextWindows:
         return torch.stack([self.data[s : s + self.seq_len + 1] for s in starts]).long()
 
     def _shuffle(self, epoch: int) -> None:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + epoch)
         room = len(self.data) - 1 - self.per_epoch * self.seq_len
-        offset = int(torch.randint(0, room + 1, (), generator=generator))
-        order = torch.randperm(self.per_epoch, generator=generator)
+        offset = int(torch.randint(0, room + 1, (), generator=generator, device="cpu"))
+        order = torch.randperm(self.per_epoch, generator=generator, device="cpu")
         self._starts, self._epoch = order * self.seq_len + offset, epoch
 
 
@@ -223,50 +216,99 @@ def _named_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, Path]]:
                 yield str(file if path.is_file() else file.relative_to(path)), file
 
 
-def read_text(path: str | Path) -> str:
-    """All text of a file, or of the files below a folder, in order; bad bytes are replaced.
+def text_names(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """A name for each text to report it by, no two alike.
+
+    The file's name without its ending, or the paths as they were given where those are not all
+    different. A text that was given twice is listed once.
+    """
+    given = {str(path): Path(path) for path in paths}
+    short = {path.stem: path for path in given.values()}
+    return short if len(short) == len(given) else given
+
+
+def read_text(path: str | Path) -> Iterator[str]:
+    """The text of a file, or of the files below a folder in order, part by part.
+
+    Bad bytes are replaced, and an empty line comes between two files.
 
     Raises:
         TextError: If it does not exist or cannot be read.
     """
-    contents = [_read(file) for _, file in _named_files([path])]
-    return "\n\n".join(content.decode("utf-8", "replace") for content in contents)
+    between = ""
+    for _, file in _named_files([path]):
+        yield between
+        yield from decode(_chunks(file))
+        between = "\n\n"
 
 
-def _read(path: Path) -> bytes:
+def decode(parts: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 that is cut anywhere, as text; bad bytes are replaced."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for part in parts:
+        yield decoder.decode(part)
+    yield decoder.decode(b"", final=True)
+
+
+def byte_parts(data: Tensor) -> Iterator[bytes]:
+    """The bytes of a uint8 tensor, some at a time."""
+    for part in data.split(_CHUNK):
+        yield part.numpy().tobytes()
+
+
+def _chunks(path: Path, limit: int | None = None) -> Iterator[bytes]:
+    """A file's bytes, some at a time, up to a limit."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK if limit is None else min(_CHUNK, limit)):
+                yield chunk
+                if limit is not None:
+                    limit -= len(chunk)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise TextError(f"cannot read the text {path}: {reason}. Check its permissions.") from error
 
 
-def _limit(contents: list[tuple[str, bytes]], max_bytes: int) -> list[tuple[str, bytes]]:
-    kept, left = [], max_bytes
-    for name, content in contents:
-        if left <= 0:
+def _digest(name: str) -> bytes:
+    # The file system's own bytes: a name need not be UTF-8.
+    return hashlib.sha256(os.fsencode(name)).digest()
+
+
+def _join(
+    named: Sequence[tuple[str, Path]], max_bytes: int | None
+) -> tuple[bytearray, list[tuple[str, int]]]:
+    """All bytes, with separators, and where each file that is not empty begins."""
+    content, starts, left = bytearray(), list[tuple[str, int]](), max_bytes
+    for name, path in named:
+        if left == 0:
             break
-        kept.append((name, content[:left]))
-        left -= len(content)
-    return kept
+        before = len(content)
+        if starts:
+            content += _SEPARATOR
+        start = len(content)
+        for chunk in _chunks(path, left):
+            content += chunk
+        if len(content) == start:
+            del content[before:]
+            continue
+        starts.append((name, start))
+        if left is not None:
+            left -= len(content) - start
+    return content, starts
 
 
 def _split(
-    contents: list[tuple[str, bytes]], share: float
-) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
+    content: bytearray, starts: list[tuple[str, int]], share: float, source: str
+) -> TextData:
     """Training and held-out files; the first files in hash order are held out."""
-    goal = max(1, round(share * sum(len(content) for _, content in contents)))
-    if len(contents) == 1:
-        name, content = contents[0]
-        cut = len(content) - goal
-        return [(name, content[:cut])], [(name, content[cut:])]
-    held, size = 0, 0
-    while size < goal and held < len(contents) - 1:
-        size += len(contents[held][1])
+    names, data = tuple(name for name, _ in starts), torch.frombuffer(content, dtype=torch.uint8)
+    if len(starts) == 1:
+        cut = len(data) - max(1, round(share * len(data)))
+        return TextData(data[:cut], data[cut:], names, names, source)
+    # Without the separators.
+    goal = max(1, round(share * (len(data) - len(starts) + 1)))
+    held = 1
+    while held < len(starts) - 1 and starts[held][1] - held < goal:
         held += 1
-    return contents[held:], contents[:held]
-
-
-def _join(contents: list[tuple[str, bytes]]) -> Tensor:
-    joined = _SEPARATOR.join(content for _, content in contents)
-    return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+    start = starts[held][1]
+    return TextData(data[start:], data[: start - 1], names[held:], names[:held], source)

@@ -299,7 +299,7 @@ class LanguageModelTraining:
 def check_device(name: str) -> None:
     """Raises ValueError unless tensors can be made on a device."""
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, dtype=torch.float32, device=name)
     # torch raises AssertionError if it was built without CUDA.
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

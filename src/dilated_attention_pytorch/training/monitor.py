@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -16,6 +17,24 @@ class ScalarWriter(Protocol):
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Writes one number."""
+
+
+def default_schedules(steps: float) -> AdaptiveSparsityTrainer:
+    """The schedules of callbacks that were given none: over a quarter of the training.
+
+    Args:
+        steps: Optimiser steps of the training.
+
+    Raises:
+        ValueError: If they are not known: infinite or negative.
+    """
+    if not 0 <= steps < math.inf:
+        raise ValueError(
+            "trainer must be AdaptiveSparsityTrainer(annealing_steps=...) here, because this "
+            "training has no known number of steps to take a quarter of: its data is a stream, or "
+            "nothing ends it. Pass one, or set max_steps."
+        )
+    return AdaptiveSparsityTrainer(annealing_steps=max(1, int(steps) // 4))
 
 
 class SparsityMonitor:

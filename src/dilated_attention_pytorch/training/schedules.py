@@ -15,12 +15,13 @@ def linear(start: float, end: float, progress: float) -> float:
 
 def cosine(start: float, end: float, progress: float) -> float:
     """Half a cosine: slow at both ends."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    return linear(start, end, 0.5 * (1 - math.cos(math.pi * progress)))
 
 
 def exponential(start: float, end: float, progress: float) -> float:
     """A constant factor per step; both ends must be positive."""
-    return start * (end / start) ** progress
+    # Not by their quotient, which need not be a finite number.
+    return float(start ** (1 - progress) * end**progress)
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "exponential": exponential}

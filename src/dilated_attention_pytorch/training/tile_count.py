@@ -52,4 +52,4 @@ class TileCount:
         """The same for every forward pass of a layer, in their order."""
         if not self._kept:
             return ()
-        return tuple((1 - torch.stack(self._kept) / torch.stack(self._allowed)).tolist())
+        return tuple((1 - torch.stack(self._kept).double() / torch.stack(self._allowed)).tolist())

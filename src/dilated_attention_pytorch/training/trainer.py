@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,8 +32,8 @@ class AdaptiveSparsityTrainer:
 
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.
-        initial_temperature: Before the first step, > 0.
-        final_temperature: From ``annealing_steps`` on, > 0.
+        initial_temperature: Before the first step, > 0 in float32.
+        final_temperature: From ``annealing_steps`` on, likewise.
         annealing_steps: Calls of :meth:`step` until then, >= 1.
         schedule: ``"exponential"``, ``"linear"`` or ``"cosine"``.
         sparsity_warmup_steps: Steps from the initial sparsity to the configured one; 0: none.
@@ -41,7 +41,7 @@ class AdaptiveSparsityTrainer:
         initial_sparsity: Where the warm-up starts, in [0, 1).
 
     Raises:
-        TypeError: If ``model`` is not a module.
+        TypeError: If ``model`` is not a module, or a number of steps no int.
         ValueError: If a number is out of range, the schedule unknown, or the model holds no
             adaptive layer.
 
@@ -64,27 +64,12 @@ class AdaptiveSparsityTrainer:
         dense_steps: int = 0,
         initial_sparsity: float = 0.0,
     ) -> None:
-        for name, value in (
-            ("initial_temperature", initial_temperature),
-            ("final_temperature", final_temperature),
-        ):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value}.")
-        if annealing_steps < 1:
-            raise ValueError(f"annealing_steps must be at least 1, got {annealing_steps}.")
-        for name, count in (
-            ("sparsity_warmup_steps", sparsity_warmup_steps),
-            ("dense_steps", dense_steps),
-        ):
-            if count < 0:
-                raise ValueError(f"{name} must not be negative, got {count}.")
-        _check_schedule(schedule)
-        check_sparsity("initial_sparsity", initial_sparsity)
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.annealing_steps, self.schedule = annealing_steps, schedule
         self.sparsity_warmup_steps, self.dense_steps = sparsity_warmup_steps, dense_steps
         self.initial_sparsity = initial_sparsity
         self.current_step = 0
+        _check(self.state_dict())
         self.model: nn.Module | None = None
         if model is not None:
             self.attach(model)
@@ -106,20 +91,17 @@ class AdaptiveSparsityTrainer:
     @property
     def temperature(self) -> float:
         """The scheduled temperature at the current step."""
-        progress = min(self.current_step / self.annealing_steps, 1.0)
-        if progress == 1.0:
+        if self.current_step >= self.annealing_steps:
             return self.final_temperature
-        move = SCHEDULES[self.schedule]
+        move, progress = SCHEDULES[self.schedule], self.current_step / self.annealing_steps
         return move(self.initial_temperature, self.final_temperature, progress)
 
     def sparsity(self, base_sparsity: float) -> float:
         """The scheduled sparsity at the current step, for a layer that is to reach the base."""
-        if self.sparsity_warmup_steps == 0 and self.current_step >= self.dense_steps:
+        past = max(self.current_step - self.dense_steps, 0)
+        if self.current_step >= self.dense_steps + self.sparsity_warmup_steps:
             return base_sparsity
-        past = self.current_step - self.dense_steps
-        progress = min(max(past / max(self.sparsity_warmup_steps, 1), 0.0), 1.0)
-        if progress == 1.0:
-            return base_sparsity
+        progress = past / max(self.sparsity_warmup_steps, 1)
         keep = SCHEDULES["exponential"](1 - self.initial_sparsity, 1 - base_sparsity, progress)
         return max(1 - keep, 0.0)
 
@@ -161,22 +143,9 @@ class AdaptiveSparsityTrainer:
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"state must hold exactly {sorted(expected)}, got {sorted(state)}.")
-        settings = dict(state)
-        step = as_int("current_step", settings.pop("current_step"))
-        if not 0 <= step < 2**63:
-            raise ValueError(f"current_step must lie in 0 to 2**63 - 1, got {short_repr(step)}.")
-        for name in ("annealing_steps", "sparsity_warmup_steps", "dense_steps"):
-            if not 0 <= as_int(name, settings[name]) < 2**63:
-                raise ValueError(f"{name} must lie in 0 to 2**63 - 1.")
-        for name in ("initial_temperature", "final_temperature", "initial_sparsity"):
-            value = settings[name]
-            if type(value) not in (int, float) or abs(value) >= 2**63:
-                raise TypeError(f"{name} must be a number, got {short_repr(value)}.")
-        if not isinstance(settings["schedule"], str):
-            raise TypeError(f"schedule must be a name, got {short_repr(settings['schedule'])}.")
-        # It checks all of them.
-        checked = AdaptiveSparsityTrainer(None, **settings)
-        self.__dict__.update({**checked.__dict__, "model": self.model, "current_step": step})
+        _check(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         if self.model is not None:
             self._apply()
 
@@ -231,11 +200,32 @@ class AdaptiveSparsityTrainer:
                 layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity))
 
 
-def _check_schedule(schedule: str) -> None:
-    if schedule not in SCHEDULES:
+def _check(state: Mapping[str, Any]) -> None:
+    """Raises unless a state may be taken: it may come from a file."""
+    # Layers hold their temperature in float32.
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    for name in ("initial_temperature", "final_temperature", "initial_sparsity"):
+        value = state[name]
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {short_repr(value)}.")
+    for name in ("initial_temperature", "final_temperature"):
+        if not least <= state[name] <= most:
+            raise ValueError(
+                f"{name} must be positive and finite in float32, got {short_repr(state[name])}."
+            )
+    for name in ("annealing_steps", "sparsity_warmup_steps", "dense_steps", "current_step"):
+        smallest, steps = 1 if name == "annealing_steps" else 0, as_int(name, state[name])
+        if steps < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {short_repr(steps)}.")
+        if steps >= 2**63:
+            raise ValueError(f"{name} must be below 2**63, got {short_repr(steps)}.")
+    if not isinstance(state["schedule"], str):
+        raise TypeError(f"schedule must be a name, got {short_repr(state['schedule'])}.")
+    if state["schedule"] not in SCHEDULES:
         raise ValueError(
-            f"schedule must be one of {sorted(SCHEDULES)}, got {short_repr(schedule)}."
+            f"schedule must be one of {sorted(SCHEDULES)}, got {short_repr(state['schedule'])}."
         )
+    check_sparsity("initial_sparsity", state["initial_sparsity"])
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,16 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 import transformers
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.integrations.transformers import FAMILIES, adapt, register
+from dilated_attention_pytorch.integrations.transformers import (
+    FAMILIES,
+    AdapterError,
+    adapt,
+    load_adapter,
+    register,
+    save_adapter,
+)
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
+from dilated_attention_pytorch.integrations.transformers.tokens import load_model
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=16)
@@ -168,3 +178,69 @@ def test_register_is_explicit_and_can_be_repeated() -> None:
     model.set_attn_implementation(register())
     assert not hasattr(model.model.layers[0].self_attn, SELECTOR)
     torch.testing.assert_close(model(tokens()).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+class Packed(torch.nn.Module):
+    """A projection with weights in a form of its own, as quantised models have."""
+
+    def __init__(self, linear: torch.nn.Linear, name: str) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer(name, (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("factor", scale)
+        self.stored = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (getattr(self, self.stored) * self.factor).mT
+
+
+class Unpacking(Packed):
+    """Likewise, with a method as PyTorch's dynamically quantised layers have."""
+
+    def weight(self) -> torch.Tensor:
+        return getattr(self, self.stored) * self.factor
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    (Packed, "weight"), (Packed, "qweight"), (Unpacking, "packed"),
+])  # fmt: skip
+def test_a_quantised_base(kind: type[Packed], name: str, tmp_path: Path) -> None:
+    def make(seed: int) -> Any:
+        model = tiny_model()
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight.add_(seed)
+        with torch.no_grad():
+            plain = model(tokens()).logits
+        for layer in model.model.layers:
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(layer.self_attn, part, kind(getattr(layer.self_attn, part), name))
+        return model, plain
+
+    model, plain = make(0)
+    with torch.no_grad():
+        dense = model(tokens()).logits
+    assert float((dense - plain).norm() / plain.norm()) < 0.2
+    with adapt(model, AdaptiveConfig(base_sparsity=0.0, block_size=16)) as adapted:
+        adapted.freeze_base()
+        torch.testing.assert_close(model(tokens()).logits, dense, rtol=1e-4, atol=1e-4)
+        save_adapter(adapted, tmp_path)
+    with load_adapter(model, tmp_path):
+        assert model(tokens()).logits.isfinite().all()
+    with pytest.raises(AdapterError, match="another base model"):
+        load_adapter(make(1)[0], tmp_path)
+
+
+def test_a_base_without_weights_is_named() -> None:
+    model = tiny_model()
+    model.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"Identity, holds no weights.*without quantisation"):
+        adapt(model, SPARSE)
+
+
+def test_a_quantised_folder_names_the_package_that_it_needs(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["quantization_config"] = {"quant_method": "eetq"}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"cannot load a model from .*EETQ"):
+        load_model(tmp_path)

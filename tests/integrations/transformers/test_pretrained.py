@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import tiny_model
+from tiny_models import byte_pair_tokenizer, tiny_model
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.integrations.transformers import SelectorAdapter, adapt
+from dilated_attention_pytorch.integrations.transformers import SelectorAdapter, adapt, tokens
 from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
 from dilated_attention_pytorch.integrations.transformers.distill import (
     Distillation,
@@ -36,6 +38,7 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
     PretrainedTraining,
     distilled_config,
 )
+from dilated_attention_pytorch.integrations.transformers.retrieval import build_needles
 from dilated_attention_pytorch.integrations.transformers.selection_quality import (
     measure_kept_mass,
     measure_selection,
@@ -43,7 +46,11 @@ from dilated_attention_pytorch.integrations.transformers.selection_quality impor
 )
 from dilated_attention_pytorch.integrations.transformers.teacher import taught_loss
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
-from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
+from dilated_attention_pytorch.integrations.transformers.tokens import (
+    TokenText,
+    load_tokens,
+    tokenize,
+)
 from dilated_attention_pytorch.integrations.transformers.tune import (
     TuneRun,
     Tuning,
@@ -459,3 +466,84 @@ def test_perplexity_is_that_of_the_next_token() -> None:
     wanted = -log_p.gather(-1, window[:, 1:, None]).mean()
     assert perplexity(model, window) == pytest.approx(math.exp(float(wanted)), rel=1e-5)
     json.dumps(perplexity(model, window))
+
+
+def evaluation_with(tokenizer: Any, **changes: Any) -> Evaluation:
+    settings = {
+        "lengths": (128,), "sparsities": (0.5,), "rivals": ("mean_pool",), "block_size": 16,
+        "windows": 1, "repeats": 0, "needles": 2, "kept_mass": False,
+    }  # fmt: skip
+    model = tiny_model(vocab_size=256)
+    return Evaluation(
+        model, tokenizer, {"random": text()}, EvaluationSettings(**settings | changes)
+    )
+
+
+def test_needles_fit_into_their_windows_or_are_refused_before_anything_is_measured() -> None:
+    bytewise = byte_pair_tokenizer("", 256)
+    (needle, *_) = build_needles(bytewise, text(), 128, 0.5, 2)
+    assert len(needle.tokens) == 128
+    fact = tokenize(bytewise, "\nThe secret number of Lisbon is 12345.\n")
+    # Fact, its first words again, and the answer: not one token of text around them.
+    least = len(fact) + len(fact) - len(".\n")
+    (needle,) = build_needles(bytewise, text(), least, 0.5, 1)
+    assert len(needle.tokens) == least
+    assert bytes(needle.tokens.tolist()).endswith(bytes(needle.tokens[-5:].tolist()))
+    for length in (least - 1, 32):
+        with pytest.raises(ValueError, match=f"length must be at least {least}"):
+            build_needles(bytewise, text(), length, 0.5, 1)
+    with pytest.raises(ValueError, match=r"length must be at least \d+"):
+        evaluation_with(bytewise, lengths=(128, 48))
+    with pytest.raises(ValueError, match=r"depth must lie in \[0, 1\], got 1.5"):
+        evaluation_with(bytewise, depths=(0.5, 1.5))
+    with pytest.raises(ValueError, match="a needle has token 66"):
+        evaluation_with(lambda pieces, **_: {"input_ids": [[66_000] for _ in pieces]})
+    with pytest.raises(ValueError, match="no token of the answer"):
+        evaluation_with(lambda pieces, **_: {"input_ids": [[] for _ in pieces]})
+    row = evaluation_with(bytewise, depths=(0.1, 0.1000001, 1.0)).measure(
+        "random", 128, "mean_pool", 0.5
+    )
+    found = [name for name in row if name.startswith("retrieval")]
+    assert found == ["retrieval_0.1", "retrieval_0.1000001", "retrieval_1"]
+
+
+def test_a_clock_that_stands_still_measures_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    dense = evaluation_with(None, repeats=1).dense("random", 128)
+    assert math.isnan(dense["tokens_per_second"])
+    assert dense["perplexity"] > 1
+
+
+def test_tokens_do_not_depend_on_where_the_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lettered(pieces: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[*piece.encode(), 300 + len(piece)] for piece in pieces]}
+
+    monkeypatch.setattr(tokens, "_PIECE", 100)
+    # Lines that fill pieces, lines that are longer than one, and none at the end.
+    words = "".join(f"{n:>8}\n" if n % 50 else "x" * 230 for n in range(200)) + "end"
+    whole = tokenize(lettered, words)
+    ends = [int(n) - 300 for n in whole if n >= 300]
+    assert sum(ends) == len(words)
+    assert max(ends) == 100
+    assert min(ends[:-1]) > 8
+    for size in (1, 7, 100, 1000):
+        parts = (words[n : n + size] for n in range(0, len(words), size))
+        assert torch.equal(tokenize(lettered, parts), whole)
+    assert len(tokenize(lettered, "")) == len(tokenize(lettered, [])) == 0
+    assert tokenize(lettered, "").dtype == whole.dtype == torch.int32
+
+
+def test_reading_tokens_takes_little_more_than_text_and_tokens(tmp_path: Path) -> None:
+    size, path = 4_000_000, tmp_path / "large.txt"
+    path.write_bytes(b"sixteen letters\n" * (size // 16))
+
+    def tokenizer(pieces: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] * (len(piece) // 4) for piece in pieces]}
+
+    tracemalloc.start()
+    read = load_tokens(tokenizer, [path], seq_len=16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.99 * size / 4 < len(read.train) + len(read.validation) <= size / 4
+    # Tokens take as much as the text; some pieces of 100,000 letters are at work.
+    assert peak < 2.2 * size + 8_000_000

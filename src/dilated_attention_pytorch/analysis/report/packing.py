@@ -138,8 +138,10 @@ def _strongest(record: LayerRecord, limit: int) -> Tensor:
         strength = record.scores.nan_to_num(torch.inf)
     else:
         # Nothing to rank by: spread over the list.
-        strength = -(torch.arange(used.shape[-1]) * 7919 % 104729).float().expand(used.shape)
-    own = own_tiles(pattern)[torch.arange(used.shape[1])[:, None], pattern.kv_indices[0].long()]
+        place = torch.arange(used.shape[-1], device="cpu")
+        strength = -(place * 7919 % 104729).float().expand(used.shape)
+    row = torch.arange(used.shape[1], device="cpu")[:, None]
+    own = own_tiles(pattern)[row, pattern.kv_indices[0].long()]
     strength = strength.masked_fill(own, torch.inf).masked_fill(~used, -torch.inf)
     width = min(limit, strength.shape[-1])
     best = strength.topk(width, -1).indices
@@ -179,13 +181,14 @@ def _grid_bytes(record: LayerRecord) -> bytes:
     """Share of the visible tiles of every cell that are kept: 0 none, 255 all, 16 levels."""
     pattern = record.pattern
     heads, rows = pattern.num_heads, pattern.num_query_blocks
-    row_cell = torch.arange(rows) * GRID // rows
-    column_cell = torch.arange(pattern.num_key_blocks) * GRID // pattern.num_key_blocks
+    row_cell = torch.arange(rows, device="cpu") * GRID // rows
+    columns = pattern.num_key_blocks
+    column_cell = torch.arange(columns, device="cpu") * GRID // columns
     cells = row_cell[:, None] * GRID + column_cell
     index = row_cell[:, None] * GRID + column_cell[pattern.kv_indices[0].long()]
-    kept = torch.zeros(heads, GRID * GRID)
+    kept = torch.zeros(heads, GRID * GRID, dtype=torch.float32, device="cpu")
     kept.scatter_add_(1, index.flatten(1), pattern.slot_used()[0].flatten(1).float())
-    visible = torch.zeros(GRID * GRID)
+    visible = torch.zeros(GRID * GRID, dtype=torch.float32, device="cpu")
     visible.scatter_add_(0, cells.flatten(), visible_tiles(pattern).flatten().float())
     level = (15 * kept / visible.clamp(min=1)).ceil() * _COARSE
     return level.to(torch.uint8).numpy().tobytes()

@@ -152,7 +152,7 @@ def _sample(recording: Recording, number: int) -> dict[str, Any]:
 
 
 def _up_to_own(pattern: BlockPattern) -> Tensor:
-    return torch.arange(pattern.num_key_blocks) <= own_blocks(pattern)[:, None]
+    return torch.arange(pattern.num_key_blocks, device="cpu") <= own_blocks(pattern)[:, None]
 
 
 def _statistics(

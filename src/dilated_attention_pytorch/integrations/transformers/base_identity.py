@@ -62,8 +62,10 @@ def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
 
 
 def _signature(weight: Tensor) -> float:
-    generator = torch.Generator().manual_seed(weight.numel() % 2**31)
-    signs = torch.randint(0, 2, (weight.numel(),), generator=generator, dtype=torch.int8)
+    generator = torch.Generator("cpu").manual_seed(weight.numel() % 2**31)
+    signs = torch.randint(
+        0, 2, (weight.numel(),), generator=generator, dtype=torch.int8, device="cpu"
+    )
     flat = weight.detach().float().cpu().flatten()
     product = torch.where(signs.bool(), flat, -flat).double().sum()
     return round(float(product / flat.double().norm().clamp(min=1e-30)), 4)

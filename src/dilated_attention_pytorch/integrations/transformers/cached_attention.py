@@ -128,7 +128,9 @@ class CachedAttention:
         out = self.whole(self.query, self.key, self.value, self.mask)
         query, key, value = self._cached()
         if self.step.seen is None:
-            offset = torch.full((len(query),), self.step.place, device=query.device)
+            offset = torch.full(
+                (len(query),), self.step.place, dtype=torch.long, device=query.device
+            )
             self.selector.remember(query, key, state, query_offset=offset)
             return out
         tokens = self._compact()

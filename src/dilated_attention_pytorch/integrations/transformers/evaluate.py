@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
 )
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
 from dilated_attention_pytorch.integrations.transformers.retrieval import (
+    Needle,
     build_needles,
     measure_retrieval,
 )
@@ -154,7 +156,8 @@ class Evaluation:
     Raises:
         TextError: If a text is shorter than a window.
         AdapterError: If the adapter was made for another model.
-        ValueError: If the adapter's blocks are of another size, or tokens are not the model's.
+        ValueError: If the adapter's blocks are of another size, tokens are not the model's, or a
+            needle does not fit into a window.
     """
 
     def __init__(
@@ -180,6 +183,8 @@ class Evaluation:
                     f"block_size must be the adapter's, {sorted(sizes)}, got {settings.block_size}."
                 )
         self._dense: dict[tuple[str, int], dict[str, float]] = {}
+        # Before the minutes of measuring, not after.
+        self._needles = {} if tokenizer is None else self._build_needles()
 
     def methods(self) -> list[str]:
         """Names of what is compared with dense attention."""
@@ -311,18 +316,31 @@ class Evaluation:
             )
         return self.adapter.costs
 
-    def _retrieval(self, text: str, length: int) -> dict[str, float]:
+    def _build_needles(self) -> dict[tuple[str, int], dict[float, list[Needle]]]:
+        """Needles by text and length, then by depth."""
         s, out = self.settings, {}
-        if self.tokenizer is None:
-            return {}
-        haystack = self.texts[text][length * s.calibration_windows :]
-        for depth in s.depths:
-            needles = build_needles(self.tokenizer, haystack, length, depth, s.needles)
-            out[f"retrieval_{depth:g}"] = measure_retrieval(self.model, needles)
+        for text, tokens in self.texts.items():
+            for length in s.lengths:
+                haystack = tokens[length * s.calibration_windows :]
+                out[text, length] = {
+                    depth: build_needles(self.tokenizer, haystack, length, depth, s.needles)
+                    for depth in s.depths
+                }
+                for needle in chain.from_iterable(out[text, length].values()):
+                    check_vocabulary(self.model, needle.tokens, "a needle")
         return out
 
+    def _retrieval(self, text: str, length: int) -> dict[str, float]:
+        return {
+            f"retrieval_{depth:.12g}": measure_retrieval(self.model, needles)
+            for depth, needles in self._needles.get((text, length), {}).items()
+        }
+
     def _speed(self, windows: Tensor) -> float:
-        """Tokens per second of a forward pass without the output layer; the median."""
+        """Tokens per second of a forward pass without the output layer, by the median time.
+
+        NaN if none was measured, or the clock stood still.
+        """
         if not self.settings.repeats:
             return math.nan
         tokens = windows[:1, :-1].to(self.model.device).long()

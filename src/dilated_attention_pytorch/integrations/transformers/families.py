@@ -51,7 +51,7 @@ class AttentionSite:
 
     @property
     def query_weight(self) -> Tensor:
-        """Weights of the query projection, without what LoRA adds."""
+        """Weights of the query projection, without what LoRA adds; as stored if quantised."""
         return _weight(self.module.q_proj)
 
     @property
@@ -131,5 +131,19 @@ def _site(module: nn.Module, config: Any) -> AttentionSite:
 
 def _weight(projection: Any) -> Tensor:
     # peft keeps the original layer inside its own.
-    weight: Tensor = getattr(projection, "base_layer", projection).weight
-    return weight
+    layer = getattr(projection, "base_layer", projection)
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    if callable(weight):
+        # PyTorch's own quantised layers unpack theirs.
+        unpacked: Tensor = weight().dequantize()
+        return unpacked
+    # Others name them as they like; the largest tensor is the weights.
+    stored = [*layer.parameters(), *layer.buffers()]
+    if not stored:
+        raise ValueError(
+            f"a projection of the model, {type(layer).__name__}, holds no weights as tensors; load "
+            "the model in float32, float16 or bfloat16, without quantisation."
+        )
+    return max(stored, key=Tensor.numel)

@@ -42,21 +42,33 @@ def build_needles(
         samples: How many, each with a place and a number of its own.
 
     Raises:
-        ValueError: If the haystack is too short or ``depth`` is out of range.
+        ValueError: If ``depth`` is out of range, the haystack is too short, ``length`` leaves no
+            room for fact, question and answer, or the tokenizer knows no numbers.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must lie in [0, 1], got {depth}.")
     if len(haystack) < length:
         raise ValueError(f"haystack must hold at least {length} tokens, got {len(haystack)}.")
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator("cpu").manual_seed(length)
     out = []
     for number in range(samples):
-        digits = int(torch.randint(10_000, 100_000, (), generator=generator))
-        start = int(torch.randint(0, len(haystack) - length + 1, (), generator=generator))
+        digits = int(torch.randint(10_000, 100_000, (), generator=generator, device="cpu"))
+        last = len(haystack) - length
+        start = int(torch.randint(0, last + 1, (), generator=generator, device="cpu"))
         words = f"\nThe secret number of {_PLACES[number % len(_PLACES)]} is"
         fact = tokenize(tokenizer, f"{words} {digits}.\n")
         question, answer = tokenize(tokenizer, words), tokenize(tokenizer, f" {digits}")
+        if not len(answer):
+            raise ValueError(
+                f"tokenizer makes no token of the answer '{digits}', so nothing can be asked; "
+                "measure no retrieval (no depths)."
+            )
         room = length - len(fact) - len(question) - len(answer)
+        if room < 0:
+            raise ValueError(
+                f"length must be at least {length - room}, the tokens of a needle and its "
+                f"question, got {length}; take longer windows, or measure no retrieval (no depths)."
+            )
         text = haystack[start : start + room]
         cut = round(depth * room)
         parts = (text[:cut], fact, text[cut:], question, answer)

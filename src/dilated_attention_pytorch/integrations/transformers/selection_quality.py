@@ -67,7 +67,7 @@ def measure_selection(
         windows: Tokens ``(windows, tokens)``.
         sparsities: At each of them.
     """
-    totals = torch.zeros(len(sparsities), 4, dtype=torch.float64)
+    totals = torch.zeros(len(sparsities), 4, dtype=torch.float64, device="cpu")
 
     def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
         mass, scores = true_mass(selector, inputs), selector_scores(selector, inputs)
@@ -91,7 +91,7 @@ def _compare(inputs: SelectionInputs, mass: Tensor, scores: Tensor, sparsity: fl
     chosen, best = (choose_top_k(x, scored, count, x.shape[-1]) for x in (scores, mass))
     free = (count > 0) & (count < scored.sum(-1))
     forced = mass.masked_fill(~inputs.candidates.forced, 0).sum(-1)
-    recall = (chosen & best).sum(-1) / count.clamp(min=1)
+    recall = (chosen & best).sum(-1).to(mass.dtype) / count.clamp(min=1)
     kept, most = (forced + mass.masked_fill(~pick, 0).sum(-1) for pick in (chosen, best))
     rows = torch.stack([recall, kept, most, torch.ones_like(kept)], -1)
     return rows[free].double().sum(0).cpu()

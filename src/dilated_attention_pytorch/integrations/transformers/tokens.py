@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,20 @@ from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
     local_settings,
 )
 from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.tasks.text import TextData, TextError, load_text
+from dilated_attention_pytorch.tasks.text import (
+    TextData,
+    TextError,
+    byte_parts,
+    decode,
+    load_text,
+)
 
 # Where a model or a tokenizer names code of its own.
 _NAMES_CODE = ("config.json", "tokenizer_config.json")
-# Characters per call of a tokenizer: pieces end at line ends, so almost no token is cut.
+# Characters that a tokenizer gets at once: pieces end at line ends, so almost no token is cut.
 _PIECE = 100_000
+# Pieces per call, for the cores: a token's number takes ten times its own size in a list.
+_PIECES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +53,7 @@ class TokenText:
         digest = hashlib.sha256()
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part.numpy().tobytes())
+            digest.update(part.numpy().data)
         return digest.hexdigest()
 
 
@@ -69,8 +79,7 @@ def load_tokens(
     """
     data: TextData = load_text(paths, validation_share=validation_share, max_bytes=max_bytes)
     train, validation = (
-        tokenize(tokenizer, bytes(part.tolist()).decode("utf-8", "replace"))
-        for part in (data.train, data.validation)
+        tokenize(tokenizer, decode(byte_parts(part))) for part in (data.train, data.validation)
     )
     for part, what in ((train, "training"), (validation, "held-out")):
         check_length(part, seq_len, f"the {what} part of {data.source}")
@@ -96,22 +105,33 @@ def check_vocabulary(model: Any, tokens: Tensor, what: str) -> None:
         )
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Tokens of a text of any length, int32, without special ones."""
-    pieces = _pieces(text.replace("\x00", "\n"))
-    encoded = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for piece in encoded for token in piece], dtype=torch.int32)
+def tokenize(tokenizer: Any, text: str | Iterable[str]) -> Tensor:
+    """Tokens of a text of any length, int32, without special ones.
+
+    Args:
+        tokenizer: Of the model.
+        text: All of it, or its parts in order; where they are cut makes no difference.
+    """
+    tokens, pieces = array("i"), _pieces([text] if isinstance(text, str) else text)
+    while some := list(islice(pieces, _PIECES)):
+        for encoded in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            tokens.extend(encoded)
+    if not tokens:
+        return torch.empty(0, dtype=torch.int32, device="cpu")
+    return torch.frombuffer(tokens, dtype=torch.int32)
 
 
-def _pieces(text: str) -> list[str]:
-    pieces, start = [], 0
-    while start < len(text):
-        end = start + _PIECE
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        pieces.append(text[start:end])
-        start = max(end, start + 1)
-    return pieces or [""]
+def _pieces(parts: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for part in parts:
+        text, start = rest + part.replace("\x00", "\n"), 0
+        while len(text) - start > _PIECE:
+            end = text.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
+            yield text[start:end]
+            start = end
+        rest = text[start:]
+    if rest:
+        yield rest
 
 
 def check_folder(folder: str | Path) -> None:
@@ -177,6 +197,8 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
         )  # fmt: skip
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
+        # Quantised models ask for packages of their own.
+        ImportError,
     ) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load a model from {folder}: {reason}") from error

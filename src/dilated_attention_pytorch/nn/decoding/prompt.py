@@ -169,5 +169,5 @@ def allocate(
         sampled=counter(),
         counts=torch.zeros(batch, heads, dtype=torch.int32, device=query.device),
         indices=torch.zeros(batch, heads, width, dtype=torch.int32, device=query.device),
-        bias=torch.zeros(batch, heads, bias, device=query.device),
+        bias=torch.zeros(batch, heads, bias, dtype=torch.float32, device=query.device),
     )

@@ -50,7 +50,7 @@ def choose_reference(
     chosen = choose_top_k(ranked, free, count.expand(scores.shape[:3]), columns)
     if explore:
         lottery = uniform_noise(scores, generator)
-        extra = torch.full(scores.shape[:3], explore, device=scores.device)
+        extra = count.new_full(scores.shape[:3], explore)
         chosen = chosen | choose_top_k(lottery, free & ~chosen, extra, explore)
     every = chosen | forced
     counts = every.sum(-1, dtype=torch.int32).clamp(max=width)

@@ -162,7 +162,7 @@ def _token_masks(args: Arguments, used: Tensor, index: Tensor) -> tuple[Tensor, 
         code = torch.where(otherwise_full & whole, diagonal, code)
     code = torch.where(partial, code, -1)
     distinct, inverse = code[partial].unique(return_inverse=True)
-    number = torch.full((index.numel(),), -1, device=index.device)
+    number = index.new_full((index.numel(),), -1)
     number[partial.flatten()] = inverse
     on_diagonal = distinct < size[0] + size[1]
     row = torch.arange(size[0], device=index.device).view(1, -1, 1)

@@ -88,7 +88,7 @@ def check_arguments(
     if block_size < 1:
         raise ValueError(f"block_size must be positive, got {block_size}.")
     if lengths is None:
-        lengths = torch.full((batch,), key_cache.shape[1], device=query.device)
+        lengths = torch.full((batch,), key_cache.shape[1], dtype=torch.long, device=query.device)
     _check_per_sample("lengths", lengths, batch, query.device)
     if starts is not None:
         _check_per_sample("starts", starts, batch, query.device)

@@ -69,8 +69,8 @@ def launch_prefix(call: ShareInputs, exact: Tensor) -> ShareArguments:
     prefix = totals = exact
     if means is not None:
         _, kv_heads, columns, head_dim = means.shape
-        prefix = torch.empty(batch, kv_heads, columns, head_dim, device=device)
-        totals = torch.empty(batch, kv_heads, _CHUNKS, head_dim, device=device)
+        prefix = means.new_empty(batch, kv_heads, columns, head_dim, dtype=torch.float32)
+        totals = prefix.new_empty(batch, kv_heads, _CHUNKS, head_dim)
     steps = triton.cdiv(columns, _CHUNKS * _PART)
     sizes = {
         "PART": _PART, "CHUNKS": _CHUNKS, "D": triton.next_power_of_2(head_dim),
