@@ -89,16 +89,18 @@ def block_sparse_attention(
             ``n + kv_len - q_len``, unless ``query_offset`` says otherwise.
         scale: Factor of the logits. None: ``head_dim ** -0.5``.
         block_bias: β, added to every logit of a tile: shaped like ``pattern.kv_indices`` (batch
-            may be 1). Its gradient is the sum of the logits' gradient over the tile.
+            may be 1). Its gradient is the sum of the logits' gradient over the tile. A tile with
+            -inf is not read; NaN or +inf makes the rows that read the tile NaN.
         mass_probe: Same shape. The forward pass ignores its values; its *gradient* is the tile
             mass ``Σ_n w_n Σ_m P_nm`` with ``w_n = ‖dO_n‖ / Σ_n' ‖dO_n'‖`` over the rows of the
             query block (and the heads that share the pattern): where the tile's attention went,
-            weighted by how much the loss cares about each row. None: not computed.
+            weighted by how much the loss cares about each row; a row that reads nothing has weight
+            0. None: not computed.
         key_lengths: ``(batch,)`` integers: keys from there on are padding. None: no padding.
         cu_seqlens: Cumulative document lengths ``(documents + 1,)`` for batch 1, or
             ``(batch, documents + 1)``: tokens see their own document only. None: one document.
-        query_offset: Key position of query 0: an int or ``(batch,)`` integers. None:
-            ``kv_len - q_len``.
+        query_offset: Key position of query 0: an int or ``(batch,)`` integers, as far away as you
+            like. None: ``kv_len - q_len``.
         backend: ``"auto"`` or a name in ``BACKENDS``; see :func:`explain_backend`. ``"auto"`` takes
             PyTorch's dense attention if the pattern is known to keep every tile
             (``BlockPattern.complete_for``) and neither ``block_bias``, ``mass_probe`` nor the lse
@@ -111,6 +113,12 @@ def block_sparse_attention(
         The output, shaped and typed like ``query`` (in the autocast dtype under autocast); with
         ``return_lse`` also ``(batch, num_heads, q_len)`` in float32 (float64 for float64). A row
         with nothing to read returns 0 and an lse of -inf. Both are differentiable.
+
+        What no query reads (padding, blocks that are not kept, rows that read nothing and the
+        gradients that arrive there) may hold anything, NaN included: no bit of the results hangs
+        on it, and its gradient is 0. NaN and infinities where they are read make the rows that
+        read them NaN or infinite, and no others (``"dense"`` and ``"flash"`` do not promise this
+        inside the tiles that the causal mask cuts).
 
     Raises:
         TypeError: If inputs are not floating point or mix dtypes.
