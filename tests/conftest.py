@@ -1,7 +1,9 @@
 """Settings of the whole suite."""
 
+import atexit
 import os
 import signal
+import tempfile
 
 import hypothesis
 import torch
@@ -11,6 +13,11 @@ from interpreted_kernels import hasten_interpreter
 # Some virtual machines announce matrix instructions that they do not run: half precision on the
 # CPU would end the process. oneDNN reads this on its first use.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
+# The key by which runs are told from those of others: not the user's.
+_state = tempfile.TemporaryDirectory()
+atexit.register(_state.cleanup)
+os.environ["XDG_STATE_HOME"] = _state.name
 
 # Without a GPU the kernels run interpreted; Triton reads this when they are imported.
 if not torch.cuda.is_available() and os.environ.setdefault("TRITON_INTERPRET", "1") == "1":

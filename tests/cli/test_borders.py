@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -31,11 +30,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
-
-
 def train(text: Path, out: Path, *options: str) -> Path:
     text.write_text(TEXT)
     assert main(["train", "--text", str(text), "--out", str(out), *SMALL, *options]) == 0
@@ -45,15 +39,7 @@ def train(text: Path, out: Path, *options: str) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
-    before = os.environ.get("XDG_STATE_HOME")
-    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.getbasetemp() / "state")
-    try:
-        return train(folder / "text.txt", folder / "run")
-    finally:
-        if before is None:
-            del os.environ["XDG_STATE_HOME"]
-        else:
-            os.environ["XDG_STATE_HOME"] = before
+    return train(folder / "text.txt", folder / "run")
 
 
 def one_line(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
@@ -89,23 +75,6 @@ def test_a_folder_in_use_is_refused(
     # What only reads is not kept out.
     with lock_folder(out):
         assert main(["report", str(out), "--samples", "1", "--out", str(tmp_path / "p.html")]) == 0
-
-
-@pytest.mark.slow
-def test_of_two_commands_at_once_one_writes(run: Path, tmp_path: Path) -> None:
-    text, out = run.parent / "text.txt", tmp_path / "run"
-    line = [sys.executable, "-m", "dilated_attention_pytorch.cli.main", "train", "--text",
-            str(text), "--out", str(out), *SMALL, "--steps", "40"]  # fmt: skip
-    both = [
-        subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in both]
-    codes = sorted(process.returncode for process in both)
-    # The second is refused as in use or, if it came late, as a run that is there.
-    assert codes[0] == 0, errors
-    assert codes[1] in (1, 2), errors
-    steps = [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(41))
 
 
 def test_a_command_that_is_refused_leaves_no_folder(
@@ -199,8 +168,8 @@ def test_a_text_that_has_changed_is_not_shown_as_held_out(
 
 
 NAMES = [
-    b"[/red] [bold]x[/]", b"\x1b[31mred\x1b]0;t\x07", b"two\nlines\tand\rmore", b"caf\xe9",
-    "right\u202etfel\u2066".encode(), b"<script>alert(1)</script>"[:20], b":smile: $x^$ %s {0}",
+    b"[/red] [bold]x[/] \x1b[31mred\x1b]0;t\x07", b"two\nlines\tand\rmore",
+    b"caf\xe9 " + "right\u202etfel\u2066".encode(), b"<script>alert(1)</script> $x^$ %s {0}",
 ]  # fmt: skip
 
 
@@ -217,7 +186,6 @@ def test_any_name_is_shown_as_it_is(
     command = ["train", "--text", text, *SMALL, "--steps", "1", "--out", folder / "new"]
     assert main([str(x) for x in command]) == 0
     assert main(["report", str(out), "--text", str(text), "--out", str(page)]) == 0
-    assert main(["diagnose", str(out), "--text", str(text)]) in (0, 1)
     shown = capsys.readouterr()
     for words in (shown.out, shown.err):
         assert all(c.isprintable() or c == "\n" for c in words)

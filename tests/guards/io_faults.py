@@ -372,7 +372,9 @@ def main() -> int:
                 ]
             for words in bad:
                 print(f"{command}: {words}")
-            print(f"{command}: {len(trial.steps)} steps, {count} cases, {len(bad)} wrong")
+            print(
+                f"{command}: {len(trial.steps)} steps, {count} cases, {len(bad)} wrong", flush=True
+            )
             wrong += len(bad)
     return int(wrong > 0)
 

@@ -24,15 +24,14 @@ DISTILL = ["--steps", "2", "--seq-len", "64", "--block-size", "16", "--base-spar
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No network, and a key of the tests' own."""
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network."""
 
     def refuse(*args: object, **options: object) -> None:
         pytest.fail("asked the network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
 
 
 @pytest.fixture(scope="module")
