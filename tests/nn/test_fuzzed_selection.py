@@ -99,15 +99,17 @@ def candidates_of(case: dict[str, Any], sample: int, head: int, row: int) -> tup
     sizes = {"q_len": case["q_len"], "kv_len": case["kv_len"], "size": SIZE}
     length = None if case["lengths"] is None else case["lengths"][sample]
     visible = visible_blocks(row, **sizes, causal=case["causal"], length=length)
+    diagonal = case["causal"] or case["q_len"] == case["kv_len"]
     forced = forced_blocks(
         row, visible, **sizes, causal=case["causal"], local=config["num_local_blocks"],
-        sink=config["num_sink_blocks"],
-        diagonal=case["causal"] or case["q_len"] == case["kv_len"],
+        sink=config["num_sink_blocks"], diagonal=diagonal,
     )  # fmt: skip
     free = set(visible) - forced
     segments, rates = case["segments"]
     if segments is not None:
-        free &= lattice_blocks(row, head, visible, segments, rates, **sizes)
+        # Queries of another sequence end with the sample's own keys.
+        end = case["kv_len"] if diagonal or length is None else length
+        free &= lattice_blocks(row, head, visible, segments, rates, **{**sizes, "kv_len": end})
     return visible, forced, free
 
 
