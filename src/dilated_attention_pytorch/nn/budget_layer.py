@@ -43,7 +43,7 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
     def initial_buffers(self) -> dict[str, Tensor]:
         """The sparsity of the config, and no thresholds."""
         return {
-            "base_sparsity": torch.tensor(self._first_sparsity, device="cpu"),
+            "base_sparsity": torch.tensor(self._first_sparsity, dtype=torch.float32, device="cpu"),
             "thresholds": ThresholdTable.empty_buffer(self.pattern_heads),
         }
 
@@ -159,5 +159,8 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
 
 
 def setting(value: float) -> Tensor:
-    """A setting as a buffer: float32 whatever the default dtype is, which kernels read."""
-    return torch.tensor(float(value), dtype=torch.float32)
+    """A setting as a buffer, which kernels read: float32 whatever the default dtype is.
+
+    On the default device, as parameters are.
+    """
+    return torch.tensor(float(value), dtype=torch.float32, device=torch.get_default_device())

@@ -236,7 +236,7 @@ def unread_thresholds(layer: BudgetLayer, lengths: int | Tensor) -> Tensor:
     """Thresholds at lengths, ``(1 or b, heads, 1 or i)``, where the host cannot read the table."""
     rows = layer.threshold_rows()
     if not isinstance(lengths, Tensor):
-        lengths = torch.full((1, 1, 1), lengths, device=rows.device)
+        lengths = torch.full((1, 1, 1), lengths, dtype=torch.long, device=rows.device)
     return thresholds_at(rows, lengths.squeeze(1))
 
 

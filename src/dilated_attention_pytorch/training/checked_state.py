@@ -173,7 +173,9 @@ def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) 
             raise _other(f"{name}.state[{number}]", f"{sorted(expected)}", sorted(map(str, values)))
         for key, value in values.items():
             shape = () if key == "step" else tuple(parameters[number].shape)
-            _check_tensor(f"{name}.state[{number}].{key}", torch.empty(shape, device="meta"), value)
+            dtype = torch.float32 if key == "step" else parameters[number].dtype
+            wanted = torch.empty(shape, dtype=dtype, device="meta")
+            _check_tensor(f"{name}.state[{number}].{key}", wanted, value)
             # Of its squares and its steps.
             if key != "exp_avg" and bool((value < 0).any()):
                 raise _other(f"{name}.state[{number}].{key}", "not negative", value.flatten()[:4])

@@ -108,7 +108,7 @@ class CacheStep:
         for (followed, count, broken), numbers in kinds.items():
             samples = None
             if len(kinds) > 1:
-                samples = torch.tensor(numbers, device=seen.device)
+                samples = torch.tensor(numbers, dtype=torch.long, device=seen.device)
             own = starts if samples is None else starts[samples]
             parts.append(
                 Part(samples, bool(followed), count, bool(broken), None if broken else own)

@@ -148,7 +148,7 @@ class CachedAttention:
         seen = self.step.seen
         if seen is None:
             raise RuntimeError("there is no padding to move.")
-        offset = torch.full((len(seen),), self.step.place, device=seen.device)
+        offset = torch.full((len(seen),), self.step.place, dtype=torch.long, device=seen.device)
         return CompactTokens.of(seen, offset, self.query.shape[1])
 
 
