@@ -50,7 +50,7 @@ class ScheduledLayer(ScoringLayer):
 
     def initial_buffers(self) -> dict[str, Tensor]:
         """The values of the config, and no thresholds."""
-        own = {name: torch.tensor(getattr(self.config, name), device="cpu") for name in _SCHEDULED}
+        own = {name: setting(getattr(self.config, name)).cpu() for name in _SCHEDULED}
         return {**super().initial_buffers(), **own}
 
     def temperature_factor(self) -> Tensor | float:
