@@ -113,7 +113,7 @@ def run(case: Case, backend: str, device: str) -> dict[str, Tensor]:
             return x
         # Copied by its storage, so that strides and what lies between stay.
         return torch.empty(0, dtype=x.dtype, device=device).set_(
-            x.untyped_storage().to(device), x.storage_offset(), x.shape, x.stride()
+            x.untyped_storage().to(device=device), x.storage_offset(), x.shape, x.stride()
         )
 
     options = {name: place(x) for name, x in case.options.items()}
