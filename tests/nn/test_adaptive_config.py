@@ -369,14 +369,18 @@ def test_any_configuration_chooses_allowed_blocks_within_the_budget(
                 )  # fmt: skip
                 free = set(visible)
                 if segments is not None:
-                    free = lattice_blocks(i, h, visible, *segments, **rule)
+                    # Queries of another sequence end with the sample's own keys.
+                    end = kv_len if diagonal else int(lengths[b])
+                    free = lattice_blocks(i, h, visible, *segments, **{**rule, "kv_len": end})
                 count = int(chosen.kv_num_blocks[b, h, i])
                 row = set(chosen.kv_indices[b, h, i, :count].tolist())
                 assert forced <= row <= free | forced
                 forced_all.append(len(forced))
                 limits.append(len(free | forced))
                 allowed.append(len(visible))
-            if config["budget"] != "fixed" or soft:
+            # Budgets of the past follow no level: tests/selection/test_running_budget.py.
+            looks_back = causal and config["query_scope"] == "past"
+            if config["budget"] != "fixed" or soft or looks_back:
                 continue
             level = water_level(1 - config["base_sparsity"], forced_all, limits, allowed)
             shares = [min(max(level, f), c) for f, c in zip(forced_all, limits, strict=True)]

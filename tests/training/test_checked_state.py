@@ -221,7 +221,7 @@ def test_the_step_is_one(step: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("current_step", "3"), ("current_step", -1), ("current_step", 10**400),
+        ("current_step", "3"), ("current_step", -1),
         ("annealing_steps", 0), ("annealing_steps", 1.5), ("initial_temperature", "1"),
         ("initial_temperature", float("nan")), ("final_temperature", -1.0),
         ("initial_sparsity", 1.0), ("schedule", ["linear"]), ("dense_steps", None),

@@ -82,7 +82,7 @@ class SuperBlocks:
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
     """Entries ``(b, ...)`` of ``(1 or b, n)`` at ``index``, clamped to the table."""
-    if table.shape[1] == 0:
+    if table.shape[1] == 0 or index.numel() == 0:
         return table.new_zeros(index.shape)
     place = index.flatten(1).long().clamp(0, table.shape[1] - 1)
     batch = max(table.shape[0], place.shape[0])

@@ -21,7 +21,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 def exponential(start: float, end: float, progress: float) -> float:
     """A constant factor per step; both ends must be positive."""
     # Not by their quotient, which need not be a finite number.
-    return float(start ** (1 - progress) * end**progress)
+    return math.exp(linear(math.log(start), math.log(end), progress))
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "exponential": exponential}

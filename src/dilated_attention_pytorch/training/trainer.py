@@ -217,8 +217,6 @@ def _check(state: Mapping[str, Any]) -> None:
         smallest, steps = 1 if name == "annealing_steps" else 0, as_int(name, state[name])
         if steps < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {short_repr(steps)}.")
-        if steps >= 2**63:
-            raise ValueError(f"{name} must be below 2**63, got {short_repr(steps)}.")
     if not isinstance(state["schedule"], str):
         raise TypeError(f"schedule must be a name, got {short_repr(state['schedule'])}.")
     if state["schedule"] not in SCHEDULES:

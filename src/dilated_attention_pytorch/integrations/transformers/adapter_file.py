@@ -20,6 +20,7 @@ from dilated_attention_pytorch.integrations.transformers.base_identity import ch
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
     json_digest,
@@ -279,18 +280,19 @@ _RANGES = {
 
 
 def _check_thresholds(name: str, rows: Tensor) -> None:
-    """Per row a length and the thresholds from there on."""
-    shape_fits = rows.dim() == 2 and rows.shape[1] >= 2
-    if not shape_fits:
+    """Per row a length and the thresholds from there on, as :class:`ThresholdTable` has them."""
+    if rows.dim() != 2 or rows.shape[1] < 2:
         raise ValueError(
             f"{name} must be rows of a length and thresholds, got {tuple(rows.shape)}."
         )
-    lengths, values = rows[:, 0], rows[:, 1:]
-    whole = (lengths == lengths.round()) & (lengths >= 1) & (lengths <= _LARGEST_LENGTH)
-    if not bool(whole.all()) or not bool((lengths.diff() > 0).all()):
-        raise ValueError(f"the lengths of {name} must be whole and ascend, got {_shown(lengths)}.")
-    if not bool((values > 0).all()):
-        raise ValueError(f"{name} must be positive, got {_shown(values)}.")
+    try:
+        table = ThresholdTable.from_buffer(rows)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from error
+    if table is not None and table.lengths[-1] > _LARGEST_LENGTH:
+        raise ValueError(
+            f"the lengths of {name} must be at most {_LARGEST_LENGTH}, got {table.lengths[-1]}."
+        )
 
 
 def _shown(value: Tensor) -> str:

@@ -220,7 +220,10 @@ def read_costs(
         content = read_file(path, limit=MAX_BYTES)
     except FileNotFoundError:
         return {}
-    state = unsealed(parse_json(content, str(path)), str(path), required=False)
+    try:
+        state = unsealed(parse_json(content, str(path)), str(path), required=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
     for name, own in identity.items():
         # Earlier versions did not know the model.
         if state.get(name, own if name == "model" else None) != own:
