@@ -19,8 +19,7 @@ def dense_attention(args: Arguments) -> tuple[Tensor, None]:
     if group > 1:
         # Spelled out: with enable_gqa some devices fall back to forming all the weights.
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    causal = args.mask.causal and not _sees_everything(args)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=args.scale)
+    out = F.scaled_dot_product_attention(query, key, value, scale=args.scale)
     return out.transpose(1, 2), None
 
 
@@ -42,10 +41,12 @@ def dense_refusal(args: Arguments, return_lse: bool) -> str | None:
         return "the pattern is not known to keep every tile"
     if mask.q_len == 0 or mask.kv_len == 0:
         return "there is nothing to attend to"
-    if known.causal and not (mask.causal and mask.query_offset == known.query_offset):
-        return "the pattern keeps every tile of another causal mask"
-    if mask.causal and mask.query_offset != 0 and not _sees_everything(args):
-        return "its causal mask starts with query 0 at key 0"
+    if mask.causal and not _sees_everything(args):
+        # PyTorch multiplies later tokens by 0, so that one that is not finite spoils earlier ones;
+        # with a scale of 0 or below -inf in its mask becomes NaN.
+        return "a causal mask hides tokens, whose values must not matter"
+    if known.causal and not _sees_everything(args):
+        return "the pattern keeps every tile of a causal mask alone"
     return None
 
 

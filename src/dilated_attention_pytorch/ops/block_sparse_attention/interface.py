@@ -103,8 +103,8 @@ def block_sparse_attention(
             like. None: ``kv_len - q_len``.
         backend: ``"auto"`` or a name in ``BACKENDS``; see :func:`explain_backend`. ``"auto"`` takes
             PyTorch's dense attention if the pattern is known to keep every tile
-            (``BlockPattern.complete_for``) and neither ``block_bias``, ``mass_probe`` nor the lse
-            is asked for. On a CPU it takes ``"cpp"`` for float32 from ``2**25`` dense logits on:
+            (``BlockPattern.complete_for``), no mask hides anything and neither ``block_bias``,
+            ``mass_probe`` nor the lse is asked for. On a CPU it takes ``"cpp"`` for float32 from ``2**25`` dense logits on:
             a kernel that the user's C++ compiler builds at first use (kept in ``~/.cache``; not
             in traced programs; environment variable ``DILATED_ATTENTION_CPP=0``: never).
         return_lse: Also return the log-sum-exp of the logits.
@@ -117,8 +117,8 @@ def block_sparse_attention(
         What no query reads (padding, blocks that are not kept, rows that read nothing and the
         gradients that arrive there) may hold anything, NaN included: no bit of the results hangs
         on it, and its gradient is 0. NaN and infinities where they are read make the rows that
-        read them NaN or infinite, and no others (``"dense"`` and ``"flash"`` do not promise this
-        inside the tiles that the causal mask cuts).
+        read them NaN or infinite, and no others (``"flash"`` does not promise this inside the
+        tiles that the causal mask cuts).
 
     Raises:
         TypeError: If inputs are not floating point or mix dtypes.

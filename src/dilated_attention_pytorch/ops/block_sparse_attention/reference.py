@@ -20,6 +20,14 @@ from dilated_attention_pytorch.ops.block_sparse_attention.masked_products import
 
 def reference_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     """Computes output and lse as :func:`block_sparse_attention` defines them."""
+    if args.query.device.type == "meta":
+        return _attention(args)
+    # It promises float32 at least.
+    with torch.autocast(args.query.device.type, enabled=False):
+        return _attention(args)
+
+
+def _attention(args: Arguments) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if args.query.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (args.query, args.key, args.value))
     group = q.shape[1] // k.shape[1]
@@ -87,6 +95,7 @@ class _MassTap(torch.autograd.Function):
         p = F.pad(p, (0, j * size_k - m, 0, i * size_q - n))
         p = p.view(b, heads, h // heads, i, size_q, j, size_k).sum(-1)
         mass = (p * w[..., None]).sum((2, 4))
-        slots = mass.gather(-1, pattern.kv_indices.long().clamp(0, j - 1) if j else mass.long())
-        slots = slots.masked_fill(~pattern.slot_used(), 0)
+        # One more, for slots that hold no block.
+        place = torch.where(pattern.slot_used(), pattern.kv_indices, j).long()
+        slots = F.pad(mass, (0, 1)).gather(-1, place)
         return grad, slots.to(ctx.probe_dtype), None, None, None
