@@ -81,6 +81,8 @@ def difference(
     """What is wrong with a result, or nothing. ``nan``: rows ``(b, h, n)`` that read one."""
     if got.shape != want.shape:
         return f"{name} has shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    # A gradient has its own input's dtype, which may be narrower than the others'.
+    limit = limit + 4 * torch.finfo(got.dtype).tiny
     got = got.detach().double().cpu()
     same = (got == want) | ((got - want).abs() <= limit) | ~(limit < torch.inf)
     if name in ("out", "lse") and nan is not None:
