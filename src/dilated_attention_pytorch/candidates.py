@@ -136,8 +136,7 @@ class CandidateRule:
         else:
             near = (torch.zeros_like(rows.low), torch.zeros_like(rows.low))
         parts = (rows.low, rows.end, rows.low + self.num_sink_blocks, *near)
-        batch = max(part.shape[0] for part in parts)
-        return torch.cat([part.expand(batch, -1, -1) for part in parts], 1).int().contiguous()
+        return torch.cat(torch.broadcast_tensors(*parts), 1).int().contiguous()
 
 
 def count_forced(intervals: Tensor) -> tuple[Tensor, Tensor]:

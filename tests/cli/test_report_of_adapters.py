@@ -168,6 +168,13 @@ def test_what_is_no_adapter_or_has_no_base(
     found = refused(capsys, "report", adapter, *text)
     assert "'somebody/a-model', which is no folder here" in found
     assert "--model" in found
+    # Its weights are no weights: sizes are compared before they are looked at.
+    (save_tiny(tmp_path / "larger", hidden_size=64) / "model.safetensors").write_bytes(b"none")
+    about["base"]["name"] = str(tmp_path / "larger")
+    (adapter / "adapter.json").write_text(json.dumps(about))
+    found = refused(capsys, "report", adapter, *text)
+    assert "where another model is now: hidden_size is" in found
+    assert "--model" in found
     other = save_tiny(tmp_path / "other")
     found = refused(capsys, "diagnose", adapter, *text, "--model", other)
     assert "another base model" in found

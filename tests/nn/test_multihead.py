@@ -198,6 +198,24 @@ def test_what_padding_holds_does_not_matter(causal: bool) -> None:
     assert torch.equal(outs[2], outs[0])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_gradient_comes_from_padding(causal: bool) -> None:
+    """Whatever padding holds and whatever gradient its outputs get: 0 * nan would be nan."""
+    ours = make(SPARSE)
+    gradients = []
+    for filling in (0.0, torch.nan, torch.inf):
+        x = tokens(4, 50, DIM).masked_fill(PADDING[..., None], filling).requires_grad_()
+        out, _ = ours(x, x, x, key_padding_mask=PADDING, is_causal=causal)
+        ours.zero_grad()
+        out.backward(tokens(4, 50, DIM).masked_fill(PADDING[..., None], filling))
+        used = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+        assert "out_proj.bias" in used
+        gradients.append({"x": x.grad, **used})
+    for other in gradients[1:]:
+        for name, value in gradients[0].items():
+            assert torch.equal(other[name], value), name
+
+
 def test_cross_attention_can_be_said() -> None:
     """Of equal sequences, in the constructor and in the call, which goes first."""
     dense, ours = pair()

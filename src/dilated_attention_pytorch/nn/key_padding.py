@@ -64,7 +64,9 @@ class KeyPadding:
     def compact(
         self, key: Tensor, query: Tensor, value: Tensor, one_sequence: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Moves padding to the end of ``(batch, kv_len, dim)``; equal inputs stay one tensor.
+        """Moves padding to the end of ``(batch, kv_len, dim)``, where zeros take its place.
+
+        Equal inputs stay one tensor.
 
         Args:
             key: Keys.
@@ -75,10 +77,10 @@ class KeyPadding:
         Returns:
             Key, query and value.
         """
-        moved = _reorder(key, self.order)
+        moved = self.move(key)
         if one_sequence:
-            query = moved if query is key else _reorder(query, self.order)
-        value = moved if value is key else _reorder(value, self.order)
+            query = moved if query is key else self.move(query)
+        value = moved if value is key else self.move(value)
         return moved, query, value
 
     def of_queries(self, query: Tensor, key: Tensor) -> KeyPadding:
@@ -101,12 +103,21 @@ class KeyPadding:
         )
 
     def move(self, x: Tensor) -> Tensor:
-        """Moves tokens ``(batch, kv_len, dim)`` to their compact places."""
-        return _reorder(x, self.order)
+        """Moves tokens ``(batch, kv_len, dim)`` to their compact places; zeros are the padding."""
+        places = torch.arange(x.shape[1], device=x.device)
+        real = places < self.lengths[:, None]
+        # A projection's weights see what padding holds, too, and 0 * nan in the backward pass is
+        # nan.
+        return torch.where(real[..., None], _reorder(x, self.order), 0)
 
     def spread(self, out: Tensor) -> Tensor:
         """Moves outputs ``(batch, kv_len, dim)`` back to the given positions."""
         return _reorder(out, self.place)
+
+    def replace(self, out: Tensor, constant: Tensor | float) -> Tensor:
+        """Puts a constant where padding is in ``(batch, kv_len, dim)``, at the given positions."""
+        real = self.place < self.lengths[:, None]
+        return torch.where(real[..., None], out, constant)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

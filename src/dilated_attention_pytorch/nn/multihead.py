@@ -23,7 +23,8 @@ class MultiheadAdaptiveAttention(nn.Module):
 
     Differs from ``nn.MultiheadAttention``: ``batch_first`` is True by default; attention weights
     are never returned; padded queries of self-attention give the output bias instead of a value,
-    as do queries with nothing to read (instead of NaN).
+    as do queries with nothing to read (instead of NaN). What padding holds, and the gradient that
+    comes back to its outputs, reaches no other token and no parameter.
 
     As many queries as keys are taken for one sequence, and each block of queries then always reads
     the keys at its own place: what the inputs are is decided by shapes and numbers, never by
@@ -231,6 +232,10 @@ class MultiheadAdaptiveAttention(nn.Module):
         if queries is not None:
             out = queries.spread(out)
         out = self.out_proj(out)
+        if queries is not None:
+            # Not its product with 0: the gradient of padding may be anything, and ends here.
+            constant = 0 if self.out_proj.bias is None else self.out_proj.bias.detach()
+            out = queries.replace(out, constant)
         if not batched:
             return out[0], info
         return (out if self.batch_first else out.transpose(0, 1)), info

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.scoring.products import pair_products, take_columns
 from dilated_attention_pytorch.scoring.summaries import exact_dtype, past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
 
@@ -194,8 +195,7 @@ class LowRankScorer(CalledModule):
             scores = self._scores(mass)
         if candidates is None:
             return scores
-        index = candidates.clamp(0, scores.shape[-1] - 1).long()
-        return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+        return take_columns(scores, candidates)
 
     def rate(self, query: Tensor, key: Tensor, last: Tensor, block_size: int) -> Tensor:
         """Scores of one row of blocks by a few queries, as in :meth:`forward`; no gradient.
@@ -282,4 +282,4 @@ class LowRankScorer(CalledModule):
         if valid is not None:
             weight = weight & valid[:, None]
         per_block = block_size // self.query_stride
-        return mass_of_rows(q @ k.mT, seen, weight.to(q.dtype), per_block, block_size)
+        return mass_of_rows(pair_products(q, k), seen, weight.to(q.dtype), per_block, block_size)

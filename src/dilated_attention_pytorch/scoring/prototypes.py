@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.scoring.products import finite_rows, take_columns
 
 # Products of prototypes are made for this many numbers at a time and recomputed in the backward
 # pass: 2**24 float32 numbers are 64 MiB.
@@ -185,8 +186,7 @@ class PrototypeScorer(CalledModule):
             scores = scores.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
         if candidates is None:
             return scores
-        index = candidates.clamp(0, scores.shape[-1] - 1).long()
-        return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+        return take_columns(scores, candidates)
 
     def _query_prototypes(self, query: Tensor, block_size: int, valid: Tensor | None) -> Tensor:
         q = block_prototypes(query, block_size, self.query_pool, valid)
@@ -204,6 +204,8 @@ class PrototypeScorer(CalledModule):
         q = self._query_prototypes(query, block_size, query_valid)
         k = block_prototypes(key, block_size, self.key_pool, key_valid)
         k = k.repeat_interleave(self.num_heads // k.shape[1], 1)
+        *_, no_number = finite_rows(q.flatten(3), k.flatten(3))
+        q, k = (torch.where(x.isfinite().all((3, 4), keepdim=True), x, 0) for x in (q, k))
         batch, heads, rows, count, _ = q.shape
         step = max(_CHUNK // max(batch * heads * k.shape[2] * count * count, 1), 1)
         parts = []
@@ -212,7 +214,8 @@ class PrototypeScorer(CalledModule):
                 parts.append(checkpoint(self._rows, part, k, use_reentrant=False))
             else:
                 parts.append(self._rows(part, k))
-        return torch.cat(parts, 2) if parts else q.new_zeros(batch, heads, 0, k.shape[2])
+        scores = torch.cat(parts, 2) if parts else q.new_zeros(batch, heads, 0, k.shape[2])
+        return torch.where(no_number, torch.nan, scores)
 
     def _rows(self, q: Tensor, k: Tensor) -> Tensor:
         """Log-sum-exp over the pairs of prototypes of ``(b, h, i, r, d)`` and ``(b, h, j, p, d)``.

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.called_module import CalledModule
+from dilated_attention_pytorch.scoring.products import (
+    finite_rows,
+    pair_products,
+    take_columns,
+)
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
 
 KINDS = ("bilinear", "mlp")
@@ -225,14 +230,15 @@ class ImportanceScorer(CalledModule):
     def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
         # Scoring everything is one matmul; it beats gathering unless the candidates are few.
         if candidates is None or 2 * candidates.shape[-1] >= k.shape[2]:
-            scores = (q @ k.transpose(-1, -2)).float()
-            return scores if candidates is None else _take(scores, candidates)
-        return torch.einsum("bhir,bhicr->bhic", q, _take_rows(k, candidates)).float()
+            scores = pair_products(q, k).float()
+            return scores if candidates is None else take_columns(scores, candidates)
+        return pair_products(q[..., None, :], _take_rows(k, candidates)).squeeze(3).float()
 
     def _mlp(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
         if candidates is not None and 1 != candidates.shape[1] != q.shape[1]:
             # Heads that share a pattern have one list of candidates.
             candidates = candidates.repeat_interleave(q.shape[1] // candidates.shape[1], 1)
+        q, k, no_number = finite_rows(q, k)
         rows = q.shape[2]
         columns = k.shape[2] if candidates is None else candidates.shape[-1]
         per_row = max(q.shape[0] * q.shape[1] * columns * q.shape[3], 1)
@@ -249,6 +255,9 @@ class ImportanceScorer(CalledModule):
                 chunks.append(self._mlp_rows(*inputs))
             start += step
         scores = torch.cat(chunks, 2) if chunks else q.new_zeros(*q.shape[:3], columns)
+        if candidates is not None:
+            no_number = take_columns(no_number, candidates)
+        scores = torch.where(no_number, torch.nan, scores)
         return self._share(scores)
 
     def _mlp_rows(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
@@ -290,14 +299,10 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.to(exact_dtype(weight.dtype))
 
 
-def _take(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Columns ``candidates`` of ``(b, h, i, j)``; numbers outside read column 0 or the last."""
-    index = candidates.clamp(0, scores.shape[-1] - 1).long()
-    return scores.gather(-1, index.expand(*scores.shape[:3], -1))
-
-
 def _take_rows(k: Tensor, candidates: Tensor) -> Tensor:
     """Rows ``candidates`` of ``(b, h, j, r)`` as ``(b, h, i, c, r)``."""
+    if k.shape[2] == 0:
+        k = F.pad(k, (0, 0, 0, 1))
     b, h, j, r = k.shape
     index = candidates.clamp(0, j - 1).long().expand(b, h, -1, -1)
     flat = index.reshape(b, h, -1, 1).expand(-1, -1, -1, r)

@@ -70,7 +70,7 @@ def min_max_scores(
         query_valid = torch.ones(1, q_len, dtype=torch.bool, device=query.device)
     pad = blocks * block_size - q_len
     query, query_valid = F.pad(query, (0, 0, 0, 0, 0, pad)), F.pad(query_valid, (0, pad))
-    step = max(_CHUNK_ELEMENTS // (batch * heads * highest.shape[1] * block_size), 1)
+    step = max(_CHUNK_ELEMENTS // max(batch * heads * highest.shape[1] * block_size, 1), 1)
     out = []
     for tokens, valid in zip(
         query.split(step * block_size, 1), query_valid.split(step * block_size, 1), strict=True
@@ -162,4 +162,4 @@ def _products(q: Tensor, k: Tensor) -> Tensor:
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]
     q = q.transpose(1, 2).reshape(batch, groups, heads // groups * rows, dim)
-    return (q @ k.permute(0, 2, 3, 1)).view(batch, heads, rows, -1)
+    return (q @ k.permute(0, 2, 3, 1)).view(batch, heads, rows, k.shape[1])

@@ -58,6 +58,9 @@ def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = F
     """
     unit = key_means.detach().float().transpose(1, 2)
     unit = F.normalize(unit, dim=-1).nan_to_num(0.0, 0.0, 0.0)
+    if unit.shape[2] == 0:
+        # Rows that see nothing.
+        unit = F.pad(unit, (0, 0, 0, 1))
     batch, heads, _, dim = unit.shape
     prefix = F.pad(unit.cumsum(2), (0, 0, 1, 0))
     own = rows.diagonal_first - 1 if past_only else rows.diagonal_first

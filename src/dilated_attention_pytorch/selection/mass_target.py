@@ -59,6 +59,7 @@ def mass_target_gradient(scores: Tensor, scored: Tensor, mass: Tensor, weight: f
     target = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     # Not -inf: a row without scored tiles must not become NaN.
     logits = scores.float().masked_fill(~scored, torch.finfo(torch.float32).min)
-    predicted = logits.softmax(-1).masked_fill(~scored, 0)
+    predicted = logits.softmax(-1)
     strength = mass.amax(-1, keepdim=True) * weight
-    return ((predicted - target) * strength).to(scores.dtype)
+    # Last of all: an unscored slot may stand for any block, and 0 * NaN is NaN.
+    return ((predicted - target) * strength).masked_fill(~scored, 0).to(scores.dtype)

@@ -46,6 +46,15 @@ def base_identity(model: Any, sites: list[AttentionSite]) -> dict[str, Any]:
     return identity
 
 
+def size_difference(saved: dict[str, Any], config: Any) -> str | None:
+    """Says how the sizes of a base differ from those of a model's settings, or returns None."""
+    for name in _CONFIG_FIELDS:
+        found = getattr(config, name, None)
+        if saved.get(name) != found:
+            return f"{name} is {short_repr(saved.get(name))} there and {short_repr(found)} here"
+    return None
+
+
 def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
     """Says how two bases differ, or returns None; names do not count."""
     for name in (*_CONFIG_FIELDS, "head_dim"):

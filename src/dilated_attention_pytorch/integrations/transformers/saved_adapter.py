@@ -11,12 +11,18 @@ from torch import Tensor
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
 from dilated_attention_pytorch.integrations.transformers.adapter_file import AdapterError
+from dilated_attention_pytorch.integrations.transformers.base_identity import size_difference
 from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob, PretrainedLoop
 from dilated_attention_pytorch.integrations.transformers.lora import load_lora
-from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
+from dilated_attention_pytorch.integrations.transformers.tokens import (
+    load_model,
+    load_settings,
+    load_tokenizer,
+)
 from dilated_attention_pytorch.integrations.transformers.tune import LORA_NAME, MODEL_NAME
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.tasks.text import TextError
+from dilated_attention_pytorch.training.checked_state import checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import METRICS_NAME
 from dilated_attention_pytorch.training.metrics import MetricsFile
 from dilated_attention_pytorch.training.own_mark import MARK, check_named
@@ -52,7 +58,9 @@ class SavedAdapter:
                 or the folder that it was made from.
 
         Raises:
-            AdapterError: If the adapter cannot be read, was not calibrated, or there is no base.
+            AdapterError: If the adapter cannot be read, was not calibrated, or there is no base:
+                where the adapter names it, the folder must hold a model of the same sizes.
+            ValueError: If the settings of the base that it names cannot be read.
         """
         adapter = SelectorAdapter.read(folder)
         for number, config in adapter.configs.items():
@@ -107,7 +115,9 @@ class SavedAdapter:
         state = PretrainedLoop.read_newest(run)
         # The text of somebody else's run is not read.
         check_named(run, state[PretrainedLoop.KEY], state.get(MARK), ["text"])
-        text = PretrainedJob.from_dict(state[PretrainedLoop.KEY]).tokens()
+        with checkpoint_settings(run):
+            job = PretrainedJob.from_dict(state[PretrainedLoop.KEY])
+        text = job.tokens()
         if text.fingerprint() != state["fingerprint"]:
             raise TextError(
                 f"the text of the run ({text.source}) has changed since; name one: --text FILE."
@@ -131,6 +141,14 @@ def _find_base(folder: Path, adapter: SelectorAdapter) -> str:
         return str(tuned)
     name = adapter.base.get("name") or ""
     if name and Path(name).is_dir():
-        return str(name)
+        # Whoever wrote the adapter has chosen that folder: nothing but its settings is read before
+        # it is known to fit.
+        found = size_difference(adapter.base, load_settings(name))
+        if found is None:
+            return str(name)
+        raise AdapterError(
+            f"the adapter in {folder} was made for {name!r}, where another model is now: {found}. "
+            "Give the base model's folder (--model)."
+        )
     known = f"was made for {name!r}, which is no folder here" if name else "does not name its base"
     raise AdapterError(f"the adapter in {folder} {known}; give the base model's folder (--model).")

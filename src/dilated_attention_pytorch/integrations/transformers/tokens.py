@@ -151,6 +151,25 @@ def check_folder(folder: str | Path) -> None:
             local_settings(place, name)
 
 
+def load_settings(folder: str | Path) -> Any:
+    """The settings of a model folder, with the defaults of its architecture; no weights are read.
+
+    Raises:
+        ValueError: If they cannot be read, or bring code.
+    """
+    from transformers import AutoConfig
+
+    check_folder(folder)
+    try:
+        _check_sizes(local_settings(folder, "config.json"))
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, token=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read the settings of the model in {folder}: {reason}") from error
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder.
 

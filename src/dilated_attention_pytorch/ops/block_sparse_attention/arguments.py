@@ -89,8 +89,8 @@ def check_arguments(
         scale = 1 / math.sqrt(head_dim)
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}.")
+    elif not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be finite in float32, got {scale}.")
     if pattern.batch_size != batch:
         pattern = replace(
             pattern,
