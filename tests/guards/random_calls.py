@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from guards.reports import write_report
 
 # Of 100 seeds so many are calls of each kind.
 SHARES = {"attention": 82, "decode": 6, "layer": 4, "multihead": 2, "pattern": 4, "misuse": 2}
@@ -159,7 +160,9 @@ def report_of(process: subprocess.Popen[bytes], path: Path, seed: int) -> dict[s
     """Waits for a part; what ended without a report is a mismatch."""
     code = process.wait()
     if code in (0, 1) and path.exists():
-        return dict(json.loads(path.read_text()))
+        written = json.loads(path.read_text())
+        names = ("seeds", "calls", "seconds", "counts", "refusals", "mismatches")
+        return {name: written[name] for name in names}
     wrong = {"seed": seed, "kind": "process", "backend": "", "about": ""}
     wrong["wrong"] = f"the process that began with this seed ended with {code}"
     print(f"MISMATCH {wrong['wrong']}: {seed}", flush=True)
@@ -208,16 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
         report = run_seeds(options)
         if options.device == "cpu" and options.backend == "all" and options.kind is None:
             add_report(report, run_interpreted(options))
-    gpu = options.device == "cuda"
-    report["hardware"] = torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}"
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    cases, wrong = report["calls"], len(report["mismatches"])
+    write_report(options.json, cases, wrong, gpu=options.device == "cuda", **report)
     for title in ("counts", "refusals"):
         numbers = [f"{name} {number:,}" for name, number in report[title].items()]
         print(f"{title}: {', '.join(numbers)}")
     seeds = "seeds " + ", ".join(f"{first} to {last}" for first, last in report["seeds"])
-    wrong = f"{len(report['mismatches'])} mismatches"
-    print(f"{report['calls']:,} calls of {seeds} in {report['seconds']} s: {wrong}")
+    print(f"{report['calls']:,} calls of {seeds} in {report['seconds']} s: {wrong} mismatches")
     return int(bool(report["mismatches"]))
 
 
