@@ -330,7 +330,7 @@ def pattern_kinds() -> list[Kind]:
     dense = torch.rand(1, 2, 4, 5, generator=generator) < 0.5
     allowed = torch.full((4,), 5, dtype=torch.int32)
     pattern = BlockPattern.from_dense(dense, q_len=64, kv_len=75, block_size=16)
-    pattern = replace(pattern, kv_num_allowed=allowed, _transposed=[])
+    pattern = replace(pattern, kv_num_allowed=allowed)
     kept = {"layers.0": torch.rand(2, 4, 4, generator=generator)}
     fixed = DistilledPatterns(kept, {name: x.sum(-1) for name, x in kept.items()}, 16)
 

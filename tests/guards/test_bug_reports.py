@@ -133,8 +133,8 @@ def test_indices_out_of_range_are_refused_or_unread(entry: int) -> None:
     unused[~pattern.slot_used()] = entry
     used[0, 0, 3, 2] = entry
     with pytest.raises(ValueError, match="kv_indices"):
-        replace(pattern, kv_indices=used, check_values=True)
-    odd = replace(pattern, kv_indices=unused, check_values=True, _transposed=[])
+        replace(pattern, kv_indices=used)
+    odd = replace(pattern, kv_indices=unused)
     found, wanted = (
         with_gradients(lambda *x, p=p: block_sparse_attention(*x, p), inputs)
         for p in (odd, pattern)
