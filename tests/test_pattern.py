@@ -192,3 +192,16 @@ def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
         assert torch.equal(read.kv_num_blocks, base)
         assert torch.equal(read.kv_indices, index)
         assert torch.equal(read.kv_num_allowed, allowed)
+
+
+def test_a_copy_with_other_values_is_checked_and_has_its_own_transpose() -> None:
+    """Of a pattern that the library made without checking, and has transposed already."""
+    pattern = BlockPattern.from_dense(
+        torch.tensor([[1, 0], [1, 0]]).bool(), q_len=8, kv_len=8, block_size=4
+    )
+    pattern.transpose()
+    other = replace(pattern, kv_indices=pattern.kv_indices + 1)
+    assert pattern.transpose().offsets.flatten().tolist() == [0, 2, 2]
+    assert other.transpose().offsets.flatten().tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match="kv_indices"):
+        replace(pattern, kv_indices=pattern.kv_indices - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,14 +80,16 @@ class BlockPattern:
     kv_len: int
     block_size: tuple[int, int] = (64, 64)
     kv_num_allowed: Tensor | None = None
-    check_values: bool = field(default=True, repr=False)
+    # Of this construction alone: a copy with other values (dataclasses.replace) is checked anew.
+    check_values: InitVar[bool] = True
     complete_for: AttentionMask | None = field(default=None, repr=False)
-    _transposed: list[PatternTranspose] = field(default_factory=list, repr=False)
+    # Of these values alone: copies do not take it over.
+    _transposed: list[PatternTranspose] = field(default_factory=list, init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check_values: bool) -> None:
         """Checks the fields."""
         self._check_shapes()
-        if self.check_values:
+        if check_values:
             self.validate()
 
     def _check_shapes(self) -> None:
@@ -186,7 +188,6 @@ class BlockPattern:
             kv_indices=self.kv_indices[:, index : index + 1],
             kv_num_allowed=allowed,
             check_values=False,
-            _transposed=[],
         )
 
     def heads(self, num_heads: int) -> list[BlockPattern]:
@@ -206,7 +207,6 @@ class BlockPattern:
             kv_indices=self.kv_indices.to(device),
             kv_num_allowed=None if self.kv_num_allowed is None else self.kv_num_allowed.to(device),
             check_values=False,
-            _transposed=[],
         )
 
     def to_dense(self) -> Tensor:

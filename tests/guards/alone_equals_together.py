@@ -11,6 +11,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dilated_attention_pytorch.nn.training_free import (
     TrainingFreeConfig,
 )
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
+from guards.reports import write_report
 
 SIZE, DIM, KV_HEADS = 8, 8, 2
 LONGEST = 90
@@ -547,15 +549,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="of each check")
     parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--only", default="", help="part of the names of checks")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    total = 0
+    total, parts = 0, {}
     for check in [*CHECKS, *MODEL_CHECKS, *KERNEL_CHECKS]:
         if options.only not in check.__name__:
             continue
         found = list(failures(check, range(options.first, options.first + options.cases)))
         total += len(found)
+        parts[check.__name__] = [seed for seed, _ in found]
         print(f"{check.__name__}: {len(found)} of {options.cases} fail")
         for seed, error in found[:10]:
             frame = error.__traceback__.tb_next.tb_frame
@@ -563,6 +567,7 @@ def main() -> int:
             print(f"  seed {seed}: {str(error)[:100]!r} {layer[:1500]}")
         if found:
             traceback.print_exception(found[0][1])
+    write_report(options.json, options.cases * len(parts), total, failing_seeds=parts)
     return 1 if total else 0
 
 

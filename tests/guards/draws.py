@@ -25,19 +25,37 @@ BLOCKS = (1, 2, 3, 4, 5, 7, 8, 16, 16, 17, 32, 64)
 # What interpreted and compiled kernels take, and a size that they do not.
 INTERPRETED_BLOCKS = (16, 16, 32)
 GPU_BLOCKS = (16, 16, 32, 64, 128, 8)
+# A kernel is compiled for every combination of sizes, dtypes, layouts and kinds of masks, which
+# takes a second, and for lengths that 16 divides or not. On a GPU so many combinations are drawn,
+# each with any number of lengths and values. A prime, so that each meets every kind of call.
+GPU_FORMS = 61
 DTYPES = (torch.float64, *(torch.float32,) * 3, torch.bfloat16, torch.float16)
 
 
-class Dice(random.Random):
-    """A generator of plain numbers and, from the same seed, of tensors."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.tensors = torch.Generator().manual_seed(seed)
+class Coin(random.Random):
+    """A generator of plain numbers."""
 
     def chance(self, share: float) -> bool:
         """True in this share of all cases."""
         return self.random() < share
+
+
+class Dice(Coin):
+    """A generator of plain numbers and, from the same seed, of tensors.
+
+    Args:
+        seed: What everything follows from.
+        forms: So many combinations of what kernels are compiled for. 0: any number.
+    """
+
+    def __init__(self, seed: int, forms: int = 0) -> None:
+        super().__init__(seed)
+        self.tensors = torch.Generator().manual_seed(seed)
+        self._form = seed % forms if forms else None
+
+    def form(self, what: str) -> Coin:
+        """Decides one thing that kernels are compiled for: alike in all calls of a form."""
+        return self if self._form is None else Coin(f"{self._form} {what}")
 
     def randn(self, *shape: int) -> Tensor:
         """Normal numbers in float64."""
@@ -108,6 +126,7 @@ def draw(
     blocks: Sequence[int] = BLOCKS,
     longest: int = 140,
     most_pairs: int = 150_000,
+    forms: int = 0,
 ) -> Case:
     """Draws a call.
 
@@ -117,35 +136,33 @@ def draw(
         blocks: Block sizes to draw from.
         longest: Tokens, at most.
         most_pairs: Numbers in the largest tensor of pairs, at most: the oracle's time.
+        forms: See :class:`Dice`.
     """
-    dice = Dice(seed)
-    dtype = dice.choice(dtypes)
-    size = dice.choice(blocks)
-    sizes = (size, size) if dice.chance(0.6) else (size, dice.choice(blocks))
+    dice = Dice(seed, forms)
+    dtype = dice.form("dtype").choice(dtypes)
+    size = dice.form("size").choice(blocks)
+    of_keys = dice.form("key size")
+    sizes = (size, size) if of_keys.chance(0.6) else (size, of_keys.choice(blocks))
     n = dice.length(sizes[0], longest)
-    m = n if dice.chance(0.5) else dice.length(sizes[1], longest)
-    g = dice.choice((1, 1, 2, 3))
-    h = g * dice.choice((1, 1, 2, 4))
-    d = dice.choice((1, 2, 3, 4, 8, 8, 15, 16, 16, 17, 32, 33, 64))
+    m = n if dice.form("square").chance(0.5) else dice.length(sizes[1], longest)
+    g = dice.form("kv heads").choice((1, 1, 2, 3))
+    h = g * dice.form("group").choice((1, 1, 2, 4))
+    d = dice.form("head_dim").choice((1, 2, 3, 4, 8, 8, 15, 16, 16, 17, 32, 33, 64))
     b = dice.choice((0, 1, 1, 2, 2, 3)) if dice.chance(0.3) else dice.choice((1, 2))
-    while b * h * n * m * d > most_pairs:
-        if b > 1:
-            b -= 1
-        elif d > 8:
-            d //= 2
-        elif h > g:
-            h = g
-        elif g > 1:
-            h = g = g - 1
-        else:
-            n, m = (n // 2, m // 2) if n == m else (max(n // 2, 1), max(m // 2, 1))
+    if forms:
+        # The same sizes at every length.
+        usual = min(longest, 2 * max(sizes) + 17)
+        _, _, _, h, g, d = _cut(1, usual, usual, h, g, d, most_pairs)
+        while b * h * n * m * d > most_pairs:
+            b, n, m = (b - 1, n, m) if b > 1 else (1, n // 2, n // 2 if n == m else m // 2)
+    b, n, m, h, g, d = _cut(b, n, m, h, g, d, most_pairs)
     rule = draw_rule(dice, b, n, m, sizes)
     pattern, complete = draw_pattern(dice, b, n, m, g, h, sizes)
     rows, columns = (np.arange(x) // size for x, size in zip((n, m), sizes, strict=True))
     allowed = oracle.token_rule(b, n, m, **rule)
     offset = rule.get("query_offset", m - n)
     alike = rule.keys() <= {"causal", "query_offset"} and isinstance(offset, int)
-    if b and alike and dice.chance(0.1):
+    if b and alike and dice.form("complete").chance(0.1):
         pattern, complete = _complete_pattern(allowed[0], sizes, rule["causal"], offset), True
     slots = oracle.seen_slots(
         pattern.kv_num_blocks.numpy(), pattern.kv_indices.numpy(), -(-m // sizes[1]), allowed, h,
@@ -160,11 +177,29 @@ def draw(
     return case
 
 
+def _cut(
+    b: int, n: int, m: int, h: int, g: int, d: int, most_pairs: int
+) -> tuple[int, int, int, int, int, int]:
+    """Smaller sizes where there would be too many pairs."""
+    while b * h * n * m * d > most_pairs:
+        if b > 1:
+            b -= 1
+        elif d > 8:
+            d //= 2
+        elif h > g:
+            h = g
+        elif g > 1:
+            h = g = g - 1
+        else:
+            n, m = (n // 2, m // 2) if n == m else (max(n // 2, 1), max(m // 2, 1))
+    return b, n, m, h, g, d
+
+
 def draw_rule(dice: Dice, b: int, n: int, m: int, sizes: tuple[int, int]) -> dict[str, Any]:
     """Keyword arguments of the token rule: any combination that is allowed."""
-    rule: dict[str, Any] = {"causal": dice.chance(0.55)}
-    integers = dice.choice((torch.int32, torch.int64))
-    if n == m and dice.chance(0.25):
+    rule: dict[str, Any] = {"causal": dice.form("causal").chance(0.55)}
+    integers = dice.form("integers").choice((torch.int32, torch.int64))
+    if n == m and dice.form("documents").chance(0.25):
         documents, size = dice.randint(1, 5), sizes[1]
         lengths = torch.zeros(b, documents, dtype=torch.long)
         for sample in range(b):
@@ -179,12 +214,12 @@ def draw_rule(dice: Dice, b: int, n: int, m: int, sizes: tuple[int, int]) -> dic
         edges = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(integers)
         rule["cu_seqlens"] = edges[0] if b == 1 and dice.chance(0.5) else edges
         return rule
-    if dice.chance(0.3):
+    if dice.form("lengths").chance(0.3):
         lengths = [dice.choice((0, m, dice.randint(0, m))) for _ in range(b)]
         rule["key_lengths"] = torch.tensor(lengths, dtype=integers)
-    if dice.chance(0.35):
+    if dice.form("offset").chance(0.35):
         rule["query_offset"] = _draw_offset(dice, n, m)
-        if dice.chance(0.5):
+        if dice.form("offsets").chance(0.5):
             offsets = [_draw_offset(dice, n, m) for _ in range(b)]
             if integers == torch.int32:
                 offsets = [max(min(x, 2**31 - 1), -(2**31)) for x in offsets]
@@ -203,9 +238,9 @@ def draw_pattern(
 ) -> tuple[BlockPattern, bool]:
     """A pattern, and whether the package knows that it keeps everything."""
     i, j = -(-n // sizes[0]), -(-m // sizes[1])
-    if dice.chance(0.1):
+    if dice.form("dense").chance(0.1):
         return BlockPattern.dense(n, m, block_size=sizes), True
-    samples, lists = dice.choice((1, b)), dice.choice((1, g, h))
+    samples, lists = dice.form("samples").choice((1, b)), dice.form("lists").choice((1, g, h))
     kept = dice.flags(dice.choice((0.0, 0.2, 0.5, 0.5, 0.8, 1.0)), samples, lists, i, j)
     if j and dice.chance(0.1):
         kept[..., 0] = True
@@ -218,11 +253,11 @@ def draw_pattern(
     )
     for row in np.ndindex(samples, lists, i):
         indices[row][: counts[row]] = kept[row].nonzero().squeeze(-1).int()
-    if dice.chance(0.2):
+    if dice.form("wide").chance(0.2):
         wide = torch.full((samples, lists, i, width + 2), -1, dtype=torch.int32)
         wide[..., :width] = indices
         indices = wide[..., :width]
-    if dice.chance(0.1):
+    if dice.form("turned").chance(0.1):
         indices = indices.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     return BlockPattern(counts.int(), indices, n, m, sizes), False
 
@@ -244,11 +279,11 @@ def _draw_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in some layout, with numbers of some size."""
     shapes = ((b, n, h, d), (b, m, g, d), (b, m, g, d))
-    if dice.chance(0.08):
+    if dice.form("expanded").chance(0.08):
         # Expanded: one element of memory stands for many.
         values = []
         for shape in shapes:
-            axis = dice.randint(0, 3)
+            axis = dice.form(f"axis {len(values)}").randint(0, 3)
             base = dice.randn(*(1 if x == axis else s for x, s in enumerate(shape)))
             values.append(base.to(dtype).expand(shape))
         return values[0], values[1], values[2]
@@ -267,9 +302,10 @@ def _draw_inputs(
         target[:, some] = dice.choice(PLANTS)
     if n and dice.chance(0.03):
         q[:, dice.randint(0, n - 1)] = dice.choice(PLANTS)
-    if n == m and b * n and dice.chance(0.2):
+    if n == m and b * n and dice.form("fused").chance(0.2):
         return _fused(dice, q.to(dtype), k.to(dtype), v.to(dtype))
-    return tuple(lay_out(dice, x.to(dtype)) for x in (q, k, v))  # type: ignore[return-value]
+    laid = (lay_out(dice, x.to(dtype), name) for x, name in zip((q, k, v), "qkv", strict=True))
+    return tuple(laid)  # type: ignore[return-value]
 
 
 def _resize(dice: Dice, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
@@ -302,15 +338,16 @@ def _fused(dice: Dice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     """Views of one tensor, as a fused projection gives them."""
     heads = [q.shape[2], k.shape[2], v.shape[2]]
     together = torch.cat((q, k, v), 2)
-    if dice.chance(0.3):
+    if dice.form("fused turned").chance(0.3):
         together = together.transpose(1, 2).contiguous().transpose(1, 2)
     parts = together.split(heads, dim=2)
     return parts[0], parts[1], parts[2]
 
 
-def lay_out(dice: Dice, x: Tensor) -> Tensor:
+def lay_out(dice: Dice, x: Tensor, name: str = "") -> Tensor:
     """The same numbers with other strides; the memory between them is NaN."""
-    kind = dice.choice(("plain", "heads first", "batch last", "steps", "offset", "last axis"))
+    form = dice.form(f"layout {name}")
+    kind = form.choice(("plain", "heads first", "batch last", "steps", "offset", "last axis"))
     if kind == "heads first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if kind == "batch last":
@@ -322,11 +359,11 @@ def lay_out(dice: Dice, x: Tensor) -> Tensor:
         wide = torch.full((b, 2 * n + 1, h + 1, d), torch.nan, dtype=x.dtype)
         view = wide[:, 1 : 2 * n + 1 : 2, :h]
     elif kind == "offset":
-        wide = torch.full((b, n, h, d + dice.randint(1, 3)), torch.nan, dtype=x.dtype)
+        wide = torch.full((b, n, h, d + form.randint(1, 3)), torch.nan, dtype=x.dtype)
         view = wide[..., 1 : d + 1]
     else:
         wide = torch.full((b, n, h, 2 * d), torch.nan, dtype=x.dtype)
-        view = wide[..., ::2] if dice.chance(0.5) else wide[..., :d]
+        view = wide[..., ::2] if form.chance(0.5) else wide[..., :d]
     return view.copy_(x)
 
 
@@ -335,12 +372,12 @@ def _draw_rest(dice: Dice, case: Case, dtype: torch.dtype) -> None:
     options, shape = case.options, case.pattern.kv_indices.shape
     b, n, h, d = case.query.shape
     options["scale"] = dice.choice((None, None, None, 0.0, -0.4, 1, 0.1, 3.0))
-    options["return_lse"] = dice.chance(0.5)
+    options["return_lse"] = dice.form("lse").chance(0.5)
     options["block_bias"] = options["mass_probe"] = None
     # One bias for every sample needs lists for every sample alike.
-    samples = dice.choice((1, b)) if shape[0] == 1 else b
+    samples = dice.form("bias samples").choice((1, b)) if shape[0] == 1 else b
     per_slot = (samples, *shape[1:])
-    if dice.chance(0.35):
+    if dice.form("bias").chance(0.35):
         bias = dice.randn(*per_slot) * dice.choice((1, 1, 5))
         if dice.chance(0.3):
             bias[dice.flags(0.2, *per_slot)] = -torch.inf
@@ -349,15 +386,20 @@ def _draw_rest(dice: Dice, case: Case, dtype: torch.dtype) -> None:
         counts = case.pattern.kv_num_blocks.expand(per_slot[:3])
         unused = torch.arange(shape[3]) >= counts[..., None]
         bias[unused] = dice.choice((0.0, *PLANTS))
-        wide = dtype if dice.chance(0.7) else torch.float32
+        wide = dtype if dice.form("bias dtype").chance(0.7) else torch.float32
         options["block_bias"] = bias.to(wide)
-    if dice.chance(0.35):
-        probe = torch.full((dice.choice((1, b)) if shape[0] == 1 else b, *shape[1:]), torch.nan)
+    if dice.form("probe").chance(0.35):
+        samples = dice.form("probe samples").choice((1, b)) if shape[0] == 1 else b
+        probe = torch.full((samples, *shape[1:]), torch.nan)
         options["mass_probe"] = probe
     names = ("query", "key", "value", "block_bias", "mass_probe")
-    case.needs = {x: dice.chance(0.75) for x in names if x not in options or options[x] is not None}
+    case.needs = {
+        x: dice.form(f"needs {x}").chance(0.75)
+        for x in names
+        if x not in options or options[x] is not None
+    }
     grad = dice.randn(b, n, h, d)
-    kind = dice.choice(("normal", "normal", "ones", "zero", "transposed", "rows"))
+    kind = dice.form("gradient").choice(("normal", "normal", "ones", "zero", "transposed", "rows"))
     if kind == "zero":
         grad.zero_()
     if kind == "rows" and n:
@@ -365,7 +407,7 @@ def _draw_rest(dice: Dice, case: Case, dtype: torch.dtype) -> None:
     blind = ~(case.slots >= 0).any(-1)
     if dice.chance(0.2):
         grad[blind.transpose(1, 2)] = dice.choice(PLANTS)
-    case.autocast = dtype == torch.float32 and dice.chance(0.04)
+    case.autocast = dtype == torch.float32 and dice.form("autocast").chance(0.04)
     dtype = case.dtype
     grad = grad.to(dtype)
     if kind == "ones":
@@ -373,7 +415,7 @@ def _draw_rest(dice: Dice, case: Case, dtype: torch.dtype) -> None:
     if kind == "transposed":
         grad = grad.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
     case.grad_out = grad
-    if options["return_lse"] and dice.chance(0.7):
+    if options["return_lse"] and dice.form("lse gradient").chance(0.7):
         of_lse = dice.randn(b, h, n)
         if dice.chance(0.2):
             of_lse[blind] = dice.choice(PLANTS)

@@ -330,7 +330,7 @@ def pattern_kinds() -> list[Kind]:
     dense = torch.rand(1, 2, 4, 5, generator=generator) < 0.5
     allowed = torch.full((4,), 5, dtype=torch.int32)
     pattern = BlockPattern.from_dense(dense, q_len=64, kv_len=75, block_size=16)
-    pattern = replace(pattern, kv_num_allowed=allowed, _transposed=[])
+    pattern = replace(pattern, kv_num_allowed=allowed)
     kept = {"layers.0": torch.rand(2, 4, 4, generator=generator)}
     fixed = DistilledPatterns(kept, {name: x.sum(-1) for name, x in kept.items()}, 16)
 
@@ -582,9 +582,10 @@ def main() -> int:
     )
     parser.add_argument("--damages", type=int, default=1000, help="per kind (default: 1000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--kinds", nargs="+", choices=tuple(GROUPS), default=list(GROUPS))
     options = parser.parse_args()
-    wrong = 0
+    wrong, cases, parts = 0, 0, {}
     with one_thread():
         for group in options.kinds:
             for kind in GROUPS[group]():
@@ -592,6 +593,10 @@ def main() -> int:
                 with tempfile.TemporaryDirectory() as place:
                     out = run_kind(kind, options.damages, options.seed, Path(place))
                 wrong += len(out.mistakes)
+                cases += options.damages
+                parts[kind.name] = {
+                    "refused": out.refused, "harmless": out.harmless, "wrong": len(out.mistakes),
+                }  # fmt: skip
                 seconds = time.perf_counter() - start
                 print(
                     f"{kind.name:24} {out.refused:6} refused {out.harmless:6} harmless "
@@ -599,6 +604,9 @@ def main() -> int:
                 )  # fmt: skip
                 for words in out.mistakes[:10]:
                     print(f"    {words}")
+    from guards.reports import write_report
+
+    write_report(options.json, cases, wrong, kinds=parts)
     return int(wrong > 0)
 
 

@@ -344,8 +344,9 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=8, help="cases per command without --all")
     parser.add_argument("--kills", type=int, default=0, help="random kills instead, in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the numbers there")
     options = parser.parse_args()
-    wrong = 0
+    wrong, parts = 0, {}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         # The key that marks runs as one's own.
@@ -376,6 +377,11 @@ def main() -> int:
                 f"{command}: {len(trial.steps)} steps, {count} cases, {len(bad)} wrong", flush=True
             )
             wrong += len(bad)
+            parts[command] = {"steps": len(trial.steps), "cases": count, "wrong": bad}
+    cases = sum(part["cases"] for part in parts.values())
+    from guards.reports import write_report
+
+    write_report(options.json, cases, wrong, commands=parts)
     return int(wrong > 0)
 
 

@@ -20,9 +20,9 @@ from dilated_attention_pytorch import (
     block_sparse_decode,
 )
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
-from guards import oracle, rounding
+from guards import draws, oracle, rounding
 from guards.attention_calls import Outcome, difference
-from guards.draws import DTYPES, PLANTS, Dice, draw_pattern, draw_rule, lay_out
+from guards.draws import DTYPES, PLANTS, Coin, Dice, draw_pattern, draw_rule, lay_out
 
 
 def limits_of(
@@ -42,24 +42,27 @@ def limits_of(
 
 def check_decode(seed: int, device: str, backends: tuple[str, ...]) -> list[Outcome]:
     """A step of decoding over a cache of any layout."""
-    dice = Dice(seed)
-    dtype = dice.choice(DTYPES)
-    size = dice.choice((16, 32)) if "triton" in backends else dice.choice((1, 2, 4, 7, 16, 32))
-    b, n = dice.choice((0, 1, 2, 3)), dice.choice((1, 1, 1, 2, 3, 5))
-    g, d = dice.choice((1, 2)), dice.choice((1, 4, 8, 16, 17, 32))
-    h = g * dice.choice((1, 2, 4))
+    dice = Dice(seed, draws.GPU_FORMS if device == "cuda" else 0)
+    dtype = dice.form("dtype").choice(DTYPES)
+    of_size = dice.form("size")
+    size = of_size.choice((16, 32) if "triton" in backends else (1, 2, 4, 7, 16, 32))
+    b, n = dice.choice((0, 1, 2, 3)), dice.form("queries").choice((1, 1, 1, 2, 3, 5))
+    g = dice.form("kv heads").choice((1, 2))
+    d = dice.form("head_dim").choice((1, 4, 8, 16, 17, 32))
+    h = g * dice.form("group").choice((1, 2, 4))
     m = dice.length(size, 80)
     starts = [dice.randint(0, m) if dice.chance(0.7) else 0 for _ in range(b)]
     lengths = [dice.choice((0, m - s, dice.randint(0, m - s))) for s in starts]
     given = {
-        "starts": torch.tensor(starts, dtype=dice.choice((torch.int32, torch.int64))),
-        "lengths": torch.tensor(lengths, dtype=dice.choice((torch.int32, torch.int64))),
+        name: torch.tensor(values, dtype=dice.form(name).choice((torch.int32, torch.int64)))
+        for name, values in (("starts", starts), ("lengths", lengths))
     }
-    if dice.chance(0.3):
+    if dice.form("no starts").chance(0.3):
         starts, given["starts"] = [0] * b, None
-        if dice.chance(0.3):
+        if dice.form("no lengths").chance(0.3):
             lengths, given["lengths"] = [m] * b, None
-    j, lists, shared = -(-m // size), dice.choice((1, g, h)), dice.chance(0.4)
+    j, lists = -(-m // size), dice.form("lists").choice((1, g, h))
+    shared = dice.form("shared").chance(0.4)
     kept = dice.flags(dice.choice((0.0, 0.3, 0.7, 1.0)), b, lists, 1 if shared else n, j)
     counts = kept.sum(-1).int()
     width = (int(counts.max()) if counts.numel() else 0) + dice.choice((0, 0, 2))
@@ -87,9 +90,9 @@ def check_decode(seed: int, device: str, backends: tuple[str, ...]) -> list[Outc
         k[~used], v[~used] = dice.choice(PLANTS), dice.choice(PLANTS)
     if m and dice.chance(0.1):
         dice.choice((k, v))[:, dice.randint(0, m - 1)] = dice.choice(PLANTS)
-    q, k, v = (lay_out(dice, x.to(dtype)) for x in (q, k, v))
+    q, k, v = (lay_out(dice, x.to(dtype), y) for x, y in zip((q, k, v), "qkv", strict=True))
     bias = None
-    if dice.chance(0.3):
+    if dice.form("bias").chance(0.3):
         wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         bias = dice.randn(*indices.shape).to(wide_dtype)
         bias[dice.flags(0.2, *bias.shape)] = -torch.inf
@@ -157,7 +160,7 @@ def aligned_blocks(cu_seqlens: Tensor, b: int, n: int, size: int) -> np.ndarray:
     return blocks
 
 
-def make_layer(dice: Dice, h: int, g: int, d: int, size: int) -> torch.nn.Module:
+def make_layer(dice: Coin, h: int, g: int, d: int, size: int) -> torch.nn.Module:
     """A layer of some kind with settings of some kind."""
     kind = dice.choice(("adaptive", "adaptive", "adaptive", "fixed", "training free"))
     common = {"base_sparsity": dice.choice((0.0, 0.3, 0.5, 0.9)), "block_size": size}
@@ -199,15 +202,15 @@ def make_layer(dice: Dice, h: int, g: int, d: int, size: int) -> torch.nn.Module
 
 def check_layer(seed: int, device: str) -> list[Outcome]:
     """A layer's output is attention over the pattern that it returns; its sparsity is counted."""
-    dice = Dice(seed)
+    dice = Dice(seed, draws.GPU_FORMS if device == "cuda" else 0)
     torch.manual_seed(seed)
-    size = dice.choice((2, 4, 8, 16))
-    b, g, d = dice.choice((1, 2, 2)), dice.choice((1, 2)), dice.choice((4, 8, 16))
-    h = g * dice.choice((1, 2))
+    size = dice.form("size").choice((2, 4, 8, 16))
+    b, g = dice.choice((1, 2, 2)), dice.form("kv heads").choice((1, 2))
+    d, h = dice.form("head_dim").choice((4, 8, 16)), g * dice.form("group").choice((1, 2))
     n = max(dice.length(size, 60), 1)
     m = n if dice.chance(0.6) else max(dice.length(size, 60), 1)
     options = layer_options(dice, b, n, m, size)
-    layer = make_layer(dice, h, g, d, size).train(dice.chance(0.5))
+    layer = make_layer(dice.form("layer"), h, g, d, size).train(dice.form("training").chance(0.5))
     kind = type(layer).__name__
     cross = options.get("cross_attention", False)
     one_sequence = n == m and not cross

@@ -1,9 +1,9 @@
 """Random calls against the oracle: ``python -m guards.random_calls --calls 100000 --seed 0``.
 
 Every call follows from its seed alone, so a range of seeds can be run in parts, on several
-processes or again: ``--only SEED`` runs one and says what it was. Without ``--device cuda`` a
-small share of the calls also runs the Triton kernels, interpreted, in a process of its own
-(``TRITON_INTERPRET`` is read when they are imported). Exits with 1 if anything differs.
+processes (``--jobs``) or again: ``--only SEED`` runs one and says what it was. Without
+``--device cuda`` a small share of the calls also runs the Triton kernels, interpreted, in a process
+of its own (``TRITON_INTERPRET`` is read when they are imported). Exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from guards.reports import write_report
 
 # Of 100 seeds so many are calls of each kind.
 SHARES = {"attention": 82, "decode": 6, "layer": 4, "multihead": 2, "pattern": 4, "misuse": 2}
@@ -35,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backend", default="all", help="one backend of the op; default: all")
     parser.add_argument("--kind", choices=tuple(SHARES), help="calls of one kind alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the calls")
     parser.add_argument("--json", type=Path, help="write counts and mismatches there")
     return parser.parse_args(arguments)
 
@@ -55,7 +59,10 @@ def runner(device: str, backend: str) -> Callable[[int, str], tuple[list[Any], s
 
     options: dict[str, Any] = {}
     if device == "cuda":
-        options = {"blocks": draws.GPU_BLOCKS, "longest": 300, "most_pairs": 1_200_000}
+        options = {
+            "blocks": draws.GPU_BLOCKS, "longest": 300, "most_pairs": 1_200_000,
+            "forms": draws.GPU_FORMS,
+        }  # fmt: skip
     elif backend == "triton":
         options = {"blocks": draws.INTERPRETED_BLOCKS, "longest": 70}
     if backend == "triton":
@@ -107,23 +114,72 @@ def run_seeds(options: argparse.Namespace) -> dict[str, Any]:
             done = f"{counts.total():,} calls, {rate:.0f}/s, seeds to {seed}"
             print(f"{done}, {len(wrong)} wrong", flush=True)
     return {
-        "first_seed": options.seed, "next_seed": seed, "calls": counts.total(),
+        "seeds": [[options.seed, seed - 1]], "calls": counts.total(),
         "seconds": round(time.monotonic() - start, 1), "counts": dict(sorted(counts.items())),
         "refusals": dict(sorted(refusals.items())), "mismatches": wrong,
     }  # fmt: skip
 
 
+def command_of(options: argparse.Namespace, **changes: Any) -> list[str]:
+    """The command line of a process that takes a part."""
+    command = [sys.executable, "-m", "guards.random_calls"]
+    for name, value in {**vars(options), "jobs": 1, "only": None, **changes}.items():
+        if value is not None:
+            command += [f"--{name}", str(value)]
+    return command
+
+
 def run_interpreted(options: argparse.Namespace) -> dict[str, Any]:
     """The interpreted share, in a process of its own."""
     calls = max(1, round(options.calls * INTERPRETED_SHARE))
-    path = Path(f"{options.json or 'random_calls'}.triton.{os.getpid()}.json")
-    command = [sys.executable, "-m", "guards.random_calls", "--backend", "triton"]
-    command += ["--calls", str(calls), "--seed", str(options.seed), "--json", str(path)]
-    try:
-        subprocess.run(command, check=False)
-        return dict(json.loads(path.read_text()))
-    finally:
-        path.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        process = subprocess.Popen(command_of(options, backend="triton", calls=calls, json=path))
+        return report_of(process, path, options.seed)
+
+
+def run_jobs(options: argparse.Namespace) -> dict[str, Any]:
+    """Shares the calls among processes, each of them with seeds of its own; adds their reports."""
+    calls, start = -(-options.calls // options.jobs), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = {}
+        for job in range(options.jobs):
+            # A seed makes one call or more, so that ranges of as many seeds do not meet.
+            seed, path = options.seed + job * calls, Path(folder) / f"{job}.json"
+            command = command_of(options, calls=calls, seed=seed, json=path)
+            processes[seed] = (subprocess.Popen(command), path)
+        reports = [report_of(*process, seed) for seed, process in processes.items()]
+    merged = reports[0]
+    for report in reports[1:]:
+        add_report(merged, report)
+    merged["seconds"] = round(time.monotonic() - start, 1)
+    return merged
+
+
+def report_of(process: subprocess.Popen[bytes], path: Path, seed: int) -> dict[str, Any]:
+    """Waits for a part; what ended without a report is a mismatch."""
+    code = process.wait()
+    if code in (0, 1) and path.exists():
+        written = json.loads(path.read_text())
+        names = ("seeds", "calls", "seconds", "counts", "refusals", "mismatches")
+        return {name: written[name] for name in names}
+    wrong = {"seed": seed, "kind": "process", "backend": "", "about": ""}
+    wrong["wrong"] = f"the process that began with this seed ended with {code}"
+    print(f"MISMATCH {wrong['wrong']}: {seed}", flush=True)
+    return {
+        "seeds": [[seed, seed]], "calls": 0, "seconds": 0.0, "counts": {},
+        "refusals": {}, "mismatches": [wrong],
+    }  # fmt: skip
+
+
+def add_report(report: dict[str, Any], other: dict[str, Any]) -> None:
+    """Adds another report to one, in place."""
+    report["calls"] += other["calls"]
+    for name in ("counts", "refusals"):
+        report[name] = dict(sorted((Counter(report[name]) + Counter(other[name])).items()))
+    report["mismatches"] += other["mismatches"]
+    # The interpreted kernels take seeds of the same range.
+    report["seeds"] += [x for x in other["seeds"] if x[0] != report["seeds"][-1][0]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,21 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
             found = outcome.wrong or outcome.refusal or "right"
             print(f"{outcome.kind} {outcome.backend}: {found}")
         return int(any(outcome.wrong for outcome in outcomes))
-    report = run_seeds(options)
-    if options.device == "cpu" and options.backend == "all" and options.kind is None:
-        other = run_interpreted(options)
-        report["calls"] += other["calls"]
-        report["counts"] |= other["counts"]
-        report["refusals"] |= other["refusals"]
-        report["mismatches"] += other["mismatches"]
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.jobs > 1:
+        report = run_jobs(options)
+    else:
+        report = run_seeds(options)
+        if options.device == "cpu" and options.backend == "all" and options.kind is None:
+            add_report(report, run_interpreted(options))
+    cases, wrong = report["calls"], len(report["mismatches"])
+    write_report(options.json, cases, wrong, gpu=options.device == "cuda", **report)
     for title in ("counts", "refusals"):
         numbers = [f"{name} {number:,}" for name, number in report[title].items()]
         print(f"{title}: {', '.join(numbers)}")
-    seeds = f"seeds {report['first_seed']} to {report['next_seed'] - 1}"
-    wrong = f"{len(report['mismatches'])} mismatches"
-    print(f"{report['calls']:,} calls of {seeds} in {report['seconds']} s: {wrong}")
+    seeds = "seeds " + ", ".join(f"{first} to {last}" for first, last in report["seeds"])
+    print(f"{report['calls']:,} calls of {seeds} in {report['seconds']} s: {wrong} mismatches")
     return int(bool(report["mismatches"]))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dilated_attention_pytorch.ops.block_sparse_attention.interface import BACKENDS
-from guards.random_calls import parse, run_seeds
+from guards import draws
+from guards.random_calls import add_report, command_of, parse, report_of, run_seeds
 
 pytestmark = [
     # NumPy says so where numbers are not finite, as many here are meant to be.
@@ -53,6 +57,43 @@ def test_what_is_wrong_is_noticed(monkeypatch, spoil):
     monkeypatch.setitem(BACKENDS, "gather", lambda args: gather(spoil(args)))
     arguments = ("--calls", "40", "--kind", "attention", "--backend", "gather")
     assert len(mismatches(*arguments)) >= 3
+
+
+def test_reports_of_several_processes_are_added(tmp_path):
+    """Each part is the call of its own command line; one that crashed is a mismatch."""
+    options = parse(["--calls", "9", "--jobs", "2", "--kind", "misuse", "--seed", "5"])
+    again = parse(command_of(options, seed=12)[3:])
+    assert vars(again) == {**vars(options), "jobs": 1, "seed": 12}
+    alone, *parts = (
+        run_seeds(parse(["--calls", calls, "--kind", "misuse", "--seed", seed]))
+        for calls, seed in (("9", "5"), ("4", "5"), ("5", "9"))
+    )
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(parts[1]))
+    add_report(parts[0], report_of(subprocess.Popen([sys.executable, "-c", ""]), path, 9))
+    assert parts[0].pop("seeds") == [[5, 8], [9, 13]]
+    for report in (alone, parts[0]):
+        report.pop("seconds")
+    assert parts[0] == {name: value for name, value in alone.items() if name != "seeds"}
+    crash = "import os; os.kill(os.getpid(), 9)"
+    found = report_of(subprocess.Popen([sys.executable, "-c", crash]), tmp_path / "none", 3)
+    assert "-9" in found["mismatches"][0]["wrong"]
+
+
+def test_calls_of_one_form_need_the_same_kernels():
+    """On a GPU lengths, masks' values and numbers differ, and little that is compiled for."""
+    options = {"blocks": draws.GPU_BLOCKS, "longest": 300, "most_pairs": 1_200_000}
+    shapes, forms = set(), set()
+    for seed in range(3, 3 + 12 * draws.GPU_FORMS, draws.GPU_FORMS):
+        case = draws.draw(seed, **options, forms=draws.GPU_FORMS)
+        shapes.add((case.query.shape, case.key.shape))
+        given = frozenset(name for name, x in case.options.items() if isinstance(x, torch.Tensor))
+        forms.add(
+            (case.query.dtype, case.query.shape[2:], case.key.shape[2:], case.pattern.block_size,
+             case.options["causal"], given, frozenset(x for x, y in case.needs.items() if y))
+        )  # fmt: skip
+    assert len(shapes) > 6
+    assert len(forms) == 1
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the kernels run there")

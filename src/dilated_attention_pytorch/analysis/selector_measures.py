@@ -99,11 +99,18 @@ def measure_selectors(
             floating-point tensor.
 
     Raises:
-        ValueError: If the model holds no adaptive layer.
+        ValueError: If the model holds no adaptive layer, or one that is offloaded, whose weights
+            keep no gradient.
     """
     loss_of = default_loss if loss_function is None else loss_function
-    if not any(isinstance(x, BlockSparseAdaptive) for x in block_sparse_layers(model).values()):
+    layers = [x for x in block_sparse_layers(model).values() if isinstance(x, BlockSparseAdaptive)]
+    if not layers:
         raise ValueError("model must hold at least one BlockSparseAdaptive layer, got none.")
+    if any(x.is_meta for layer in layers for x in (*layer.parameters(), *layer.buffers())):
+        raise ValueError(
+            "the weights of model's selectors must be on a device, but wait on meta between the "
+            "calls; adapt or load the adapter after the base is offloaded."
+        )
     passes: list[LayerPass] = []
 
     def keep(seen: LayerPass) -> None:

@@ -52,9 +52,10 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
 
         Raises:
             ValueError: If it is not in [0, 1).
+            RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
         check_sparsity("value", value)
-        self.base_sparsity.fill_(value)
+        self.writable("base_sparsity").fill_(value)
         rounded = torch.tensor(value, dtype=self.base_sparsity.dtype, device="cpu")
         self._host.note("base_sparsity", self.base_sparsity, float(rounded))
 
@@ -64,10 +65,11 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         Raises:
             ValueError: If the budget is another one, or the table has thresholds of another number
                 of heads.
+            RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
         if "thresholds" not in self._buffers:
             raise ValueError("thresholds need budget='threshold'; configure the layer with it.")
-        self.thresholds.copy_(table.to_buffer(self.pattern_heads))
+        self.writable("thresholds").copy_(table.to_buffer(self.pattern_heads))
         self._host.note("thresholds", self.thresholds, table)
 
     # What sizes and branches follow from. Outside of torch.compile these are plain reads.

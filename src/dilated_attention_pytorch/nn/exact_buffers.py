@@ -19,6 +19,21 @@ class ExactBuffers(nn.Module):
         """What buffers hold that got memory without values (``meta``, ``to_empty``), by name."""
         return {}
 
+    def writable(self, name: str) -> Tensor:
+        """One of the buffers, to be set from outside.
+
+        Raises:
+            RuntimeError: If it is on the meta device, where nothing can be written.
+        """
+        buffer = self.get_buffer(name)
+        if buffer.is_meta:
+            raise RuntimeError(
+                f"{name} is on the meta device, where nothing can be written; set it before the "
+                "model is offloaded, or offload without offload_buffers=True; a model that was "
+                "made on the meta device needs memory first (to_empty)."
+            )
+        return buffer
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
         super()._apply(fn, recurse)

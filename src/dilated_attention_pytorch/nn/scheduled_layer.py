@@ -66,16 +66,18 @@ class ScheduledLayer(ScoringLayer):
 
         Raises:
             ValueError: If it is not positive and finite.
+            RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
         if not 0 < value < math.inf:
             raise ValueError(f"value must be a positive, finite temperature, got {value}.")
-        self.temperature.fill_(value)
+        self.writable("temperature").fill_(value)
 
     def set_base_sparsity(self, value: float) -> None:
         """Sets the mean sparsity to meet, e.g. for a warm-up from dense or by length.
 
         Raises:
             ValueError: If it is not in [0, 1), or ``num_selected_blocks`` takes its place.
+            RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
         if self.config.num_selected_blocks is not None and value != self.config.base_sparsity:
             check_sparsity("value", value)
@@ -167,9 +169,12 @@ class ScheduledLayer(ScoringLayer):
 
         Raises:
             ValueError: If the budget is another one.
+            RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
         if self.config.budget != "top_p":
             raise ValueError(f"calibrate_top_p needs budget='top_p', got {self.config.budget!r}.")
+        # Before the work of finding it.
+        found = self.writable("top_p")
         self.check_inputs(query, key, key)
         mask = make_mask(
             query.shape[0], query.shape[1], key.shape[1], device=query.device,
@@ -189,5 +194,5 @@ class ScheduledLayer(ScoringLayer):
                 high = middle
             else:
                 low = middle
-        self.top_p.fill_(max(low, 1e-6))
-        return float(self.top_p)
+        found.fill_(max(low, 1e-6))
+        return float(found)

@@ -11,22 +11,41 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.analysis.recorder import record
 from dilated_attention_pytorch.analysis.selector_measures import measure_selectors
-from dilated_attention_pytorch.integrations.transformers import adapt
+from dilated_attention_pytorch.integrations.transformers import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import load_adapter, save_adapter
+from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+from dilated_attention_pytorch.integrations.transformers.evaluate import (
+    Evaluation,
+    EvaluationSettings,
+)
+from dilated_attention_pytorch.integrations.transformers.examine import (
+    diagnose_adapted,
+    record_adapted,
+)
+from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank as fit
 from dilated_attention_pytorch.integrations.transformers.observer import observe_selection
+from dilated_attention_pytorch.integrations.transformers.prefix import KeptPrefix
 from dilated_attention_pytorch.integrations.transformers.register import ATTENTION_NAME
+from dilated_attention_pytorch.integrations.transformers.retrieval import Needle, measure_retrieval
+from dilated_attention_pytorch.integrations.transformers.selection_quality import (
+    measure_kept_mass,
+    measure_selection,
+)
+from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
 from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
+from tiny_models import byte_pair_tokenizer, tiny_model, tokens
 
 # transformers takes the device of the first weight for the model's.
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate")
 
+TEXT = tokens(1, 600)[0]
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "towers": {"num_layers": 2, "query_scope": "past"},
@@ -193,3 +212,123 @@ def test_selectors_made_in_inference_mode_can_be_trained() -> None:
     with torch.inference_mode():
         adapted = adapt(tiny_model(), config("default"))
     assert not any(x.is_inference() for x in adapted.selector_parameters())
+
+
+def _fits() -> list[Tensor]:
+    """What is fitted to a text before the model is offloaded, with only the base offloaded."""
+    model = tiny_model()
+    offload(model, False)
+    adapted = adapt(model, config("low rank"))
+    fit(adapted, TEXT, length=48, windows=2)
+    return adapted.selector_parameters()
+
+
+def _calibrates(buffers: bool | None) -> ThresholdTable | None:
+    model = tiny_model()
+    torch.manual_seed(1)
+    adapted = adapt(model, AdaptiveConfig(block_size=8, budget="threshold"))
+    if buffers is not None:
+        offload(model, buffers)
+    calibrate(adapted, TEXT, 0.5, lengths=(48,), windows=2)
+    return adapted.selectors[1].threshold_table()
+
+
+def _measures(adapted: AdaptedModel) -> dict[str, Any]:
+    """Everything that sends tokens to a model."""
+    model, windows = adapted.model, tokens(2, 65)
+    prefix = KeptPrefix(adapted, windows)
+    prefix.move_to(1)
+    settings = EvaluationSettings(
+        lengths=(64,), sparsities=(0.5,), rivals=("antidiagonal",), block_size=16, windows=2,
+        repeats=1,
+    )  # fmt: skip
+    recording = record_adapted(adapted, windows[:, :64], byte_pair_tokenizer("", 256))
+    found = {
+        "selection": measure_selection(adapted, windows, (0.5,)),
+        "kept": measure_kept_mass(adapted, windows),
+        "prefix": prefix.loss(),
+        "loss": mean_loss(model, windows),
+        "retrieval": measure_retrieval(model, [Needle(windows[0], 3)]),
+        "density": [layer.pattern.sparsity.item() for layer in recording.samples[0].layers],
+    }
+    adapted.undo()
+    (row,) = Evaluation(model, None, {"text": TEXT}, settings).rows()
+    assert row.pop("tokens_per_second") > 0
+    return {**found, "evaluation": row}
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_whoever_sends_tokens_knows_where_the_model_computes(buffers: bool) -> None:
+    found = []
+    for offloaded in (False, True):
+        model = tiny_model()
+        torch.manual_seed(1)
+        adapted = adapt(model, config("default"))
+        if offloaded:
+            offload(model, buffers)
+            assert model.device.type == "meta"
+        found.append(_measures(adapted))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_diagnosis_needs_the_selectors_and_not_the_base(buffers: bool) -> None:
+    """Weights that are offloaded keep no gradient."""
+    found = []
+    for offloaded in (False, True):
+        model = tiny_model()
+        if offloaded:
+            offload(model, buffers)
+        torch.manual_seed(1)
+        found.append(str(diagnose_adapted(adapt(model, config("default")), tokens(2, 65))))
+    assert found[0] == found[1]
+    late = tiny_model()
+    adapted = adapt(late, config("default"))
+    offload(late, buffers)
+    with pytest.raises(ValueError, match="after the base is offloaded"):
+        diagnose_adapted(adapted, tokens(2, 65))
+
+
+def test_fitting_and_calibrating_beside_an_offloaded_base() -> None:
+    model = tiny_model()
+    adapted = adapt(model, config("low rank"))
+    fit(adapted, TEXT, length=48, windows=2)
+    for own, other in zip(_fits(), adapted.selector_parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+    assert _calibrates(False) == _calibrates(None)
+    with pytest.raises(RuntimeError, match="thresholds is on the meta device"):
+        _calibrates(True)
+
+
+def test_values_that_would_be_lost_are_refused() -> None:
+    """Buffers that are offloaded, or have no memory yet."""
+    x = torch.randn(1, 64, 2, 16)
+    table = ThresholdTable((64,), (0.1,))
+
+    def layer(budget: str) -> BlockSparseAdaptive:
+        own = AdaptiveConfig(block_size=16, budget=budget)
+        return BlockSparseAdaptive(num_heads=2, head_dim=16, adaptive_config=own)
+
+    def changes(top_p: Any, threshold: Any) -> dict[str, Any]:
+        return {
+            "base_sparsity": lambda: top_p.set_base_sparsity(0.5),
+            "temperature": lambda: top_p.set_temperature(0.5),
+            "top_p": lambda: top_p.calibrate_top_p(x, x),
+            "thresholds": lambda: threshold.set_thresholds(table),
+        }
+
+    both = layer("top_p"), layer("threshold")
+    for one in both:
+        offload(one, True)
+    with torch.device("meta"):
+        empty = layer("top_p"), layer("threshold")
+    for pair in (both, empty):
+        for name, change in changes(*pair).items():
+            with pytest.raises(RuntimeError, match=f"{name} is on the meta device"):
+                change()
+    # Weights alone may be elsewhere.
+    torch.manual_seed(0)
+    here = layer("top_p")
+    wanted = copy.deepcopy(here).calibrate_top_p(x, x)
+    offload(here, False)
+    assert here.calibrate_top_p(x, x) == wanted

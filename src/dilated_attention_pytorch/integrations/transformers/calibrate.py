@@ -13,6 +13,7 @@ from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
     observe_selection,
 )
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
@@ -48,11 +49,15 @@ def calibrate(
 
     Raises:
         ValueError: If the text is shorter than the shortest length.
+        RuntimeError: If the thresholds are offloaded (``offload_buffers=True``).
     """
     check_sparsity("sparsity", sparsity)
     chosen = calibrated_selectors(adapted)
     if not chosen:
         return
+    for selector in chosen.values():
+        # Before the work of finding thresholds.
+        selector.writable("thresholds")
     if lengths is None:
         lengths = default_lengths(min(len(tokens), adapted.model.config.max_position_embeddings))
     if len(tokens) < min(lengths):
@@ -144,5 +149,5 @@ def threshold_samples(
 
     with evaluating(adapted.model), observe_selection(adapted, look, dense=dense):
         for window in windows.split(1):
-            adapted.model.base_model(window.to(adapted.model.device).long(), use_cache=False)
+            adapted.model.base_model(window.to(input_device(adapted.model)).long(), use_cache=False)
     return samples

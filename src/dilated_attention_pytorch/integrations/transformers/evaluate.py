@@ -23,6 +23,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrated_selectors,
 )
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.retrieval import (
     Needle,
     build_needles,
@@ -343,14 +344,14 @@ class Evaluation:
         """
         if not self.settings.repeats:
             return math.nan
-        tokens = windows[:1, :-1].to(self.model.device).long()
+        tokens = windows[:1, :-1].to(input_device(self.model)).long()
         times = []
         with evaluating(self.model):
             for _ in range(self.settings.repeats + 1):
-                _wait(self.model.device)
+                _wait(input_device(self.model))
                 start = time.perf_counter()
                 self.model.base_model(tokens, use_cache=False)
-                _wait(self.model.device)
+                _wait(input_device(self.model))
                 times.append(time.perf_counter() - start)
         # The first pass warms up.
         seconds = statistics.median(times[1:])

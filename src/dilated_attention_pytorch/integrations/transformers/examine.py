@@ -11,6 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
 from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.token_texts import token_texts
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
 
@@ -38,7 +39,7 @@ def record_adapted(
     recording = record(
         adapted.model.base_model,
         [
-            {"input_ids": window[None].to(adapted.model.device), "use_cache": False}
+            {"input_ids": window[None].to(input_device(adapted.model)), "use_cache": False}
             for window in windows
         ],
         texts=[token_texts(tokenizer, window.tolist()) for window in windows],
@@ -100,6 +101,6 @@ def _loss(adapted: AdaptedModel, batch: Tensor) -> Tensor:
             selector.train()
     model.enable_input_require_grads()
     try:
-        return next_token_loss(model, batch.to(model.device).long())
+        return next_token_loss(model, batch.to(input_device(model)).long())
     finally:
         model.disable_input_require_grads()

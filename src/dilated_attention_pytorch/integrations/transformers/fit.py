@@ -10,6 +10,7 @@ from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
     observe_selection,
 )
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
@@ -61,7 +62,7 @@ def fit_low_rank(
     room = len(tokens) - length
     with evaluating(adapted.model), observe_selection(adapted, look):
         for start in sorted({room * n // max(windows - 1, 1) for n in range(windows)}):
-            window = tokens[None, start : start + length].to(adapted.model.device).long()
+            window = tokens[None, start : start + length].to(input_device(adapted.model)).long()
             adapted.model.base_model(window, use_cache=False)
     for number, scorer in scorers.items():
         scorer.fit(*sums[number])

@@ -24,6 +24,21 @@ def execution_device(owner: nn.Module, weight: Tensor) -> torch.device:
     return weight.device
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model of transformers takes its tokens, wherever its weights wait.
+
+    Args:
+        model: Its ``device`` is that of its first weight, which is ``meta`` between the calls of an
+            offloaded model.
+    """
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    hooks = (hook for module in model.modules() for hook in _hooks(module))
+    found = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(x) for x in found if x is not None), device)
+
+
 def real_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of parameters and buffers, from wherever accelerate has put them.
 

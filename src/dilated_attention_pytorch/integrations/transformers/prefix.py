@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
 
 
@@ -43,7 +44,7 @@ class KeptPrefix:
         return sum(self._run(i) for i in range(len(self.windows))) / len(self.windows)
 
     def _run(self, index: int) -> float:
-        window = self.windows[index : index + 1].to(self.model.device).long()
+        window = self.windows[index : index + 1].to(input_device(self.model)).long()
         before = [self._layers[number] for number in range(self._start)]
         kept = skipped(before, self._entering[index]) if before else nullcontext()
         with evaluating(self.model), kept:

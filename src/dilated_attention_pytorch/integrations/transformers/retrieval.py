@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.tokens import tokenize
 
 _PLACES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Dakar", "Riga", "Perth", "Lima", "Turin", "Kyoto")
@@ -81,7 +82,7 @@ def measure_retrieval(model: Any, needles: Sequence[Needle]) -> float:
     right = 0
     with evaluating(model):
         for needle in needles:
-            tokens = needle.tokens[None].to(model.device).long()
+            tokens = needle.tokens[None].to(input_device(model)).long()
             keep = needle.answer + 1
             logits = model(tokens, use_cache=False, logits_to_keep=keep).logits[0, :-1]
             right += int((logits.argmax(-1) == tokens[0, -needle.answer :]).all())

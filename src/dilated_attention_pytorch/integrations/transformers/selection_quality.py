@@ -12,6 +12,7 @@ from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
     observe_selection,
 )
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, even_budget
@@ -76,7 +77,7 @@ def measure_selection(
 
     with evaluating(adapted.model), observe_selection(adapted, look):
         for window in windows.split(1):
-            adapted.model.base_model(window.to(adapted.model.device).long(), use_cache=False)
+            adapted.model.base_model(window.to(input_device(adapted.model)).long(), use_cache=False)
     means = (totals[:, :3] / totals[:, 3:]).tolist()
     return [
         SelectionQuality(sparsity, recall, kept, best)
@@ -111,5 +112,5 @@ def measure_kept_mass(adapted: AdaptedModel, windows: Tensor) -> float:
 
     with evaluating(adapted.model), observe_selection(adapted, look):
         for window in windows.split(1):
-            adapted.model.base_model(window.to(adapted.model.device).long(), use_cache=False)
+            adapted.model.base_model(window.to(input_device(adapted.model)).long(), use_cache=False)
     return sum(kept) / len(kept)

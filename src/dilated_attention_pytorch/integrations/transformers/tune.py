@@ -24,6 +24,7 @@ from dilated_attention_pytorch.integrations.transformers.calibrate import (
 from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
 from dilated_attention_pytorch.integrations.transformers.lora import add_lora
 from dilated_attention_pytorch.integrations.transformers.observer import evaluating
+from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
     PretrainedRun,
     PretrainedTraining,
@@ -233,7 +234,7 @@ def mean_loss(model: Any, windows: Tensor) -> float:
     """:func:`next_token_loss` of ``(windows, tokens + 1)`` in evaluation mode, one at a time."""
     with evaluating(model):
         losses = [
-            float(next_token_loss(model, window.to(model.device).long()))
+            float(next_token_loss(model, window.to(input_device(model)).long()))
             for window in windows.split(1)
         ]
     return sum(losses) / len(losses)

@@ -97,7 +97,6 @@ def check_arguments(
             kv_num_blocks=pattern.kv_num_blocks.expand(batch, -1, -1),
             kv_indices=pattern.kv_indices.expand(batch, -1, -1, -1),
             check_values=False,
-            _transposed=[],
         )
     slots = pattern.kv_indices.shape
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
