@@ -105,6 +105,35 @@ def test_what_is_damaged_is_refused_and_the_model_left_alone(
     assert torch.equal(model(tokens()).logits, logits)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha must be"),
+        ({"alpha_pattern": {"q_proj": 1e300}}, "lora_alpha must be"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "r is 1000000000"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights must be"),
+        ({"target_modules": ["q_proj"]}, "does not fit its settings"),
+        ({"use_dora": True}, "does not fit its settings"),
+        ({"modules_to_save": ["lm_head"]}, "cannot load"),
+        ({"trainable_token_indices": [1]}, "cannot load"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_the_weights_are_refused(
+    changes: dict[str, Any], words: str, folder: Path
+) -> None:
+    (folder / "digests.json").unlink()
+    settings = folder / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
+    model = tiny_model()
+    before, logits = form(model), model(tokens()).logits
+    with pytest.raises(ValueError, match=words):
+        load_lora(model, folder)
+    assert form(model) == before
+    assert torch.equal(model(tokens()).logits, logits)
+
+
 def test_a_tuned_model_is_checked_when_it_is_loaded(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     seal_folder(tmp_path)

@@ -15,6 +15,7 @@ from dilated_attention_pytorch.tensor_file import MAX_FILE, parse_tensors
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WEIGHTS_NAME = "adapter_model.safetensors"
+_LARGEST_SCALE = 1e6
 
 
 def add_lora(model: Any, rank: int) -> Any:
@@ -42,23 +43,31 @@ def load_lora(model: Any, folder: str | Path) -> None:
             as before.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ValueError(f"the changes in {folder} need peft: pip install peft.") from error
+    modules = {module: dict(module._modules) for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        _check_folder(Path(folder))
-        PeftModel.from_pretrained(model, str(folder), local_files_only=True, token=False)
+        names = _check_folder(Path(folder))
+        loaded = PeftModel.from_pretrained(model, str(folder), local_files_only=True, token=False)
+        taken = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+        if taken != names:
+            # peft leaves out what it has no place for, and makes up what it lacks.
+            raise ValueError(
+                f"{_WEIGHTS_NAME} does not fit its settings and the model, such as "
+                f"{short_repr(min(taken ^ names))}."
+            )
     except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
     ) as error:  # fmt: skip
-        _take_out(model, flags)
+        _take_out(model, modules, flags)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load low-rank changes from {folder}: {reason}") from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ValueError unless a folder holds changes of bounded size, undamaged."""
+def _check_folder(folder: Path) -> set[str]:
+    """Names of the weights; raises ValueError unless they are of bounded size, and undamaged."""
     settings = local_settings(folder, "adapter_config.json")
     check_sealed(folder)
     rank = settings.get("r")
@@ -67,26 +76,44 @@ def _check_folder(folder: Path) -> None:
             "adapter_config.json must be of LORA with a rank r from 1, got "
             f"{short_repr(settings.get('peft_type'))} and {short_repr(rank)}."
         )
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(
+            "init_lora_weights must be true, false or 'gaussian', got "
+            f"{short_repr(settings['init_lora_weights'])}: others change the model's own weights."
+        )
+    ranks = _pattern(settings, "rank_pattern")
+    for scale in (settings.get("lora_alpha", 1), *_pattern(settings, "alpha_pattern").values()):
+        if type(scale) not in (int, float) or not abs(scale) < _LARGEST_SCALE:
+            raise ValueError(f"lora_alpha must be a finite number, got {short_repr(scale)}.")
     path = folder / _WEIGHTS_NAME
     tensors, _ = parse_tensors(read_file(path, limit=MAX_FILE), str(path))
     for name, value in tensors.items():
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"{short_repr(name)} must be finite floating-point numbers.")
-        down = name.endswith("lora_A.weight") and not settings.get("rank_pattern")
-        # peft allocates by the rank before it looks at the weights.
-        if down and len(value) != rank:
-            raise ValueError(f"r is {rank}, but {name} is of rank {len(value)}.")
-    if not any(name.endswith("lora_A.weight") for name in tensors):
+    found = {len(value) for name, value in tensors.items() if name.endswith("lora_A.weight")}
+    if not found:
         raise ValueError(f"{_WEIGHTS_NAME} holds no low-rank changes.")
+    # peft allocates by the ranks before it looks at the weights.
+    for given in (rank, *ranks.values()):
+        fits = type(given) is int and (given in found or (bool(ranks) and 0 < given <= max(found)))
+        if not fits:
+            raise ValueError(f"r is {short_repr(given)}, but the changes are of rank {found}.")
+    return set(tensors)
 
 
-def _take_out(model: Any, flags: dict[Any, bool]) -> None:
-    """Puts the layers back that peft has wrapped before it failed."""
-    for name, module in list(model.named_modules()):
-        original = module._modules.get("base_layer")
-        if original is not None:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, original)
+def _pattern(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Settings of single projections by name."""
+    pattern = settings.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{name} must be a mapping, got {short_repr(pattern)}.")
+    return pattern
+
+
+def _take_out(model: Any, modules: dict[Any, dict[str, Any]], flags: dict[Any, bool]) -> None:
+    """Puts back every module that peft has wrapped before it failed, whatever with."""
+    for module, children in modules.items():
+        module._modules.clear()
+        module._modules.update(children)
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     if hasattr(model, "peft_config"):
