@@ -216,7 +216,11 @@ def _row_ranges(
         # Queries of another sequence end with the sample's own keys, not with its padding.
         offset = offset + mask.key_lengths.view(-1, 1, 1).long() - mask.kv_len
     first = rows * size_q + offset
-    last = (rows * size_q + size_q - 1).clamp(max=mask.q_len - 1) + offset
+    last = (rows * size_q + size_q - 1).clamp(max=mask.q_len - 1)
+    if query_lengths is not None:
+        # A block's last real query: padding behind it sees nothing.
+        last = torch.minimum(last, query_lengths.view(-1, 1, 1).long() - 1)
+    last = last + offset
     diagonal_first = first.div(size_k, rounding_mode="floor").clamp(min=0)
     diagonal_last = last.div(size_k, rounding_mode="floor").clamp(max=blocks_k - 1)
     low = torch.zeros_like(first)

@@ -87,7 +87,8 @@ def _forward_tile(
     if MASKED:
         # 0, or NaN for a token with a number that is not finite: for those alone that read it.
         special = tl.sum((v - v).to(tl.float32), 1)
-        p = tl.where(p > 0, p + special[None, :], p)
+        # Not by the weight: one that underflows to 0 is of a token that is read all the same.
+        p = tl.where(s > float("-inf"), p + special[None, :], p)
         v = finite_part(v)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_high, total
