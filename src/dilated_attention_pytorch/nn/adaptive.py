@@ -214,16 +214,22 @@ class BlockSparseAdaptive(ScheduledLayer):
             RuntimeError: In training mode.
             ValueError: If shapes do not fit, or ``state`` is not empty.
         """
-        self._remember(
-            query if selector_query is None else selector_query,
-            key if selector_key is None else selector_key,
-            state, key_lengths, starts, None,
-        )  # fmt: skip
-        out: Tensor = self(
-            query, key, value, is_causal=True, key_lengths=key_lengths,
-            selector_query=selector_query, selector_key=selector_key,
-        )  # fmt: skip
-        return out
+
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            decoding.remember(
+                self,
+                query if selector_query is None else selector_query,
+                key if selector_key is None else selector_key,
+                state, key_lengths=key_lengths, starts=starts, query_offset=None,
+            )  # fmt: skip
+            # Inside of a call: without hooks, which run around all of it.
+            out: Tensor = self.forward(
+                query, key, value, is_causal=True, key_lengths=key_lengths,
+                selector_query=selector_query, selector_key=selector_key,
+            )  # fmt: skip
+            return out
+
+        return self.called(run, query, key, value)
 
     @torch.no_grad()
     def remember(
@@ -252,24 +258,16 @@ class BlockSparseAdaptive(ScheduledLayer):
                 the keys of a past whose queries are gone. Until a whole window of queries has
                 come, blocks are chosen by those that there are. None: ``query`` is the prompt.
         """
-        self._remember(query, key, state, key_lengths, starts, query_offset)
 
-    def _remember(
-        self,
-        query: Tensor,
-        key: Tensor,
-        state: SelectorState,
-        key_lengths: Tensor | None,
-        starts: Tensor | None,
-        query_offset: Tensor | None,
-    ) -> None:
-        self.called(
-            lambda query, key, _: decoding.remember(
+        def run(query: Tensor, key: Tensor, _: Tensor) -> Tensor:
+            decoding.remember(
                 self, query, key, state, key_lengths=key_lengths, starts=starts,
                 query_offset=query_offset,
-            ),
-            query, key, key,
-        )  # fmt: skip
+            )  # fmt: skip
+            # Hooks that look at what a call returns find a tensor.
+            return query
+
+        self.called(run, query, key, key)
 
     @torch.no_grad()
     def decode(

@@ -226,7 +226,8 @@ def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float
     if not isinstance(lengths, Tensor):
         return thresholds_for(table, lengths, layer.thresholds.device)
     return inputs.rows.remember(
-        ("row thresholds", layer.block_size, table),
+        # Layers of a model share the ranges, and may have other numbers of heads.
+        ("row thresholds", layer.block_size, layer.pattern_heads, table),
         # There is one length for all heads, which may have thresholds of their own.
         lambda: thresholds_at(layer.threshold_rows(), lengths.squeeze(1)),
     )

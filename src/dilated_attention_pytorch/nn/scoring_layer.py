@@ -13,6 +13,7 @@ from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
+from dilated_attention_pytorch.nn.own_blocks import OwnBlocks
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
@@ -121,14 +122,40 @@ class ScoringLayer(BudgetLayer):
             )  # fmt: skip
             return scores, self.key_means(inputs.key, inputs.key_valid)
         if isinstance(self.scorer, PrototypeScorer):
-            query, valid = self.scope(inputs)
-            scores = self.scorer(
-                query, inputs.key, self.block_size, inputs.candidates.indices,
-                query_valid=valid, key_valid=inputs.key_valid,
-            )  # fmt: skip
+            scores = self.prototype_scores(self.scorer, inputs, inputs.candidates.indices)
             return scores, self.key_means(inputs.key, inputs.key_valid)
         queries, keys, means = self.summaries(inputs)
-        return self.scorer(queries, keys, inputs.candidates.indices), means
+        numbers = inputs.candidates.indices
+        scores = self.scorer(queries, keys, numbers)
+        if self.weighs_own_block(inputs.mask):
+            own = OwnBlocks.of(inputs, self.block_size)
+            summary, _ = self.pool_keys(own.key, own.valid)
+            scores = own.place(scores, self.scorer(queries, summary, own.rows), numbers)
+        return scores, means
+
+    def prototype_scores(
+        self, scorer: PrototypeScorer, inputs: SelectionInputs, numbers: Tensor | None
+    ) -> Tensor:
+        """Scores of the key blocks ``numbers`` (None: all) by ``scorer="prototypes"``."""
+        query, valid = self.scope(inputs)
+        scores: Tensor = scorer(
+            query, inputs.key, self.block_size, numbers,
+            query_valid=valid, key_valid=inputs.key_valid,
+        )  # fmt: skip
+        if self.weighs_own_block(inputs.mask):
+            own = OwnBlocks.of(inputs, self.block_size)
+            found = scorer(
+                query, own.key, self.block_size, own.rows, query_valid=valid, key_valid=own.valid
+            )
+            scores = own.place(scores, found, numbers)
+        return scores
+
+    def weighs_own_block(self, mask: AttentionMask) -> bool:
+        """Whether the score of a row's own block counts, and may know its first token alone.
+
+        Thresholds are compared with shares of all that a row sees.
+        """
+        return self.config.budget == "threshold" and self.looks_back(mask)
 
     def summaries(self, inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Summaries of query and key blocks, and the key blocks' means."""

@@ -30,11 +30,7 @@ def score_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Tensor:
     """The layer's scores of all tiles, ``(b, pattern heads, i, j)`` float32."""
     scorer, rows = layer.scorer, inputs.rows
     if not isinstance(scorer, LowRankScorer):
-        query, valid = layer.scope(inputs)
-        return cast(PrototypeScorer, scorer)(
-            query, inputs.key, layer.block_size, None,
-            query_valid=valid, key_valid=inputs.key_valid,
-        )  # fmt: skip
+        return layer.prototype_scores(cast(PrototypeScorer, scorer), inputs, None)
     stride, query, lead = scorer.query_stride, inputs.query, 0
     if layer.looks_back(inputs.mask):
         # Every block's samples are then those up to its first token.

@@ -332,3 +332,27 @@ def test_values_that_would_be_lost_are_refused() -> None:
     wanted = copy.deepcopy(here).calibrate_top_p(x, x)
     offload(here, False)
     assert here.calibrate_top_p(x, x) == wanted
+
+
+@pytest.mark.parametrize("name", ["default", "towers", "low rank"])
+def test_hooks_do_not_change_what_is_generated(name: str) -> None:
+    """Neither those that look on nor those that put an equal tensor in the place of one."""
+    model = tiny_model()
+    torch.manual_seed(1)
+    adapted = adapt(model, config(name))
+    wanted, calls = generated(model), Counter[int]()
+    handles = []
+    for number, selector in adapted.selectors.items():
+
+        def before(_: nn.Module, args: Any, options: Any, number: int = number) -> Any:
+            calls[number] += 1
+            return tuple(x.clone() for x in args), options
+
+        handles.append(selector.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(selector.register_forward_hook(lambda *given: given[-1] * 1))
+    assert torch.equal(generated(model), wanted)
+    # The prompt, and every token but the last, once each.
+    assert calls == {0: 12, 1: 12}
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(generated(model), wanted)
