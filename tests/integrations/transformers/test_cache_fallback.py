@@ -29,6 +29,7 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
 )
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
 EACH_TOKEN = AdaptiveConfig(base_sparsity=0.6, block_size=8, budget="fixed")
@@ -341,3 +342,27 @@ def test_undo_takes_the_hooks_away() -> None:
         hooks = [len(site.module._forward_pre_hooks) for site in adapted.sites]
         assert hooks == [0, 1]
     assert not any(site.module._forward_pre_hooks for site in adapted.sites)
+
+
+@pytest.mark.parametrize("budget", ["fixed", "threshold"])
+def test_padding_of_a_static_cache_is_no_query(budget: str) -> None:
+    """Left padding, and room behind the prompt: more keys than queries, some of which are none."""
+    model = tiny_model().double()
+    settings = TrainingFreeConfig(
+        method="mean_pool", block_size=8, budget=budget, base_sparsity=0.5
+    )
+    adapted = adapt(model, settings)
+    if budget == "threshold":
+        for selector in adapted.selectors.values():
+            selector.set_thresholds(ThresholdTable((20, 60), (0.3, 0.08)))
+    ids, pad = tokens(2, 70), 29
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :pad] = 0
+    options: Any = {
+        "max_new_tokens": 4, "do_sample": False, "cache_implementation": "static",
+        "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    together = model.generate(ids, attention_mask=mask, **options).logits
+    alone = model.generate(ids[1:, pad:], attention_mask=mask[1:, pad:], **options).logits
+    for x, y in zip(together, alone, strict=True):
+        torch.testing.assert_close(x[1:], y)

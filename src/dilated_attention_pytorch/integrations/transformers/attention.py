@@ -114,8 +114,9 @@ def _sparse(
     # Without a cache queries and keys are one sequence and need no offset.
     place = None if q_len == kv_len else tokens.query_offset
     out = selector(
-        query, key, value, is_causal=True, query_offset=place, key_lengths=tokens.key_lengths
-    )
+        query, key, value, is_causal=True, query_offset=place, key_lengths=tokens.key_lengths,
+        query_lengths=tokens.query_lengths,
+    )  # fmt: skip
     return tokens.spread(_tensor(out))
 
 

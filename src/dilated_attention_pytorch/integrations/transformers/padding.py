@@ -61,6 +61,11 @@ class CompactTokens:
             (valid & past).sum(1, dtype=torch.int32),
         )
 
+    @property
+    def query_lengths(self) -> Tensor:
+        """``(batch,)`` int32: queries that are no padding."""
+        return self.query_valid.sum(1, dtype=torch.int32)
+
     def compact(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Moves padding of ``(batch, tokens, heads, head_dim)`` tensors to the end."""
         return (
