@@ -77,26 +77,27 @@ class NeedleTask:
             )
 
     def batch(self, size: int, generator: torch.Generator) -> NeedleBatch:
-        """Draws ``size`` sequences (on the CPU)."""
+        """Draws ``size`` sequences, on the generator's device."""
         blocks, block, keys = self.seq_len // self.block_size, self.block_size, self.keys_per_block
+        device = generator.device
 
         def rand(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
+            return torch.rand(*shape, generator=generator, dtype=torch.float32, device=device)
 
         def randint(high: int, *shape: int) -> Tensor:
-            return torch.randint(high, shape, generator=generator, device="cpu")
+            return torch.randint(high, shape, generator=generator, device=device)
 
         names = rand(size, self.num_keys).argsort(-1)[:, : blocks * keys].view(size, blocks, keys)
         values = randint(self.num_values, size, blocks, keys)
         place = rand(size, blocks, block).argsort(-1)[..., : keys + 1]
-        kind = torch.zeros(size, blocks, block, dtype=torch.long, device="cpu")
+        kind = torch.zeros(size, blocks, block, dtype=torch.long, device=device)
         key, value, answer = kind.clone(), kind.clone(), torch.full_like(kind, -100)
         noise = randint(_NOISE_TOKENS, *kind.shape)
         kind.scatter_(-1, place[..., :keys], 1)
         key.scatter_(-1, place[..., :keys], names)
         value.scatter_(-1, place[..., :keys], values)
         # Block 0 has nothing before it; its query is not asked.
-        row = torch.arange(blocks, device="cpu")
+        row = torch.arange(blocks, device=device)
         target = (rand(size, blocks) * row.clamp(min=1)).long()
         if self.target != "anywhere":
             places = [target, *((row - d).clamp(min=0) for d in (1, _PERIOD))]
@@ -106,7 +107,7 @@ class NeedleTask:
                 pick = randint(len(places), size, blocks)
             target = kinds.gather(0, pick[None])[0]
         which = randint(keys, size, blocks)
-        sample = torch.arange(size, device="cpu")[:, None]
+        sample = torch.arange(size, device=device)[:, None]
         query = place[..., keys:]
         kind.scatter_(-1, query, 2)
         key.scatter_(-1, query, names[sample, target, which][..., None])

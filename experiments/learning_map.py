@@ -1,0 +1,396 @@
+"""Where does learning start: dense attention, the default budget and the fixed one, over 50 cells.
+
+Trains the needle task (``dilated_attention_pytorch.tasks.needle``) in ten geometries, each with
+five pairs of learning rate and batch size, five seeds each, on a model without any recipe: one
+layer, PyTorch's own first weights, no normalised queries. ``results/learning_map/`` holds
+``runs.jsonl`` (one line a run), ``README.md`` (the map and what it says) and ``plot.png``.
+
+    python experiments/learning_map.py --device cuda              # what is not there yet
+    python experiments/learning_map.py --only adaptive --cells 384x16x3:0.004:32 --seeds 0 1
+    python experiments/learning_map.py --quick                    # seconds; nothing kept
+
+On a GPU a step is one CUDA graph and ``--together`` runs share the card, each on a stream of its
+own; data lie on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.models.transformer import build_attention
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
+from dilated_attention_pytorch.tasks.needle import NeedleBatch, NeedleTask, needle_config
+from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from provenance import environment
+
+RESULTS = Path(__file__).parent / "results" / "learning_map"
+STEPS, DENSE_STEPS = 2000, 200
+SEEDS = (0, 1, 2, 3, 4)
+# Sequence, block, keys a block, keys, values, heads, and scored blocks a row, or below 1 the
+# sparsity: half a scored block a row and head in the tight one.
+GEOMETRIES: dict[str, tuple[int, int, int, int, int, int, float]] = {
+    "384x16x3": (384, 16, 3, 72, 12, 2, 2),
+    "512x16x2": (512, 16, 2, 256, 16, 2, 2),
+    "256x16x1": (256, 16, 1, 64, 8, 2, 1),
+    "256x32x4": (256, 32, 4, 64, 12, 2, 1),
+    "640x16x2": (640, 16, 2, 128, 10, 4, 2),
+    "512x32x6": (512, 32, 6, 128, 16, 4, 2),
+    "768x16x2": (768, 16, 2, 160, 12, 2, 3),
+    "768x32x3": (768, 32, 3, 96, 8, 2, 2),
+    "384x16x3 tight": (384, 16, 3, 72, 12, 2, 0.87),
+    "1024x16x1": (1024, 16, 1, 128, 16, 4, 4),
+}
+# Learning rate and batch size.
+RECIPES = ((4e-3, 32), (4e-3, 64), (2e-3, 64), (2e-3, 32), (8e-3, 64))
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"attention": "dense"},
+    "adaptive": {"attention": "adaptive"},
+    "fixed": {"attention": "adaptive", "config": {"budget": "fixed"}},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One square of the map."""
+
+    geometry: str
+    learning_rate: float
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """Its key in the results."""
+        return f"{self.geometry}:{self.learning_rate:g}:{self.batch_size}"
+
+    @property
+    def task(self) -> NeedleTask:
+        """The task of its geometry."""
+        seq_len, block, per_block, keys, values, _, _ = GEOMETRIES[self.geometry]
+        return NeedleTask(seq_len, block, per_block, keys, values)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of 32."""
+        return GEOMETRIES[self.geometry][5]
+
+    def config(self, **changes: Any) -> AdaptiveConfig:
+        """The defaults at a sparsity that leaves every row its own block and some scored ones."""
+        asked = GEOMETRIES[self.geometry][6]
+        if asked >= 1:
+            asked = needle_config(self.task, int(asked)).base_sparsity
+        settings = {"block_size": self.task.block_size, "base_sparsity": asked}
+        return AdaptiveConfig.from_dict(settings | changes)
+
+
+CELLS = [Cell(g, rate, size) for rate, size in RECIPES for g in GEOMETRIES]
+
+
+class PlainModel(nn.Module):
+    """Embeddings, one attention layer and an output, as PyTorch initialises them."""
+
+    def __init__(self, task: NeedleTask, num_heads: int, attention: nn.Module) -> None:
+        super().__init__()
+        dim = 32 * num_heads
+        self.key, self.value = nn.Embedding(task.num_keys, dim), nn.Embedding(task.num_values, dim)
+        self.noise, self.kind = nn.Embedding(16, dim), nn.Embedding(3, dim)
+        self.norm, self.last = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.answer = nn.Linear(dim, task.num_values)
+        self.num_heads, self.attention = num_heads, attention
+
+    def forward(self, batch: NeedleBatch) -> Tensor:
+        """Logits at every token ``(batch, seq_len, values)``."""
+        kind = batch.kind[..., None]
+        x = self.kind(batch.kind) + self.key(batch.key) * (kind > 0)
+        x = x + self.value(batch.value) * (kind == 1) + self.noise(batch.noise) * (kind == 0)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        x = x + self.out(self.attention(q, k, v, is_causal=True).flatten(2))
+        return self.answer(self.last(x))
+
+
+@dataclass
+class Run:
+    """One training; :meth:`step` waits for nothing on the device."""
+
+    cell: Cell
+    method: str
+    seed: int
+    steps: int
+    device: str
+    batch_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = METHODS[self.method]
+        self.batch_size = self.cell.batch_size
+        torch.manual_seed(self.seed)
+        task, heads = self.cell.task, self.cell.num_heads
+        # All methods of a seed start from the same weights; a selector draws its own behind them.
+        self.model = PlainModel(task, heads, nn.Identity())
+        attention = settings["attention"]
+        self.config = self.cell.config(**settings.get("config", {}))
+        self.model.attention = build_attention(attention, heads, 32, self.config)
+        self.model.to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        graph = self.device == "cuda"
+        rate = torch.tensor(self.cell.learning_rate, device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=rate if graph else float(rate), weight_decay=0.01,
+            betas=(0.9, 0.98), fused=graph, capturable=graph,
+        )  # fmt: skip
+        self.trainer: AdaptiveSparsityTrainer | None = None
+        if attention == "adaptive":
+            self.trainer = AdaptiveSparsityTrainer(
+                self.model, annealing_steps=max(1, self.steps // 2),
+                **{"dense_steps": DENSE_STEPS, **settings.get("trainer", {})},
+            )  # fmt: skip
+        self.accuracy = torch.zeros(self.steps, device=self.device)
+        self.sparsity = torch.zeros(self.steps, device=self.device)
+        self.latest = torch.zeros(2, device=self.device)
+        self.done = 0
+        self.stream = torch.cuda.Stream() if graph else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.since_change = 0
+
+    def step(self) -> None:
+        """One step of the optimiser."""
+        rate = min(1.0, (self.done + 1) / 50)
+        rate *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                with torch.cuda.stream(self.stream):
+                    group["lr"].fill_(self.cell.learning_rate * rate)
+            else:
+                group["lr"] = self.cell.learning_rate * rate
+        if self.stream is None:
+            self._update()
+        else:
+            with torch.cuda.stream(self.stream):
+                self._replay()
+        with torch.cuda.stream(self.stream):
+            self.accuracy[self.done], self.sparsity[self.done] = self.latest
+            if self.trainer is not None:
+                before = self._scheduled()
+                self.trainer.step()
+                if self._scheduled() != before:
+                    # Another number of blocks: another graph.
+                    self.graph, self.since_change = None, 0
+        self.done += 1
+
+    def _scheduled(self) -> float | None:
+        base = self.config.base_sparsity
+        return None if self.trainer is None else self.trainer.sparsity(base)
+
+    def _replay(self) -> None:
+        self.since_change += 1
+        if self.since_change <= 3:
+            self._update()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self._update()
+        self.graph.replay()
+
+    def _update(self) -> None:
+        self.model.train()
+        batch = self.cell.task.batch(self.batch_size, self.generator)
+        logits = self.model(batch)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.answer.flatten(), ignore_index=-100)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        asked = batch.answer != -100
+        right = ((logits.argmax(-1) == batch.answer) & asked).sum() / asked.sum()
+        self.latest[0].copy_(right)
+        record = getattr(self.model.attention, "_record", None)
+        if record is not None:
+            share = record.exact.detach().sum() / record.allowed.expand_as(record.exact).sum()
+            self.latest[1].copy_(1 - share)
+
+    def result(self) -> dict[str, Any]:
+        """What the finished run has shown."""
+        accuracy, sparsity = evaluate(self)
+        window = 20
+        means = self.accuracy.cpu().unfold(0, min(window, self.steps), 1).mean(-1)
+        first = (means >= 0.9).nonzero()
+        sparse = self.sparsity[self.steps // 2 :]
+        return {
+            "cell": self.cell.name, "method": self.method, "seed": self.seed, "steps": self.steps,
+            "accuracy": accuracy, "steps_to_90": int(first[0]) + window if len(first) else None,
+            "asked": self.config.base_sparsity, "sparsity": sparsity,
+            "training_sparsity": float(sparse.mean()) if self.trainer else None,
+            "curve": [round(float(x), 3) for x in self.accuracy[99::100]],
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(run: Run, batches: int = 8) -> tuple[float, float | None]:
+    """Accuracy on held-out sequences, and the sparsity measured on them."""
+    model = run.model.eval()
+    generator = torch.Generator(run.device).manual_seed(123)
+    right = total = 0
+    shares: list[float] = []
+    layers = [m for m in model.modules() if isinstance(m, BlockSparseLayer)]
+    watch = observe_patterns(
+        layers, lambda _, pattern: shares.append(float(pattern.sparsity.mean()))
+    )
+    with watch:
+        for _ in range(batches):
+            batch = run.cell.task.batch(32, generator)
+            asked = batch.answer != -100
+            right += int(((model(batch).argmax(-1) == batch.answer) & asked).sum())
+            total += int(asked.sum())
+    return right / total, sum(shares) / len(shares) if shares else None
+
+
+def train_together(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Trains runs of equal length side by side and yields their results."""
+    start = time.perf_counter()
+    for _ in range(max(run.steps for run in runs)):
+        for run in runs:
+            run.step()
+    if runs[0].device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    for run in runs:
+        yield {**run.result(), "seconds": round(seconds, 1), "together": len(runs)}
+
+
+def load_runs(path: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Writes the map as a table and as a picture."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        found[run["cell"], run["method"]].append(run)
+    methods = [name for name in METHODS if any(key[1] == name for key in found)]
+    lines = [
+        "# Where learning starts",
+        "",
+        "Accuracy by seed, and the steps to 0.9 (-: never).",
+        "",
+    ]
+    lines += ["| cell | asked | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for cell in CELLS:
+        rows = [sorted(found[cell.name, m], key=lambda r: r["seed"]) for m in methods]
+        if not any(rows):
+            continue
+        shown = [
+            " ".join(f"{r['accuracy']:.3f} ({r['steps_to_90'] or '-'})" for r in row) or "not run"
+            for row in rows
+        ]
+        lines.append(
+            f"| {cell.name} | {cell.config().base_sparsity:.3f} | " + " | ".join(shown) + " |"
+        )
+    sparse = [r for r in runs if r["training_sparsity"] is not None]
+    miss = max((abs(r["training_sparsity"] - r["asked"]) for r in sparse), default=0.0)
+    places = sorted({
+        f"{r['environment']['device']}, torch {r['environment']['torch']}, commit "
+        f"{r['environment']['commit']}" for r in runs
+    })  # fmt: skip
+    lines += [
+        "",
+        "A cell is geometry (tokens x block x keys a block), learning rate and batch size. The "
+        f"sparsity in the second half of a training is at most {miss:.3f} from what was asked.",
+        "",
+        f"{STEPS} steps. Ran on {'; '.join(places)}.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+    draw(found, methods).savefig(folder / "plot.png", dpi=110)
+
+
+def draw(
+    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], methods: Sequence[str]
+) -> Any:
+    """A square a cell: how many of its seeds reach 0.98."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(methods), 5), layout="constrained")
+    for axis, method in zip(
+        figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True
+    ):
+        picture = [
+            [
+                sum(r["accuracy"] >= 0.98 for r in found.get((Cell(g, *recipe).name, method), []))
+                / max(len(found.get((Cell(g, *recipe).name, method), [])), 1)
+                for recipe in RECIPES
+            ]
+            for g in GEOMETRIES
+        ]
+        axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(RECIPES)), [f"{a:g}\n{b}" for a, b in RECIPES], fontsize=7)
+        axis.set_yticks(range(len(GEOMETRIES)), list(GEOMETRIES), fontsize=7)
+        axis.set_title(f"{method}: share of seeds at 0.98")
+    return figure
+
+
+def main() -> int:
+    """Runs what is asked for and not there yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--cells", nargs="+", choices=[c.name for c in CELLS], metavar="CELL")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--together", type=int, default=15, help="runs that share the device")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="one cell, two steps, nothing kept")
+    parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.out, parsed.steps = Path(tempfile.mkdtemp(prefix="learning-map-")), 2
+        parsed.cells, parsed.seeds = ["256x16x1:0.004:32"], [0]
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    log = parsed.out / "runs.jsonl"
+    done = {(r["cell"], r["method"], r["seed"]) for r in load_runs(log)}
+    wanted = [
+        (cell, method, seed)
+        for cell in CELLS
+        if parsed.cells is None or cell.name in parsed.cells
+        for seed in parsed.seeds
+        for method in parsed.only
+        if (cell.name, method, seed) not in done
+    ]
+    for first in range(0, len(wanted), parsed.together):
+        some = wanted[first : first + parsed.together]
+        runs = [Run(*each, parsed.steps, parsed.device) for each in some]
+        for result in train_together(runs):
+            with log.open("a") as file:
+                line = {**result, "environment": environment(parsed.device)}
+                file.write(json.dumps(line) + "\n")
+        print(f"{first + len(some)} of {len(wanted)} runs", flush=True)
+    if runs := load_runs(log):
+        write_page(runs, parsed.out)
+        print(f"wrote {parsed.out}/README.md and plot.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
