@@ -325,6 +325,11 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     draw(found, methods).savefig(folder / "plot.png", dpi=110)
 
 
+def _share(runs: Sequence[Mapping[str, Any]]) -> float:
+    """How many reach 0.98; NaN, which stays white, where none has run."""
+    return sum(r["accuracy"] >= 0.98 for r in runs) / len(runs) if runs else math.nan
+
+
 def draw(
     found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], methods: Sequence[str]
 ) -> Any:
@@ -336,11 +341,7 @@ def draw(
         figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True
     ):
         picture = [
-            [
-                sum(r["accuracy"] >= 0.98 for r in found.get((Cell(g, *recipe).name, method), []))
-                / max(len(found.get((Cell(g, *recipe).name, method), [])), 1)
-                for recipe in RECIPES
-            ]
+            [_share(found.get((Cell(g, *recipe).name, method), [])) for recipe in RECIPES]
             for g in GEOMETRIES
         ]
         axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", aspect="auto")
