@@ -346,7 +346,8 @@ def test_memory_without_values_is_as_after_construction(name: str) -> None:
         twin = BUILDERS[name]().eval()
     for layer in twin.modules():
         if isinstance(layer, BudgetLayer) and layer.config.budget == "threshold":
-            layer.set_thresholds(ThresholdTable((64,), (0.09,)))
+            with pytest.raises(RuntimeError, match="meta device"):
+                layer.set_thresholds(ThresholdTable((64,), (0.09,)))
     twin.to_empty(device="cpu")
     fresh = build(name)
     for layer, other in zip(twin.modules(), fresh.modules(), strict=True):
