@@ -96,7 +96,11 @@ def test_unfinished_files_are_removed_and_never_listed(tmp_path):
     save_checkpoint(tmp_path, 1, STATE)
     (tmp_path / "step-00000002.pt.4711.tmp").write_bytes(b"half")
     assert len(list_checkpoints(tmp_path)) == 1
+    folder = tmp_path / ".dilated-attention-0123456789abcdef.tmp"
+    folder.mkdir()
+    (folder / "half.bin").write_bytes(b"half")
     remove_unfinished(tmp_path)
+    assert not folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
 
 

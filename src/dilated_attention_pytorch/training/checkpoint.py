@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,7 +117,10 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what writers that were killed have left in a folder; nobody may write there now."""
     for path in folder.iterdir():
         if UNFINISHED.fullmatch(path.name) or _UNFINISHED_BEFORE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:

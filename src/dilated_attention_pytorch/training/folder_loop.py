@@ -266,8 +266,9 @@ class FolderLoop(ABC, Generic[Model, Data]):
         return save_checkpoint(self.checkpoints, self.training.step_count, state)
 
     def _remove_unfinished(self) -> None:
-        for folder in (self.folder, self.checkpoints):
-            if folder.is_dir():
+        # Checkpoints, and what a command writes at its end: an adapter, low-rank changes, a model.
+        for folder in (self.folder, *(x for x in self.folder.iterdir() if x.is_dir())):
+            if not folder.is_symlink():
                 remove_unfinished(folder)
 
     def _log(self, values: Mapping[str, Any], tokens: int) -> None:
