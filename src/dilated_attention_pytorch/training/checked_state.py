@@ -149,6 +149,8 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
         raise CheckpointError(
             f"{name} of the checkpoint must be finite, but holds NaN or infinity."
         )
+    if name.endswith(".base_sparsity") and not 0 <= float(saved) < 1:
+        raise _other(name, "a sparsity in [0, 1)", float(saved))
 
 
 def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) -> None:

@@ -221,11 +221,14 @@ def read_costs(
     except FileNotFoundError:
         return {}
     try:
-        state = unsealed(parse_json(content, str(path)), str(path), required=False)
+        parsed = parse_json(content, str(path))
+        # Earlier versions knew neither the model nor a digest.
+        state = unsealed(parsed, str(path), required=isinstance(parsed, dict) and "model" in parsed)
+        if unknown := set(state) - {*identity, "costs"}:
+            raise ValueError(f"it holds the unknown {short_repr(sorted(unknown))}.")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
     for name, own in identity.items():
-        # Earlier versions did not know the model.
         if state.get(name, own if name == "model" else None) != own:
             raise FileExistsError(
                 f"{path.parent} holds the costs of another job ({name} differs); name another "
@@ -244,9 +247,9 @@ def read_costs(
             found = dict(SparsityCosts.from_dict(values).costs)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
-        if unknown := set(found) - set(units):
+        if others := set(found) - set(units):
             raise ValueError(
-                f"{path} has costs of {short_repr(sorted(map(unit_name, unknown)))}, which are "
+                f"{path} has costs of {short_repr(sorted(map(unit_name, others)))}, which are "
                 "not measured here. Remove it to measure anew."
             )
         measured[length] = found

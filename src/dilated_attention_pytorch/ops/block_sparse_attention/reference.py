@@ -51,8 +51,8 @@ def _attention(args: Arguments) -> tuple[Tensor, Tensor]:
     if bias is not None:
         logits = logits + bias
     logits = torch.where(visible, logits, -torch.inf)
-    empty = (logits == -torch.inf).all(-1, keepdim=True)
-    visible = visible & ~empty
+    # A row that reads something whose logit is -inf is not one that reads nothing.
+    empty = ~visible.any(-1, keepdim=True)
     logits = logits.masked_fill(empty, 0)
     lse = logits.logsumexp(-1, keepdim=True)
     p = torch.where(visible, (logits - lse).exp(), 0)
