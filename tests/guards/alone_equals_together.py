@@ -7,6 +7,7 @@ Cases are drawn at random from a seed. ``cd tests && python -m guards.alone_equa
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import traceback
@@ -552,6 +553,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--only", default="", help="part of the names of checks")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        # Read when the kernels are imported, at their first use.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     total, parts = 0, {}
     for check in [*CHECKS, *MODEL_CHECKS, *KERNEL_CHECKS]:
