@@ -113,6 +113,8 @@ def bounds(call: Call, dtype: torch.dtype) -> Bounds:
     # Norms whose squares leave the range promise nothing of their block.
     norm = largest(g[0])
     extreme = g[1] | (norm > most**0.5) | ((norm > 0) & (norm < least**0.25))
+    # Nor does a row whose logits may all become -inf, as if it read nothing.
+    extreme = extreme | (largest(products) >= most) | (logit >= most)
     b, h, _ = norm.shape
     lists = torch.arange(h) // (h // call.shape[1])
     marks = torch.zeros(call.shape[:3], dtype=torch.int64)
