@@ -180,7 +180,10 @@ class _Products:
         """``scale * query @ key^T + bias``, in a buffer; of hidden pairs too."""
         r, c = group.slots.shape
         s = self.buffer("logits", (r, self.size_q, c * self.size_k))
-        torch.baddbmm(s, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=s)
+        # With a factor of 0 there would be no product at all, and NaN in it would not be seen.
+        torch.baddbmm(s, query, key.transpose(1, 2), beta=0, alpha=self.scale or 1.0, out=s)
+        if not self.scale:
+            s.mul_(0.0)
         if self.bias is not None:
             tiles = s.view(r, self.size_q, c, self.size_k)
             tiles += self.bias[group.slots].view(r, 1, c, 1)
