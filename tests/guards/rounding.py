@@ -72,7 +72,9 @@ def bounds(call: Call, dtype: torch.dtype) -> Bounds:
     products = hide(q[0] @ k[0].mT)
     logit = largest(hide(products * abs(call.scale) + added))
     not_finite = seen & (q[1][..., None] | k[1][:, :, None])
-    good = ~not_finite.any(-1) & (largest(products) < most) & (logit < most)
+    # The scale may be multiplied into the queries.
+    scaled = q[0].amax(-1) * abs(call.scale) if q[0].shape[-1] else torch.zeros(q[0].shape[:-1])
+    good = ~not_finite.any(-1) & (largest(products) < most) & (logit < most) & (scaled < most)
     delta = torch.where(good, 2 * eps_wide * steps * logit, 0)
     weight = hide(p * (torch.expm1(4 * delta) + steps * eps)[..., None] + least)
     good = good & weight.isfinite().all(-1)
