@@ -14,7 +14,7 @@ from dilated_attention_pytorch.nn.training_free import (
     BlockSparseTrainingFree,
     TrainingFreeConfig,
 )
-from dilated_attention_pytorch.scoring.products import finite_rows, pair_products, take_columns
+from dilated_attention_pytorch.scoring.products import finite_rows, score_products, take_columns
 
 SCORERS = ("bilinear", "mlp", "prototypes", "low_rank")
 
@@ -25,15 +25,15 @@ def test_a_product_is_a_product() -> None:
         torch.randn(2, n, 3, generator=generator, dtype=torch.float64, requires_grad=True)
         for n in (4, 5)
     )
-    assert torch.equal(pair_products(q, k), q @ k.mT)
-    assert torch.autograd.gradcheck(pair_products, (q, k))
+    assert torch.equal(score_products(q, k), q @ k.mT)
+    assert torch.autograd.gradcheck(score_products, (q, k))
 
 
 def test_what_nobody_read_gives_no_gradient() -> None:
     q, k = torch.ones(2, 3, requires_grad=True), torch.ones(3, 3)
     k[2] = torch.nan
     k.requires_grad_()
-    product = pair_products(q, k)
+    product = score_products(q, k)
     assert product[:, 2].isnan().all()
     product[:, :2].sum().backward()
     assert q.grad is not None

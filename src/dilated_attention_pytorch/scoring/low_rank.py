@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.scoring.products import pair_products, take_columns
+from dilated_attention_pytorch.scoring.products import score_products, take_columns
 from dilated_attention_pytorch.scoring.summaries import exact_dtype, past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
 
@@ -282,4 +282,4 @@ class LowRankScorer(CalledModule):
         if valid is not None:
             weight = weight & valid[:, None]
         per_block = block_size // self.query_stride
-        return mass_of_rows(pair_products(q, k), seen, weight.to(q.dtype), per_block, block_size)
+        return mass_of_rows(score_products(q, k), seen, weight.to(q.dtype), per_block, block_size)

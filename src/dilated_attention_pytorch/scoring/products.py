@@ -28,7 +28,7 @@ class _Product(torch.autograd.Function):
         return grad @ k, grad.mT @ q
 
 
-def pair_products(q: Tensor, k: Tensor) -> Tensor:
+def score_products(q: Tensor, k: Tensor) -> Tensor:
     """``q @ k.mT``, of which a pair without a gradient gives none, even if it is no number.
 
     All pairs are multiplied, those that nobody may read, too. Their gradient is 0, and 0 * NaN

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.scoring.products import (
     finite_rows,
-    pair_products,
+    score_products,
     take_columns,
 )
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
@@ -230,9 +230,9 @@ class ImportanceScorer(CalledModule):
     def _bilinear(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
         # Scoring everything is one matmul; it beats gathering unless the candidates are few.
         if candidates is None or 2 * candidates.shape[-1] >= k.shape[2]:
-            scores = pair_products(q, k).float()
+            scores = score_products(q, k).float()
             return scores if candidates is None else take_columns(scores, candidates)
-        return pair_products(q[..., None, :], _take_rows(k, candidates)).squeeze(3).float()
+        return score_products(q[..., None, :], _take_rows(k, candidates)).squeeze(3).float()
 
     def _mlp(self, q: Tensor, k: Tensor, candidates: Tensor | None) -> Tensor:
         if candidates is not None and 1 != candidates.shape[1] != q.shape[1]:
