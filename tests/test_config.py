@@ -20,9 +20,8 @@ def test_round_trip_through_json() -> None:
         base_sparsity=0.25, temperature=2.0, learnable_temperature=False, min_temperature=0.5,
         hidden_dim=7, num_layers=3, share_across_heads=True, hard_sparsity=True, block_size=16,
         estimator="gumbel", selector_weight=0.5, pooling=("min", "attention"), scorer="mlp",
-            num_prototypes=3, query_stride=2,
-        budget="fixed", top_p=0.5, num_selected_blocks=4, num_local_blocks=1, num_sink_blocks=2,
-        num_explore_blocks=0, query_scope="past", hierarchy_keep=3,
+        query_stride=2, budget="fixed", num_selected_blocks=4, num_local_blocks=1,
+        num_sink_blocks=2, num_explore_blocks=0, query_scope="past", hierarchy_keep=3,
     )  # fmt: skip
     default = AdaptiveConfig()
     values = json.loads(json.dumps(config.to_dict()))
@@ -64,8 +63,9 @@ def test_from_dict_names_unknown_keys() -> None:
         ("pooling", ("mean", "mean")),
         ("scorer", "dot"),
         ("budget", "free"),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
+        # Names of earlier versions.
+        ("scorer", "prototypes"),
+        ("budget", "top_p"),
         ("threshold_floor", -0.1),
         ("threshold_floor", 1.0),
         ("num_selected_blocks", -1),
@@ -105,8 +105,8 @@ def test_wrong_types(name: str, value: object) -> None:
     ("field", "names"),
     [
         ("estimator", ("mass", "gumbel", "soft", "straight_through")),
-        ("scorer", ("bilinear", "mlp")),
-        ("budget", ("adaptive", "fixed", "top_p")),
+        ("scorer", ("bilinear", "mlp", "low_rank")),
+        ("budget", ("adaptive", "fixed", "threshold")),
         ("query_scope", ("block", "past")),
     ],
 )

@@ -44,7 +44,6 @@ LAYERS: dict[str, dict[str, Any]] = {
     **{f"scorer {name}": {"scorer": name} for name in SCORERS},
     **{f"estimator {name}": {"estimator": name} for name in ESTIMATORS},
     "fixed": {"budget": "fixed", "num_explore_blocks": 1},
-    "top_p": {"budget": "top_p", "top_p": 0.6, "query_scope": "past"},
     "threshold": {"budget": "threshold", "threshold_floor": 0.5, "num_sink_blocks": 1},
     "past": {"query_scope": "past", "num_local_blocks": 1},
     "hierarchy": {"hierarchy": (2,), "hierarchy_keep": 2, "num_explore_blocks": 1},
@@ -77,10 +76,9 @@ def check(compute: Callable[[], Any]) -> None:
 
 
 def settings(name: str) -> AdaptiveConfig:
-    changes = LAYERS[name]
-    if changes.get("scorer") == "prototypes":
-        changes = {**changes, "pooling": ("attention",)}
-    return AdaptiveConfig(**{"block_size": 8, "base_sparsity": 0.7, "hidden_dim": 4, **changes})
+    return AdaptiveConfig(
+        **{"block_size": 8, "base_sparsity": 0.7, "hidden_dim": 4, **LAYERS[name]}
+    )
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -24,7 +24,7 @@ WITH_A_MODEL = (DOCS / "convert.md", README)
 STEP = re.compile(r"^```(python)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TRAINED = "--steps 2 --seq-len 256 --block-size 16 --base-sparsity 0.6"
 SMALLER = {
-    "distill": TRAINED + " --num-prototypes 2",
+    "distill": TRAINED,
     "tune": TRAINED,
     "allot": "--lengths 256 --windows 1",
     "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --needles 1 "

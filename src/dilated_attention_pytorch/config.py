@@ -14,13 +14,13 @@ from typing import Any, SupportsIndex, TypeVar
 from dilated_attention_pytorch.strict_json import short_repr
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
-SCORERS = ("bilinear", "mlp", "prototypes", "low_rank")
-BUDGETS = ("adaptive", "fixed", "top_p", "threshold")
+SCORERS = ("bilinear", "mlp", "low_rank")
+BUDGETS = ("adaptive", "fixed", "threshold")
 POOLINGS = ("mean", "max", "min", "attention")
 QUERY_SCOPES = ("block", "past")
 # Far above what is of use, and low enough that settings of others cannot fill the memory.
 LARGEST = {
-    "hidden_dim": 2**14, "num_layers": 256, "block_size": 2**16, "num_prototypes": 2**12,
+    "hidden_dim": 2**14, "num_layers": 256, "block_size": 2**16,
     "query_stride": 2**16, "hierarchy_keep": 2**20, "num_selected_blocks": 2**24,
     "num_local_blocks": 2**24, "num_sink_blocks": 2**24, "num_explore_blocks": 2**24,
     "stride": 2**16, "dim": 2**16, "num_heads": 2**12, "seq_len": 2**31, "batch_size": 2**16,
@@ -66,29 +66,21 @@ class AdaptiveConfig:
         pooling: Block summaries to concatenate: any of ``"mean"``, ``"max"``, ``"min"``,
             ``"attention"`` (learned; for frozen queries and keys).
         scorer: ``"bilinear"`` (a product of two towers) or ``"mlp"`` (a network on the
-            concatenated summaries of a pair) on the summaries of ``pooling``; ``"prototypes"``:
-            several attention-pooled prototypes per block, scored like attention between them (for
-            frozen queries and keys; ``pooling`` must be ``("attention",)``, ``hidden_dim`` and
-            ``num_layers`` have no part); ``"low_rank"``: the attention of projected tokens of
-            ``hidden_dim`` numbers (at most ``head_dim``), for frozen queries and keys, where sharp
-            matches count (quadratic cost: see :class:`LowRankScorer`; ``pooling`` and
-            ``num_layers`` have no part).
-        num_prototypes: Prototypes per block of ``scorer="prototypes"``.
+            concatenated summaries of a pair) on the summaries of ``pooling``; ``"low_rank"``: the
+            attention of projected tokens of ``hidden_dim`` numbers (at most ``head_dim``), for
+            frozen queries and keys, where sharp matches count (quadratic cost: see
+            :class:`LowRankScorer`; ``pooling`` and ``num_layers`` have no part).
         query_stride: Every so many queries of a block are scored by ``scorer="low_rank"``. It must
             divide ``block_size``.
         budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
             see, from half of the base share (repetition) to one and a half (unrelated content), all
             of it at a base sparsity of 0;
-            ``"fixed"``: the same for all content; ``"top_p"``: as many blocks as reach the share
-            ``top_p`` of the softmaxed score; ``"threshold"``: the blocks whose softmaxed score
-            reaches a threshold that a calibration finds; heads and rows with spread-out attention
-            keep more (:meth:`BlockSparseAdaptive.set_thresholds`).
+            ``"fixed"``: the same for all content; ``"threshold"``: the blocks whose softmaxed
+            score reaches a threshold that a calibration finds; heads and rows with spread-out
+            attention keep more (:meth:`BlockSparseAdaptive.set_thresholds`).
         threshold_floor: With ``budget="threshold"``: share of its ``"fixed"`` budget that every
             row keeps at least, its best blocks first, in [0, 1). Where few blocks are left,
             thresholds alone starve rows. Needs ``query_scope="block"``.
-        top_p: Share to reach with ``budget="top_p"``, in (0, 1];
-            :meth:`BlockSparseAdaptive.calibrate_top_p` finds the one that meets
-            ``base_sparsity``.
         num_selected_blocks: Scored blocks per query block, in place of ``base_sparsity``; needs
             ``budget="fixed"``. None: use ``base_sparsity``.
         num_local_blocks: Blocks next to the diagonal that are always read, besides the diagonal
@@ -109,7 +101,7 @@ class AdaptiveConfig:
         hierarchy: Choose in levels: children per super-block, from the finest level up; ``(8, 4)``
             are super-blocks of 8 blocks and of 4 such super-blocks. Only what lies inside the
             kept super-blocks is scored further. Needs ``estimator="mass"`` (which trains the
-            coarse scorers too) and a budget other than ``"top_p"``. Empty: score all blocks.
+            coarse scorers too) and a budget other than ``"threshold"``. Empty: score all blocks.
         hierarchy_keep: Super-blocks that a row keeps by score on every level, besides those that
             hold forced blocks.
 
@@ -135,11 +127,9 @@ class AdaptiveConfig:
     selector_weight: float = 0.1
     pooling: tuple[str, ...] = ("mean", "max")
     scorer: str = "bilinear"
-    num_prototypes: int = 8
     query_stride: int = 4
     budget: str = "adaptive"
     threshold_floor: float = 0.0
-    top_p: float = 0.9
     num_selected_blocks: int | None = None
     num_local_blocks: int = 0
     num_sink_blocks: int = 0
@@ -172,11 +162,6 @@ class AdaptiveConfig:
             raise ValueError(
                 f"pooling must name one or more of {POOLINGS}, each once, got "
                 f"{short_repr(self.pooling)}."
-            )
-        if self.scorer == "prototypes" and self.pooling != ("attention",):
-            raise ValueError(
-                "pooling must be ('attention',) with scorer='prototypes', which pools by itself, "
-                f"got {self.pooling}."
             )
         if self.num_selected_blocks is not None and self.budget != "fixed":
             raise ValueError(
@@ -314,7 +299,6 @@ def _check_ranges(config: AdaptiveConfig) -> None:
         "num_layers",
         "block_size",
         "hierarchy_keep",
-        "num_prototypes",
         "query_stride",
     ):
         if getattr(config, name) <= 0:
@@ -334,8 +318,6 @@ def _check_ranges(config: AdaptiveConfig) -> None:
             f"query_stride must divide block_size={config.block_size}, got {config.query_stride}."
         )
     check_floor(config.threshold_floor, config.budget)
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {config.top_p}.")
 
 
 def _check_hierarchy(config: AdaptiveConfig) -> None:
@@ -353,7 +335,7 @@ def _check_hierarchy(config: AdaptiveConfig) -> None:
             "hierarchy needs scorer='bilinear' or 'mlp': super-blocks are scored by summaries; got "
             f"{config.scorer!r}."
         )
-    if config.hierarchy and config.budget in ("top_p", "threshold"):
+    if config.hierarchy and config.budget == "threshold":
         raise ValueError(
             "hierarchy needs budget='adaptive' or 'fixed': a share of all scores is not known "
             f"where not all blocks are scored; got {config.budget!r}."

@@ -182,16 +182,6 @@ def test_forced_blocks_that_exceed_the_budget() -> None:
     assert verdict("sparsity", layer, bare_input(layer)) == "fail"
 
 
-def test_top_p_that_was_not_calibrated() -> None:
-    layer = bare(budget="top_p")
-    x = bare_input(layer)
-    finding = diagnose(layer, x)["sparsity"]
-    assert finding.verdict == "fail"
-    assert "calibrate_top_p" in finding.remedy
-    layer.calibrate_top_p(x, x)
-    assert verdict("sparsity", layer, x) == "pass"
-
-
 def test_heads_collapsed_onto_each_other(model: NeedleModel) -> None:
     block, layer = model.transformer.blocks[0], attention(model)
     with torch.no_grad():

@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 from dilated_attention_pytorch.cli.main import main
 
 DISTILL = ["--steps", "4", "--seq-len", "128", "--block-size", "16", "--base-sparsity", "0.5",
-           "--num-prototypes", "2", "--validate-every", "2", "--checkpoint-every", "2",
+           "--query-stride", "2", "--validate-every", "2", "--checkpoint-every", "2",
            "--log-every", "1"]  # fmt: skip
 
 EVALUATE = ["--lengths", "256", "--sparsities", "0.5", "--rivals", "none", "--windows", "1",
@@ -63,7 +63,7 @@ def test_distill_writes_metrics_adapter_and_plot(distilled: Path) -> None:
     assert "recall_0.5" in rows[4]
     assert (distilled / "recall.png").stat().st_size > 1000
     about = json.loads((distilled / "adapter" / "adapter.json").read_text())
-    assert about["layers"]["0"]["num_prototypes"] == 2
+    assert about["layers"]["0"]["query_stride"] == 2
     assert about["layers"]["0"]["base_sparsity"] == 0.5
 
 

@@ -22,7 +22,7 @@ from dilated_attention_pytorch.integrations.transformers import adapt, save_adap
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 
 SHORT = ["--seq-len", "128", "--block-size", "16", "--base-sparsity", "0.5"]
-DISTILL = [*SHORT, "--steps", "4", "--num-prototypes", "2", "--validate-every", "2",
+DISTILL = [*SHORT, "--steps", "4", "--validate-every", "2",
            "--checkpoint-every", "2", "--log-every", "1"]  # fmt: skip
 WORDS = "Über „Käse“ ⇒ 日本語 & <b>: line {} of {}, as every line here. 👩‍👧\n"
 

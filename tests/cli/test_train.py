@@ -93,7 +93,7 @@ def test_every_option_reaches_the_run(tmp_path, text):
         "estimator": "gumbel", "selector-weight": 0.2, "scorer": "mlp", "scorer-dim": 6,
         "scorer-layers": 2, "budget": "fixed", "num-explore-blocks": 1, "temperature": 0.9,
         "min-temperature": 0.2, "annealing-share": 0.5, "schedule": "cosine",
-        "sparsity-weight": 0.3, "validate-every": 7, "checkpoint-every": 9, "top-p": 0.8,
+        "sparsity-weight": 0.3, "validate-every": 7, "checkpoint-every": 9,
     }  # fmt: skip
     for name, value in options.items():
         command += [f"--{name}", str(value)]

@@ -51,15 +51,13 @@ def draw_config(rng: random.Random, **fixed: Any) -> AdaptiveConfig:
             "base_sparsity": rng.choice([0.0, 0.3, 0.6, 0.9]),
             "num_local_blocks": rng.choice([0, 0, 1, 2]),
             "num_sink_blocks": rng.choice([0, 0, 1, 2]),
-            "pooling": ("attention",) if scorer == "prototypes" else rng.choice(
+            "pooling": rng.choice(
                 [("mean", "max"), ("mean",), ("max", "min"), ("attention", "mean")]
             ),
             "estimator": rng.choice(["mass", "mass", "gumbel"]),
             "num_layers": rng.choice([1, 2]),
             "hidden_dim": 4,
-            "num_prototypes": 2,
             "query_stride": rng.choice([1, 2, 4]),
-            "top_p": rng.choice([0.3, 0.7]),
             "share_across_heads": rng.random() < 0.2,
             "share_within_kv_group": rng.random() < 0.2,
             "threshold_floor": rng.choice([0.0, 0.0, 0.5]),

@@ -182,17 +182,14 @@ def make_layer(dice: Coin, h: int, g: int, d: int, size: int) -> torch.nn.Module
         )
     config = dict(
         **common, **forced, hidden_dim=4, num_explore_blocks=dice.randint(0, 2),
-        budget=dice.choice(("adaptive", "fixed", "top_p")),
-        scorer=dice.choice(("bilinear", "mlp", "prototypes", "low_rank")),
+        budget=dice.choice(("adaptive", "fixed")),
+        scorer=dice.choice(("bilinear", "mlp", "low_rank")),
         query_scope=dice.choice(("block", "past")),
         estimator=dice.choice(("mass", "straight_through")),
     )  # fmt: skip
-    if config["scorer"] == "prototypes":
-        config["pooling"], config["num_prototypes"] = ("attention",), 2
     if config["scorer"] == "low_rank":
         config["query_stride"], config["hidden_dim"] = 1, min(4, d)
-    levels = config["scorer"] in ("bilinear", "mlp") and config["budget"] != "top_p"
-    if levels and segments[0] is None and dice.chance(0.2):
+    if config["scorer"] != "low_rank" and segments[0] is None and dice.chance(0.2):
         config["hierarchy"], config["estimator"] = (2,), "mass"
     share = dice.choice(("", "", "share_across_heads", "share_within_kv_group"))
     if share:

@@ -37,13 +37,11 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "adaptive": {},
     "fixed": {"budget": "fixed"},
     "selected": {"budget": "fixed", "num_selected_blocks": 2},
-    "top_p": {"budget": "top_p", "top_p": 0.5},
     "threshold": {"budget": "threshold"},
     "threshold-floor": {"budget": "threshold", "threshold_floor": 0.5},
     "threshold-shared": {"budget": "threshold", "share_across_heads": True},
     "past": {"query_scope": "past"},
     "mlp": {"scorer": "mlp", "num_layers": 2},
-    "prototypes": {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 2},
     "low_rank": {"scorer": "low_rank", "hidden_dim": 4},
     "low_rank-threshold": {"scorer": "low_rank", "hidden_dim": 4, "budget": "threshold"},
     "pooled": {"pooling": ("mean", "attention")},
@@ -148,7 +146,6 @@ def change(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, BlockSparseAdaptive):
             layer.set_temperature(0.4)
-            layer.top_p.fill_(0.7)
         if isinstance(layer, BudgetLayer):
             config = layer.config
             if config.budget == "threshold":

@@ -159,15 +159,6 @@ def test_budget() -> None:
     assert density["adaptive"] == pytest.approx(0.25, abs=0.01)
 
 
-def test_top_p() -> None:
-    x = tokens()
-    counts = [float(pattern(make(budget="top_p", top_p=p).eval(), x).float().mean())
-              for p in (0.3, 0.6, 0.95, 1.0)]  # fmt: skip
-    assert counts == sorted(counts)
-    assert counts[0] < counts[2]
-    assert counts[-1] == 1.0
-
-
 def test_num_selected_blocks() -> None:
     x = tokens()
     layer = make(budget="fixed", num_selected_blocks=3).eval()
@@ -263,9 +254,8 @@ def test_a_generator_makes_training_reproducible_and_leaves_the_default_alone() 
         assert torch.equal(default, layer(x, x, x))
 
 
-@pytest.mark.parametrize("budget", ["adaptive", "top_p"])
-def test_copies_after_a_forward_pass(budget: str) -> None:
-    layer = make(budget=budget, pooling=("mean", "attention"))
+def test_copies_after_a_forward_pass() -> None:
+    layer = make(pooling=("mean", "attention"))
     x = tokens()
     layer(x, x, x)
     assert layer.get_sparsity_loss().requires_grad
@@ -280,9 +270,8 @@ def test_copies_after_a_forward_pass(budget: str) -> None:
 
 
 def test_state_dict_round_trip(tmp_path: Path) -> None:
-    layer = make(budget="top_p").eval()
+    layer = make().eval()
     x = tokens()
-    layer.calibrate_top_p(x, x)
     layer.set_temperature(0.33)
     layer.set_base_sparsity(0.42)
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
@@ -292,7 +281,6 @@ def test_state_dict_round_trip(tmp_path: Path) -> None:
     assert torch.equal(other(x, x, x), layer(x, x, x))
     torch.testing.assert_close(other.get_sparsity_loss(), layer.get_sparsity_loss())
     assert float(other.temperature) == pytest.approx(0.33)
-    assert float(other.top_p) == float(layer.top_p)
 
 
 def test_casts_leave_the_settings_alone() -> None:
@@ -331,7 +319,7 @@ def test_constructor_arguments_reach_the_layer() -> None:
     config=st.fixed_dictionaries({
         "block_size": st.sampled_from([4, 8]),
         "base_sparsity": st.sampled_from([0.0, 0.5, 0.9, 0.99]),
-        "budget": st.sampled_from(["adaptive", "fixed", "top_p"]),
+        "budget": st.sampled_from(["adaptive", "fixed"]),
         "num_local_blocks": st.integers(0, 2),
         "num_sink_blocks": st.integers(0, 2),
         "num_explore_blocks": st.integers(0, 2),
@@ -394,7 +382,7 @@ def test_any_configuration_chooses_allowed_blocks_within_the_budget(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("segments", [None, ([8], [1]), ([12, 40], [1, 3]), ([200], [2])])
-@pytest.mark.parametrize("budget", ["adaptive", "fixed", "top_p"])
+@pytest.mark.parametrize("budget", ["adaptive", "fixed"])
 def test_the_bound_without_looking_at_values_is_never_exceeded(
     causal: bool, segments: tuple | None, budget: str
 ) -> None:

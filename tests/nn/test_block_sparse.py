@@ -49,7 +49,6 @@ LAYERS = {
     "segments": adaptive(segments=True, num_sink_blocks=1, num_local_blocks=1),
     "mlp": adaptive(scorer="mlp", num_layers=2),
     "attention_pooling": adaptive(pooling=("attention", "min")),
-    "top_p": adaptive(budget="top_p", top_p=0.5),
     "count": adaptive(budget="fixed", num_selected_blocks=2),
     "past": adaptive(query_scope="past"),
     "shared": adaptive(share_across_heads=True),

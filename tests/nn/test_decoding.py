@@ -19,7 +19,6 @@ CONFIGS = {
     "adaptive": {},
     "fixed": {"budget": "fixed"},
     "count": {"budget": "fixed", "num_selected_blocks": 2},
-    "top_p": {"budget": "top_p", "top_p": 0.6},
     "forced": {"num_local_blocks": 1, "num_sink_blocks": 1},
     "kv group": {"share_within_kv_group": True, "budget": "fixed"},
     "shared, max alone": {"share_across_heads": True, "pooling": ("max",)},
@@ -27,23 +26,13 @@ CONFIGS = {
     "mlp": {"scorer": "mlp", "num_layers": 2},
     "towers": {"num_layers": 2, "share_within_kv_group": True},
     "gumbel": {"estimator": "gumbel"},
-    "prototypes": {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 3},
-    "shared prototypes": {
-        "scorer": "prototypes",
-        "pooling": ("attention",),
-        "share_within_kv_group": True,
-        "budget": "fixed",
-    },
     "sparse": {"base_sparsity": 0.9},
     "distilled": {
         "budget": "threshold", "scorer": "low_rank", "query_stride": 4, "num_sink_blocks": 1,
     },
     "low rank": {"scorer": "low_rank", "query_stride": 2, "budget": "fixed", "num_sink_blocks": 1},
     "low rank, adaptive": {"scorer": "low_rank", "query_stride": 8},
-    "low rank, shared": {
-        "scorer": "low_rank", "query_stride": 1, "budget": "top_p", "top_p": 0.6,
-        "share_within_kv_group": True,
-    },
+    "low rank, shared": {"scorer": "low_rank", "query_stride": 1, "share_within_kv_group": True},
 }  # fmt: skip
 SEGMENTS = {
     "segments": ([32, 128], [1, 2]),
@@ -53,12 +42,6 @@ ON_SEGMENTS = {"low rank, segments": {"scorer": "low_rank", "query_stride": 2}}
 # Their softmax counts the own block too, whose summary sees all of its tokens: not causal.
 OWN_BLOCK = {
     "threshold": {"budget": "threshold"},
-    "threshold of prototypes": {
-        "budget": "threshold",
-        "scorer": "prototypes",
-        "pooling": ("attention",),
-        "num_sink_blocks": 1,
-    },
 }
 
 

@@ -18,7 +18,6 @@ CONFIGS = {
     "soft": {"estimator": "soft"},
     "straight_through": {"estimator": "straight_through"},
     "no signal": {"selector_weight": 0.0},
-    "top_p": {"budget": "top_p"},
     "attention pooling": {"pooling": ("mean", "attention")},
 }
 

@@ -16,7 +16,6 @@ SIZE, TOKENS = 8, 61
 SCORERS: dict[str, dict[str, Any]] = {
     "bilinear": {},
     "mlp": {"scorer": "mlp", "num_layers": 2, "pooling": ("attention", "max")},
-    "prototypes": {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 2},
     "low rank": {"scorer": "low_rank", "hidden_dim": 4, "query_stride": 2},
 }
 

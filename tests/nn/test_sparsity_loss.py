@@ -1,4 +1,4 @@
-"""get_sparsity_loss and calibrate_top_p bring the layer to its target."""
+"""get_sparsity_loss brings the layer to its target."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, get_sparsity_loss
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 HEADS, DIM, SIZE = 4, 16, 8
 
@@ -64,34 +65,11 @@ def test_descent_meets_the_target_from_both_sides(factor: float) -> None:
     assert info["pattern"].sparsity.item() == pytest.approx(0.6, abs=0.01)
 
 
-@pytest.mark.parametrize(("top_p", "gain"), [(0.95, 1.0), (0.3, 3.0)])
-def test_descent_with_top_p(top_p: float, gain: float) -> None:
-    """The loss sharpens or flattens the scores until the share p holds the wanted blocks."""
-    layer = make(budget="top_p", top_p=top_p, base_sparsity=0.7)
-    with torch.no_grad():
-        layer.scorer.gain.fill_(gain)
-    x = tokens()
-
-    def sparsity() -> float:
-        _, info = layer.eval()(x, x, x, return_pattern=True)
-        return info["pattern"].sparsity.item()
-
-    before = sparsity()
-    assert abs(before - 0.7) > 0.1
-    optimizer = torch.optim.Adam(layer.scorer.parameters(), lr=0.005)
-    for _ in range(120):
-        layer.eval()(x, x, x)
-        loss = layer.get_sparsity_loss()
-        optimizer.zero_grad()
-        loss.backward()
-        assert (layer.scorer.query_in.grad != 0).any()
-        optimizer.step()
-    assert sparsity() == pytest.approx(0.7, abs=0.04)
-
-
-@pytest.mark.parametrize("budget", ["fixed", "adaptive", "top_p"])
+@pytest.mark.parametrize("budget", ["fixed", "adaptive", "threshold"])
 def test_value_counts_what_was_kept(budget: str) -> None:
     layer = make(budget=budget).eval()
+    if budget == "threshold":
+        layer.set_thresholds(ThresholdTable((320,), (0.03,)))
     x = tokens()
     _, info = layer(x, x, x, return_pattern=True)
     density = 1 - info["pattern"].sparsity.item()
@@ -131,37 +109,3 @@ def test_whole_model() -> None:
     assert layers[0].budget_offset.grad is not None
     with pytest.raises(ValueError, match="model"):
         get_sparsity_loss(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("sparsity", [0.5, 0.8])
-def test_calibration_meets_the_sparsity(causal: bool, sparsity: float) -> None:
-    layer = make(budget="top_p", base_sparsity=sparsity).eval()
-    with torch.no_grad():
-        layer.scorer.gain.fill_(2.0)
-    x = tokens()
-    p = layer.calibrate_top_p(x, x, is_causal=causal)
-    assert 0 < p <= 1
-    assert layer.top_p.item() == pytest.approx(p)
-    for seed, tolerance in ((0, 0.005), (1, 0.05)):
-        y = tokens(seed)
-        _, info = layer(y, y, y, is_causal=causal, return_pattern=True)
-        assert info["pattern"].sparsity.item() == pytest.approx(sparsity, abs=tolerance)
-    spread = info["sparsity"].max() - info["sparsity"].min()
-    assert spread > 0, "heads with spread-out scores should keep more"
-
-
-def test_calibration_looks_at_real_tokens_alone() -> None:
-    layer = make(budget="top_p").eval()
-    x = torch.cat([tokens(0), tokens(1)])
-    lengths = torch.tensor([160, 320])
-    p = layer.calibrate_top_p(x, x, key_lengths=lengths)
-    x = torch.where((torch.arange(320) < lengths[:, None])[..., None, None], x, 99.0)
-    assert layer.calibrate_top_p(x, x, key_lengths=lengths) == p
-    _, info = layer(x, x, x, key_lengths=lengths, return_pattern=True)
-    assert info["pattern"].sparsity.item() == pytest.approx(0.6, abs=0.01)
-
-
-def test_calibration_needs_the_budget() -> None:
-    with pytest.raises(ValueError, match="budget='top_p'"):
-        make().calibrate_top_p(tokens(), tokens())

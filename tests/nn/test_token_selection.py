@@ -1,4 +1,4 @@
-"""Fused selection by the low-rank scorer, prototypes and training-free rules, against PyTorch."""
+"""Fused selection by the low-rank scorer and training-free rules, against PyTorch."""
 
 from __future__ import annotations
 
@@ -139,10 +139,6 @@ CALLS = {
         *(({"share_within_kv_group": True}, name) for name in ("plain", "documents")),
         *(({"num_local_blocks": 2}, name) for name in ("plain", "lengths")),
         *(({"query_scope": "past", "query_stride": 1}, name) for name in ("plain", "offset")),
-        *(
-            ({"query_scope": "past", "scorer": "prototypes", "pooling": ("attention",)}, name)
-            for name in ("plain", "documents")
-        ),
     ],
     ids=str,
 )
@@ -201,18 +197,10 @@ def test_a_floor_below_the_thresholds(name: str) -> None:
         {"budget": "adaptive"},
         {"budget": "adaptive", "pooling": ("max",)},
         {"budget": "fixed", "num_selected_blocks": 2},
-        {"scorer": "prototypes", "pooling": ("attention",), "num_prototypes": 3},
-        {"scorer": "prototypes", "pooling": ("attention",), "budget": "fixed"},
-        {"scorer": "prototypes", "pooling": ("attention",), "query_scope": "past"},
-        {
-            "scorer": "prototypes",
-            "pooling": ("attention",),
-            "query_scope": "past",
-            "budget": "adaptive",
-        },
+        {"budget": "adaptive", "query_scope": "past"},
     ],
 )
-def test_other_budgets_and_prototypes_choose_as_in_pytorch(settings: dict[str, Any]) -> None:
+def test_other_budgets_choose_as_in_pytorch(settings: dict[str, Any]) -> None:
     fused, plain = choices(adaptive(**settings), *tokens())
     assert torch.equal(fused, plain)
 
@@ -269,7 +257,6 @@ def test_what_takes_the_pytorch_path_says_why() -> None:
     )
     segments.set_thresholds(ThresholdTable((TOKENS,), (0.13,)))
     assert "segments" in str(refusal(segments.to(DEVICE).eval()))
-    assert "top_p" in str(refusal(adaptive(budget="top_p")))
     assert "threshold" in str(refusal(adaptive(scorer="bilinear")))
 
 

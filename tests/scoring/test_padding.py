@@ -5,7 +5,6 @@ import torch
 
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
-from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
@@ -26,13 +25,6 @@ def low_rank(q, k):
     return scorer(q, k, MASK, SIZE, query_valid=VALID), list(scorer.parameters())
 
 
-def prototypes(q, k):
-    torch.manual_seed(0)
-    scorer = PrototypeScorer(2, 8, 2, num_prototypes=2)
-    scores = scorer(q, k, SIZE, query_valid=VALID, key_valid=VALID)
-    return scores, list(scorer.parameters())
-
-
 def summaries(q, k):
     pool = torch.linspace(-1, 1, 16).view(2, 8).requires_grad_()
     names = ("mean", "max", "min", "attention")
@@ -50,7 +42,6 @@ def antidiagonals(q, k):
 
 SCORES = {
     "low_rank": low_rank,
-    "prototypes": prototypes,
     "summaries": summaries,
     "mass": mass,
     "antidiagonals": antidiagonals,

@@ -16,7 +16,7 @@ from dilated_attention_pytorch.nn.training_free import (
 )
 from dilated_attention_pytorch.scoring.products import finite_rows, score_products, take_columns
 
-SCORERS = ("bilinear", "mlp", "prototypes", "low_rank")
+SCORERS = ("bilinear", "mlp", "low_rank")
 
 
 def test_a_product_is_a_product() -> None:
@@ -57,9 +57,8 @@ def test_rows_without_numbers_and_columns_that_are_not_there() -> None:
 
 def adaptive(scorer: str, **changes: object) -> BlockSparseAdaptive:
     torch.manual_seed(0)
-    pooling = ("attention",) if scorer == "prototypes" else ("mean", "max")
     settings = {"block_size": 8, "base_sparsity": 0.5, "hidden_dim": 8, **changes}
-    config = AdaptiveConfig(scorer=scorer, pooling=pooling, **settings)
+    config = AdaptiveConfig(scorer=scorer, **settings)
     return BlockSparseAdaptive(num_heads=2, head_dim=8, adaptive_config=config)
 
 

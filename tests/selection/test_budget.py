@@ -1,4 +1,4 @@
-"""Budgets against loops: water level, rounding, complexity, top-p."""
+"""Budgets against loops: water level, rounding, complexity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
     round_budget,
-    top_p_budget,
     water_level_budget,
 )
 
@@ -203,36 +202,3 @@ def test_repetition_and_unrelated_content_are_the_ends() -> None:
     assert content_complexity(repeated, rows).abs().max() < 1e-5
     unrelated = content_complexity(torch.randn(1, 64, 1, 64), rows)
     assert unrelated.mean().item() == pytest.approx(1, abs=0.05)
-
-
-@given(
-    st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=8),
-    st.floats(0.01, 1),
-)
-def test_top_p_is_the_fewest_blocks_that_reach_the_share(
-    row: list[tuple[float, bool]], share: float
-) -> None:
-    scores = torch.tensor([[[[s for s, _ in row]]]])
-    scored = torch.tensor([[[[ok for _, ok in row]]]])
-    got = int(top_p_budget(scores, scored, share))
-    kept = [
-        math.exp(s) for s, ok in zip(scores.flatten().tolist(), scored.flatten(), strict=True) if ok
-    ]
-    p = sorted((x / sum(kept) for x in kept), reverse=True)
-    if not p:
-        assert got == 0
-        return
-    assert 1 <= got <= len(p)
-    assert sum(p[:got]) >= share - 1e-5
-    assert sum(p[: got - 1]) < share + 1e-5
-
-
-def test_top_p_ranks_nan_last() -> None:
-    scores = torch.tensor([[[[math.nan, 2.0, 1.0]]]])
-    assert int(top_p_budget(scores, torch.ones(3, dtype=torch.bool), 1.0)) == 2
-
-
-def test_top_p_stops_at_the_share_itself() -> None:
-    halves, scored = torch.zeros(1, 1, 1, 2), torch.ones(2, dtype=torch.bool)
-    assert int(top_p_budget(halves, scored, 0.5)) == 1
-    assert int(top_p_budget(halves, scored, 0.51)) == 2

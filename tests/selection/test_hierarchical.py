@@ -227,7 +227,7 @@ def test_coarse_scorers_learn_which_super_block_is_needed() -> None:
         ({"hierarchy": (2.0,)}, TypeError, "an entry of hierarchy must be an int"),
         ({"hierarchy": 4}, TypeError, "hierarchy must be a sequence"),
         ({"hierarchy": (4,), "estimator": "gumbel"}, ValueError, "estimator='mass'"),
-        ({"hierarchy": (4,), "budget": "top_p"}, ValueError, "top_p"),
+        ({"hierarchy": (4,), "budget": "threshold"}, ValueError, "threshold"),
         ({"hierarchy_keep": 0}, ValueError, "hierarchy_keep"),
     ],
 )

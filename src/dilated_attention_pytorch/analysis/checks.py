@@ -165,10 +165,8 @@ def density(measures: Measures, history: History) -> Finding:
             for m in judged
         ],
     )
-    budgets = {m.layer.config.budget for m in judged}
-    hint = " Call calibrate_top_p() on sample data." if "top_p" in budgets else ""
-    if "threshold" in budgets:
-        hint += " Calibrate the thresholds on text like this one."
+    by_threshold = any(m.layer.config.budget == "threshold" for m in judged)
+    hint = " Calibrate the thresholds on text like this one." if by_threshold else ""
     # An adaptive budget may halve its share or take half as much again.
     high, low = max(ratios), min(ratios)
     if high > 1.6:
@@ -224,7 +222,7 @@ def kept_mass(measures: Measures, history: History) -> Finding:
     if min(kept) < 0.5:
         remedy = (
             "Even good choices leave half of the attention out: lower base_sparsity, use smaller "
-            'blocks, or budget="top_p", which gives spread-out heads more.'
+            'blocks, or budget="threshold", which gives spread-out heads more.'
         )
         return Finding("kept mass", question, "warn", text, remedy)
     return Finding("kept mass", question, "pass", text)

@@ -92,7 +92,6 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
     # Thresholds are calibrated on a trained model; there are none to train with.
     budgets = tuple(name for name in BUDGETS if name != "threshold")
     _add(own, "budget", str, "how blocks are shared out", config, choices=budgets)
-    _add(own, "top_p", float, "share to reach with --budget top_p", config)
     _add(own, "num_explore_blocks", int, "random extra blocks while training", config)
     _add(own, "temperature", float, "of the noise, at the start", config)
     _add(own, "min_temperature", float, "of the noise, at the end", config)

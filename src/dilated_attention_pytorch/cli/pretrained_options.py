@@ -125,7 +125,6 @@ def add_selector_options(parser: argparse.ArgumentParser) -> None:
         ("pooling", str, "block summaries", POOLINGS, True),
         ("scorer", str, "kind of scorer", SCORERS, False),
         ("query_stride", int, "score every so many queries of a block", None, False),
-        ("num_prototypes", int, "prototypes per block of that scorer", None, False),
         ("hidden_dim", int, "rank or width of the scorer", None, False),
         ("num_layers", int, "depth of another scorer", None, False),
         ("budget", str, "how blocks are shared out", BUDGETS, False),

@@ -117,7 +117,7 @@ class BlockSparseAdaptive(ScheduledLayer):
         with self.exactly(inputs.query.device):
             if self.selection_refusal(inputs) is not None:
                 return self._select_with_pytorch(inputs)
-            fused = select_by_tokens if _reads_tokens(self.config) else select_with_kernels
+            fused = select_by_tokens if self.config.scorer == "low_rank" else select_with_kernels
             return fused(self, inputs)
 
     def _select_with_pytorch(self, inputs: SelectionInputs) -> Selection:
@@ -158,9 +158,7 @@ class BlockSparseAdaptive(ScheduledLayer):
             return place
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
-        if config.budget == "top_p":
-            return "budget 'top_p' normalises the scores of a row"
-        if not _reads_tokens(config):
+        if config.scorer != "low_rank":
             if config.budget == "threshold":
                 return f"budget 'threshold' has no kernel for scorer {config.scorer!r}"
             return None
@@ -168,9 +166,7 @@ class BlockSparseAdaptive(ScheduledLayer):
             return f"scorer {config.scorer!r} learns from the scores of all candidates"
         if self.segment_lengths is not None:
             return f"scorer {config.scorer!r} scores all blocks, and segments limit them"
-        if config.scorer == "low_rank":
-            return low_rank_refusal(inputs.query.dtype, self.block_size, self.head_dim)
-        return None
+        return low_rank_refusal(inputs.query.dtype, self.block_size, self.head_dim)
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
@@ -326,8 +322,3 @@ class BlockSparseAdaptive(ScheduledLayer):
             ),
             query, key_cache, value_cache,
         )  # fmt: skip
-
-
-def _reads_tokens(config: AdaptiveConfig) -> bool:
-    """Whether the scorer reads tokens rather than summaries of blocks."""
-    return config.scorer in ("prototypes", "low_rank")

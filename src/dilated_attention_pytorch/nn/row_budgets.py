@@ -20,7 +20,6 @@ from dilated_attention_pytorch.selection.bounds import (
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
     round_budget,
-    top_p_budget,
     water_level_budget,
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
@@ -82,16 +81,12 @@ def row_budgets(
     if config.hierarchy:
         # The budget depends on lengths alone, not on which super-blocks were kept.
         limit = rows.num_allowed.long()
-    threshold = row_thresholds(layer, inputs) if config.budget == "threshold" else None
-    rounded = budget_by_score(layer, scores, candidates, threshold)
-    if rounded is not None:
+    if config.budget == "threshold":
+        rounded = budget_by_score(scores, candidates, row_thresholds(layer, inputs))
         least = threshold_floor(inputs, config.threshold_floor, 1 - layer.densest)
         if least is not None:
             rounded = torch.maximum(rounded, least)
-        stand_in = rounded.float()
-        if config.budget == "top_p":
-            stand_in = _soft_count(scores, candidates.scored) + forced
-        layer.record_density(stand_in, rows, rounded)
+        layer.record_density(rounded.float(), rows, rounded)
         return rounded
     if config.num_selected_blocks is not None:
         exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
@@ -111,24 +106,11 @@ def row_budgets(
     return rounded
 
 
-def budget_by_score(
-    layer: BlockSparseAdaptive,
-    scores: Tensor,
-    candidates: Candidates,
-    threshold: float | Tensor | None,
-) -> Tensor | None:
-    """Blocks per row ``(b, h, i)`` where the row's own scores decide; None where shares do.
-
-    ``threshold`` as from :func:`row_thresholds`, for ``budget="threshold"``.
-    """
-    if layer.config.budget == "top_p":
-        count = top_p_budget(scores, candidates.scored, layer.top_p)
-    elif threshold is not None:
-        if isinstance(threshold, Tensor):
-            threshold = threshold[..., None]
-        count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
-    else:
-        return None
+def budget_by_score(scores: Tensor, candidates: Candidates, threshold: float | Tensor) -> Tensor:
+    """Blocks per row ``(b, h, i)`` with thresholds as from :func:`row_thresholds`."""
+    if isinstance(threshold, Tensor):
+        threshold = threshold[..., None]
+    count = threshold_budget(scores, candidates.scored, candidates.forced, threshold)
     return candidates.forced.sum(-1, dtype=torch.int32) + count
 
 
@@ -301,14 +283,6 @@ def factor_of(layer: BlockSparseAdaptive, complexity: Tensor) -> Tensor:
     return factor.clamp(0, MAX_BUDGET_FACTOR)
 
 
-def _soft_count(scores: Tensor, scored: Tensor) -> Tensor:
-    """A differentiable stand-in for the number of blocks that reach the share top_p."""
-    p = scores.masked_fill(~scored, torch.finfo(scores.dtype).min).softmax(-1)
-    p = p.masked_fill(~scored, 0)
-    # exp(entropy): how many equally scored blocks would be as spread out.
-    return (-(p * p.clamp(min=1e-20).log()).sum(-1)).exp()
-
-
 def scored_bound(layer: BlockSparseAdaptive, inputs: SelectionInputs, count: Tensor) -> int:
     """An upper bound of ``count``; on a GPU from the lengths alone, to wait for nothing."""
     if count.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -323,7 +297,7 @@ def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
         return most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
     if config.num_selected_blocks is not None:
         return min(config.num_selected_blocks, width)
-    if inputs.mask.per_sample or config.budget in ("top_p", "threshold"):
+    if inputs.mask.per_sample or config.budget == "threshold":
         return width
     mask, compiling = inputs.mask, torch.compiler.is_compiling()
     keep = most_kept(layer)
@@ -365,7 +339,7 @@ def most_scored_of(layer: BlockSparseAdaptive, num_blocks: int, width: int) -> i
     config = layer.config
     if config.num_selected_blocks is not None:
         return min(config.num_selected_blocks, width)
-    if config.budget not in ("adaptive", "fixed"):
+    if config.budget == "threshold":
         return width
     return min(width, most_visible_share(num_blocks, most_kept(layer)))
 

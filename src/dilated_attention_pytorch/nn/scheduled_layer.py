@@ -21,18 +21,13 @@ from dilated_attention_pytorch.nn.row_budgets import (
     threshold_floor,
 )
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
-from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
-from dilated_attention_pytorch.selection.budget import top_p_budget
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
-
-_SCHEDULED = ("temperature", "top_p")
 
 
 class ScheduledLayer(ScoringLayer):
     """A scoring layer whose temperature and budgets are set while it trains."""
 
     temperature: Tensor
-    top_p: Tensor
 
     def add_settings(self) -> None:
         """Registers them, behind the scorer's weights, at the config's values."""
@@ -45,13 +40,12 @@ class ScheduledLayer(ScoringLayer):
             self.log_temperature = nn.Parameter(torch.zeros(()))
         self.register_buffer("temperature", setting(config.temperature))
         self.add_budget(config.base_sparsity, config.budget)
-        self.register_buffer("top_p", setting(config.top_p))
         self._record = DensityRecord()
 
     def initial_buffers(self) -> dict[str, Tensor]:
         """The values of the config, and no thresholds."""
-        own = {name: setting(getattr(self.config, name)).cpu() for name in _SCHEDULED}
-        return {**super().initial_buffers(), **own}
+        temperature = setting(self.config.temperature).cpu()
+        return {**super().initial_buffers(), "temperature": temperature}
 
     def temperature_factor(self) -> Tensor | float:
         """The learned factor on the temperature (1.0 without ``learnable_temperature``)."""
@@ -134,8 +128,7 @@ class ScheduledLayer(ScoringLayer):
         r"""How far the last forward pass was from ``base_sparsity``.
 
         :math:`(\text{density} / (1 - \text{base\_sparsity}) - 1)^2`: zero at the target, growing on
-        both sides. Trains gain and offset of the adaptive budget, or the scores behind ``top_p``;
-        a fixed budget gives a constant.
+        both sides. Trains gain and offset of the adaptive budget; other budgets give a constant.
 
         Returns:
             A 0-dim tensor.
@@ -144,55 +137,3 @@ class ScheduledLayer(ScoringLayer):
             RuntimeError: If no forward pass has run.
         """
         return self._record.excess().square()
-
-    @torch.no_grad()
-    def calibrate_top_p(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        is_causal: bool = False,
-        key_lengths: Tensor | None = None,
-    ) -> float:
-        """Finds the share p at which ``budget="top_p"`` meets ``base_sparsity`` on a sample.
-
-        Bisection on p; heads and rows with spread-out scores keep more than others.
-
-        Args:
-            query: Sample input as for the forward pass.
-            key: Likewise.
-            is_causal: As in the forward pass.
-            key_lengths: As in the forward pass.
-
-        Returns:
-            p, which is also stored in ``top_p`` and saved with the weights.
-
-        Raises:
-            ValueError: If the budget is another one.
-            RuntimeError: If the buffer is offloaded, so that what is written is lost.
-        """
-        if self.config.budget != "top_p":
-            raise ValueError(f"calibrate_top_p needs budget='top_p', got {self.config.budget!r}.")
-        # Before the work of finding it.
-        found = self.writable("top_p")
-        self.check_inputs(query, key, key)
-        mask = make_mask(
-            query.shape[0], query.shape[1], key.shape[1], device=query.device,
-            causal=is_causal, key_lengths=key_lengths,
-        )  # fmt: skip
-        diagonal = is_causal or query.shape[1] == key.shape[1]
-        inputs = self._inputs(query, key, mask, None, diagonal, None)
-        scores, _ = self.score(inputs)
-        scored = inputs.candidates.scored
-        forced = inputs.candidates.forced.sum(-1).expand(scores.shape[:3]).sum()
-        allowed = inputs.rows.num_allowed.expand(scores.shape[:3]).sum()
-        goal = float((1 - self.base_sparsity) * allowed - forced)
-        low, high = 0.0, 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            if float(top_p_budget(scores, scored, middle).sum()) > goal:
-                high = middle
-            else:
-                low = middle
-        found.fill_(max(low, 1e-6))
-        return float(found)

@@ -15,7 +15,6 @@ from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
 from dilated_attention_pytorch.nn.own_blocks import OwnBlocks
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
-from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype, past_windows
 
@@ -69,13 +68,8 @@ class ScoringLayer(BudgetLayer):
             backend=backend,
         )
         self.config = config
-        self.scorer: ImportanceScorer | PrototypeScorer | LowRankScorer
-        if config.scorer == "prototypes":
-            self.scorer = PrototypeScorer(
-                num_heads, head_dim, kv_heads, num_prototypes=config.num_prototypes, scale=scale,
-                heads_per_pattern=num_heads // pattern_heads,
-            )  # fmt: skip
-        elif config.scorer == "low_rank":
+        self.scorer: ImportanceScorer | LowRankScorer
+        if config.scorer == "low_rank":
             self.scorer = LowRankScorer(
                 num_heads, head_dim, kv_heads, rank=min(config.hidden_dim, head_dim), scale=scale,
                 query_stride=config.query_stride, heads_per_pattern=num_heads // pattern_heads,
@@ -121,9 +115,6 @@ class ScoringLayer(BudgetLayer):
                 query_valid=inputs.query_valid, past=self.looks_back(inputs.mask),
             )  # fmt: skip
             return scores, self.key_means(inputs.key, inputs.key_valid)
-        if isinstance(self.scorer, PrototypeScorer):
-            scores = self.prototype_scores(self.scorer, inputs, inputs.candidates.indices)
-            return scores, self.key_means(inputs.key, inputs.key_valid)
         queries, keys, means = self.summaries(inputs)
         numbers = inputs.candidates.indices
         scores = self.scorer(queries, keys, numbers)
@@ -132,23 +123,6 @@ class ScoringLayer(BudgetLayer):
             summary, _ = self.pool_keys(own.key, own.valid)
             scores = own.place(scores, self.scorer(queries, summary, own.rows), numbers)
         return scores, means
-
-    def prototype_scores(
-        self, scorer: PrototypeScorer, inputs: SelectionInputs, numbers: Tensor | None
-    ) -> Tensor:
-        """Scores of the key blocks ``numbers`` (None: all) by ``scorer="prototypes"``."""
-        query, valid = self.scope(inputs)
-        scores: Tensor = scorer(
-            query, inputs.key, self.block_size, numbers,
-            query_valid=valid, key_valid=inputs.key_valid,
-        )  # fmt: skip
-        if self.weighs_own_block(inputs.mask):
-            own = OwnBlocks.of(inputs, self.block_size)
-            found = scorer(
-                query, own.key, self.block_size, own.rows, query_valid=valid, key_valid=own.valid
-            )
-            scores = own.place(scores, found, numbers)
-        return scores
 
     def weighs_own_block(self, mask: AttentionMask) -> bool:
         """Whether the score of a row's own block counts, and may know its first token alone.

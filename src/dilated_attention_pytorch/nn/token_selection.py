@@ -1,4 +1,4 @@
-"""Selection by scorers that read tokens, with fused kernels; without gradient."""
+"""Selection by the scorer that reads tokens, with fused kernels; without gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
-from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def score_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Tensor:
     """The layer's scores of all tiles, ``(b, pattern heads, i, j)`` float32."""
-    scorer, rows = layer.scorer, inputs.rows
-    if not isinstance(scorer, LowRankScorer):
-        return layer.prototype_scores(cast(PrototypeScorer, scorer), inputs, None)
+    scorer, rows = cast(LowRankScorer, layer.scorer), inputs.rows
     stride, query, lead = scorer.query_stride, inputs.query, 0
     if layer.looks_back(inputs.mask):
         # Every block's samples are then those up to its first token.

@@ -209,22 +209,3 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
     upper = (running[..., 1:] - before + half) >> FRACTION_BITS
     lower = (running[..., :-1] - before + half) >> FRACTION_BITS
     return (upper - lower).int()
-
-
-def top_p_budget(scores: Tensor, scored: Tensor, share: Tensor | float) -> Tensor:
-    """Fewest blocks whose softmaxed scores reach a share.
-
-    Args:
-        scores: ``(batch, heads, i, c)``.
-        scored: Booleans that broadcast to the same shape: which may be chosen.
-        share: p in (0, 1].
-
-    Returns:
-        int32 ``(batch, heads, i)``: 0 for a row without candidates, at least 1 for others.
-    """
-    logits = scores.detach().nan_to_num(-torch.inf).masked_fill(~scored, -torch.inf)
-    ordered = logits.sort(-1, descending=True).values
-    p = ordered.softmax(-1).nan_to_num(0.0)
-    # A block counts while the blocks before it do not reach the share.
-    before = p.cumsum(-1) - p
-    return ((before < share) & (ordered > -torch.inf)).sum(-1, dtype=torch.int32)

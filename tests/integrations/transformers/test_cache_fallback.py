@@ -34,7 +34,7 @@ from dilated_attention_pytorch.selection.threshold import ThresholdTable
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
 EACH_TOKEN = AdaptiveConfig(base_sparsity=0.6, block_size=8, budget="fixed")
 DISTILLED = distilled_config(
-    base_sparsity=0.6, block_size=8, num_prototypes=2, scorer="prototypes", pooling=("attention",)
+    base_sparsity=0.6, block_size=8, scorer="bilinear", pooling=("attention",)
 )
 IDS = tokens(2, 90)
 

@@ -62,7 +62,7 @@ from dilated_attention_pytorch.tasks.text import TextError
 
 # They start from nothing, so that training shows.
 CONFIG = distilled_config(
-    block_size=16, base_sparsity=0.5, scorer="prototypes", pooling=("attention",), num_prototypes=2
+    block_size=16, base_sparsity=0.5, scorer="bilinear", pooling=("mean", "attention")
 )
 
 

@@ -121,8 +121,7 @@ def test_distilled_selectors_and_beams_decode(dtype: torch.dtype) -> None:
     config = distilled_config(
         block_size=16,
         base_sparsity=0.5,
-        num_prototypes=2,
-        scorer="prototypes",
+        scorer="bilinear",
         pooling=("attention",),
     )
     with adapt(model, config) as adapted:

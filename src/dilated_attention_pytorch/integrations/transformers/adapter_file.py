@@ -275,7 +275,6 @@ def _check_tensor(name: str, value: Tensor, configs: Mapping[int, SelectorConfig
 _RANGES = {
     "base_sparsity": (0.0, math.nextafter(1.0, 0.0)),
     "temperature": (1e-30, 1e30),
-    "top_p": (1e-30, 1.0),
 }
 
 

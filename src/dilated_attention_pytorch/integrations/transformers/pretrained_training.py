@@ -28,12 +28,12 @@ DTYPES = ("float32", "bfloat16")
 def distilled_config(**changes: Any) -> AdaptiveConfig:
     """The selector for frozen queries and keys: low-rank scores, one sink block, thresholds.
 
-    On frozen features what reads them is the bottleneck. Summaries of blocks, pooled prototypes
-    among them, keep nearly as much attention mass as the best choice and still cost far more
-    perplexity: they miss sharp matches between single tokens, which projected tokens show
-    (``docs/log.md``). With ``query_scope="past"`` generation with a cache chooses once per block of
-    tokens and gives the tokens of generation without one; with ``"block"`` it reads the cached keys
-    at every ``query_stride``-th token.
+    On frozen features what reads them is the bottleneck. Summaries of blocks keep nearly as much
+    attention mass as the best choice and still cost far more perplexity: they miss sharp matches
+    between single tokens, which projected tokens show (``docs/log.md``). With
+    ``query_scope="past"`` generation with a cache chooses once per block of tokens and gives the
+    tokens of generation without one; with ``"block"`` it reads the cached keys at every
+    ``query_stride``-th token.
 
     Args:
         **changes: Other fields of :class:`AdaptiveConfig`.

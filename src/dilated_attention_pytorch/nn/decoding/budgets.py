@@ -43,9 +43,8 @@ def row_budget(
     config = layer.config
     forced = candidates.forced.sum(-1)
     limit = forced + candidates.scored.sum(-1)
-    threshold = newest_thresholds(layer, memory, row) if config.budget == "threshold" else None
-    by_score = budget_by_score(layer, scores, candidates, threshold)
-    if by_score is not None:
+    if config.budget == "threshold":
+        by_score = budget_by_score(scores, candidates, newest_thresholds(layer, memory, row))
         if config.threshold_floor:
             rows = _rows_so_far(row, blocks)
             least = floor_budget(

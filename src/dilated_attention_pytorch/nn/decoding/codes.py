@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
-from dilated_attention_pytorch.scoring.prototypes import PrototypeScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
 
@@ -29,9 +28,6 @@ def key_codes(
         dtype = exact_dtype(layer.scorer.key_map.dtype)
         none = torch.zeros(key.shape[0], 0, means.shape[1], 0, dtype=dtype, device=key.device)
         return none, means
-    if isinstance(layer.scorer, PrototypeScorer):
-        codes = layer.scorer.encode_keys(key, layer.block_size, valid)
-        return codes, layer.key_means(key, valid)
     with layer.exactly(key.device):
         keys, means = layer.pool_keys(key, valid)
         return _summary_scorer(layer).encode_keys(keys), means
@@ -39,8 +35,6 @@ def key_codes(
 
 def query_codes(layer: BlockSparseAdaptive, query: Tensor, valid: Tensor | None) -> Tensor:
     """Codes of blocks of queries ``(b, n, h, d)``, to be compared with those of keys."""
-    if isinstance(layer.scorer, PrototypeScorer):
-        return layer.scorer.encode_queries(query, layer.block_size, valid)
     with layer.exactly(query.device):
         return _summary_scorer(layer).encode_queries(layer.pool_queries(query, valid))
 
@@ -49,8 +43,6 @@ def compare(
     layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
 ) -> Tensor:
     """Scores ``(b, p, i, c)`` of codes."""
-    if isinstance(layer.scorer, PrototypeScorer):
-        return layer.scorer.compare(queries, keys, candidates)
     with layer.exactly(queries.device):
         return _summary_scorer(layer).compare(queries, keys, candidates)
 
