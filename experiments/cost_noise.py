@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 FOLDER = Path(__file__).parent / "results" / "pretrained"
 # Both at 8,192 tokens and blocks of 64.
 COMMITS = ("ae42e13", "0e255fc")
-RULES: dict[str, Callable[[SparsityCosts, float], dict[Unit, float]]] = {
+RULES: dict[str, Callable[[SparsityCosts, float], dict[int, float]]] = {
     "best as measured": SparsityCosts.cheapest,
     "allot": SparsityCosts.allot,
     "equal": lambda costs, sparsity: dict.fromkeys(costs.costs, sparsity),
@@ -36,7 +36,7 @@ def measured(commit: str) -> SparsityCosts:
         row for row in rows
         if (row["commit"], row["length"], row["block_size"]) == (commit, 8192, 64)
     ]  # fmt: skip
-    costs: dict[Unit, tuple[float, ...]] = {row["layer"]: tuple(row["costs"]) for row in chosen}
+    costs: dict[int, tuple[float, ...]] = {row["layer"]: tuple(row["costs"]) for row in chosen}
     return SparsityCosts(8192, tuple(chosen[0]["sparsities"]), costs)
 
 
@@ -50,7 +50,7 @@ def compared(first: SparsityCosts, second: SparsityCosts) -> list[dict[str, Any]
                 {
                     "sparsity": sparsity, "rule": name,
                     "price_by_the_other": [second.price(one), first.price(other)],
-                    "difference": mean(abs(one[unit] - other[unit]) for unit in one),
+                    "difference": mean(abs(one[layer] - other[layer]) for layer in one),
                 }
             )  # fmt: skip
     return out

@@ -140,7 +140,7 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
 
 def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Measures what sparsity costs in each layer or head, on held-out training windows.
+    """Measures what sparsity costs in each layer, on held-out training windows.
 
     The selectors with these costs are another adapter, ``distill-<blocks><name>-allotted``.
     """
@@ -154,18 +154,18 @@ def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     job = AllotJob(
         model=str(MODEL), adapter=str(source), text=training_texts(),
         lengths=(options.length, options.length // 2), windows=options.windows,
-        heads=options.heads, background=options.background or None, device=options.device,
-        dtype=options.weights, sparsities=sparsities_of(options) or SPARSITIES,
+        background=options.background or None, device=options.device, dtype=options.weights,
+        sparsities=sparsities_of(options) or SPARSITIES,
     )  # fmt: skip
     allotment, start = Allotment(job, folder), time.perf_counter()
-    for length, unit in allotment.steps():
-        costs = allotment.measured[length][unit]
-        print(length, unit, *(f"{cost:.5f}" for cost in costs), flush=True)
+    for length, layer in allotment.steps():
+        costs = allotment.measured[length][layer]
+        print(length, layer, *(f"{cost:.5f}" for cost in costs), flush=True)
         if stop():
             return
     for costs in allotment.costs():
         for sparsity in (0.8, 0.9):
-            shares = {unit: round(x, 3) for unit, x in costs.allot(sparsity).items()}
+            shares = {layer: round(x, 3) for layer, x in costs.allot(sparsity).items()}
             print(costs.length, sparsity, shares)
     done = {"seconds": time.perf_counter() - start, "job": asdict(job), **origin(options)}
     (folder / "done.json").write_text(json.dumps({**done, "trained_on": TRAINED_ON}))
@@ -192,7 +192,6 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         adapter=None if dense else starting_adapter(options, folder),
         base_sparsity=options.sparsity, base_learning_rate=options.base_lr, learning_rate=5e-4,
         selector_every=options.selector_every, device=options.device, dtype=options.dtype,
-        teacher=None if dense or not options.teach else str(teacher_folder(options)),
     )  # fmt: skip
     job = PretrainedJob(
         run=run, model=str(MODEL), text=training_texts(),
@@ -200,14 +199,6 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         intervals=LoopSettings(log_every=10, validate_every=250, checkpoint_every=1000),
     )  # fmt: skip
     train(job, folder, stop, {**origin(options), "trained_on": TRAINED_ON})
-
-
-def teacher_folder(options: argparse.Namespace) -> Path:
-    """The model tuned dense in the same way."""
-    folder = RUNS / f"tune-{options.train}-dense{options.name}" / "model"
-    if not folder.is_dir():
-        raise SystemExit(f"There is no {folder}: tune with --attention dense first.")
-    return folder
 
 
 def starting_adapter(options: argparse.Namespace, folder: Path) -> str:
@@ -228,9 +219,8 @@ def tuned_name(options: argparse.Namespace) -> str:
     if options.attention == "dense":
         return f"tune-{options.train}-dense{options.name}"
     blocks = "" if options.block_size == 64 else f"-blocks{options.block_size}"
-    taught = "-taught" if options.teach else ""
     floor = f"-floor{options.floor:g}" if options.floor else ""
-    return f"tune-{options.train}-{options.sparsity:g}{blocks}{floor}{taught}{options.name}"
+    return f"tune-{options.train}-{options.sparsity:g}{blocks}{floor}{options.name}"
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
@@ -456,14 +446,10 @@ def main() -> None:
         default=0.0,
         help="threshold_floor to tune with, or to measure (0: 0.5 there)",
     )
-    parser.add_argument(
-        "--teach", action="store_true", help="imitate the model tuned with --attention dense"
-    )
     parser.add_argument("--selector-every", type=int, default=8)
     parser.add_argument(
         "--background", type=float, default=0.0, help="sparsity of the other layers (0: dense)"
     )
-    parser.add_argument("--heads", action="store_true", help="shares of heads, not of layers")
     parser.add_argument("--commit", default=commit(), help="to record beside the results")
     options = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)

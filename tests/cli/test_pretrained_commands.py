@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tiny_models import save_tiny, tiny_model
 
@@ -142,17 +141,6 @@ def test_tune_starts_from_the_adapter(
     assert "no tokenizer" in capsys.readouterr().err
 
 
-def test_tune_imitates_a_teacher(
-    distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    taught = ("--train", "all", "--teacher", str(model), "--teacher-share", "0.75")
-    assert main(tune(distilled, model, texts, tmp_path, *taught)) == 0
-    assert json.loads(capsys.readouterr().out)["steps"] == 2
-    state = torch.load(tmp_path / "checkpoints" / "step-00000002.pt", weights_only=True)
-    assert state["job"]["run"]["teacher"] == str(model)
-    assert state["job"]["run"]["teacher_share"] == 0.75
-
-
 def test_low_rank_changes_are_evaluated(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,10 +258,6 @@ def test_a_model_that_is_not_there_is_named_at_once(
             words = refused(capsys, [*command, "--model", str(tmp_path / place)], 2)
             assert "--model must be the folder of a pretrained model" in words
             assert why in words
-    place = str(tmp_path / "empty")
-    command = ["tune", "--out", str(tmp_path / "out"), *text, "--model", str(model)]
-    words = refused(capsys, [*command, "--teacher", place], 2)
-    assert f"--teacher must be the folder of a pretrained model, got {place}" in words
 
 
 def test_another_models_tokenizer_is_named(

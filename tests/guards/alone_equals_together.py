@@ -72,13 +72,8 @@ def draw_config(rng: random.Random, **fixed: Any) -> AdaptiveConfig:
             continue
 
 
-def draw_table(rng: random.Random, heads: int) -> ThresholdTable:
-    """Steep, so that another length is another choice; some with thresholds of heads."""
-    rows = [(20, 0.3), (60, 0.08)]
-    if rng.random() < 0.5:
-        return ThresholdTable(tuple(n for n, _ in rows), tuple(t for _, t in rows))
-    own = tuple(tuple(t * (1 + 0.3 * head) for head in range(heads)) for _, t in rows)
-    return ThresholdTable(tuple(n for n, _ in rows), own)
+# Steep, so that another length is another choice.
+TABLE = ThresholdTable((20, 60), (0.3, 0.08))
 
 
 def scatter_weights(layer: Any, seed: int) -> None:
@@ -104,7 +99,7 @@ def draw_adaptive(rng: random.Random, **fixed: Any) -> BlockSparseAdaptive:
             continue
         scatter_weights(layer, rng.randrange(1000))
         if config.budget == "threshold":
-            layer.set_thresholds(draw_table(rng, layer.pattern_heads))
+            layer.set_thresholds(TABLE)
         return layer.double().eval()
 
 
@@ -126,7 +121,7 @@ def draw_layer(rng: random.Random, size: int = SIZE) -> BlockSparseLayer:
         )
         layer = BlockSparseTrainingFree(settings, 4, DIM, num_kv_heads=KV_HEADS)
         if budget == "threshold":
-            layer.set_thresholds(draw_table(rng, 4))
+            layer.set_thresholds(TABLE)
         return layer.eval()
     name = rng.choice(sorted(FIXED_PATTERNS))
     if name == "dense":
@@ -371,7 +366,7 @@ def draw_adapted(rng: random.Random, model: Any) -> Any:
     for number, selector in adapted.selectors.items():
         scatter_weights(selector, rng.randrange(1000) + number)
         if config.budget == "threshold":
-            selector.set_thresholds(draw_table(rng, selector.pattern_heads))
+            selector.set_thresholds(TABLE)
     model.double()
     return adapted
 

@@ -158,7 +158,7 @@ def test_compiled_functional_calls_go_by_what_they_are_given(budget: str) -> Non
     name = "thresholds" if budget == "threshold" else "base_sparsity"
     if budget == "threshold":
         layer.set_thresholds(TABLE)
-        given = [ThresholdTable((64,), (x,)).to_buffer(2) for x in (0.3, 0.02)]
+        given = [ThresholdTable((64,), (x,)).to_buffer() for x in (0.3, 0.02)]
     else:
         given = [torch.tensor(x) for x in (0.9, 0.0)]
 
@@ -220,26 +220,23 @@ def test_a_forward_pass_is_judged_by_the_sparsity_it_was_given() -> None:
 
 def test_tables_of_other_sizes_load() -> None:
     full = ThresholdTable(tuple(range(1, MOST_LENGTHS + 1)), (0.5,) * MOST_LENGTHS)
-    for table in (TABLE, ThresholdTable((64,), ((0.2, 0.3),)), full):
+    for table in (TABLE, full):
         rows = torch.tensor(table.rows(), dtype=torch.float64)
-        for saved in (rows, table.to_buffer(2)):
+        for saved in (rows, table.to_buffer()):
             for assign in (False, True):
                 layer = make(budget="threshold")
                 layer.set_thresholds(ThresholdTable((10, 20, 30), (0.3, 0.2, 0.1)))
                 state = {**layer.state_dict(), "thresholds": saved}
                 layer.load_state_dict(state, assign=assign)
                 assert layer.threshold_table() == table
-                assert layer.thresholds.shape == (MOST_LENGTHS, 3)
+                assert layer.thresholds.shape == (MOST_LENGTHS, 2)
 
 
-def test_a_table_of_other_heads_is_refused_and_changes_nothing() -> None:
+def test_what_is_no_table_is_refused_and_changes_nothing() -> None:
     config = TrainingFreeConfig(budget="threshold", base_sparsity=0.5)
     layer = BlockSparseTrainingFree(config, 2, 16)
     layer.set_thresholds(TABLE)
-    other = ThresholdTable((64,), ((0.1, 0.2, 0.3),))
-    with pytest.raises(ValueError, match="one for all heads or 2"):
-        layer.set_thresholds(other)
-    for saved in (torch.tensor(other.rows()).double(), torch.zeros(3), torch.zeros(65, 3)):
+    for saved in (torch.zeros(1, 4), torch.zeros(2), torch.zeros(65, 2)):
         with pytest.raises(RuntimeError, match="thresholds"):
             layer.load_state_dict({**layer.state_dict(), "thresholds": saved})
         assert layer.threshold_table() == TABLE
@@ -247,18 +244,17 @@ def test_a_table_of_other_heads_is_refused_and_changes_nothing() -> None:
 
 def test_a_mean_of_tables_is_no_table() -> None:
     layer = make(budget="threshold")
-    empty = ThresholdTable.empty_buffer(2)
+    empty = ThresholdTable.empty_buffer()
     for share in (0.1, 0.5, 0.99):
-        layer.thresholds.copy_(empty.lerp(TABLE.to_buffer(2), share))
+        layer.thresholds.copy_(empty.lerp(TABLE.to_buffer(), share))
         with pytest.raises(ValueError, match=r"thresholds|lengths"):
             layer.threshold_table()
 
 
 def test_what_does_not_know_its_table_reads_the_same_thresholds() -> None:
-    table = ThresholdTable((100, 400), ((0.08, 0.4), (0.02, 0.2)))
-    found = thresholds_at(filled_buffer(table.to_buffer(2)), torch.tensor([[50, 200, 9000]]))
-    for place, length in enumerate((50, 200, 9000)):
-        assert found[0, :, place].tolist() == pytest.approx(table.at(length))
+    table, lengths = ThresholdTable((100, 400), (0.08, 0.02)), [50, 200, 9000]
+    found = thresholds_at(filled_buffer(table.to_buffer()), torch.tensor(lengths))
+    assert found.tolist() == pytest.approx([table.at(length) for length in lengths])
 
 
 @pytest.mark.parametrize(

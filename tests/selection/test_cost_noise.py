@@ -11,22 +11,22 @@ import pytest
 
 from cost_lines import price
 from dilated_attention_pytorch.selection.cost_noise import noise_of
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 GRID = (0.5, 0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.96)
 # Much as of a layer of SmolLM2 (nats per token).
 COMMON = tuple(0.02 * math.exp(28 * (x - GRID[-1])) for x in GRID)
 
 
-def true_costs(seed: int, layers: int = 30) -> dict[Unit, tuple[float, ...]]:
+def true_costs(seed: int, layers: int = 30) -> dict[int, tuple[float, ...]]:
     draw = random.Random(seed)
     scales = [draw.choice((0.2, 0.7, 1.0, 3.0)) for _ in range(layers)]
     return {layer: tuple(scale * x for x in COMMON) for layer, scale in enumerate(scales)}
 
 
 def measured(
-    costs: Mapping[Unit, tuple[float, ...]], noise: float, seed: int
-) -> dict[Unit, tuple[float, ...]]:
+    costs: Mapping[int, tuple[float, ...]], noise: float, seed: int
+) -> dict[int, tuple[float, ...]]:
     draw = random.Random(seed)
     return {
         layer: tuple(x + draw.gauss(0, noise) for x in values) for layer, values in costs.items()
@@ -83,5 +83,5 @@ def test_where_nothing_stands_out_shares_are_nearly_equal() -> None:
     assert _spread(costs.allot(0.5)) < 0.2 < _spread(costs.cheapest(0.5))
 
 
-def _spread(shares: dict[Unit, float]) -> float:
+def _spread(shares: dict[int, float]) -> float:
     return max(shares.values()) - min(shares.values())

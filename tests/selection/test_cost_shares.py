@@ -9,10 +9,7 @@ import pytest
 from cost_lines import price
 from dilated_attention_pytorch.selection.cost_shares import (
     SparsityCosts,
-    by_layer,
     costs_near,
-    unit_name,
-    unit_of,
 )
 
 GRID = (0.3, 0.6, 0.8, 0.9)
@@ -103,16 +100,3 @@ def test_costs_serve_lengths_near_theirs_alone() -> None:
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="length must be positive, got 0"):
         SparsityCosts(0, (0.5,), {0: (0.1,)})
-
-
-def test_heads_share_a_budget_as_layers_do() -> None:
-    costs = random_costs(2, layers=6)
-    heads = SparsityCosts(4096, GRID, {(n // 3, n % 3): x for n, x in costs.costs.items()})
-    assert list(heads.allot(0.6).values()) == list(costs.allot(0.6).values())
-    assert SparsityCosts.from_dict(heads.to_dict()) == heads
-    grouped = by_layer(heads.allot(0.6))
-    assert grouped == {n: tuple(costs.allot(0.6)[3 * n + h] for h in range(3)) for n in (0, 1)}
-    for unit in (7, (7, 3)):
-        assert unit_of(unit_name(unit)) == unit
-    with pytest.raises(ValueError, match="every head from 0 on"):
-        by_layer({(0, 1): 0.5})

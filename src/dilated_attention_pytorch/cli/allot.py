@@ -1,4 +1,4 @@
-"""``dilated-attention allot``: shares an adapter's budget among the layers or heads of a model."""
+"""``dilated-attention allot``: shares an adapter's budget among the layers of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     require_transformers,
 )
 from dilated_attention_pytorch.printable import printable
-from dilated_attention_pytorch.selection.cost_shares import by_layer, unit_name
 
 
 def add_parser(commands: Any) -> None:
@@ -43,10 +42,6 @@ def add_parser(commands: Any) -> None:
         help="where costs.json and the new adapter go",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the shares as JSON")
-    parser.add_argument(
-        "--heads", action="store_true", default=argparse.SUPPRESS,
-        help="share among single heads; takes as many times longer",
-    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="N", default=argparse.SUPPRESS,
         help="tokens per window: the lengths of use (default: 2048)",
@@ -100,22 +95,17 @@ def _measure(allotment: Any, console: PlainConsole, stop: StopRequest) -> bool:
     """Whether all was measured and the adapter written."""
     with measuring_bar(console) as bar:
         task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
-        for length, unit in allotment.steps():
-            words = f"{length:,} tokens: {unit_name(unit)}"
+        for length, layer in allotment.steps():
+            words = f"{length:,} tokens: layer {layer}"
             bar.update(task, completed=allotment.done, description=words)
             if stop():
                 return False
     return True
 
 
-def _shown(share: float | tuple[float, ...]) -> str:
-    shares = share if isinstance(share, tuple) else (share,)
-    return " ".join(f"{value:.3f}" for value in shares)
-
-
 def _print(allotment: Any, parsed: argparse.Namespace) -> None:
     mean = allotment.sparsity()
-    shares = {costs.length: by_layer(costs.allot(mean)) for costs in allotment.costs()}
+    shares = {costs.length: costs.allot(mean) for costs in allotment.costs()}
     noise = {costs.length: costs.noise for costs in allotment.costs()}
     if parsed.json:
         print(json.dumps({"adapter": str(parsed.out / "adapter"), "sparsity": mean,
@@ -126,7 +116,7 @@ def _print(allotment: Any, parsed: argparse.Namespace) -> None:
     for length in shares:
         table.add_column(f"{length:,} tokens", justify="right")
     for layer in allotment.source.configs:
-        table.add_row(str(layer), *(_shown(found[layer]) for found in shares.values()))
+        table.add_row(str(layer), *(f"{found[layer]:.3f}" for found in shares.values()))
     PlainConsole().print(table)
     if any(noise.values()):
         found = ", ".join(f"{value:.5f} at {length:,} tokens" for length, value in noise.items())

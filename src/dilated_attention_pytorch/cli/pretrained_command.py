@@ -26,7 +26,7 @@ from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.training.folder_loop import Progress
 
 # Options that say what a run reads: naming them for --resume says that they may be read.
-_FILES = frozenset({"model", "text", "adapter", "teacher"})
+_FILES = frozenset({"model", "text", "adapter"})
 
 
 class PretrainedCommand(FolderCommand):

@@ -61,12 +61,12 @@ def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
     )  # fmt: skip
 
 
-def check_model_folder(folder: str, option: str = "--model") -> None:
+def check_model_folder(folder: str) -> None:
     """Raises UsageError unless there is a model there; nothing is looked for on the Hub."""
     if not (Path(folder) / "config.json").is_file():
         missing = "it has no config.json" if Path(folder).is_dir() else "there is no such folder"
         raise UsageError(
-            f"{option} must be the folder of a pretrained model, got {folder}: {missing}. "
+            f"--model must be the folder of a pretrained model, got {folder}: {missing}. "
             "Download the model first; save_pretrained writes such a folder."
         )
 
@@ -187,8 +187,6 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
         }
         model, text = values.pop("model"), tuple(values.pop("text"))
         check_model_folder(model)
-        if values.get("teacher") is not None:
-            check_model_folder(values["teacher"], "--teacher")
         run = settings(config=distilled_config(**config), **values)
         return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
     except (TypeError, ValueError) as error:

@@ -28,21 +28,11 @@ def add_parser(commands: Any) -> None:
         "--adapter", metavar="DIR", default=argparse.SUPPRESS,
         help="selectors to start from, as distill wrote them",
     )  # fmt: skip
-    parser.add_argument(
-        "--teacher", metavar="DIR", default=argparse.SUPPRESS,
-        help="a dense model to imitate instead of predicting the next token alone: the model "
-        "itself, or one tuned with --attention dense",
-    )  # fmt: skip
     for flag, kind, what in (
         ("base-learning-rate", float, "peak rate of LoRA or of the weights (default: 0.0001)"),
         ("lora-rank", int, "rank of the changes (default: 16)"),
         ("sparsity-warmup", float, "share of the steps from dense to sparse (default: 0.1)"),
         ("calibrate-every", int, "steps between two calibrations (default: 50)"),
-        (
-            "teacher-share",
-            float,
-            "weight of the teacher; the rest is the next token's (default: 1)",
-        ),
         ("selector-every", int, "selectors learn in one of so many steps (default: 8)"),
     ):
         parser.add_argument(

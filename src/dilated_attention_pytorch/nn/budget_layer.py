@@ -37,14 +37,14 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         self._host = HostValues()
         self.register_buffer("base_sparsity", setting(base_sparsity))
         if budget == "threshold":
-            empty = ThresholdTable.empty_buffer(self.pattern_heads)
+            empty = ThresholdTable.empty_buffer()
             self.register_buffer("thresholds", empty.to(self.base_sparsity.device))
 
     def initial_buffers(self) -> dict[str, Tensor]:
         """The sparsity of the config, and no thresholds."""
         return {
             "base_sparsity": torch.tensor(self._first_sparsity, dtype=torch.float32, device="cpu"),
-            "thresholds": ThresholdTable.empty_buffer(self.pattern_heads),
+            "thresholds": ThresholdTable.empty_buffer(),
         }
 
     def set_base_sparsity(self, value: float) -> None:
@@ -63,13 +63,12 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         """Sets the thresholds of ``budget="threshold"``; they are saved with the weights.
 
         Raises:
-            ValueError: If the budget is another one, or the table has thresholds of another number
-                of heads.
+            ValueError: If the budget is another one.
             RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
         if "thresholds" not in self._buffers:
             raise ValueError("thresholds need budget='threshold'; configure the layer with it.")
-        self.writable("thresholds").copy_(table.to_buffer(self.pattern_heads))
+        self.writable("thresholds").copy_(table.to_buffer())
         self._host.note("thresholds", self.thresholds, table)
 
     # What sizes and branches follow from. Outside of torch.compile these are plain reads.
@@ -111,7 +110,7 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         return self._outer_table
 
     def threshold_rows(self) -> Tensor:
-        """Lengths and thresholds on the device, ``(entries, 1 + heads)``, for ``thresholds_at``."""
+        """Lengths and thresholds on the device, ``(entries, 2)``, for ``thresholds_at``."""
         table = self.threshold_table()
         return (
             filled_buffer(self.thresholds)
@@ -151,11 +150,9 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         saved = state_dict.get(prefix + "thresholds")
-        heads = self.pattern_heads
-        if isinstance(saved, Tensor) and fits_buffer(saved, heads):
+        if isinstance(saved, Tensor) and fits_buffer(saved):
             # Files of before held the rows alone.
-            same = saved.shape == (MOST_LENGTHS, 1 + heads)
-            rows = saved if same else padded_buffer(saved.double(), heads)
+            rows = saved if len(saved) == MOST_LENGTHS else padded_buffer(saved.double())
             state_dict = {**state_dict, prefix + "thresholds": rows}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -200,7 +200,7 @@ def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float
     """The thresholds of ``budget="threshold"`` for :func:`row_lengths`.
 
     Returns:
-        One number, or ``(1 or b, 1 or pattern heads, 1 or i)``.
+        One number, or ``(1 or b, 1, 1 or i)``.
     """
     table, lengths = layer.threshold_table(), row_lengths(layer, inputs)
     if table is None:
@@ -208,19 +208,17 @@ def row_thresholds(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> float
     if not isinstance(lengths, Tensor):
         return thresholds_for(table, lengths, layer.thresholds.device)
     return inputs.rows.remember(
-        # Layers of a model share the ranges, and may have other numbers of heads.
-        ("row thresholds", layer.block_size, layer.pattern_heads, table),
-        # There is one length for all heads, which may have thresholds of their own.
-        lambda: thresholds_at(layer.threshold_rows(), lengths.squeeze(1)),
+        ("row thresholds", layer.block_size, table),
+        lambda: thresholds_at(layer.threshold_rows(), lengths),
     )
 
 
 def unread_thresholds(layer: BudgetLayer, lengths: int | Tensor) -> Tensor:
-    """Thresholds at lengths, ``(1 or b, heads, 1 or i)``, where the host cannot read the table."""
+    """Thresholds at lengths, ``(1 or b, 1, 1 or i)``, where the host cannot read the table."""
     rows = layer.threshold_rows()
     if not isinstance(lengths, Tensor):
         lengths = torch.full((1, 1, 1), lengths, dtype=torch.long, device=rows.device)
-    return thresholds_at(rows, lengths.squeeze(1))
+    return thresholds_at(rows, lengths)
 
 
 def thresholds_for(
@@ -231,24 +229,19 @@ def thresholds_for(
     The numbers reach a device once per table and length: a copy would wait for all work before.
 
     Args:
-        table: By length, for all heads or for each.
+        table: By length.
         lengths: One number, or ``(1 or b, 1, i)``.
         device: Where the thresholds are needed.
 
     Returns:
-        A number if it holds for all, otherwise ``(1 or b, 1 or heads, 1 or i)``.
+        A number if it holds for all, otherwise ``(1 or b, 1, i)``.
     """
+    if not isinstance(lengths, Tensor):
+        return table.at(lengths)
     # A CUDA graph may take what an earlier pass has brought to the device, but bring nothing.
     symbolic = tracing() and not recording()
-    if isinstance(lengths, Tensor):
-        entries = tuple(table.rows())
-        known = (_on_device if symbolic else _kept)(entries, device)
-        return thresholds_at(known, lengths.squeeze(1))
-    found = table.at(lengths)
-    if not isinstance(found, tuple):
-        return found
-    own = (_on_device if symbolic else _kept)((found,), device)
-    return own.view(1, -1, 1)
+    known = (_on_device if symbolic else _kept)(table.rows(), device)
+    return thresholds_at(known, lengths)
 
 
 def _on_device(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from statistics import mean, pstdev
 
-# With fewer layers or heads their spread says too little about noise.
+# With fewer layers their spread says too little about noise.
 FEWEST = 8
 
 
 def noise_of(costs: Collection[tuple[float, ...]]) -> float:
     """The standard deviation of the error of a single cost, estimated from all of them.
 
-    Sparsity costs every layer or head about the same curve times a factor of its own, next to
+    Sparsity costs every layer about the same curve times a factor of its own, next to
     nothing at the lowest sparsity that was measured. What the costs there have beyond that is taken
     for noise, real differences of single layers too: the estimate is rather too high than too low.
 
     Args:
-        costs: One curve per layer or head, by ascending sparsity.
+        costs: One curve per layer, by ascending sparsity.
 
     Returns:
-        The estimate; 0 for fewer than eight layers or heads.
+        The estimate; 0 for fewer than eight layers.
     """
     if len(costs) < FEWEST:
         return 0.0

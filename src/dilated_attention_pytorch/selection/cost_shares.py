@@ -1,8 +1,7 @@
-"""Shares one budget among layers, or among heads, by what sparsity costs in each of them.
+"""Shares one budget among layers by what sparsity costs in each of them.
 
-Budgets that differ between layers or heads are known from caches of keys and values (PyramidKV,
-arXiv 2406.02069; Ada-KV, arXiv 2407.11550), which set them by rules; here they come from the loss
-that was measured.
+Budgets that differ between layers are known from caches of keys and values (PyramidKV, arXiv
+2406.02069), which set them by rules; here they come from the loss that was measured.
 """
 
 from __future__ import annotations
@@ -18,35 +17,33 @@ from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.selection.cost_noise import noise_of
 from dilated_attention_pytorch.strict_json import short_repr
 
-# A layer by its number, or a head by the numbers of its layer and of itself.
-Unit = int | tuple[int, int]
 _LONGEST = 2**40
-_UNIT = re.compile(r"(0|[1-9][0-9]{0,5})(?:\.(0|[1-9][0-9]{0,5}))?")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 # The slope and the width of each step of a convex curve that begins at 0.
 Steps = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class SparsityCosts:
-    """What sparsity costs in each layer, or in each head, measured one at a time.
+    """What sparsity costs in each layer, measured one at a time.
 
     Attributes:
         length: Tokens of the sequences that they were measured on.
         sparsities: At which they were measured, ascending, in (0, 1).
-        costs: By layer, or by layer and head, one per sparsity: the loss with it there minus the
-            loss without, in nats per token.
+        costs: By layer, one per sparsity: the loss with it there minus the loss without, in nats
+            per token.
     """
 
     length: int
     sparsities: tuple[float, ...]
-    costs: Mapping[Unit, tuple[float, ...]]
+    costs: Mapping[int, tuple[float, ...]]
 
     def __post_init__(self) -> None:
         """Checks the numbers.
 
         Raises:
-            ValueError: If sparsities do not ascend in (0, 1), a layer or head has another number
-                of costs or one that is not finite, or the length is not positive.
+            ValueError: If sparsities do not ascend in (0, 1), a layer has another number of costs
+                or one that is not finite, or the length is not positive.
         """
         if self.length < 1:
             raise ValueError(f"length must be positive, got {self.length}.")
@@ -58,12 +55,12 @@ class SparsityCosts:
             raise ValueError("sparsities must be positive: 0 costs nothing by definition.")
         if self.length > _LONGEST:
             raise ValueError(f"length must be at most 2**40, got {self.length}.")
-        for unit, costs in self.costs.items():
+        for layer, costs in self.costs.items():
             if not all(map(math.isfinite, costs)):
-                raise ValueError(f"costs of {unit} must be finite, got {costs}.")
+                raise ValueError(f"costs of {layer} must be finite, got {costs}.")
             if len(costs) != len(self.sparsities):
                 raise ValueError(
-                    f"costs of {unit} must be {len(self.sparsities)} numbers, one per "
+                    f"costs of {layer} must be {len(self.sparsities)} numbers, one per "
                     f"sparsity, got {len(costs)}."
                 )
 
@@ -75,8 +72,8 @@ class SparsityCosts:
         """
         return noise_of(self.costs.values())
 
-    def cheapest(self, sparsity: float) -> dict[Unit, float]:
-        """Sparsities of the layers, or heads, with that mean and the least sum of the costs.
+    def cheapest(self, sparsity: float) -> dict[int, float]:
+        """Sparsities of the layers with that mean and the least sum of the costs.
 
         Costs count as straight lines between the measured sparsities, from 0 at 0; where they
         would bend downwards, which a measurement's noise makes of them, they are bridged. The best
@@ -84,7 +81,7 @@ class SparsityCosts:
         least. A mean above the largest measured sparsity is the same for all.
 
         Args:
-            sparsity: Mean over the layers or heads, in [0, 1).
+            sparsity: Mean over the layers, in [0, 1).
 
         Returns:
             The sparsity of each.
@@ -95,7 +92,7 @@ class SparsityCosts:
         left = sparsity * len(self.costs)
         out = dict.fromkeys(self.costs, 0.0)
         steps = [
-            (slope, unit, width) for unit, own in self._steps().items() for slope, width in own
+            (slope, layer, width) for layer, own in self._steps().items() for slope, width in own
         ]
         steps.sort(key=lambda step: step[0])
         for _, group in groupby(steps, key=lambda step: step[0]):
@@ -103,28 +100,27 @@ class SparsityCosts:
             alike = list(group)
             width = sum(step[2] for step in alike)
             share = min(1.0, max(left, 0.0) / width)
-            for _, unit, part in alike:
-                out[unit] += share * part
+            for _, layer, part in alike:
+                out[layer] += share * part
             left -= share * width
         return out
 
-    def price(self, shares: Mapping[Unit, float]) -> float:
+    def price(self, shares: Mapping[int, float]) -> float:
         """The sum of the costs of such shares, on the lines of :meth:`cheapest`, in nats per token.
 
         Args:
-            shares: Sparsity of each layer or head, at most the largest that was measured.
+            shares: Sparsity of each layer, at most the largest that was measured.
         """
-        return sum(_height(own, shares[unit]) for unit, own in self._steps().items())
+        return sum(_height(own, shares[layer]) for layer, own in self._steps().items())
 
-    def allot(self, sparsity: float) -> dict[Unit, float]:
+    def allot(self, sparsity: float) -> dict[int, float]:
         """The shares of :meth:`cheapest`, as near to equal ones as the noise of the costs allows.
 
-        With eight layers or heads or more the shares move towards equal ones, until the sum of the
-        costs has grown by its noise (:attr:`noise`): where no shares are certainly better, all have
-        the same.
+        With eight layers or more the shares move towards equal ones, until the sum of the costs has
+        grown by its noise (:attr:`noise`): where no shares are certainly better, all have the same.
 
         Args:
-            sparsity: Mean over the layers or heads, in [0, 1).
+            sparsity: Mean over the layers, in [0, 1).
 
         Returns:
             The sparsity of each.
@@ -142,17 +138,17 @@ class SparsityCosts:
         more = self.price(dict.fromkeys(best, sparsity)) - self.price(best)
         # The costs are convex: of a mixture they are at most the mixture of both.
         part = 1.0 if more <= doubt else doubt / more
-        return {unit: own + part * (sparsity - own) for unit, own in best.items()}
+        return {layer: own + part * (sparsity - own) for layer, own in best.items()}
 
-    def _steps(self) -> dict[Unit, Steps]:
+    def _steps(self) -> dict[int, Steps]:
         return {
-            unit: _convex_steps((0.0, *self.sparsities), (0.0, *costs))
-            for unit, costs in self.costs.items()
+            layer: _convex_steps((0.0, *self.sparsities), (0.0, *costs))
+            for layer, costs in self.costs.items()
         }
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        costs = {unit_name(unit): list(values) for unit, values in self.costs.items()}
+        costs = {str(layer): list(values) for layer, values in self.costs.items()}
         return {"length": self.length, "sparsities": list(self.sparsities), "costs": costs}
 
     @classmethod
@@ -169,62 +165,23 @@ class SparsityCosts:
         length, costs = values["length"], values["costs"]
         if type(length) is not int or not isinstance(costs, Mapping):
             raise ValueError(
-                "costs must hold a whole length, and costs by layer or head, got "
+                "costs must hold a whole length, and costs by layer, got "
                 f"{short_repr(length)} and {short_repr(costs)}."
             )
-        found = {unit_of(name): _numbers(name, own) for name, own in costs.items()}
+        found = {_layer(name): _numbers(name, own) for name, own in costs.items()}
         return cls(length, _numbers("sparsities", values["sparsities"]), found)
 
 
-def unit_name(unit: Unit) -> str:
-    """``"7"`` of layer 7, ``"7.3"`` of its head 3."""
-    return str(unit) if isinstance(unit, int) else f"{unit[0]}.{unit[1]}"
-
-
-def unit_of(name: str) -> Unit:
-    """The layer or head of :func:`unit_name`'s result.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    found = _UNIT.fullmatch(name)
-    if found is None:
-        raise ValueError(f"a layer or head must be named like 7 or 7.3, got {short_repr(name)}.")
-    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
+def _layer(name: str) -> int:
+    if not _LAYER.fullmatch(name):
+        raise ValueError(f"a layer must be named by its number, got {short_repr(name)}.")
+    return int(name)
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not all(type(x) in (int, float) for x in values):
         raise ValueError(f"{short_repr(name)} must be numbers, got {short_repr(values)}.")
     return tuple(map(float, values))
-
-
-def by_layer(shares: Mapping[Unit, float]) -> dict[int, float | tuple[float, ...]]:
-    """Per layer its share, or a tuple of those of its heads, which must be numbered from 0.
-
-    Raises:
-        ValueError: If heads are missing.
-
-    Example:
-        >>> by_layer({(0, 0): 0.8, (0, 1): 0.9, (1, 0): 0.7, (1, 1): 0.8})
-        {0: (0.8, 0.9), 1: (0.7, 0.8)}
-    """
-    out: dict[int, float | tuple[float, ...]] = {}
-    for unit, share in sorted(shares.items()):
-        if isinstance(unit, int):
-            out[unit] = share
-            continue
-        layer, head = unit
-        before = out.get(layer, ())
-        if not isinstance(before, tuple) or head != len(before):
-            raise ValueError(f"costs must be of every head from 0 on, got {sorted(shares)}.")
-        out[layer] = (*before, share)
-    return out
-
-
-def mean_of(share: float | tuple[float, ...]) -> float:
-    """The mean over the heads, where they differ."""
-    return sum(share) / len(share) if isinstance(share, tuple) else share
 
 
 def costs_near(costs: Iterable[SparsityCosts], length: int) -> SparsityCosts | None:

@@ -93,19 +93,14 @@ class ThresholdSample:
     """What a calibration needs of the scores of one layer on one sample.
 
     Attributes:
-        expected: Expected mass of every tile that a threshold decides on: per head a flat tensor.
-        forced: Tiles of a head that are read in any case, by head.
-        allowed: Tiles of dense attention, likewise.
+        expected: Expected mass of every tile that a threshold decides on, flat.
+        forced: Tiles that are read in any case.
+        allowed: Tiles of dense attention.
     """
 
-    expected: tuple[Tensor, ...]
-    forced: tuple[float, ...]
-    allowed: tuple[float, ...]
-
-    def head(self, number: int) -> ThresholdSample:
-        """The sample of one head."""
-        one = slice(number, number + 1)
-        return ThresholdSample(self.expected[one], self.forced[one], self.allowed[one])
+    expected: Tensor
+    forced: int
+    allowed: int
 
     @classmethod
     def of(
@@ -141,11 +136,7 @@ class ThresholdSample:
             p = p * share[..., None]
         scored, forced = scored.expand(p.shape), forced.expand(p.shape)
         allowed = num_allowed.expand(p.shape[:3])
-        return cls(
-            tuple(p[:, head][scored[:, head]] for head in range(p.shape[1])),
-            tuple(forced.sum((0, 2, 3)).tolist()),
-            tuple(allowed.sum((0, 2)).tolist()),
-        )
+        return cls(p[scored], int(forced.sum()), int(allowed.sum()))
 
 
 def calibrate_threshold(samples: Sequence[ThresholdSample], sparsity: float) -> float:
@@ -163,9 +154,9 @@ def calibrate_threshold(samples: Sequence[ThresholdSample], sparsity: float) -> 
     """
     if not samples:
         raise ValueError("samples must hold at least one ThresholdSample, got none.")
-    expected = torch.cat([x for s in samples for x in s.expected]).sort(descending=True).values
-    allowed = sum(sum(s.allowed) for s in samples)
-    room = round((1 - sparsity) * allowed - sum(sum(s.forced) for s in samples))
+    expected = torch.cat([s.expected for s in samples]).sort(descending=True).values
+    allowed = sum(s.allowed for s in samples)
+    room = round((1 - sparsity) * allowed - sum(s.forced for s in samples))
     tiny = float(torch.finfo(torch.float32).tiny)
     if room <= 0 or len(expected) == 0:
         return 2.0
@@ -191,22 +182,21 @@ class ThresholdTable:
 
     Attributes:
         lengths: Key tokens, ascending, at most 64 of them.
-        thresholds: One for each length, or a tuple with one for each head; above 0.
+        thresholds: One for each length, above 0.
 
     Raises:
-        ValueError: If numbers are missing: every length needs as many; or out of range.
+        ValueError: If numbers are missing or out of range.
     """
 
     lengths: tuple[int, ...]
-    thresholds: tuple[float | tuple[float, ...], ...]
+    thresholds: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Checks that there is a threshold for every length, and as many for each."""
-        sizes = {len(row) for row in self.rows()}
-        if len(self.lengths) != len(self.thresholds) or len(sizes) != 1:
+        """Checks that there is a threshold for every length."""
+        if not self.lengths or len(self.lengths) != len(self.thresholds):
             raise ValueError(
-                "thresholds must be one for each length, or one for each length and head, got "
-                f"{self.thresholds} for the lengths {self.lengths}."
+                f"thresholds must be one for each length, got {self.thresholds} for the lengths "
+                f"{self.lengths}."
             )
         rising = all(a < b for a, b in pairwise((0, *self.lengths)))
         if not rising or len(self.lengths) > MOST_LENGTHS:
@@ -214,39 +204,28 @@ class ThresholdTable:
                 f"lengths must be positive and ascending, at most {MOST_LENGTHS} of them, got "
                 f"{self.lengths}."
             )
-        if not all(0 < x < math.inf for row in self.rows() for x in row[1:]):
+        if not all(0 < x < math.inf for x in self.thresholds):
             raise ValueError(f"thresholds must be above 0 and finite, got {self.thresholds}.")
 
-    def rows(self) -> list[tuple[float, ...]]:
-        """Per length its number and its thresholds, of all heads or of each."""
-        given = (x if isinstance(x, tuple) else (x,) for x in self.thresholds)
-        return [(length, *own) for length, own in zip(self.lengths, given, strict=False)]
+    def rows(self) -> tuple[tuple[float, float], ...]:
+        """Every length with its threshold."""
+        return tuple(zip(self.lengths, self.thresholds, strict=True))
 
     @staticmethod
-    def empty_buffer(heads: int) -> Tensor:
+    def empty_buffer() -> Tensor:
         """The buffer of a layer that has no thresholds yet."""
-        return torch.full((MOST_LENGTHS, 1 + heads), _UNUSED, dtype=torch.float64, device="cpu")
+        return torch.full((MOST_LENGTHS, 2), _UNUSED, dtype=torch.float64, device="cpu")
 
-    def to_buffer(self, heads: int) -> Tensor:
-        """The table as float64 ``(64, 1 + heads)``, for :meth:`from_buffer`.
-
-        Raises:
-            ValueError: If the thresholds are of another number of heads.
-        """
-        rows = torch.tensor(self.rows(), dtype=torch.float64, device="cpu")
-        if not fits_buffer(rows, heads):
-            raise ValueError(
-                f"thresholds must be one for all heads or {heads}, one for each pattern head, got "
-                f"{rows.shape[1] - 1}."
-            )
-        return padded_buffer(rows, heads)
+    def to_buffer(self) -> Tensor:
+        """The table as float64 ``(64, 2)``, for :meth:`from_buffer`."""
+        return padded_buffer(torch.tensor(self.rows(), dtype=torch.float64, device="cpu"))
 
     @classmethod
     def from_buffer(cls, buffer: Tensor) -> ThresholdTable | None:
         """The table in a buffer, or None if it holds none; waits for the device.
 
         Args:
-            buffer: ``(lengths, 1 + t)``, with room behind the table or without.
+            buffer: ``(lengths, 2)``, with room behind the table or without.
 
         Raises:
             ValueError: If it holds something else, such as the mean of two tables.
@@ -261,12 +240,10 @@ class ThresholdTable:
                 f"thresholds must hold whole lengths, got {lengths[: used + 1]}; calibrate again "
                 "where they are a mean of several models'."
             )
-        alike = all(len(set(row[1:])) == 1 for row in rows)
-        own = [row[1] if alike else tuple(row[1:]) for row in rows]
-        return cls(tuple(int(row[0]) for row in rows), tuple(own))
+        return cls(tuple(int(length) for length, _ in rows), tuple(own for _, own in rows))
 
-    def at(self, length: int) -> float | tuple[float, ...]:
-        """The threshold for a length, or those of the heads.
+    def at(self, length: int) -> float:
+        """The threshold for a length.
 
         Between two lengths on a straight line of logarithms; outside in inverse proportion to the
         length, as the mean mass of a block falls.
@@ -276,31 +253,25 @@ class ThresholdTable:
             >>> round(table.at(2048), 3), round(table.at(8192), 3)
             (0.02, 0.005)
         """
-        rows = self.rows()
-        found = tuple(self._interpolate(length, column) for column in range(1, len(rows[0])))
-        return found if isinstance(self.thresholds[0], tuple) else found[0]
-
-    def _interpolate(self, length: int, column: int) -> float:
-        rows = self.rows()
         if length <= self.lengths[0]:
-            return rows[0][column] * self.lengths[0] / max(length, 1)
-        for before, after in pairwise(rows):
-            if length <= after[0]:
-                share = math.log(length / before[0]) / math.log(after[0] / before[0])
-                a, b = math.log(before[column]), math.log(after[column])
+            return self.thresholds[0] * self.lengths[0] / max(length, 1)
+        for (low, below), (high, above) in pairwise(self.rows()):
+            if length <= high:
+                share = math.log(length / low) / math.log(high / low)
+                a, b = math.log(below), math.log(above)
                 return math.exp(a + share * (b - a))
-        return rows[-1][column] * self.lengths[-1] / length
+        return self.thresholds[-1] * self.lengths[-1] / length
 
 
-def fits_buffer(rows: Tensor, heads: int) -> bool:
-    """Whether rows ``(lengths, 1 + t)`` have a place in a buffer: t is 1 or ``heads``."""
-    return rows.dim() == 2 and len(rows) <= MOST_LENGTHS and rows.shape[1] in (2, 1 + heads)
+def fits_buffer(rows: Tensor) -> bool:
+    """Whether rows have a place in a buffer: ``(lengths, 2)``."""
+    return rows.dim() == 2 and len(rows) <= MOST_LENGTHS and rows.shape[1] == 2
 
 
-def padded_buffer(rows: Tensor, heads: int) -> Tensor:
-    """Rows that fit as ``(64, 1 + heads)``, what is for all heads repeated for each."""
-    buffer = rows.new_full((MOST_LENGTHS, 1 + heads), _UNUSED)
-    buffer[: len(rows)] = torch.cat([rows[:, :1], rows[:, 1:].expand(-1, heads)], 1)
+def padded_buffer(rows: Tensor) -> Tensor:
+    """Rows that fit as ``(64, 2)``."""
+    buffer = rows.new_full((MOST_LENGTHS, 2), _UNUSED)
+    buffer[: len(rows)] = rows
     return buffer
 
 
@@ -313,7 +284,7 @@ def filled_buffer(buffer: Tensor) -> Tensor:
     last = ((buffer[:, :1] > 0).sum() - 1).clamp(min=0)
     beyond = (place - last).clamp(min=0)
     end = buffer.index_select(0, last[None])
-    factor = torch.where(torch.arange(buffer.shape[1], device=buffer.device) == 0, 2.0, 0.5)
+    factor = torch.where(torch.arange(2, device=buffer.device) == 0, 2.0, 0.5)
     return torch.where(beyond > 0, end * factor.to(buffer.dtype) ** beyond, buffer)
 
 
@@ -321,20 +292,19 @@ def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:
     """:meth:`ThresholdTable.at` for many lengths on their device.
 
     Args:
-        table: ``(entries, 1 + t)`` of lengths, ascending, and thresholds of all heads (t = 1) or of
-            each.
-        lengths: Integers ``(..., i)``.
+        table: ``(entries, 2)`` of lengths, ascending, and their thresholds.
+        lengths: Integers of any shape.
 
     Returns:
-        The thresholds ``(..., t, i)``, in the dtype of ``table``.
+        The thresholds in that shape, in the dtype of ``table``.
 
     Example:
         >>> table = torch.tensor([[1024, 0.04], [4096, 0.01]])
         >>> lengths = torch.tensor([512, 2048, 8192])
-        >>> [round(x, 3) for x in thresholds_at(table, lengths)[0].tolist()]
+        >>> [round(x, 3) for x in thresholds_at(table, lengths).tolist()]
         [0.08, 0.02, 0.005]
     """
-    known, values = table[:, 0], table[:, 1:]
+    known, values = table.unbind(1)
     x = lengths.clamp(min=1).to(table.dtype)
     # Beyond the ends in inverse proportion, which is a straight line of logarithms too.
     known = torch.cat([known[:1] / 2, known, known[-1:] * 2])
@@ -343,4 +313,4 @@ def thresholds_at(table: Tensor, lengths: Tensor) -> Tensor:
     low, high = known[place - 1], known[place]
     share = (x / low).log() / (high / low).log()
     a, b = values[place - 1].log(), values[place].log()
-    return torch.lerp(a, b, share[..., None]).exp().transpose(-1, -2)
+    return torch.lerp(a, b, share).exp()

@@ -142,23 +142,6 @@ def test_low_rank_selectors_with_thresholds(family: str, name: str, padded: bool
     check_generation(family, name, padded, distilled)
 
 
-@contextmanager
-def distilled_by_head(model: Any) -> Iterator[Any]:
-    """Likewise, with a threshold for each head."""
-    with distilled(model) as adapted:
-        for selector in adapted.selectors.values():
-            own = tuple((0.05 + 0.1 * head, 0.04 + 0.04 * head) for head in range(4))
-            table = ThresholdTable((40, 80), tuple(zip(*own, strict=True)))
-            selector.set_thresholds(table)
-        yield adapted
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left padding"])
-@pytest.mark.parametrize("name", ["greedy", "static beams"])
-def test_heads_with_thresholds_of_their_own(name: str, padded: bool) -> None:
-    check_generation("llama", name, padded, distilled_by_head)
-
-
 @pytest.mark.parametrize("drafts", ["prompt", "assistant"])
 def test_low_rank_selectors_take_drafts_back(drafts: str) -> None:
     model, helper = tiny_model(), tiny_model("qwen3")

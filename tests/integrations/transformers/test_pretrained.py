@@ -44,7 +44,6 @@ from dilated_attention_pytorch.integrations.transformers.selection_quality impor
     measure_selection,
     true_mass,
 )
-from dilated_attention_pytorch.integrations.transformers.teacher import taught_loss
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     TokenText,
@@ -180,10 +179,8 @@ def test_the_gradient_target_moves_the_selectors_and_them_alone() -> None:
     assert training.model.model.embed_tokens.weight.grad is None
 
 
-@pytest.mark.parametrize("kind", ["distill", "tune", "tune seldom", "tune batches", "tune taught"])
-def test_a_stopped_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    if kind == "tune taught":
-        tiny_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["distill", "tune", "tune seldom", "tune batches"])
+def test_a_stopped_run_goes_on_bit_for_bit(kind: str) -> None:
 
     def fresh() -> PretrainedTraining:
         if kind == "distill":
@@ -193,7 +190,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
             # Stopped after two steps, and the selectors learn again in the third after the first.
             selector_every=3 if kind == "tune seldom" else 1,
             batch_size=2 if kind == "tune batches" else 1,
-            teacher=str(tmp_path) if kind == "tune taught" else None,
         )  # fmt: skip
         return Tuning(run, tiny_model(), TEXT)
 
@@ -296,79 +292,6 @@ def test_the_dense_baseline_has_no_selectors() -> None:
     training.step()
     with pytest.raises(ValueError, match="has no selectors"):
         TuneRun(attention="dense", train="selectors")
-
-
-def taught(teacher: Path, **settings: Any) -> Tuning:
-    fields: dict[str, Any] = {"config": CONFIG, "train": "all", "base_sparsity": 0.5, "steps": 30}
-    fields |= {"base_learning_rate": 1e-3, "teacher": str(teacher), **settings}
-    return Tuning(TuneRun(seq_len=128, **fields), tiny_model(), TEXT)
-
-
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_a_model_comes_closer_to_the_teacher_that_it_imitates(
-    attention: str, tmp_path: Path
-) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    training = taught(tmp_path, attention=attention, base_sparsity=0.2)
-    held_out = training.validation.long()
-    with torch.no_grad():
-        for parameter in training.model.lm_head.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-
-    def divergence() -> float:
-        training.validate()
-        with torch.no_grad(), evaluating(training.model):
-            return float(taught_loss(training.model, training.teacher, held_out, 1.0))
-
-    before = divergence()
-    for _ in range(30):
-        training.step()
-    after = divergence()
-    assert 0 < after < 0.9 * before
-    assert not any(p.requires_grad for p in training.teacher.parameters())
-    for own, other in zip(training.teacher.parameters(), tiny_model().parameters(), strict=True):
-        assert torch.equal(own, other)
-
-
-def test_the_divergence_is_that_of_all_tokens(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    training = taught(tmp_path)
-    # Finds the thresholds.
-    training.validate()
-    batch = training.windows.next_batch(2).long()
-    training.model.eval()
-    with torch.no_grad():
-        sparse, dense = (
-            model(batch[:, :-1]).logits.double().log_softmax(-1)
-            for model in (training.model, training.teacher)
-        )
-    wanted = (dense.exp() * (dense - sparse)).sum(-1).mean()
-    hard = -sparse.gather(-1, batch[:, 1:, None]).mean()
-    for share in (1.0, 0.25):
-        found = taught_loss(training.model, training.teacher, batch, share)
-        assert float(found.detach()) == pytest.approx(
-            float(share * wanted + (1 - share) * hard), rel=1e-4
-        )
-    found.backward()
-    assert training.teacher.model.embed_tokens.weight.grad is None
-    assert training.model.model.embed_tokens.weight.grad is not None
-
-
-def test_a_dense_model_that_imitates_itself_has_nothing_to_learn(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    training = taught(tmp_path, attention="dense")
-    assert training.step()["loss"] == pytest.approx(0, abs=1e-6)
-
-
-def test_teachers_that_cannot_teach_are_named(tmp_path: Path) -> None:
-    tiny_model("llama", vocab_size=40).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="teacher must have the vocabulary of the model"):
-        taught(tmp_path)
-    for share in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"teacher_share must lie in \(0, 1\]"):
-            TuneRun(teacher=str(tmp_path), teacher_share=share)
-    with pytest.raises(ValueError, match="there is no teacher: name its folder"):
-        TuneRun(teacher_share=0.5)
 
 
 def test_calibration_meets_the_sparsity_of_the_sparse_model() -> None:

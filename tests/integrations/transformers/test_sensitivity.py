@@ -18,7 +18,6 @@ from dilated_attention_pytorch.integrations.transformers import (
 )
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     calibrate,
-    threshold_samples,
 )
 from dilated_attention_pytorch.integrations.transformers.evaluate import (
     Evaluation,
@@ -26,13 +25,9 @@ from dilated_attention_pytorch.integrations.transformers.evaluate import (
 )
 from dilated_attention_pytorch.integrations.transformers.sensitivity import (
     measure_costs,
-    units_of,
 )
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
-from dilated_attention_pytorch.nn.block_sparse import observe_patterns
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
-from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
 from dilated_attention_pytorch.training.tile_count import TileCount
 from tiny_models import tiny_model, tokens
 
@@ -85,7 +80,7 @@ def test_background_keeps_the_other_layers_sparse() -> None:
 
 def test_only_the_layers_asked_for_are_measured() -> None:
     with adapt(tiny_model(), CONFIG) as adapted:
-        assert [n for n, _ in measure_costs(adapted, tokens(1, 97), (0.4,), units=[1])] == [1]
+        assert [n for n, _ in measure_costs(adapted, tokens(1, 97), (0.4,), layers=[1])] == [1]
 
 
 def test_thresholds_meet_the_sparsity_of_each_layer() -> None:
@@ -115,105 +110,6 @@ def test_lengths_far_from_the_measured_one_have_the_same_sparsity_in_every_layer
         even = [s.thresholds.clone() for s in adapted.selectors.values()]
         for shared, same in zip(tables, even, strict=True):
             assert shared[0, 1] != same[0, 1]
-
-
-def test_costs_of_a_head_are_those_of_its_threshold_alone() -> None:
-    windows = tokens(1, 97)
-    model = tiny_model()
-    with adapt(model, BY_THRESHOLD) as adapted:
-        units = units_of(adapted, heads=True)
-        assert units == [(layer, head) for layer in (0, 1) for head in range(4)]
-        found = dict(measure_costs(adapted, windows, (0.5, 0.7), units=units))
-        dense = loss_with(adapted, windows, {})
-        samples = threshold_samples(adapted, windows[:, :-1], dense=True)
-        for layer, head in ((0, 2), (1, 0)):
-            for number, sparsity in enumerate((0.5, 0.7)):
-                own = [TINY] * 4
-                own[head] = calibrate_threshold([samples[layer][0].head(head)], sparsity)
-                cost = loss_with(adapted, windows, {layer: tuple(own)}) - dense
-                assert found[layer, head][number] == pytest.approx(cost, abs=1e-5)
-    assert max(abs(x) for costs in found.values() for x in costs) > 1e-3
-
-
-TINY = float(torch.finfo(torch.float32).tiny)
-
-
-def loss_with(
-    adapted: Any, windows: torch.Tensor, thresholds: dict[int, tuple[float, ...]]
-) -> float:
-    """The loss with these thresholds in some layers, the others reading everything."""
-    for layer, selector in adapted.selectors.items():
-        table = ThresholdTable((96,), (thresholds.get(layer, TINY),))
-        selector.set_thresholds(table)
-    return loss(adapted.model, windows)
-
-
-def test_heads_need_thresholds() -> None:
-    with (
-        adapt(tiny_model(), CONFIG) as adapted,
-        pytest.raises(ValueError, match="budget must be 'threshold' for heads to differ"),
-    ):
-        units_of(adapted, heads=True)
-
-
-HEAD_COSTS = SparsityCosts(
-    150, (0.3, 0.7), {(n, h): (0.1 * h, (1 + n) * h) for n in (0, 1) for h in range(4)}
-)
-
-
-@pytest.mark.parametrize("config", [BY_THRESHOLD, TrainingFreeConfig(
-    method="antidiagonal", stride=4, budget="threshold", block_size=BLOCK, base_sparsity=0.5
-)])  # fmt: skip
-def test_thresholds_meet_the_sparsity_of_each_head(config: Any, tmp_path: Path) -> None:
-    sample = tokens(1, 600)[0]
-    model = tiny_model()
-    with adapt(model, config) as adapted:
-        adapted.costs = (HEAD_COSTS,)
-        goals = adapted.layer_sparsities(0.5)
-        assert isinstance(goals[0], tuple)
-        calibrate(adapted, sample, 0.5, lengths=(150,), windows=4)
-        densities = head_densities(adapted, sample)
-        for layer, shares in goals.items():
-            assert densities[layer] == pytest.approx([1 - x for x in shares], abs=0.01)
-        if config is BY_THRESHOLD:
-            save_adapter(adapted, tmp_path)
-    if config is BY_THRESHOLD:
-        with load_adapter(model, tmp_path) as adapted:
-            assert adapted.costs == (HEAD_COSTS,)
-            assert head_densities(adapted, sample) == densities
-
-
-def head_densities(adapted: Any, sample: torch.Tensor) -> dict[int, list[float]]:
-    """Share of the tiles that each head reads, by layer."""
-    kept: dict[int, Any] = dict.fromkeys(adapted.selectors, 0)
-    allowed = 0
-    for start in (0, 150, 300, 450):
-        found: dict[Any, Any] = {}
-        layers = list(adapted.selectors.values())
-        with observe_patterns(layers, found.__setitem__), torch.no_grad():
-            adapted.model(sample[None, start : start + 150])
-        for layer, selector in adapted.selectors.items():
-            kept[layer] = kept[layer] + found[selector].kv_num_blocks.sum((0, 2))
-        blocks = -(-150 // BLOCK)
-        allowed += blocks * (blocks + 1) // 2
-    return {layer: (count / allowed).tolist() for layer, count in kept.items()}
-
-
-def test_costs_of_too_few_heads_are_refused() -> None:
-    costs = SparsityCosts(150, (0.5,), {(n, h): (0.1,) for n in (0, 1) for h in range(3)})
-    with adapt(tiny_model(), BY_THRESHOLD) as adapted:
-        adapted.costs = (costs,)
-        with pytest.raises(ValueError, match="4 heads in layer 0, got 3"):
-            adapted.layer_sparsities(0.4)
-
-
-def test_thresholds_of_too_few_heads_are_refused() -> None:
-    table = ThresholdTable((8,), ((0.1, 0.2, 0.3),))
-    with (
-        adapt(tiny_model(), BY_THRESHOLD) as adapted,
-        pytest.raises(ValueError, match=r"one for all heads or 4, .* got 3"),
-    ):
-        adapted.selectors[0].set_thresholds(table)
 
 
 def test_costs_travel_with_the_adapter(tmp_path: Path) -> None:

@@ -23,9 +23,7 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import (
     SparsityCosts,
-    by_layer,
     costs_near,
-    mean_of,
 )
 
 SelectorConfig = AdaptiveConfig | TrainingFreeConfig
@@ -40,7 +38,7 @@ class AdaptedModel:
         model: The model, changed in place.
         sites: Its attention layers.
         configs: Settings by layer number; layers that are missing attend densely.
-        costs: What sparsity costs in each layer or head, measured by
+        costs: What sparsity costs in each layer, measured by
             :func:`~dilated_attention_pytorch.integrations.transformers.sensitivity.measure_costs`
             at one or more lengths: by them a mean sparsity is shared among the layers at lengths
             near those. Empty: every layer has the same.
@@ -82,10 +80,8 @@ class AdaptedModel:
                 parameter.requires_grad_(False)
         return self
 
-    def layer_sparsities(
-        self, mean: float, length: int | None = None
-    ) -> dict[int, float | tuple[float, ...]]:
-        """The sparsity of each adapted layer, or a tuple of its heads', at a mean over all of them.
+    def layer_sparsities(self, mean: float, length: int | None = None) -> dict[int, float]:
+        """The sparsity of each adapted layer, at a mean over all of them.
 
         Args:
             mean: In [0, 1).
@@ -93,7 +89,7 @@ class AdaptedModel:
                 the same sparsity without. None: by the costs of the longest.
 
         Raises:
-            ValueError: If the mean is not in [0, 1), or costs are of other layers or heads.
+            ValueError: If the mean is not in [0, 1), or costs are of other layers.
         """
         check_sparsity("mean", mean)
         if length is not None:
@@ -102,18 +98,12 @@ class AdaptedModel:
             costs = max(self.costs, key=lambda one: one.length, default=None)
         if costs is None:
             return dict.fromkeys(self.selectors, mean)
-        shares = by_layer(costs.allot(mean))
+        shares = costs.allot(mean)
         if set(shares) != set(self.selectors):
             raise ValueError(
                 f"costs must be those of the adapted layers {sorted(self.selectors)}, got "
                 f"{sorted(shares)}."
             )
-        for number, share in shares.items():
-            heads = self.selectors[number].pattern_heads
-            if isinstance(share, tuple) and len(share) != heads:
-                raise ValueError(
-                    f"costs must be those of {heads} heads in layer {number}, got {len(share)}."
-                )
         return shares
 
     def set_base_sparsity(self, value: float, length: int | None = None) -> None:
@@ -125,7 +115,7 @@ class AdaptedModel:
         for number, sparsity in self.layer_sparsities(value, length).items():
             selector = self.selectors[number]
             if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
-                selector.set_base_sparsity(mean_of(sparsity))
+                selector.set_base_sparsity(sparsity)
 
     @contextmanager
     def replaced(self, selectors: Mapping[int, BlockSparseLayer]) -> Iterator[None]:

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.integrations.transformers.adapt import SelectorCo
 from dilated_attention_pytorch.integrations.transformers.base_identity import check_identity
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, Unit
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
@@ -73,11 +73,10 @@ class AdapterContent:
         for name, value in self.tensors.items():
             _check_tensor(name, value, self.configs)
         for costs in self.costs:
-            layers = {_layer_of(unit) for unit in costs.costs}
-            if layers != set(self.configs):
+            if set(costs.costs) != set(self.configs):
                 raise ValueError(
                     f"costs must be those of the layers {short_repr(sorted(self.configs))}, got "
-                    f"{short_repr(sorted(layers))}."
+                    f"{short_repr(sorted(costs.costs))}."
                 )
 
     def layer(self, number: int) -> dict[str, Tensor]:
@@ -148,7 +147,7 @@ def check_fit(content: AdapterContent, sites: list[AttentionSite]) -> None:
             wanted = expected.get(name)
             fits = wanted is not None and wanted.shape == value.shape
             if name == "thresholds":
-                # There may be any number of lengths; how many heads, the layer knows.
+                # There may be any number of lengths.
                 fits = wanted is not None
             if not fits:
                 shape = "none" if wanted is None else tuple(wanted.shape)
@@ -252,10 +251,6 @@ def _number(name: str) -> int:
     return int(name)
 
 
-def _layer_of(unit: Unit) -> int:
-    return unit if isinstance(unit, int) else unit[0]
-
-
 def _check_tensor(name: str, value: Tensor, configs: Mapping[int, SelectorConfig]) -> None:
     found = _TENSOR.fullmatch(name)
     if found is None or int(found[1]) not in configs:
@@ -279,10 +274,10 @@ _RANGES = {
 
 
 def _check_thresholds(name: str, rows: Tensor) -> None:
-    """Per row a length and the thresholds from there on, as :class:`ThresholdTable` has them."""
-    if rows.dim() != 2 or rows.shape[1] < 2:
+    """Per row a length and its threshold, as :class:`ThresholdTable` has them."""
+    if rows.dim() != 2 or rows.shape[1] != 2:
         raise ValueError(
-            f"{name} must be rows of a length and thresholds, got {tuple(rows.shape)}."
+            f"{name} must be rows of a length and a threshold, got {tuple(rows.shape)}."
         )
     try:
         table = ThresholdTable.from_buffer(rows)

@@ -1,10 +1,10 @@
-"""Shares an adapter's budget among its layers or heads, by costs measured in a folder."""
+"""Shares an adapter's budget among its layers, by costs measured in a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from dilated_attention_pytorch.integrations.transformers.job import folder_diges
 from dilated_attention_pytorch.integrations.transformers.sensitivity import (
     SPARSITIES,
     measure_costs,
-    units_of,
 )
 from dilated_attention_pytorch.integrations.transformers.tokens import (
     check_vocabulary,
@@ -34,11 +33,7 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_tokenizer,
     load_tokens,
 )
-from dilated_attention_pytorch.selection.cost_shares import (
-    SparsityCosts,
-    Unit,
-    unit_name,
-)
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
     parse_json,
@@ -60,8 +55,7 @@ class AllotJob:
         text: Files or folders of text; costs are measured on the held-out part of it.
         lengths: Tokens of the windows: the lengths of use, as shares of other lengths do not serve.
         windows: Held-out windows per length, spread over the text.
-        heads: Shares of single heads instead of layers; takes as many times longer.
-        sparsities: At which every layer or head is measured, ascending in (0, 1).
+        sparsities: At which every layer is measured, ascending in (0, 1).
         background: Mean sparsity of the layers that are not measured; None: they are dense.
         validation_share: Share of the bytes to hold out.
         max_bytes: Read as many bytes at most; None: all.
@@ -74,7 +68,6 @@ class AllotJob:
     text: tuple[str, ...]
     lengths: tuple[int, ...] = (2048,)
     windows: int = 3
-    heads: bool = False
     sparsities: tuple[float, ...] = SPARSITIES
     background: float | None = None
     validation_share: float = 0.05
@@ -107,8 +100,7 @@ class Allotment:
         ValueError: If model, adapter, text or ``costs.json`` cannot be read or do not fit.
 
     Attributes:
-        measured: Costs by length and by layer or head.
-        units: What is measured: layers or heads.
+        measured: Costs by length and layer.
     """
 
     def __init__(self, job: AllotJob, folder: Path) -> None:
@@ -123,20 +115,19 @@ class Allotment:
         for part in (self.train, self.held_out):
             check_vocabulary(model, part, text.source)
         self.adapted = self.source.apply(model)
-        self.units = units_of(self.adapted, job.heads)
         self._identity = {
             "job": json.loads(json.dumps(asdict(job))),
             "model": folder_digest(job.model),
             "text": text.fingerprint(),
             "adapter": _fingerprint(Path(job.adapter)),
         }
-        self.measured: dict[int, dict[Unit, tuple[float, ...]]] = {n: {} for n in job.lengths}
+        self.measured: dict[int, dict[int, tuple[float, ...]]] = {n: {} for n in job.lengths}
         self._read()
 
     @property
     def total(self) -> int:
-        """Measurements in all: one per layer or head, and length."""
-        return len(self.job.lengths) * len(self.units)
+        """Measurements in all: one per layer and length."""
+        return len(self.job.lengths) * len(self.source.configs)
 
     @property
     def done(self) -> int:
@@ -148,28 +139,28 @@ class Allotment:
         return tuple(
             SparsityCosts(length, self.job.sparsities, costs)
             for length, costs in self.measured.items()
-            if len(costs) == len(self.units)
+            if len(costs) == len(self.source.configs)
         )
 
-    def steps(self) -> Iterator[tuple[int, Unit]]:
+    def steps(self) -> Iterator[tuple[int, int]]:
         """Measures what is missing, and then writes the adapter.
 
         Yields:
-            Length and layer or head, after each of them.
+            Length and layer, after each of them.
         """
         job = self.job
         for length in job.lengths:
             known = self.measured[length]
-            missing = [unit for unit in self.units if unit not in known]
+            missing = [layer for layer in self.adapted.selectors if layer not in known]
             if not missing:
                 continue
             windows = spread_windows(self.held_out, length + 1, job.windows)
-            for unit, costs in measure_costs(
-                self.adapted, windows, job.sparsities, units=missing, background=job.background
+            for layer, costs in measure_costs(
+                self.adapted, windows, job.sparsities, layers=missing, background=job.background
             ):
-                known[unit] = costs
+                known[layer] = costs
                 self._write()
-                yield length, unit
+                yield length, layer
         self._save()
 
     def _save(self) -> None:
@@ -192,24 +183,24 @@ class Allotment:
         write_atomically(self.folder / STATE_NAME, costs_bytes(self._identity, self.measured))
 
     def _read(self) -> None:
-        found = read_costs(self.folder / STATE_NAME, self._identity, self.job, self.units)
+        found = read_costs(self.folder / STATE_NAME, self._identity, self.job, self.source.configs)
         self.measured.update(found)
 
 
 def costs_bytes(
-    identity: Mapping[str, Any], measured: Mapping[int, Mapping[Unit, tuple[float, ...]]]
+    identity: Mapping[str, Any], measured: Mapping[int, Mapping[int, tuple[float, ...]]]
 ) -> bytes:
     """Content of ``costs.json``: whose costs they are, the costs by length, and a digest."""
     costs = {
-        str(length): {unit_name(unit): list(values) for unit, values in found.items()}
+        str(length): {str(layer): list(values) for layer, values in found.items()}
         for length, found in measured.items()
     }
     return (json.dumps(sealed({**identity, "costs": costs}), indent=1) + "\n").encode()
 
 
 def read_costs(
-    path: Path, identity: Mapping[str, Any], job: AllotJob, units: Sequence[Unit]
-) -> dict[int, dict[Unit, tuple[float, ...]]]:
+    path: Path, identity: Mapping[str, Any], job: AllotJob, layers: Collection[int]
+) -> dict[int, dict[int, tuple[float, ...]]]:
     """The costs that a ``costs.json`` holds, by length; none if there is no such file.
 
     Raises:
@@ -247,9 +238,9 @@ def read_costs(
             found = dict(SparsityCosts.from_dict(values).costs)
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
-        if others := set(found) - set(units):
+        if others := set(found) - set(layers):
             raise ValueError(
-                f"{path} has costs of {short_repr(sorted(map(unit_name, others)))}, which are "
+                f"{path} has costs of the layers {short_repr(sorted(others))}, which are "
                 "not measured here. Remove it to measure anew."
             )
         measured[length] = found

@@ -34,9 +34,9 @@ def calibrate(
 ) -> None:
     """Sets the thresholds of every selector with ``budget="threshold"``; does nothing to others.
 
-    Each layer, or each head, meets its sparsity (:meth:`AdaptedModel.layer_sparsities`) by itself,
-    as a mean over its rows and windows. What earlier layers leave out changes what later ones see,
-    so after a dense pass the thresholds are found once more with the sparse model itself.
+    Each layer meets its sparsity (:meth:`AdaptedModel.layer_sparsities`) by itself, as a mean over
+    its heads, rows and windows. What earlier layers leave out changes what later ones see, so after
+    a dense pass the thresholds are found once more with the sparse model itself.
 
     Args:
         adapted: The model.
@@ -66,14 +66,14 @@ def calibrate(
         )
     lengths = sorted(lengths)
     for dense in (True, False):
-        found: dict[int, list[float | tuple[float, ...]]] = {number: [] for number in chosen}
+        found: dict[int, list[float]] = {number: [] for number in chosen}
         for length in lengths:
             samples = threshold_samples(adapted, spread_windows(tokens, length, windows), dense)
             goals = adapted.layer_sparsities(sparsity, length)
             for number in chosen:
-                found[number].append(thresholds_for(samples[number], goals[number]))
+                found[number].append(calibrate_threshold(samples[number], goals[number]))
         for number, selector in chosen.items():
-            selector.set_thresholds(ThresholdTable(tuple(lengths), alike(found[number])))
+            selector.set_thresholds(ThresholdTable(tuple(lengths), tuple(found[number])))
 
 
 def calibrated_selectors(
@@ -86,28 +86,6 @@ def calibrated_selectors(
         if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree)
         and selector.config.budget == "threshold"
     }
-
-
-def thresholds_for(
-    samples: Sequence[ThresholdSample], sparsity: float | tuple[float, ...]
-) -> float | tuple[float, ...]:
-    """The threshold at which a layer meets its sparsity, or its heads theirs."""
-    if not isinstance(sparsity, tuple):
-        return calibrate_threshold(samples, sparsity)
-    return tuple(
-        calibrate_threshold([sample.head(head) for sample in samples], own)
-        for head, own in enumerate(sparsity)
-    )
-
-
-def alike(
-    thresholds: Sequence[float | tuple[float, ...]],
-) -> tuple[float | tuple[float, ...], ...]:
-    """All as tuples if some are: heads share theirs at lengths without costs of their own."""
-    heads = max((len(x) for x in thresholds if isinstance(x, tuple)), default=0)
-    if not heads:
-        return tuple(thresholds)
-    return tuple(x if isinstance(x, tuple) else (x,) * heads for x in thresholds)
 
 
 def default_lengths(longest: int) -> list[int]:

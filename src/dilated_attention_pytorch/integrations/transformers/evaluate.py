@@ -56,7 +56,7 @@ class EvaluationSettings:
         rivals: Training-free selectors to compare with, ``"<method>"``, ``"<method>:threshold"``
             for a budget by calibrated thresholds, ``"<method>:floor0.5"`` for thresholds above a
             floor (``threshold_floor``), or ``"<method>:allotted"`` for thresholds whose sparsity
-            differs between layers or heads as the adapter's does (:class:`SparsityCosts`). All
+            differs between layers as the adapter's does (:class:`SparsityCosts`). All
             others have the same sparsity in every layer, as has ``"adapter:threshold"``.
         block_size: Tokens per block of the rivals; an adapter brings its own, which must agree.
         windows: Windows per text and length.

@@ -78,12 +78,7 @@ class PretrainedJob:
 
     def folders(self) -> dict[str, str]:
         """The folders that it reads, by the option that names them."""
-        run = self.run
-        found = {
-            "model": self.model,
-            "adapter": getattr(run, "adapter", None),
-            "teacher": getattr(run, "teacher", None),
-        }
+        found = {"model": self.model, "adapter": getattr(self.run, "adapter", None)}
         return {name: folder for name, folder in found.items() if folder is not None}
 
     def named_files(self) -> dict[str, Any]:
@@ -149,9 +144,8 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
 
         Args:
             folder: Of the run.
-            named: Files that the caller names: ``model``, ``text``, ``adapter``, ``teacher``; they
-                must be those of the run. A run that somebody else made must be given all of its
-                own.
+            named: Files that the caller names: ``model``, ``text``, ``adapter``; they must be
+                those of the run. A run that somebody else made must be given all of its own.
 
         Raises:
             CheckpointError: If there is no intact checkpoint, the text or a model has changed, or
@@ -179,7 +173,7 @@ class PretrainedLoop(FolderLoop[Distillation | Tuning, TokenText]):
         return self.job.to_dict()
 
     def inputs(self) -> dict[str, str]:
-        """Of the model, and of the adapter and the teacher if there are any."""
+        """Of the model, and of the adapter if there is one."""
         return self._inputs
 
     def measure(self) -> dict[str, Any]:

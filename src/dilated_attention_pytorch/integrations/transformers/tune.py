@@ -30,10 +30,8 @@ from dilated_attention_pytorch.integrations.transformers.pretrained_training imp
     PretrainedTraining,
 )
 from dilated_attention_pytorch.integrations.transformers.sealed_folder import seal_folder
-from dilated_attention_pytorch.integrations.transformers.teacher import load_teacher, taught_loss
 from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.selection.cost_shares import mean_of
 
 TRAINED = ("selectors", "lora", "all")
 ATTENTION = ("sparse", "dense")
@@ -71,8 +69,6 @@ class TuneRun(PretrainedRun):
     sparsity_warmup: float = 0.1
     calibrate_every: int = 50
     selector_every: int = 8
-    teacher: str | None = None
-    teacher_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -92,13 +88,6 @@ class TuneRun(PretrainedRun):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.sparsity_warmup <= 1:
             raise ValueError(f"sparsity_warmup must lie in [0, 1], got {self.sparsity_warmup}.")
-        if not 0 < self.teacher_share <= 1:
-            raise ValueError(f"teacher_share must lie in (0, 1], got {self.teacher_share}.")
-        if self.teacher is None and self.teacher_share != 1:
-            raise ValueError(
-                f"teacher_share is {self.teacher_share}, but there is no teacher: name its folder, "
-                "or leave teacher_share out."
-            )
 
     def selectors_learn(self, step: int) -> bool:
         """Whether the selectors learn in a step, counted from 0."""
@@ -106,7 +95,7 @@ class TuneRun(PretrainedRun):
 
 
 class Tuning(PretrainedTraining):
-    """Trains selectors, and LoRA or all weights, on the next token or on a teacher.
+    """Trains selectors, and LoRA or all weights, on the next token.
 
     The selectors learn from the attention itself (``AdaptiveConfig.estimator``), the rest from the
     loss. With LoRA ``model`` stays the base model; its layers hold the low-rank changes.
@@ -117,9 +106,6 @@ class Tuning(PretrainedTraining):
     def prepare(self) -> tuple[AdaptedModel | None, list[dict[str, Any]]]:
         """LoRA first, then the selectors: peft freezes what it finds."""
         run = self.run
-        self.teacher: Any = None
-        if run.teacher is not None:
-            self.teacher = load_teacher(run.teacher, self.model, run.device)
         self.lora: Any = None
         if run.train == "lora":
             self.lora = add_lora(self.model, run.lora_rank)
@@ -143,7 +129,7 @@ class Tuning(PretrainedTraining):
         return adapted, [group for group in groups if group["params"]]
 
     def losses(self, batch: Tensor) -> float:
-        """Cross entropy of the next token or divergence from the teacher, in nats."""
+        """Cross entropy of the next token, in nats."""
         run = self.run
         self.model.train()
         if self.adapted is not None:
@@ -156,10 +142,7 @@ class Tuning(PretrainedTraining):
                 # In evaluation mode a selector chooses and nothing more; attention still has
                 # gradients.
                 selector.train(run.selectors_learn(self.step_count))
-        if self.teacher is None:
-            loss = next_token_loss(self.model, batch)
-        else:
-            loss = taught_loss(self.model, self.teacher, batch, run.teacher_share)
+        loss = next_token_loss(self.model, batch)
         loss.backward()
         return float(loss.detach())
 
@@ -173,7 +156,7 @@ class Tuning(PretrainedTraining):
         for number, selector in self.adapted.selectors.items():
             if isinstance(selector, BlockSparseAdaptive):
                 calibrated = selector.config.budget == "threshold"
-                selector.set_base_sparsity(mean_of((goal if calibrated else warm)[number]))
+                selector.set_base_sparsity((goal if calibrated else warm)[number])
                 # Selectors that were distilled need little noise to explore.
                 selector.set_temperature(selector.config.min_temperature)
 

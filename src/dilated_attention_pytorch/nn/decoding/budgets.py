@@ -73,13 +73,13 @@ def row_budget(
 
 
 def newest_thresholds(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor:
-    """The row's threshold in each sample, ``(b, 1 or heads, 1)``, for ``budget="threshold"``."""
+    """The row's threshold in each sample, ``(b, 1, 1)``, for ``budget="threshold"``."""
     if layer.config.query_scope == "past":
         # Those that the row's first token sees, whichever token chooses.
         lengths = row.number * layer.block_size + 1
     else:
         lengths = whole_samples(layer, memory.lengths)
-    return thresholds_at(layer.threshold_rows(), lengths.view(-1, 1))
+    return thresholds_at(layer.threshold_rows(), lengths.view(-1, 1, 1))
 
 
 def _level_budget(
