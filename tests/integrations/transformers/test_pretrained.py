@@ -61,7 +61,7 @@ from dilated_attention_pytorch.tasks.text import TextError
 
 # They start from nothing, so that training shows.
 CONFIG = distilled_config(
-    block_size=16, base_sparsity=0.5, scorer="bilinear", pooling=("mean", "attention")
+    block_size=16, base_sparsity=0.5, scorer="bilinear", pooling=("mean", "max", "min", "attention")
 )
 
 
