@@ -145,7 +145,7 @@ def allot_budget(
     batch = inputs.query.shape[0]
     if config.num_selected_blocks is not None:
         exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
-        layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows, None)
+        layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows)
         return None
     means = gain = offset = None
     if config.budget == "adaptive" and not layer.keeps_all:
@@ -161,7 +161,7 @@ def allot_budget(
         means=means, gain=gain, offset=offset,
         max_factor=MAX_BUDGET_FACTOR, running=layer.looks_back(inputs.mask),
     )  # fmt: skip
-    layer.record_density(exact, rows, None)
+    layer.record_density(exact, rows)
     return rounded
 
 

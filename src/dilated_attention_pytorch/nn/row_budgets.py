@@ -46,21 +46,16 @@ MAX_BUDGET_FACTOR = 2.0
 class DensityRecord:
     """What the last forward pass left for :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
 
-    exact: Tensor | None = None
+    budget: Tensor | None = None
     allowed: Tensor | None = None
-    rounded: Tensor | None = None
     sparsity: Tensor | None = None
 
     def excess(self) -> Tensor:
         """Share of the visible tiles that the budgets take, over the target, less 1: 0-dim."""
-        if self.exact is None or self.allowed is None or self.sparsity is None:
+        if self.budget is None or self.allowed is None or self.sparsity is None:
             raise RuntimeError("get_sparsity_loss needs a forward pass first; call the layer.")
-        total = self.allowed.expand(self.exact.shape).sum().clamp(min=1)
-        density = self.exact.sum() / total
-        if self.rounded is not None:
-            # The value is what was kept; the gradient is the stand-in's.
-            density = density - density.detach() + self.rounded.sum().to(density.dtype) / total
-        return density / (1 - self.sparsity) - 1
+        total = self.allowed.expand(self.budget.shape).sum().clamp(min=1)
+        return self.budget.sum() / total / (1 - self.sparsity) - 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DensityRecord:
         # A tensor inside an autograd graph cannot be copied, and a copy has run no forward pass.
@@ -86,7 +81,7 @@ def row_budgets(
         least = threshold_floor(inputs, config.threshold_floor, 1 - layer.densest)
         if least is not None:
             rounded = torch.maximum(rounded, least)
-        layer.record_density(rounded.float(), rows, rounded)
+        layer.record_density(rounded, rows)
         return rounded
     if config.num_selected_blocks is not None:
         exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
@@ -98,11 +93,11 @@ def row_budgets(
             keep = layer.share_by_content(keep, factor)
         if layer.looks_back(inputs.mask):
             exact, rounded = running_budget(keep, forced, limit, rows)
-            layer.record_density(exact, rows, None)
+            layer.record_density(exact, rows)
             return rounded
         exact = water_level_budget(keep, forced, limit, rows, width)
     rounded = round_budget(exact, rows)
-    layer.record_density(exact, rows, None)
+    layer.record_density(exact, rows)
     return rounded
 
 

@@ -118,11 +118,11 @@ class ScheduledLayer(ScoringLayer):
             threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest), share=share,
         )  # fmt: skip
 
-    def record_density(self, exact: Tensor, rows: Any, rounded: Tensor | None) -> None:
+    def record_density(self, budget: Tensor, rows: Any) -> None:
         """Notes the budgets; their sums are left to get_sparsity_loss, not of every step."""
         # A copy: what holds the sparsity may be written before the loss is asked for.
         target = self.base_sparsity.clone()
-        self._record = DensityRecord(exact, rows.num_allowed, rounded, target)
+        self._record = DensityRecord(budget, rows.num_allowed, target)
 
     def get_sparsity_loss(self) -> Tensor:
         r"""How far the last forward pass was from ``base_sparsity``.

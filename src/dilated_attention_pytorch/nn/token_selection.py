@@ -84,7 +84,7 @@ def select_by_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Sel
         selection = select_above(
             inputs, scores, row_thresholds(layer, inputs), layer.block_size, least
         )
-        layer.record_density(selection.pattern.kv_num_blocks, inputs.rows, None)
+        layer.record_density(selection.pattern.kv_num_blocks, inputs.rows)
         return selection
     rule, rows = inputs.rule, inputs.rows
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
