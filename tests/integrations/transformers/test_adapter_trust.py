@@ -67,7 +67,7 @@ def forge(folder: Path, **changes: Any) -> None:
 def test_adapters_without_digests_are_read(name: str) -> None:
     found = SelectorAdapter.read(COMMITTED / name)
     assert len(found.configs) == 30
-    assert len(found.tensors) == 180
+    assert len(found.tensors) == 150
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.999])
