@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment
 
 RESULTS = Path(__file__).parent / "results" / "learning_map"
-STEPS, DENSE_STEPS = 2000, 200
+STEPS = 2000
 SEEDS = (0, 1, 2, 3, 4)
 # Sequence, block, keys a block, keys, values, heads, and scored blocks a row, or below 1 the
 # sparsity: half a scored block a row and head in the tight one.
@@ -159,7 +159,7 @@ class Run:
         if attention == "adaptive":
             self.trainer = AdaptiveSparsityTrainer(
                 self.model, annealing_steps=max(1, self.steps // 2),
-                **{"dense_steps": DENSE_STEPS, **settings.get("trainer", {})},
+                **settings.get("trainer", {}),
             )  # fmt: skip
         self.accuracy = torch.zeros(self.steps, device=self.device)
         self.sparsity = torch.zeros(self.steps, device=self.device)
@@ -195,8 +195,9 @@ class Run:
         self.done += 1
 
     def _scheduled(self) -> float | None:
-        base = self.config.base_sparsity
-        return None if self.trainer is None else self.trainer.sparsity(base)
+        if self.trainer is None:
+            return None
+        return self.trainer.sparsity(self.config.base_sparsity, self.trainer.arrivals[0])
 
     def _replay(self) -> None:
         self.since_change += 1
@@ -213,7 +214,10 @@ class Run:
     def _update(self) -> None:
         self.model.train()
         batch = self.cell.task.batch(self.batch_size, self.generator)
-        logits = self.model(batch)
+        kept: list[Tensor] = []
+        layers = [m for m in self.model.modules() if isinstance(m, BlockSparseLayer)]
+        with observe_patterns(layers, lambda _, pattern: kept.append(pattern.sparsity)):
+            logits = self.model(batch)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.answer.flatten(), ignore_index=-100)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -222,10 +226,8 @@ class Run:
         asked = batch.answer != -100
         right = ((logits.argmax(-1) == batch.answer) & asked).sum() / asked.sum()
         self.latest[0].copy_(right)
-        record = getattr(self.model.attention, "_record", None)
-        if record is not None:
-            share = record.exact.detach().sum() / record.allowed.expand_as(record.exact).sum()
-            self.latest[1].copy_(1 - share)
+        if kept:
+            self.latest[1].copy_(kept[0])
 
     def result(self) -> dict[str, Any]:
         """What the finished run has shown."""
@@ -307,8 +309,8 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         lines.append(
             f"| {cell.name} | {cell.config().base_sparsity:.3f} | " + " | ".join(shown) + " |"
         )
-    sparse = [r for r in runs if r["training_sparsity"] is not None]
-    miss = max((abs(r["training_sparsity"] - r["asked"]) for r in sparse), default=0.0)
+    sparse = [r for r in runs if r["sparsity"] is not None]
+    miss = max((abs(r["sparsity"] - r["asked"]) for r in sparse), default=0.0)
     places = sorted({
         f"{r['environment']['device']}, torch {r['environment']['torch']}, commit "
         f"{r['environment']['commit']}" for r in runs
@@ -316,7 +318,7 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     lines += [
         "",
         "A cell is geometry (tokens x block x keys a block), learning rate and batch size. The "
-        f"sparsity in the second half of a training is at most {miss:.3f} from what was asked.",
+        f"sparsity after training, on held-out sequences, is at most {miss:.3f} from what was asked.",
         "",
         f"{STEPS} steps. Ran on {'; '.join(places)}.",
         "",

@@ -226,9 +226,10 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
     gradient = seen.output.grad
     weights = None if gradient is None else gradient.norm(dim=-1)
     factors = None
-    if layer.config.budget == "adaptive" and layer.config.num_selected_blocks is None:
+    held = layer.held_budget(moves=False)
+    if held is not None:
         factors = layer.called(
-            lambda *_: budget_factor(layer, inputs.rows, key_means, inputs.mask.causal),
+            lambda *_: budget_factor(layer, held, inputs.rows, key_means, inputs.mask.causal),
             seen.query, seen.key, seen.key,
         )  # fmt: skip
     norms = [

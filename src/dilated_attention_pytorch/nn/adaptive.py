@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,11 +115,19 @@ class BlockSparseAdaptive(ScheduledLayer):
 
     def select(self, inputs: SelectionInputs) -> Selection:
         """Scores, budgets and chooses; see the class."""
+        apart = self.training and self.keeps_all
+        if apart:
+            # Nothing is chosen yet, and what the selector asks of queries and keys would keep
+            # attention from finding where to look (docs/log.md, "Where learning starts").
+            inputs = inputs.without_gradient()
         with self.exactly(inputs.query.device):
             if self.selection_refusal(inputs) is not None:
-                return self._select_with_pytorch(inputs)
-            fused = select_by_tokens if self.config.scorer == "low_rank" else select_with_kernels
-            return fused(self, inputs)
+                found = self._select_with_pytorch(inputs)
+            elif self.config.scorer == "low_rank":
+                found = select_by_tokens(self, inputs)
+            else:
+                found = select_with_kernels(self, inputs)
+        return replace(found, query=None, key=None) if apart else found
 
     def _select_with_pytorch(self, inputs: SelectionInputs) -> Selection:
         config = self.config
@@ -135,9 +144,9 @@ class BlockSparseAdaptive(ScheduledLayer):
         else:
             scores, key_means = self.scores_of(inputs)
         candidates = inputs.candidates
-        budget = row_budgets(self, inputs, scores, key_means)
+        budgets = row_budgets(self, inputs, scores, key_means)
         forced = candidates.forced.sum(-1, dtype=torch.int32)
-        count = (budget - forced).clamp(min=0)
+        count = (budgets.whole - forced).clamp(min=0)
         bound = scored_bound(self, inputs, count)
         ranked = scores.detach()
         if explore:
@@ -148,7 +157,8 @@ class BlockSparseAdaptive(ScheduledLayer):
             return soft_selection(self, inputs, scores, noise, count, bound)
         if explore and config.num_explore_blocks:
             chosen = chosen | explore_blocks(self, inputs, chosen)
-        return hard_selection(self, inputs, scores, chosen, bound, levels)
+        evidence = budgets.evidence(self, forced)
+        return hard_selection(self, inputs, scores, chosen, bound, levels, evidence)
 
     def selection_refusal(self, inputs: SelectionInputs) -> str | None:
         """Why this selection takes the PyTorch path, or None if the fused kernels run it."""

@@ -62,6 +62,10 @@ class SelectionInputs:
             self._enumerated.append(self.rule.build(self.rows))
         return self._enumerated[0]
 
+    def without_gradient(self) -> SelectionInputs:
+        """The same, so that what is chosen by them asks nothing of queries and keys."""
+        return replace(self, query=self.query.detach(), key=self.key.detach())
+
     def limited_to(self, indices: Tensor) -> SelectionInputs:
         """The same with other candidates: ``(b, p, i, c)`` ascending, negative where none."""
         return replace(self, _enumerated=[list_candidates(indices.long(), self.rule, self.rows)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.held_budget import MarginEvidence
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.gumbel import relaxed_top_k, uniform_noise
@@ -44,6 +45,7 @@ def hard_selection(
     chosen: Tensor,
     bound: int,
     levels: list[ChosenLevel],
+    evidence: MarginEvidence | None,
 ) -> Selection:
     """Only the chosen blocks; the estimator decides how the scores hear of it."""
     config, candidates = layer.config, inputs.candidates
@@ -64,7 +66,8 @@ def hard_selection(
         if not learning or config.selector_weight == 0:
             return Selection(pattern)
         kept = scores.gather(-1, slots) / layer.temperature_factor()
-        return Selection(pattern, mass_probe=mass_probe(layer, kept, scored, pattern, levels))
+        probe = mass_probe(layer, kept, scored, pattern, levels, evidence)
+        return Selection(pattern, mass_probe=probe)
     passes_through = config.estimator == "straight_through" or config.hard_sparsity
     if config.estimator == "soft" and not (layer.training and config.hard_sparsity):
         return Selection(pattern)
@@ -82,6 +85,7 @@ def mass_probe(
     scored: Tensor,
     pattern: BlockPattern,
     levels: list[ChosenLevel],
+    evidence: MarginEvidence | None,
 ) -> Tensor:
     """What takes the tile mass to the scores of the kept tiles and of the coarse levels.
 
@@ -90,9 +94,11 @@ def mass_probe(
         scored: Booleans: tiles that are not forced.
         pattern: The kept tiles.
         levels: Of the hierarchy; empty without.
+        evidence: What the mass says of the budgets; None: nothing is asked.
     """
     weight, rows = layer.config.selector_weight, kept.shape[0] * kept.shape[2]
-    probe = mass_target_probe(kept, scored, weight, rows)
+    learn = None if evidence is None else evidence.learn
+    probe = mass_target_probe(kept, scored, weight, rows, learn)
     if not levels:
         return probe
     factor = layer.temperature_factor()

@@ -11,7 +11,14 @@ from torch import Tensor
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.estimators import mass_probe
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
-from dilated_attention_pytorch.nn.row_budgets import MAX_BUDGET_FACTOR, most_scored
+from dilated_attention_pytorch.nn.row_budgets import (
+    MAX_BUDGET_FACTOR,
+    RowBudgets,
+    by_larger,
+    held_keep,
+    most_scored,
+    score_bound,
+)
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
@@ -20,6 +27,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
+from dilated_attention_pytorch.selection.score_budget import blocks_above
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -48,9 +56,9 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
             )
     with torch.set_grad_enabled(learning):
         towers, scores = score_candidates(layer, queries, keys, candidates)
-    budget = allot_budget(layer, inputs, intervals, forced, limit, keys)
+    budgets = allot_budget(layer, inputs, intervals, forced, limit, keys, candidates, scores)
     counts, indices, kept, scored = choose_blocks(
-        layer, inputs, intervals, candidates, scores, budget, explore, learning
+        layer, inputs, intervals, candidates, scores, budgets, explore, learning
     )
     pattern = BlockPattern(
         counts, indices, inputs.mask.q_len, inputs.mask.kv_len,
@@ -66,7 +74,8 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    probe = mass_probe(layer, kept, scored, pattern, levels)
+    evidence = None if budgets is None else budgets.evidence(layer, forced)
+    probe = mass_probe(layer, kept, scored, pattern, levels, evidence)
     return Selection(pattern, mass_probe=probe, query=passed[0], key=passed[1])
 
 
@@ -136,7 +145,9 @@ def allot_budget(
     forced: Tensor,
     limit: Tensor,
     keys: Tensor | None,
-) -> Tensor | None:
+    candidates: Tensor | None,
+    scores: Tensor,
+) -> RowBudgets | None:
     """Blocks per row, forced ones included; None: ``num_selected_blocks`` besides those.
 
     ``keys``: summaries of the key blocks, None where there are none.
@@ -147,9 +158,11 @@ def allot_budget(
         exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
         layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows)
         return None
-    means = gain = offset = None
-    if config.budget == "adaptive" and not layer.keeps_all:
-        gain, offset = layer.budget_terms()
+    means = gain = offset = even = None
+    held = None if layer.keeps_all else layer.held_budget()
+    if held is not None:
+        gain, offset = layer.budget_terms(held)
+        even = held.even
         if keys is not None and "mean" in config.pooling:
             start = config.pooling.index("mean") * layer.head_dim
             means = keys.detach()[..., start : start + layer.head_dim]
@@ -158,11 +171,31 @@ def allot_budget(
         means = means.transpose(1, 2)
     rounded, exact = row_budget(
         inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
-        means=means, gain=gain, offset=offset,
+        means=means, gain=gain, offset=offset, even=even,
         max_factor=MAX_BUDGET_FACTOR, running=layer.looks_back(inputs.mask),
     )  # fmt: skip
     layer.record_density(exact, rows)
-    return rounded
+    if held is None:
+        return RowBudgets(rounded, held_keep(layer))
+    count = blocks_above(
+        scores, scored_candidates(intervals, candidates, scores.shape[-1]), held.threshold,
+        score_bound(layer, rows, forced), heads_compete=candidates is None,
+    )  # fmt: skip
+    return by_larger(layer, held, exact, rounded, forced + count, rows)
+
+
+def scored_candidates(intervals: Tensor, candidates: Tensor | None, width: int) -> Tensor:
+    """Which candidates may be chosen by score, ``(1 or b, 1 or p, i, c)``.
+
+    Args:
+        intervals: ``CandidateRule.intervals``: visible from, to, sinks to, neighbours from, to.
+        candidates: Their numbers, negative where none; None: all key blocks.
+        width: As many.
+    """
+    column = torch.arange(width, device=intervals.device) if candidates is None else candidates
+    low, end, sinks, near, near_end = intervals[:, :, None, :, None].unbind(1)
+    visible = (column >= low) & (column < end) & (column >= 0)
+    return visible & ~((column < sinks) | ((column >= near) & (column < near_end)))
 
 
 def choose_blocks(
@@ -171,7 +204,7 @@ def choose_blocks(
     intervals: Tensor,
     candidates: Tensor | None,
     scores: Tensor,
-    budget: Tensor | None,
+    budgets: RowBudgets | None,
     explore: bool,
     learning: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,6 +221,7 @@ def choose_blocks(
         temperature = layer.effective_temperature().detach()
     most_forced = config.num_sink_blocks + inputs.rule.near_width(inputs.rows)
     most = min(width, most_scored(layer, inputs) + extra + most_forced)
+    budget = None if budgets is None else budgets.whole
     found: tuple[Tensor, Tensor, Tensor, Tensor] = choose_op(
         scores, candidates, intervals, budget, seed, temperature,
         config.num_selected_blocks or 0, extra, most, learning,

@@ -12,6 +12,7 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.held_budget import HeldBudget, MarginEvidence
 from dilated_attention_pytorch.selection.bounds import (
     most_scored_blocks,
     most_visible_blocks,
@@ -23,6 +24,7 @@ from dilated_attention_pytorch.selection.budget import (
     water_level_budget,
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
+from dilated_attention_pytorch.selection.score_budget import blocks_above, most_by_score
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdTable,
     floor_budget,
@@ -65,10 +67,33 @@ class DensityRecord:
         return DensityRecord, ()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowBudgets:
+    """How many blocks rows may read.
+
+    Attributes:
+        whole: Forced blocks included, int32 ``(b, h, i)``.
+        keep: ``1 - base_sparsity``, 0-dim; None where budgets do not go by it.
+        by_score: Booleans: rows that the scores gave more than their even share; None where
+            scores have no part.
+    """
+
+    whole: Tensor
+    keep: Tensor | None = None
+    by_score: Tensor | None = None
+
+    def evidence(self, layer: BlockSparseAdaptive, forced: Tensor) -> MarginEvidence | None:
+        """What a backward pass is to measure, of ``forced`` blocks per row; None: nothing."""
+        if self.keep is None or not layer.training:
+            return None
+        count = (self.whole - forced).clamp(min=0)
+        return MarginEvidence(layer.budget_state, count, self.by_score, self.keep)
+
+
 def row_budgets(
     layer: BlockSparseAdaptive, inputs: SelectionInputs, scores: Tensor, key_means: Tensor
-) -> Tensor:
-    """Blocks per row, forced ones included, int32 ``(b, h, i)``; records the density."""
+) -> RowBudgets:
+    """Blocks per row; records the density."""
     config, rows, candidates = layer.config, inputs.rows, inputs.candidates
     shape, width = scores.shape[:3], inputs.rule.width(rows)
     forced = candidates.forced.sum(-1)
@@ -82,23 +107,72 @@ def row_budgets(
         if least is not None:
             rounded = torch.maximum(rounded, least)
         layer.record_density(rounded, rows)
-        return rounded
+        return RowBudgets(rounded)
     if config.num_selected_blocks is not None:
         exact = torch.minimum(forced + config.num_selected_blocks, limit).float()
         exact = exact.expand(shape)
+        layer.record_density(exact, rows)
+        return RowBudgets(round_budget(exact, rows))
+    keep = (1 - layer.base_sparsity).expand(shape)
+    held = layer.held_budget()
+    if held is not None:
+        factor = budget_factor(layer, held, rows, key_means, inputs.mask.causal)
+        keep = layer.share_by_content(keep, factor)
+    even = None if held is None else held.even
+    if layer.looks_back(inputs.mask):
+        exact, rounded = running_budget(keep, forced, limit, rows, even)
     else:
-        keep = (1 - layer.base_sparsity).expand(shape)
-        if config.budget == "adaptive":
-            factor = budget_factor(layer, rows, key_means, inputs.mask.causal)
-            keep = layer.share_by_content(keep, factor)
-        if layer.looks_back(inputs.mask):
-            exact, rounded = running_budget(keep, forced, limit, rows)
-            layer.record_density(exact, rows)
-            return rounded
         exact = water_level_budget(keep, forced, limit, rows, width)
-    rounded = round_budget(exact, rows)
+        rounded = round_budget(lower(exact, forced, even), rows)
     layer.record_density(exact, rows)
-    return rounded
+    if held is None:
+        return RowBudgets(rounded, held_keep(layer))
+    count = blocks_above(
+        scores, candidates.scored, held.threshold, score_bound(layer, rows, forced),
+        heads_compete=candidates.indices is None,
+    )  # fmt: skip
+    return by_larger(layer, held, exact, rounded, forced + count, rows)
+
+
+def lower(exact: Tensor, forced: Tensor, even: Tensor | None) -> Tensor:
+    """What rows get in any case: the share ``even`` of what lies above their forced blocks."""
+    exact = exact.detach()
+    return exact if even is None else forced + even * (exact - forced)
+
+
+def score_bound(layer: BlockSparseAdaptive, rows: RowRange, forced: Tensor) -> Tensor:
+    """The most scored blocks that scores can win each row."""
+    keep = 1 - layer.base_sparsity
+    return most_by_score(keep, rows.num_allowed, forced, MAX_BUDGET_FACTOR)
+
+
+def by_larger(
+    layer: BlockSparseAdaptive,
+    held: HeldBudget,
+    exact: Tensor,
+    even: Tensor,
+    by_score: Tensor,
+    rows: RowRange,
+) -> RowBudgets:
+    """Each row's even share or what its scores win it, and what the layer learns of both.
+
+    Args:
+        layer: The layer.
+        held: Its numbers in force.
+        exact: Real-valued shares ``(b, h, i)``.
+        even: Integer ones, lowered.
+        by_score: Blocks by score, forced ones included.
+        rows: Visible ranges.
+    """
+    whole = torch.maximum(even, by_score.to(even.dtype))
+    keep = held_keep(layer)
+    held.follow(exact, whole, rows.num_allowed, keep)
+    return RowBudgets(whole, keep, by_score > even)
+
+
+def held_keep(layer: BlockSparseAdaptive) -> Tensor:
+    """``1 - base_sparsity`` as it is now, for a backward pass that may come after a change."""
+    return 1 - layer.base_sparsity.detach()
 
 
 def budget_by_score(scores: Tensor, candidates: Candidates, threshold: float | Tensor) -> Tensor:
@@ -247,27 +321,34 @@ _kept = lru_cache(maxsize=1024)(_on_device)
 
 
 def budget_factor(
-    layer: BlockSparseAdaptive, rows: RowRange, key_means: Tensor, causal: bool
+    layer: BlockSparseAdaptive,
+    held: HeldBudget,
+    rows: RowRange,
+    key_means: Tensor,
+    causal: bool,
 ) -> Tensor:
     """Each row's share of the base budget, ``(b, pattern heads, i)``, by its content.
 
     Args:
+        layer: The layer.
+        held: Its numbers in force.
         rows: Visible ranges.
         key_means: From :meth:`BlockSparseAdaptive.pool_keys`.
         causal: Whether later keys are hidden.
     """
     past = layer.config.query_scope == "past" and causal
-    return factor_of(layer, content_complexity(key_means, rows, past_only=past))
+    return factor_of(layer, held, content_complexity(key_means, rows, past_only=past))
 
 
-def factor_of(layer: BlockSparseAdaptive, complexity: Tensor) -> Tensor:
+def factor_of(layer: BlockSparseAdaptive, held: HeldBudget, complexity: Tensor) -> Tensor:
     """The share for a complexity ``(b, num_kv_heads, i)``; see :func:`budget_factor`."""
     heads = layer.pattern_heads
     if heads == 1:
         complexity = complexity.mean(1, keepdim=True)
     elif heads != layer.num_kv_heads:
         complexity = complexity.repeat_interleave(heads // layer.num_kv_heads, 1)
-    factor = layer.budget_offset[:, None] + layer.budget_gain[:, None] * complexity
+    gain, offset = layer.budget_terms(held)
+    factor = offset[:, None] + gain[:, None] * complexity
     return factor.clamp(0, MAX_BUDGET_FACTOR)
 
 
@@ -287,6 +368,9 @@ def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
         return min(config.num_selected_blocks, width)
     if inputs.mask.per_sample or config.budget == "threshold":
         return width
+    if config.budget == "adaptive":
+        # Scores can win a row a share of what it sees, whatever the level over all rows is.
+        return most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
     mask, compiling = inputs.mask, torch.compiler.is_compiling()
     keep = most_kept(layer)
     if layer.segment_lengths is None:

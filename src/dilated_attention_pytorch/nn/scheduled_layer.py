@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
+from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state
 from dilated_attention_pytorch.nn.row_budgets import (
     DensityRecord,
     row_lengths,
@@ -28,6 +29,7 @@ class ScheduledLayer(ScoringLayer):
     """A scoring layer whose temperature and budgets are set while it trains."""
 
     temperature: Tensor
+    budget_state: Tensor
 
     def add_settings(self) -> None:
         """Registers them, behind the scorer's weights, at the config's values."""
@@ -40,12 +42,14 @@ class ScheduledLayer(ScoringLayer):
             self.log_temperature = nn.Parameter(torch.zeros(()))
         self.register_buffer("temperature", setting(config.temperature))
         self.add_budget(config.base_sparsity, config.budget)
+        self.register_buffer("budget_state", initial_state().to(self.temperature.device))
         self._record = DensityRecord()
 
     def initial_buffers(self) -> dict[str, Tensor]:
         """The values of the config, and no thresholds."""
         temperature = setting(self.config.temperature).cpu()
-        return {**super().initial_buffers(), "temperature": temperature}
+        own = {"temperature": temperature, "budget_state": initial_state()}
+        return {**super().initial_buffers(), **own}
 
     def temperature_factor(self) -> Tensor | float:
         """The learned factor on the temperature (1.0 without ``learnable_temperature``)."""
@@ -94,9 +98,24 @@ class ScheduledLayer(ScoringLayer):
         # A program that is recorded may not know the sparsity.
         return torch.where(keep == 1, keep, shared) if torch.compiler.is_compiling() else shared
 
-    def budget_terms(self) -> tuple[Tensor, Tensor]:
+    def held_budget(self, *, moves: bool = True) -> HeldBudget | None:
+        """The numbers that hold the sparsity in this forward pass; None for other budgets.
+
+        Args:
+            moves: Whether they may go on from the pass before, as they do once a pass in training.
+        """
+        if self.config.budget != "adaptive":
+            return None
+        return HeldBudget.of(self.budget_state, self.training, moves=moves)
+
+    @property
+    def learns_by_mass(self) -> bool:
+        """Whether backward passes in training teach the selector by the mass of the tiles."""
+        return self.config.estimator == "mass" and self.config.selector_weight > 0
+
+    def budget_terms(self, held: HeldBudget) -> tuple[Tensor, Tensor]:
         """Gain and offset of the rows' factors, for a kernel that knows no base sparsity of 0."""
-        gain, offset = self.budget_gain, self.budget_offset
+        gain, offset = (x.float() * held.level for x in (self.budget_gain, self.budget_offset))
         if not torch.compiler.is_compiling():
             return gain, offset
         # As in share_by_content: there the factor becomes 1.

@@ -90,9 +90,9 @@ def select_by_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Sel
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
     with torch.autocast(inputs.query.device.type, enabled=False):
         _, forced, limit = find_candidates(rule, rows, intervals)
-        budget = allot_budget(layer, inputs, intervals, forced, limit, None)
+        budgets = allot_budget(layer, inputs, intervals, forced, limit, None, None, scores)
         counts, indices, _, _ = choose_blocks(
-            layer, inputs, intervals, None, scores, budget, explore=False, learning=False
+            layer, inputs, intervals, None, scores, budgets, explore=False, learning=False
         )
     pattern = BlockPattern(
         counts, indices, inputs.mask.q_len, inputs.mask.kv_len,

@@ -181,11 +181,22 @@ def water_level_budget(
     return torch.minimum(torch.maximum(level, forced.float()), limit.float())
 
 
+def rounding_phases(heads: int, device: torch.device) -> Tensor:
+    """What each head adds before it rounds down, int64 ``(heads, 1)`` in units of a block.
+
+    Head h of H adds ``(2 h + 1) / 2 H``: one head alone rounds to the nearest, and of heads with
+    equal shares some round up in each row, so that together they leave out as few rows as they can.
+    """
+    head = torch.arange(heads, device=device)
+    return (((2 * head + 1) << FRACTION_BITS) // (2 * heads))[:, None]
+
+
 def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
-    """Rounds to integers so that running sums stay within half a block of the exact ones.
+    """Rounds to integers so that running sums stay within a block of the exact ones.
 
     The remainder moves on to later rows of the same document only (never back), so a causal row
-    depends on no later one. Each row gets the floor or the ceiling of its share.
+    depends on no later one. Each row gets the floor or the ceiling of its share. Heads round up
+    in different rows (:func:`rounding_phases`).
 
     Args:
         budget: ``(batch, heads, i)`` real-valued, not negative.
@@ -194,7 +205,7 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
     Returns:
         int32 of the same shape.
     """
-    half = 1 << (FRACTION_BITS - 1)
+    phase = rounding_phases(budget.shape[1], budget.device)
     units = (budget.detach().double() * (1 << FRACTION_BITS)).round().long()
     running = F.pad(units.cumsum(-1), (1, 0))
     if rows.num_documents > 1:
@@ -206,6 +217,6 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
         before = running.gather(-1, first)
     else:
         before = torch.zeros_like(units)
-    upper = (running[..., 1:] - before + half) >> FRACTION_BITS
-    lower = (running[..., :-1] - before + half) >> FRACTION_BITS
+    upper = (running[..., 1:] - before + phase) >> FRACTION_BITS
+    lower = (running[..., :-1] - before + phase) >> FRACTION_BITS
     return (upper - lower).int()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def mass_target_probe(scores: Tensor, scored: Tensor, weight: float, tiles_per_loss: int) -> Tensor:
+def mass_target_probe(
+    scores: Tensor,
+    scored: Tensor,
+    weight: float,
+    tiles_per_loss: int,
+    learn: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> Tensor:
     r"""A probe that turns the tile mass, its gradient, into a gradient of the scores.
 
     Pass the result as ``mass_probe`` to :func:`block_sparse_attention`. In the backward pass it
@@ -27,28 +34,32 @@ def mass_target_probe(scores: Tensor, scored: Tensor, weight: float, tiles_per_l
         scored: Booleans of the same shape: kept by score or exploration, not forced.
         weight: λ.
         tiles_per_loss: R: the rows that the signal is averaged over.
+        learn: Called in the backward pass with scores, ``scored`` and the mass of the scored tiles
+            in float32, 0 elsewhere. None: nobody asks.
 
     Returns:
         Zeros ``(b, h, i, k)`` float32 that carry the gradient.
     """
-    return _MassTarget.apply(scores, scored, weight / max(tiles_per_loss, 1))
+    return _MassTarget.apply(scores, scored, weight / max(tiles_per_loss, 1), learn)
 
 
 class _MassTarget(torch.autograd.Function):
     @staticmethod
-    def forward(scores: Tensor, scored: Tensor, weight: float) -> Tensor:
+    def forward(scores: Tensor, scored: Tensor, weight: float, learn: Any) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.float32)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        scores, scored, ctx.weight = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        scores, scored, ctx.weight, ctx.learn = inputs
         ctx.save_for_backward(scores, scored)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, mass: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, mass: Tensor) -> tuple[Tensor, None, None, None]:
         scores, scored = ctx.saved_tensors
-        return mass_target_gradient(scores, scored, mass, ctx.weight), None, None
+        if ctx.learn is not None:
+            ctx.learn(scores, scored, mass.float().masked_fill(~scored, 0))
+        return mass_target_gradient(scores, scored, mass, ctx.weight), None, None, None
 
 
 def mass_target_gradient(scores: Tensor, scored: Tensor, mass: Tensor, weight: float) -> Tensor:

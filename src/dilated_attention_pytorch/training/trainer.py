@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,12 @@ from dilated_attention_pytorch.analysis.statistics import PatternStatistics
 from dilated_attention_pytorch.config import as_int, check_sparsity
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import observe_patterns
+from dilated_attention_pytorch.nn.held_budget import PEAKED, peak_of
 from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.training.schedules import SCHEDULES
+
+# How often starts are looked for: the host waits for the device then.
+_LOOK_EVERY = 10
 
 
 class AdaptiveSparsityTrainer:
@@ -26,9 +30,13 @@ class AdaptiveSparsityTrainer:
     factor, which starts at 1 and which the trainer never touches; ``min_temperature`` bounds the
     product from below.
 
-    The sparsity can start dense: it stays at ``initial_sparsity`` for ``dense_steps``, then moves
-    to each layer's configured ``base_sparsity`` over ``sparsity_warmup_steps``, geometrically in
-    the share of kept blocks.
+    From the first :meth:`step` on layers are dense (``initial_sparsity``), so that attention finds
+    out what to look at; then they move to their configured ``base_sparsity`` over
+    ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
+    as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
+    the way from uniform to one block), at the latest after ``annealing_steps``. Layers that say so
+    already, as trained ones do, and those whose selector is not taught by the mass of its tiles
+    or whose budget is no share, are left as they are.
 
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.
@@ -37,7 +45,9 @@ class AdaptiveSparsityTrainer:
         annealing_steps: Calls of :meth:`step` until then, >= 1.
         schedule: ``"exponential"``, ``"linear"`` or ``"cosine"``.
         sparsity_warmup_steps: Steps from the initial sparsity to the configured one; 0: none.
-        dense_steps: Steps at the initial sparsity before that.
+            None: a tenth of ``annealing_steps``.
+        dense_steps: Steps at the initial sparsity before that, the same for all layers, which are
+            set to it at once; 0: none. None: as many as each layer needs.
         initial_sparsity: Where the warm-up starts, in [0, 1).
 
     Raises:
@@ -60,8 +70,8 @@ class AdaptiveSparsityTrainer:
         annealing_steps: int = 10_000,
         *,
         schedule: str = "exponential",
-        sparsity_warmup_steps: int = 0,
-        dense_steps: int = 0,
+        sparsity_warmup_steps: int | None = None,
+        dense_steps: int | None = None,
         initial_sparsity: float = 0.0,
     ) -> None:
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
@@ -69,6 +79,8 @@ class AdaptiveSparsityTrainer:
         self.sparsity_warmup_steps, self.dense_steps = sparsity_warmup_steps, dense_steps
         self.initial_sparsity = initial_sparsity
         self.current_step = 0
+        # The step at which each layer has its own sparsity; -1: it has not begun to move.
+        self.arrivals: list[int] = []
         _check(self.state_dict())
         self.model: nn.Module | None = None
         if model is not None:
@@ -86,6 +98,8 @@ class AdaptiveSparsityTrainer:
         if not _adaptive_layers(model):
             raise ValueError("model must hold at least one BlockSparseAdaptive layer, got none.")
         self.model = model
+        if len(self.arrivals) != len(self._layers()):
+            self.arrivals = [self._arrival(layer) for layer in self._layers()]
         self._apply()
 
     @property
@@ -96,14 +110,28 @@ class AdaptiveSparsityTrainer:
         move, progress = SCHEDULES[self.schedule], self.current_step / self.annealing_steps
         return move(self.initial_temperature, self.final_temperature, progress)
 
-    def sparsity(self, base_sparsity: float) -> float:
-        """The scheduled sparsity at the current step, for a layer that is to reach the base."""
-        past = max(self.current_step - self.dense_steps, 0)
-        if self.current_step >= self.dense_steps + self.sparsity_warmup_steps:
+    def sparsity(self, base_sparsity: float, arrival: int | None = None) -> float:
+        """The scheduled sparsity at the current step.
+
+        Args:
+            base_sparsity: Of the layer.
+            arrival: The step at which it is to have it; negative: it has not begun to move. None:
+                behind ``dense_steps`` and the warm-up.
+        """
+        if arrival is None:
+            arrival = (self.dense_steps or 0) + self._warmup
+        if 0 <= arrival <= self.current_step:
             return base_sparsity
-        progress = past / max(self.sparsity_warmup_steps, 1)
+        left = (arrival - self.current_step) / max(self._warmup, 1) if arrival >= 0 else 1.0
+        progress = 1 - min(left, 1.0)
         keep = SCHEDULES["exponential"](1 - self.initial_sparsity, 1 - base_sparsity, progress)
         return max(1 - keep, 0.0)
+
+    @property
+    def _warmup(self) -> int:
+        if self.sparsity_warmup_steps is not None:
+            return self.sparsity_warmup_steps
+        return self.annealing_steps // 10 if self.dense_steps is None else 0
 
     def step(self) -> float:
         """Moves one optimiser step on; call it after ``optimizer.step()``.
@@ -114,8 +142,9 @@ class AdaptiveSparsityTrainer:
         Raises:
             RuntimeError: If no model is attached.
         """
-        self._layers()
+        layers = self._layers()
         self.current_step += 1
+        self._look_for_starts(layers)
         self._apply()
         return self.temperature
 
@@ -130,6 +159,7 @@ class AdaptiveSparsityTrainer:
             "sparsity_warmup_steps": self.sparsity_warmup_steps,
             "dense_steps": self.dense_steps,
             "initial_sparsity": self.initial_sparsity,
+            "arrivals": list(self.arrivals),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -144,8 +174,13 @@ class AdaptiveSparsityTrainer:
         if set(state) != expected:
             raise ValueError(f"state must hold exactly {sorted(expected)}, got {sorted(state)}.")
         _check(state)
+        if self.model is not None and len(state["arrivals"]) != len(self._layers()):
+            raise ValueError(
+                f"arrivals must hold one step for each of {len(self._layers())} adaptive layers, "
+                f"got {len(state['arrivals'])}."
+            )
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, list(value) if name == "arrivals" else value)
         if self.model is not None:
             self._apply()
 
@@ -193,11 +228,35 @@ class AdaptiveSparsityTrainer:
             )
         return _adaptive_layers(self.model)
 
+    def _arrival(self, layer: BlockSparseAdaptive) -> int:
+        """When a layer has its sparsity, as far as that is known before the first step."""
+        if self.dense_steps is not None or self.sparsity_warmup_steps:
+            return (self.dense_steps or 0) + self._warmup
+        return -1 if _has_start(layer) else 0
+
+    def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
+        waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
+        first, last = self.current_step == 1, self.current_step >= self.annealing_steps
+        if not waiting or not (first or last or self.current_step % _LOOK_EVERY == 0):
+            return
+        # One wait for the device, however many layers there are.
+        device = layers[waiting[0]].budget_state.device
+        peaks = torch.stack([peak_of(layers[n].budget_state).to(device) for n in waiting])
+        for n, peak in zip(waiting, peaks.tolist(), strict=True):
+            if last or peak >= PEAKED:
+                self.arrivals[n] = 0 if first else self.current_step + self._warmup
+
     def _apply(self) -> None:
-        for layer in self._layers():
+        for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
             layer.set_temperature(self.temperature)
-            if self.sparsity_warmup_steps or self.dense_steps:
-                layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity))
+            # A start that each layer finds by itself begins with the first step.
+            if arrival > 0 or (arrival < 0 and self.current_step):
+                layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity, arrival))
+
+
+def _has_start(layer: BlockSparseAdaptive) -> bool:
+    by_share = layer.config.budget in ("adaptive", "fixed")
+    return by_share and layer.config.num_selected_blocks is None and layer.learns_by_mass
 
 
 def _check(state: Mapping[str, Any]) -> None:
@@ -214,6 +273,8 @@ def _check(state: Mapping[str, Any]) -> None:
                 f"{name} must be positive and finite in float32, got {short_repr(state[name])}."
             )
     for name in ("annealing_steps", "sparsity_warmup_steps", "dense_steps", "current_step"):
+        if state[name] is None and name in ("sparsity_warmup_steps", "dense_steps"):
+            continue
         smallest, steps = 1 if name == "annealing_steps" else 0, as_int(name, state[name])
         if steps < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {short_repr(steps)}.")
@@ -224,6 +285,11 @@ def _check(state: Mapping[str, Any]) -> None:
             f"schedule must be one of {sorted(SCHEDULES)}, got {short_repr(state['schedule'])}."
         )
     check_sparsity("initial_sparsity", state["initial_sparsity"])
+    if not isinstance(state["arrivals"], list):
+        raise TypeError(f"arrivals must be a list, got {short_repr(state['arrivals'])}.")
+    for arrival in state["arrivals"]:
+        if as_int("an entry of arrivals", arrival) < -1:
+            raise ValueError(f"arrivals must be steps or -1, got {short_repr(arrival)}.")
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:

@@ -9,10 +9,18 @@ from torch import Tensor
 
 from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.nn.decoding.newest_row import NewestRow, rule_of
-from dilated_attention_pytorch.nn.row_budgets import budget_by_score, factor_of, whole_samples
+from dilated_attention_pytorch.nn.held_budget import HeldBudget
+from dilated_attention_pytorch.nn.row_budgets import (
+    budget_by_score,
+    factor_of,
+    lower,
+    score_bound,
+    whole_samples,
+)
 from dilated_attention_pytorch.nn.selector_state import Memory
 from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
+from dilated_attention_pytorch.selection.score_budget import blocks_above
 from dilated_attention_pytorch.selection.threshold import floor_budget, thresholds_at
 
 if TYPE_CHECKING:
@@ -57,19 +65,29 @@ def row_budget(
         budget = torch.minimum(forced + config.num_selected_blocks, limit)
         return budget.expand(scores.shape[:3])
     keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
-    if complexity is not None:
-        factor = factor_of(layer, complexity)
+    held = layer.held_budget()
+    if held is not None and complexity is not None:
+        factor = factor_of(layer, held, complexity)
         keep = layer.share_by_content(keep, factor)
         if config.query_scope == "block":
             row.put(memory.factors, 0, factor)
     if config.query_scope == "past":
-        earned = row.at(memory.earned, -1) + share_units(keep, row.rows.num_allowed, limit)
+        even = None if held is None else held.even
+        units = share_units(keep, row.rows.num_allowed, forced, limit, even)
+        earned = row.at(memory.earned, -1) + units
         given = row.at(memory.given, -1)
         budget = next_budget(earned, given, forced, limit)
         row.put(memory.earned, 0, earned)
         row.put(memory.given, 0, given + budget)
+    else:
+        budget = _level_budget(layer, held, memory, row, candidates.width, blocks)
+    if held is None:
         return budget
-    return _level_budget(layer, memory, row, candidates.width, blocks)
+    count = blocks_above(
+        scores, candidates.scored, held.threshold, score_bound(layer, row.rows, forced),
+        heads_compete=candidates.indices is None,
+    )  # fmt: skip
+    return torch.maximum(budget, forced + count)
 
 
 def newest_thresholds(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow) -> Tensor:
@@ -83,17 +101,23 @@ def newest_thresholds(layer: BlockSparseAdaptive, memory: Memory, row: NewestRow
 
 
 def _level_budget(
-    layer: BlockSparseAdaptive, memory: Memory, row: NewestRow, width: int, blocks: int
+    layer: BlockSparseAdaptive,
+    held: HeldBudget | None,
+    memory: Memory,
+    row: NewestRow,
+    width: int,
+    blocks: int,
 ) -> Tensor:
     """The row's budget in a forward pass over everything so far: a level over all its rows."""
     rows = _rows_so_far(row, blocks)
     forced, limit = room(layer, rows, blocks)
     heads = layer.pattern_heads
     keep = (1 - layer.base_sparsity).expand(rows.end.shape[0], heads, blocks)
-    if layer.config.budget == "adaptive":
+    if held is not None:
         keep = layer.share_by_content(keep, memory.factors[:, :, 1 : blocks + 1])
     exact = water_level_budget(keep, forced, limit, rows, width)
-    return _newest(row, round_budget(exact, rows), heads)
+    even = None if held is None else held.even
+    return _newest(row, round_budget(lower(exact, forced, even), rows), heads)
 
 
 def _rows_so_far(row: NewestRow, blocks: int) -> RowRange:

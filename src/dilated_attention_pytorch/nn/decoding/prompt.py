@@ -60,20 +60,23 @@ def remember(
     size = (layer.block_size, layer.block_size)
     rows = row_ranges(mask, size, has_diagonal=True, device=key.device)
     keep = (1 - layer.base_sparsity).expand(1, layer.pattern_heads, blocks)
+    even = None
     if keeps_summaries(layer):
         codes, means = key_codes(layer, key, valid)
         memory.codes[:, :, 1 : blocks + 1] = codes
-    if layer.config.budget == "adaptive":
+    held = layer.held_budget()
+    if held is not None:
+        even = held.even
         memory.unit_sums[:, :, 1 : blocks + 1] = unit_means(means).cumsum(2)
-        factor = budget_factor(layer, rows, means, causal=True)
+        factor = budget_factor(layer, held, rows, means, causal=True)
         if layer.config.query_scope == "block":
             memory.factors[:, :, 1 : blocks + 1] = factor
         keep = layer.share_by_content(keep, factor)
     if runs_a_budget(layer):
         forced, limit = room(layer, rows, blocks)
-        units = share_units(keep, rows.num_allowed, limit)
+        units = share_units(keep, rows.num_allowed, forced, limit, even)
         memory.earned[:, :, 1 : blocks + 1] = units.cumsum(-1)
-        _, budget = running_budget(keep, forced, limit, rows)
+        _, budget = running_budget(keep, forced, limit, rows, even)
         memory.given[:, :, 1 : blocks + 1] = budget.cumsum(-1)
 
 

@@ -228,6 +228,7 @@ def row_budget(
     means: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
+    even: Tensor | None = None,
     max_factor: float = 1.0,
     running: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -245,6 +246,8 @@ def row_budget(
             ignores content.
         gain: ``(p,)``, with ``means``.
         offset: ``(p,)``, with ``means``.
+        even: 0-dim float32: the integer budgets take so much of what lies above the forced
+            blocks. None: all of it.
         max_factor: Bound of ``offset + gain * complexity``.
         running: :func:`running_budget` in their place, by the complexity of what lies before each
             row; from equal complexities the integers equal PyTorch's.
@@ -265,16 +268,19 @@ def row_budget(
     )  # fmt: skip
     sizes = batch, rule.num_heads, rows.has_diagonal, max_factor
     if running:
-        exact, _, _, whole = running_budget_op(*given, *sizes, FRACTION_BITS)
+        exact, _, _, whole = running_budget_op(*given, even, *sizes, FRACTION_BITS)
         return whole, exact
     width = rule.width(rows)
     tables = rows.remember((rule, "levels"), lambda: level_tables(forced, limit, rows, width))
     exact, _, _ = budget_op(
         *given, tables.filled, tables.rising, tables.visible[:, 0].contiguous(), *sizes
     )
+    lowered = exact.detach()
+    if even is not None:
+        lowered = forced + even * (lowered - forced)
     if rows.num_documents > 1:
-        return round_budget(exact, rows), exact
-    return round_op(exact.detach(), FRACTION_BITS), exact
+        return round_budget(lowered, rows), exact
+    return round_op(lowered, FRACTION_BITS), exact
 
 
 def low_rank_refusal(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:

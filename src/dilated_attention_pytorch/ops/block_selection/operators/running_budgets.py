@@ -26,6 +26,7 @@ def running_budget_op(
     document: Tensor,
     forced: Tensor,
     limit: Tensor,
+    even: Tensor | None,
     batch: int,
     heads: int,
     has_diagonal: bool,
@@ -37,7 +38,7 @@ def running_budget_op(
         share_inputs(
             means, gain, offset, base_sparsity, rule, diagonal, has_diagonal, max_factor
         ),
-        document.contiguous(), forced.contiguous(), limit.contiguous(), bits,
+        document.contiguous(), forced.contiguous(), limit.contiguous(), even, bits,
     )  # fmt: skip
     outs = _empty(rule, batch, heads)
     launch.launch_running(call, *outs)
@@ -60,6 +61,7 @@ def _(
     document: Tensor,
     forced: Tensor,
     limit: Tensor,
+    even: Tensor | None,
     batch: int,
     heads: int,
     has_diagonal: bool,
@@ -70,5 +72,5 @@ def _(
 
 
 running_budget_op.register_autograd(
-    lambda ctx, *grads: budget_backward(ctx, 14, *grads), setup_context=keep_budget
+    lambda ctx, *grads: budget_backward(ctx, 15, *grads), setup_context=keep_budget
 )

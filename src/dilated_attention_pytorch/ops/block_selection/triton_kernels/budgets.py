@@ -71,20 +71,24 @@ def budget_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def round_kernel(
-    exact, rounded, num_rows, BITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+    exact, rounded, num_rows, heads, BITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
 ):
-    """Integers whose running sums stay within half a block; one plane, one document."""
+    """Integers whose running sums stay within a block; one plane, one document.
+
+    Each head adds its rounding phase, see ``rounding_phases``.
+    """
     follow(PDL)
     plane = tl.cast(tl.program_id(0), tl.int64)
     lane = tl.arange(0, CHUNK)
     carried = tl.zeros([1], tl.int64)
     UNIT: tl.constexpr = 1 << BITS
+    phase = ((2 * (plane % heads) + 1) << BITS) // (2 * heads)
     for start in range(0, num_rows, CHUNK):
         row = start + lane
         ok = row < num_rows
         units = nearest(tl.load(exact + plane * num_rows + row, mask=ok, other=0.0) * UNIT)
         running = carried + tl.cumsum(units, 0)
-        upper = (running + UNIT // 2) >> BITS
-        lower = (running - units + UNIT // 2) >> BITS
+        upper = (running + phase) >> BITS
+        lower = (running - units + phase) >> BITS
         tl.store(rounded + plane * num_rows + row, (upper - lower).to(tl.int32), mask=ok)
         carried += tl.sum(units, 0)

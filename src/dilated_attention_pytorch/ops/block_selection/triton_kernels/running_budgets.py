@@ -18,10 +18,10 @@ def share_kernel(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     rows, r_stride_b, diagonal, d_stride_b,
     forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h,
-    gain, offset, base_sparsity, exact, slope, complexity, units,
+    gain, offset, base_sparsity, even, exact, slope, complexity, units,
     num_rows, columns, steps, heads, kv_heads,
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LOWER: tl.constexpr,
     ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr,
     MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,11 @@ def share_kernel(
     allowed = tl.maximum(end - low, 0)
     least = tl.load(forced + batch * f_stride_b + head * f_stride_h + row, mask=ok, other=0)
     most = tl.load(limit + batch * l_stride_b + head * l_stride_h + row, mask=ok, other=0)
-    earned = tl.minimum(keep.to(tl.float64) * allowed.to(tl.float64), most.to(tl.float64))
+    earned = keep.to(tl.float64) * allowed.to(tl.float64)
+    if LOWER:
+        part = tl.load(even).to(tl.float64)
+        earned = part * earned + (1.0 - part) * least.to(tl.float64)
+    earned = tl.minimum(earned, most.to(tl.float64))
     tl.store(units + place, nearest(earned * (1 << BITS)), mask=ok)
     count, least, most = allowed.to(tl.float32), least.to(tl.float32), most.to(tl.float32)
     value = keep * count
@@ -89,13 +93,17 @@ def running_kernel(
     units, forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h, document, o_stride_b,
     budget, num_rows, heads, BITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Integer budgets of one plane: what was earned and not given, at least what is forced."""
+    """Integer budgets of one plane: what was earned and not given, at least what is forced.
+
+    Each head adds its rounding phase, see ``rounding_phases``.
+    """
     follow(PDL)
     # Keeps the running maxima of one document above those of the documents before it.
     STEP: tl.constexpr = 1 << 40
     NOTHING: tl.constexpr = -(1 << 62)
     plane = tl.cast(tl.program_id(0), tl.int64)
     batch, head = plane // heads, plane % heads
+    phase = ((2 * head + 1) << BITS) // (2 * heads)
     lane = tl.arange(0, CHUNK)
     zero = tl.zeros([1], tl.int64)
     earned_before, earned_start, due_before, due_start = zero, zero, zero, zero
@@ -113,7 +121,7 @@ def running_kernel(
             earned, fresh & ok, earned_before, earned_start
         )
         due, due_before, due_start = _since(must, fresh & ok, due_before, due_start)
-        surplus = tl.maximum(((earned + (1 << (BITS - 1))) >> BITS) - due, 0) + name * STEP
+        surplus = tl.maximum(((earned + phase) >> BITS) - due, 0) + name * STEP
         surplus = tl.where(ok, surplus, NOTHING)
         before, peak = tl.associative_scan(
             (tl.full([CHUNK], NOTHING, tl.int64), surplus), 0, _larger_before

@@ -69,5 +69,12 @@ def launch_round(exact: Tensor, rounded: Tensor, bits: int) -> None:
     chunk = min(triton.next_power_of_2(rows), 2048)
     with on_device(exact.device):
         kernels.round_kernel[(batch * heads,)](
-            exact, rounded, rows, BITS=bits, CHUNK=chunk, num_warps=4, **overlap(exact.device)
+            exact,
+            rounded,
+            rows,
+            heads,
+            BITS=bits,
+            CHUNK=chunk,
+            num_warps=4,
+            **overlap(exact.device),
         )

@@ -33,6 +33,7 @@ class RunningInputs:
         document: ``(1 or b, i)`` int64, ascending.
         forced: ``(1 or b, 1 or p, i)``.
         limit: The same.
+        even: 0-dim float32, or None: so much of what lies above the forced blocks.
         bits: Shares are counted in units of ``2**-bits`` blocks.
     """
 
@@ -40,6 +41,7 @@ class RunningInputs:
     document: Tensor
     forced: Tensor
     limit: Tensor
+    even: Tensor | None
     bits: int
 
 
@@ -58,8 +60,9 @@ def launch_running(
     with on_device(device):
         share = launch_prefix(call.share, exact)
         kernels.share_kernel[(triton.cdiv(rows, 16), batch * heads)](
-            *share.content, *bounds, *share.learned, exact, slope, complexity, units,
-            rows, *share.counts, ROWS=16, BITS=call.bits, **share.constants,
+            *share.content, *bounds, *share.learned, exact if call.even is None else call.even,
+            exact, slope, complexity, units, rows, *share.counts, ROWS=16, BITS=call.bits,
+            LOWER=call.even is not None, **share.constants,
             enable_fp_fusion=False, **overlap(device),
         )  # fmt: skip
         kernels.running_kernel[(batch * heads,)](

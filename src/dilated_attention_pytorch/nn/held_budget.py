@@ -1,0 +1,172 @@
+"""What an adaptive layer measures of its own budgets while it trains, and holds to what was asked.
+
+Two numbers keep the mean sparsity: a level on the rows' shares, because what all keys have in
+common makes contents look alike; and a threshold on the softmaxed scores. A third one says how much
+of the budget is shared evenly and how much goes by the scores. The mass teaches it: whichever of
+the two kinds of rows gets more attention from its last block deserves more blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows of the buffer: in force in the current forward pass, for the next one, and evidence.
+_NOW, _NEXT, _EVIDENCE = 0, 1, 2
+# Columns of the first two rows.
+_LEVEL, _EVEN, _THRESHOLD = 0, 1, 2
+# Columns of the third: how peaked the selector's target is, and the mass of the last blocks of
+# rows that the even share gave most, and of those that the scores did.
+_PEAK, _EVEN_MASS, _SCORE_MASS = 0, 1, 2
+
+# From here on the selector's target, as a share of the way from uniform to one block, says where
+# to read: dense starts end, and scores begin to decide on budgets.
+PEAKED = 0.4
+_LARGEST_LEVEL = 8.0
+# Above every softmax: no score decides.
+_OFF = 2.0
+_FIRST_EVEN, _FIRST_THRESHOLD, _MOST_EVEN = 0.5, 0.3, 0.97
+_MEMORY, _STEP = 0.1, 0.01
+
+
+def initial_state() -> Tensor:
+    """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
+    held = [1.0, 1.0, _OFF]
+    return torch.tensor([held, held, [0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBudget:
+    """The numbers in force during one forward pass; all 0-dim float32.
+
+    Attributes:
+        state: The layer's buffer, ``(3, 3)``.
+        level: Factor on the rows' shares.
+        even: Share of each row's budget above its forced blocks that it gets in any case.
+        threshold: Of the softmaxed scores, from which on blocks are kept besides.
+        moves: Whether this pass measures and moves them.
+    """
+
+    state: Tensor
+    level: Tensor
+    even: Tensor
+    threshold: Tensor
+    moves: bool
+
+    @classmethod
+    def of(cls, state: Tensor, training: bool, *, moves: bool = True) -> HeldBudget:
+        """Of a layer's buffer; the first pass of a training step takes what the last one left.
+
+        A pass that activation checkpointing runs again inside a backward pass takes the same
+        numbers as the first time, and moves nothing; nor does one inside ``torch.func``.
+        """
+        moves = moves and training and not _repeats()
+        with torch.no_grad():
+            if moves:
+                state[_NOW] = state[_NEXT]
+            row = state[_NOW if training else _NEXT].clone()
+        return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves)
+
+    @torch.no_grad()
+    def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
+        """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
+
+        Args:
+            exact: Real-valued shares of the rows, forced blocks included, ``(b, h, i)``.
+            whole: Integer budgets, likewise.
+            allowed: Visible blocks per row; broadcasts to them.
+            keep: ``1 - base_sparsity``, 0-dim.
+        """
+        if not self.moves:
+            return
+        asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
+        shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
+        level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
+        threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
+        free = (keep < 1) & torch.isfinite(shared + kept)
+        by_scores = free & (self.even < 1)
+        self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
+        self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
+
+
+def peak_of(state: Tensor) -> Tensor:
+    """How peaked the selector's target has been lately, 0-dim in [0, 1], of a layer's buffer."""
+    return state[_EVIDENCE, _PEAK]
+
+
+@dataclass(frozen=True, eq=False)
+class MarginEvidence:
+    """What the backward pass needs to say which rows deserve more.
+
+    Attributes:
+        state: The layer's buffer.
+        count: Scored blocks of each row, without random ones, ``(b, h, i)``.
+        by_score: Booleans of that shape: rows that the scores gave more than their even share.
+            None: scores have no part in the budget.
+        keep: ``1 - base_sparsity``, 0-dim.
+    """
+
+    state: Tensor
+    count: Tensor
+    by_score: Tensor | None
+    keep: Tensor
+
+    @torch.no_grad()
+    def learn(self, scores: Tensor, scored: Tensor, mass: Tensor) -> None:
+        """Takes in one backward pass.
+
+        Args:
+            scores: ``(b, h, i, k)`` of the kept tiles.
+            scored: Booleans of that shape: not forced.
+            mass: Of that shape: the tile mass, 0 where not scored.
+        """
+        if not scores.numel():
+            return
+        state = self.state
+        total = mass.sum(-1, keepdim=True)
+        target = mass / total.clamp(min=torch.finfo(torch.float32).tiny)
+        options = scored.sum(-1).float()
+        entropy = -torch.special.xlogy(target, target).sum(-1)
+        peaked = 1 - entropy / options.clamp(min=2).log()
+        weight = mass.amax(-1) * (options > 2)
+        peak = torch.lerp(state[_EVIDENCE, _PEAK], _mean(peaked, weight), _MEMORY)
+        state[_EVIDENCE, _PEAK] = torch.where(peak.isfinite(), peak, state[_EVIDENCE, _PEAK])
+        if self.by_score is None:
+            return
+        # The last of a row's own blocks, by score.
+        order = scores.float().masked_fill(~scored, -torch.inf).argsort(-1, descending=True)
+        last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
+        margin = mass.gather(-1, last)[..., 0]
+        chose = self.count > 0
+        masses = torch.stack([
+            _mean(margin, (chose & ~self.by_score).float()),
+            _mean(margin, (chose & self.by_score).float()),
+        ])  # fmt: skip
+        masses = torch.lerp(state[_EVIDENCE, _EVEN_MASS:], masses, _MEMORY)
+        state[_EVIDENCE, _EVEN_MASS:] = torch.where(
+            masses.isfinite(), masses, state[_EVIDENCE, _EVEN_MASS:]
+        )
+        even_mass, score_mass = state[_EVIDENCE, _EVEN_MASS], state[_EVIDENCE, _SCORE_MASS]
+        tiny = torch.finfo(torch.float32).tiny
+        ratio = even_mass.clamp(min=tiny).log() - score_mass.clamp(min=tiny).log()
+        even = state[_NEXT, _EVEN]
+        moved = (even + _STEP * torch.tanh(ratio)).clamp(0, _MOST_EVEN)
+        starts = (even == 1) & (state[_EVIDENCE, _PEAK] >= PEAKED) & (self.keep < 1)
+        state[_NEXT, _THRESHOLD] = torch.where(starts, _FIRST_THRESHOLD, state[_NEXT, _THRESHOLD])
+        moved = torch.where(even == 1, even, moved)
+        moved = torch.where(self.keep < 1, moved, even)
+        state[_NEXT, _EVEN] = torch.where(starts, _FIRST_EVEN, moved)
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    return (values * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _repeats() -> bool:
+    """Whether a forward pass runs inside a backward pass or a function transform."""
+    if torch.compiler.is_compiling():
+        return False
+    inside_backward = torch._C._current_graph_task_id() != -1
+    return inside_backward or torch._C._functorch.peek_interpreter_stack() is not None
