@@ -318,7 +318,7 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     lines += [
         "",
         "A cell is geometry (tokens x block x keys a block), learning rate and batch size. The "
-        f"sparsity after training, on held-out sequences, is at most {miss:.3f} from what was asked.",
+        f"sparsity on held-out sequences is at most {miss:.3f} from what was asked.",
         "",
         f"{STEPS} steps. Ran on {'; '.join(places)}.",
         "",

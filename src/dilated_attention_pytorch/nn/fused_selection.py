@@ -179,7 +179,7 @@ def allot_budget(
         return RowBudgets(rounded, held_keep(layer))
     count = blocks_above(
         scores, scored_candidates(intervals, candidates, scores.shape[-1]), held.threshold,
-        score_bound(layer, rows, forced), heads_compete=candidates is None,
+        score_bound(layer, rows), heads_compete=candidates is None,
     )  # fmt: skip
     return by_larger(layer, held, exact, rounded, forced + count, rows)
 

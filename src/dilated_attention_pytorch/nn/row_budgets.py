@@ -128,7 +128,7 @@ def row_budgets(
     if held is None:
         return RowBudgets(rounded, held_keep(layer))
     count = blocks_above(
-        scores, candidates.scored, held.threshold, score_bound(layer, rows, forced),
+        scores, candidates.scored, held.threshold, score_bound(layer, rows),
         heads_compete=candidates.indices is None,
     )  # fmt: skip
     return by_larger(layer, held, exact, rounded, forced + count, rows)
@@ -140,10 +140,10 @@ def lower(exact: Tensor, forced: Tensor, even: Tensor | None) -> Tensor:
     return exact if even is None else forced + even * (exact - forced)
 
 
-def score_bound(layer: BlockSparseAdaptive, rows: RowRange, forced: Tensor) -> Tensor:
+def score_bound(layer: BlockSparseAdaptive, rows: RowRange) -> Tensor:
     """The most scored blocks that scores can win each row."""
     keep = 1 - layer.base_sparsity
-    return most_by_score(keep, rows.num_allowed, forced, MAX_BUDGET_FACTOR)
+    return most_by_score(keep, rows.num_allowed, MAX_BUDGET_FACTOR)
 
 
 def by_larger(

@@ -59,10 +59,10 @@ def running_budget(
 ) -> tuple[Tensor, Tensor]:
     r"""Budgets of all rows of a causal sequence, equal to one :func:`next_budget` after another.
 
-    :math:`b_i = \max(f_i, \lfloor \sum_{r \le i} \kappa_r a_r + \phi_h \rfloor -
-    \sum_{r < i} b_r)`: the share κ of the visible blocks is met by every beginning of the sequence, once it is long
-    enough to pay for the forced blocks f. Rows whose candidates are fewer than their share (with
-    segments) do not pass the rest on. φ is the head's rounding phase.
+    :math:`b_i = \max(f_i, \lfloor \sum_{r \le i} \kappa_r a_r + \phi_h \rfloor - \sum_{r < i} b_r)`
+    with the head's rounding phase φ: the share κ of the visible blocks is met by every beginning of
+    the sequence, once it is long enough to pay for the forced blocks f. Rows whose candidates are
+    fewer than their share (with segments) do not pass the rest on.
 
     Args:
         keep: κ, ``(batch, heads, i)`` in [0, 1].

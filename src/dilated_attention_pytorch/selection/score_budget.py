@@ -49,18 +49,18 @@ def blocks_above(
     return torch.minimum(count, most.to(torch.int32))
 
 
-def most_by_score(keep: Tensor, allowed: Tensor, forced: Tensor, factor: float) -> Tensor:
+def most_by_score(keep: Tensor, allowed: Tensor, factor: float) -> Tensor:
     """The most scored blocks that scores can win a row: a multiple of its share, rounded up.
+
+    Forced blocks do not count, so that rows that see few blocks can win one.
 
     Args:
         keep: Share of the visible blocks, 0-dim.
         allowed: Visible blocks per row, integers.
-        forced: Forced blocks per row, integers that broadcast to the same shape.
         factor: Of the share.
 
     Returns:
-        int32, at least 0.
+        int32.
     """
     # In float64 share times blocks is exact.
-    total = (keep.double() * factor * allowed).ceil()
-    return (torch.minimum(total, allowed.double()) - forced).clamp(min=0).int()
+    return (keep.double() * factor * allowed).ceil().int()

@@ -84,7 +84,7 @@ def row_budget(
     if held is None:
         return budget
     count = blocks_above(
-        scores, candidates.scored, held.threshold, score_bound(layer, row.rows, forced),
+        scores, candidates.scored, held.threshold, score_bound(layer, row.rows),
         heads_compete=candidates.indices is None,
     )  # fmt: skip
     return torch.maximum(budget, forced + count)
