@@ -1,6 +1,6 @@
-"""Where does learning start: dense attention, the default budget and the fixed one, over 50 cells.
+"""Where does learning start: dense attention, the default budget and the fixed one, over a map of cells.
 
-Trains the needle task (``dilated_attention_pytorch.tasks.needle``) in ten geometries, each with
+Trains the needle task (``dilated_attention_pytorch.tasks.needle``) in geometries with even and uneven needs, each with
 five pairs of learning rate and batch size, five seeds each, on a model without any recipe: one
 layer, PyTorch's own first weights, no normalised queries. ``results/learning_map/`` holds
 ``runs.jsonl`` (one line a run), ``README.md`` (the map and what it says) and ``plot.png``.
@@ -44,7 +44,8 @@ RESULTS = Path(__file__).parent / "results" / "learning_map"
 STEPS = 2000
 SEEDS = (0, 1, 2, 3, 4)
 # Sequence, block, keys a block, keys, values, heads, and scored blocks a row, or below 1 the
-# sparsity: half a scored block a row and head in the tight one.
+# sparsity: half a scored block a row and head in the tight one, a quarter in the tighter ones. In
+# the uneven ones a quarter of the blocks ask and the others need nothing.
 GEOMETRIES: dict[str, tuple[int, int, int, int, int, int, float]] = {
     "384x16x3": (384, 16, 3, 72, 12, 2, 2),
     "512x16x2": (512, 16, 2, 256, 16, 2, 2),
@@ -55,6 +56,9 @@ GEOMETRIES: dict[str, tuple[int, int, int, int, int, int, float]] = {
     "768x16x2": (768, 16, 2, 160, 12, 2, 3),
     "768x32x3": (768, 32, 3, 96, 8, 2, 2),
     "384x16x3 tight": (384, 16, 3, 72, 12, 2, 0.87),
+    "640x16x2 tighter": (640, 16, 2, 128, 10, 4, 0.94),
+    "384x16x3 uneven": (384, 16, 3, 72, 12, 2, 0.87),
+    "640x16x2 uneven": (640, 16, 2, 128, 10, 4, 0.94),
     "1024x16x1": (1024, 16, 1, 128, 16, 4, 4),
 }
 # Learning rate and batch size.
@@ -83,7 +87,8 @@ class Cell:
     def task(self) -> NeedleTask:
         """The task of its geometry."""
         seq_len, block, per_block, keys, values, _, _ = GEOMETRIES[self.geometry]
-        return NeedleTask(seq_len, block, per_block, keys, values)
+        asking = 0.25 if self.geometry.endswith("uneven") else 1.0
+        return NeedleTask(seq_len, block, per_block, keys, values, asking=asking)
 
     @property
     def num_heads(self) -> int:

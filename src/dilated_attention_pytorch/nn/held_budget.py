@@ -27,7 +27,9 @@ PEAKED = 0.4
 _LARGEST_LEVEL = 8.0
 # Above every softmax: no score decides.
 _OFF = 2.0
-_FIRST_EVEN, _FIRST_THRESHOLD, _MOST_EVEN = 0.5, 0.3, 0.97
+_FIRST_EVEN, _FIRST_THRESHOLD = 0.5, 0.3
+# Some rows of either kind are left, to compare with.
+_LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
 
 
@@ -140,19 +142,18 @@ class MarginEvidence:
         last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
         margin = mass.gather(-1, last)[..., 0]
         chose = self.count > 0
-        masses = torch.stack([
-            _mean(margin, (chose & ~self.by_score).float()),
-            _mean(margin, (chose & self.by_score).float()),
-        ])  # fmt: skip
+        kinds = torch.stack([chose & ~self.by_score, chose & self.by_score])
+        found = kinds.flatten(1).any(1)
+        masses = torch.stack([_mean(margin, kind.float()) for kind in kinds])
         masses = torch.lerp(state[_EVIDENCE, _EVEN_MASS:], masses, _MEMORY)
         state[_EVIDENCE, _EVEN_MASS:] = torch.where(
-            masses.isfinite(), masses, state[_EVIDENCE, _EVEN_MASS:]
+            found & masses.isfinite(), masses, state[_EVIDENCE, _EVEN_MASS:]
         )
         even_mass, score_mass = state[_EVIDENCE, _EVEN_MASS], state[_EVIDENCE, _SCORE_MASS]
         tiny = torch.finfo(torch.float32).tiny
         ratio = even_mass.clamp(min=tiny).log() - score_mass.clamp(min=tiny).log()
         even = state[_NEXT, _EVEN]
-        moved = (even + _STEP * torch.tanh(ratio)).clamp(0, _MOST_EVEN)
+        moved = (even + _STEP * torch.tanh(ratio)).clamp(_LEAST_EVEN, _MOST_EVEN)
         starts = (even == 1) & (state[_EVIDENCE, _PEAK] >= PEAKED) & (self.keep < 1)
         state[_NEXT, _THRESHOLD] = torch.where(starts, _FIRST_THRESHOLD, state[_NEXT, _THRESHOLD])
         moved = torch.where(even == 1, even, moved)

@@ -43,6 +43,8 @@ class NeedleTask:
         target: Where answers lie: ``"anywhere"`` before the question, in the ``"previous"`` block,
             ``"periodic"``: four blocks back (in the first block where that is before the start),
             or ``"mixed"``: one of the three at random, question by question.
+        asking: Share of the blocks that ask, at random; the others have noise in the place of a
+            query, and need to read nothing.
     """
 
     seq_len: int = 512
@@ -51,11 +53,14 @@ class NeedleTask:
     num_keys: int = 256
     num_values: int = 16
     target: str = "anywhere"
+    asking: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
         if self.target not in TARGETS:
             raise ValueError(f"target must be one of {TARGETS}, got {self.target!r}.")
+        if not 0 < self.asking <= 1:
+            raise ValueError(f"asking must lie in (0, 1], got {self.asking}.")
         for name in ("block_size", "keys_per_block", "num_values"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -113,6 +118,10 @@ class NeedleTask:
         key.scatter_(-1, query, names[sample, target, which][..., None])
         answer.scatter_(-1, query, values[sample, target, which][..., None])
         answer[:, 0] = -100
+        if self.asking < 1:
+            silent = (rand(size, blocks) >= self.asking)[..., None].expand_as(kind) & (kind == 2)
+            kind, key = kind.masked_fill(silent, 0), key.masked_fill(silent, 0)
+            answer = answer.masked_fill(silent, -100)
         kind, key, value, noise, answer = (
             x.view(size, -1) for x in (kind, key, value, noise, answer)
         )
