@@ -1,7 +1,8 @@
-"""Where does learning start: dense attention, the default budget and the fixed one, over a map of cells.
+"""Where does learning start: dense attention, the default budget and the fixed one, over a map.
 
-Trains the needle task (``dilated_attention_pytorch.tasks.needle``) in geometries with even and uneven needs, each with
-five pairs of learning rate and batch size, five seeds each, on a model without any recipe: one
+Trains the needle task (``dilated_attention_pytorch.tasks.needle``) in geometries where all blocks
+ask or a quarter of them, each with five pairs of learning rate and batch size, five seeds each, on
+a model without any recipe: one
 layer, PyTorch's own first weights, no normalised queries. ``results/learning_map/`` holds
 ``runs.jsonl`` (one line a run), ``README.md`` (the map and what it says) and ``plot.png``.
 
