@@ -66,7 +66,7 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         turned = pattern.transpose()
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
-    probe = mass_probe(layer, kept, scored, pattern, levels)
+    probe = mass_probe(layer, inputs, kept, scored, pattern, levels)
     return Selection(pattern, mass_probe=probe, query=passed[0], key=passed[1])
 
 
