@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.console import PlainConsole
+from dilated_attention_pytorch.cli.console import PlainConsole, shell_word
 from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
 from dilated_attention_pytorch.cli.holding import holding
@@ -23,7 +22,7 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     require_transformers,
 )
 from dilated_attention_pytorch.printable import printable
-from dilated_attention_pytorch.selection.cost_shares import by_layer, unit_name
+from dilated_attention_pytorch.selection.cost_shares import Unit, by_layer
 
 
 def add_parser(commands: Any) -> None:
@@ -88,7 +87,7 @@ def run(parsed: argparse.Namespace) -> int:
     if not finished:
         console.print(
             f"Stopped after {allotment.done} of {allotment.total} measurements, which "
-            f"{printable(shlex.quote(str(parsed.out)))} keeps. The same command goes on.",
+            f"{shell_word(parsed.out)} keeps. The same command goes on.",
             soft_wrap=True,
         )  # fmt: skip
         return stop.exit_code
@@ -101,11 +100,15 @@ def _measure(allotment: Any, console: PlainConsole, stop: StopRequest) -> bool:
     with measuring_bar(console) as bar:
         task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
         for length, unit in allotment.steps():
-            words = f"{length:,} tokens: {unit_name(unit)}"
+            words = f"{length:,} tokens, {_unit_words(unit)}"
             bar.update(task, completed=allotment.done, description=words)
             if stop():
                 return False
     return True
+
+
+def _unit_words(unit: Unit) -> str:
+    return f"layer {unit}" if isinstance(unit, int) else f"layer {unit[0]} head {unit[1]}"
 
 
 def _shown(share: float | tuple[float, ...]) -> str:
