@@ -21,6 +21,7 @@ ROOMS = [
         "called_module",
         "mask",
         "config",
+        "dtypes",
         "atomic_file",
         "file_access",
         "printable",

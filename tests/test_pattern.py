@@ -125,7 +125,7 @@ def test_unused_entries_do_not_count():
 def test_bad_dtypes_and_masks():
     with pytest.raises(TypeError, match="int32"):
         BlockPattern(torch.ones(1, 1, 2).long(), torch.ones(1, 1, 2, 1).int(), 128, 128)
-    with pytest.raises(TypeError, match="dense must be bool"):
+    with pytest.raises(TypeError, match="dense must hold booleans"):
         BlockPattern.from_dense(torch.ones(2, 2), q_len=128, kv_len=128)
     with pytest.raises(ValueError, match="2, 3 or 4 dimensions"):
         BlockPattern.from_dense(torch.ones(2).bool(), q_len=128, kv_len=128)

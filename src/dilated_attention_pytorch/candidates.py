@@ -212,8 +212,10 @@ def _row_ranges(
     rows = torch.arange(ceil_div(mask.q_len, size_q), device=device).view(1, 1, -1)
     offset = mask.offset_column()
     if mask.key_lengths is not None and not has_diagonal:
-        # Queries of another sequence end with the sample's own keys, not with its padding.
+        # Queries of another sequence end with the sample's own keys, not with padding of either.
         offset = offset + mask.key_lengths.view(-1, 1, 1).long() - mask.kv_len
+        if query_lengths is not None:
+            offset = offset + mask.q_len - query_lengths.view(-1, 1, 1).long()
     first = rows * size_q + offset
     last = (rows * size_q + size_q - 1).clamp(max=mask.q_len - 1)
     if query_lengths is not None:

@@ -95,8 +95,10 @@ class AdaptiveConfig:
             token, which is strictly causal. There a row's budget is a share of the blocks that it
             sees itself, and its threshold that of the tokens that its first one sees, whatever the
             length of the sequence, so that generation with a cache equals generation without
-            (:meth:`BlockSparseAdaptive.decode`). Not with ``budget="threshold"`` and a scorer that
-            goes by summaries: that of the own block has part in the softmax.
+            (:meth:`BlockSparseAdaptive.decode`), and a prompt in chunks (``prefill_chunk_size`` of
+            transformers) the prompt at once. Not with ``budget="threshold"`` and a scorer that
+            goes by summaries: that of the own block has part in the softmax. With ``"block"`` a
+            block in two chunks chooses by its halves, and budgets go by the tokens so far.
         share_within_kv_group: One pattern for the query heads of a KV group.
         hierarchy: Choose in levels: children per super-block, from the finest level up; ``(8, 4)``
             are super-blocks of 8 blocks and of 4 such super-blocks. Only what lies inside the

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import check_booleans, check_integers
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.tensor_file import read_tensor_file, write_tensor_file
@@ -95,8 +96,12 @@ class BlockPattern:
     def _check_shapes(self) -> None:
         for name in ("kv_num_blocks", "kv_indices"):
             value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}.")
             if value.dtype != torch.int32:
                 raise TypeError(f"{name} must be int32, got {value.dtype}; call .int() on it.")
+        if self.kv_num_allowed is not None:
+            check_integers("kv_num_allowed", self.kv_num_allowed)
         if self.kv_indices.dim() != 4 or self.kv_num_blocks.shape != self.kv_indices.shape[:3]:
             raise ValueError(
                 "kv_indices must be (b, h, i, k) and kv_num_blocks (b, h, i), got "
@@ -262,8 +267,7 @@ class BlockPattern:
             TypeError: If ``dense`` is not boolean.
             ValueError: If its shape does not fit the lengths and block sizes.
         """
-        if dense.dtype != torch.bool:
-            raise TypeError(f"dense must be bool, got {dense.dtype}.")
+        check_booleans("dense", dense)
         size = (block_size, block_size) if isinstance(block_size, int) else block_size
         if not 2 <= dense.dim() <= 4:
             raise ValueError(f"dense must have 2, 3 or 4 dimensions, got {tuple(dense.shape)}.")

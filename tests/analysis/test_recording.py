@@ -6,9 +6,15 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, BlockSparseFixed
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    BlockSparseAdaptive,
+    BlockSparseFixed,
+    MultiheadAdaptiveAttention,
+)
 from dilated_attention_pytorch.analysis.attention_mass import tile_mass
 from dilated_attention_pytorch.analysis.head_kinds import HEAD_KINDS, classify
 from dilated_attention_pytorch.analysis.head_statistics import (
@@ -50,6 +56,33 @@ def adaptive(**settings: object) -> Causal:
             num_heads=4, head_dim=8, num_kv_heads=2, adaptive_config=config,
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_padded_sample_is_recorded_as_it_is_alone(cross: bool) -> None:
+    """Scores and mass of its rows, whatever the padding of its queries and keys holds."""
+    torch.manual_seed(0)
+    config = AdaptiveConfig(block_size=8, base_sparsity=0.5)
+    layer = MultiheadAdaptiveAttention(16, 2, adaptive_config=config, cross_attention=cross)
+    x, y = tokens(1, 45, 16), tokens(1, 45, 16, seed=1) if cross else tokens(1, 45, 16)
+    hidden = torch.arange(60)[None] < 15
+    given = [F.pad(part, (0, 0, 15, 0), value=9.0) for part in (x, y, y)]
+    masks = {"key_padding_mask": hidden, "query_padding_mask": hidden if cross else None}
+    names = "query", "key", "value"
+    together, alone = (
+        record(layer, [batch], measure_mass=True).samples[0].layers[0]
+        for batch in (
+            {**dict(zip(names, given, strict=True)), **masks},
+            dict(zip(names, (x, y, y), strict=True)),
+        )
+    )
+    width = alone.pattern.kv_indices.shape[-1]
+    assert torch.equal(together.pattern.kv_num_blocks[:, :, :6], alone.pattern.kv_num_blocks)
+    for name in ("scores", "mass"):
+        found, want = getattr(together, name)[:, :6, :width], getattr(alone, name)
+        torch.testing.assert_close(found, want, equal_nan=True)
+    torch.testing.assert_close(together.best_mass[:, :6], alone.best_mass)
+    assert not together.mass[:, 6:].any()
 
 
 def fixed(name: str, sparsity: float = 0.75, heads: int = 4) -> Causal:

@@ -146,7 +146,7 @@ def test_another_job_in_the_same_folder_is_refused(
 ) -> None:
     before = (allotted / "costs.json").read_text()
     assert main(command(folder, allotted, "--max-bytes", "9000")) == 1
-    assert "holds the costs of another job (job differs)" in capsys.readouterr().err
+    assert "another job: max_bytes is None there and 9000 here" in capsys.readouterr().err
     assert (allotted / "costs.json").read_text() == before
 
 

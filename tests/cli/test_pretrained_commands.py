@@ -141,6 +141,10 @@ def test_tune_starts_from_the_adapter(
     assert "no tokenizer" in capsys.readouterr().err
 
 
+# Python shows it once; the tests otherwise make errors of warnings.
+@pytest.mark.filterwarnings(
+    "always::dilated_attention_pytorch.integrations.transformers.AdapterWarning"
+)
 def test_low_rank_changes_are_evaluated(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +156,10 @@ def test_low_rank_changes_are_evaluated(
     found = []
     for lora in ([], ["--lora", str(tmp_path / "lora")]):
         assert main([*evaluate, *lora]) == 0
-        found.append(json.loads(capsys.readouterr().out)["dense"][0]["perplexity"])
+        shown = capsys.readouterr()
+        found.append(json.loads(shown.out)["dense"][0]["perplexity"])
+        warned = "dilated-attention evaluate: warning: the adapter was made for a base" in shown.err
+        assert warned == (not lora)
     assert abs(found[0] / found[1] - 1) > 0.01
     assert main([*evaluate, "--lora", str(texts)]) == 1
     assert "cannot load low-rank changes" in capsys.readouterr().err
@@ -298,6 +305,9 @@ def test_lengths_that_leave_nothing_to_choose_are_named(
     # As many, of 16 tokens.
     assert "Nothing to choose at sparsity 0.9: in 128 tokens" in words
     assert "leave out 0.58 at most" in words
+    run[run.index(str(tmp_path))] = str(tmp_path / "short")
+    assert main([*run, "--seq-len", "32", "--steps", "2"]) == 0
+    assert "step 2: nothing to measure" in capsys.readouterr().err
     assert "training: 1 of 2: loss" in words
 
 

@@ -76,6 +76,7 @@ def test_every_kind_trains_and_the_table_says_where_things_are(tmp_path, text, c
     shown = capsys.readouterr().out.replace("\n", "")
     assert "bits per byte" in shown
     assert "metrics.jsonl" in shown
+    assert ("sparsity, asked for │ 0.4" in shown) == (attention != "dense")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2
     if attention == "dense":

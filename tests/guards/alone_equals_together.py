@@ -12,6 +12,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def check_packed(rng: random.Random) -> str:
 
 
 def check_other_queries(rng: random.Random) -> str:
-    """Keys of different lengths, and queries that are fewer: of another sequence or the newest."""
+    """Keys of different lengths, and queries of another sequence, padded too, or the newest."""
     layer = draw_layer(rng)
     cached = rng.random() < 0.5
     samples = Samples(rng, layer.num_heads, least=20)
@@ -258,20 +259,33 @@ def check_other_queries(rng: random.Random) -> str:
     room = max(samples.lengths) + rng.choice([0, 1, 20])
     _, key, value = samples.padded(room)
     lengths = torch.tensor(samples.lengths)
+    if not cached and rng.random() < 0.3:
+        new = room
     query = samples.random(new * len(lengths), layer.num_heads).view(-1, new, layer.num_heads, DIM)
     options: dict[str, Any] = {"cross_attention": True}
+    own_news = [new] * len(lengths)
     if cached:
         options = {"is_causal": True, "query_offset": lengths - new}
+    elif rng.random() < 0.7:
+        own_news = [rng.randint(1, new) for _ in lengths]
+        options["query_lengths"] = torch.tensor(own_news)
+        for number, own_new in enumerate(own_news):
+            query[number, own_new:] = samples.garbage(1, new - own_new, layer.num_heads)[0]
     out, info = layer(query, key, value, key_lengths=lengths, return_pattern=True, **options)
+    options.pop("query_lengths", None)
     for number, (_, k, v) in enumerate(samples.each):
         if cached:
             options["query_offset"] = samples.lengths[number] - new
-        alone, own = layer(query[number : number + 1], k, v, return_pattern=True, **options)
-        columns = slice(blocks(samples.lengths[number]))
+        own_new = own_news[number]
+        own_query = query[number : number + 1, :own_new]
+        alone, own = layer(own_query, k, v, return_pattern=True, **options)
+        rows, columns = slice(blocks(own_new)), slice(blocks(samples.lengths[number]))
         want = own["pattern"].to_dense()[0]
-        found = kept_of(info["pattern"], number, slice(None), columns, len(out))
+        found = kept_of(info["pattern"], number, rows, columns, len(out))
         assert torch.equal(found, want), "pattern"
-        same(out[number], alone[0], "output")
+        same(info["sparsity"][number], own["sparsity"][0], "sparsity")
+        same(out[number, :own_new], alone[0], "output")
+        assert not out[number, own_new:].any(), "output of padding"
     return f"{describe(layer)} {'cached' if cached else 'cross'}"
 
 
@@ -348,6 +362,95 @@ def check_multihead(rng: random.Random) -> str:
         alone, _ = layer(real, real, real, is_causal=causal)
         same(out[number, ~hidden[number]], alone[0], "output")
     return str(config)
+
+
+def check_cross_multihead(rng: random.Random) -> str:
+    """Cross-attention with padding anywhere in queries and keys: outputs, choices and gradients."""
+    # Nothing is drawn in training mode then.
+    config = draw_config(rng, hard_sparsity=True)
+    heads = rng.choice([2, 4])
+    layer = MultiheadAdaptiveAttention(
+        16, heads, num_kv_heads=2, adaptive_config=config, kdim=rng.choice([16, 12]), vdim=12,
+        cross_attention=True, batch_first=rng.random() < 0.8,
+    ).double().train(rng.random() < 0.6)  # fmt: skip
+    scatter_weights(layer, rng.randrange(1000))
+    if config.budget == "threshold":
+        layer.attention.set_thresholds(draw_table(rng, layer.attention.pattern_heads))
+    generator = torch.Generator().manual_seed(rng.randrange(1000))
+    q_room = rng.randint(1, LONGEST)
+    # Lengths that are equal by chance look like one sequence.
+    kv_room = rng.choice([q_room, rng.randint(1, LONGEST)])
+    same_counts = q_room == kv_room and rng.random() < 0.5
+    hidden_q, hidden_k = draw_hidden(rng, q_room), draw_hidden(rng, kv_room)
+    if same_counts:
+        hidden_k = hidden_q.flip(1)
+    sizes = (q_room, 16), (kv_room, layer.kdim), (kv_room, 12)
+    given = [torch.randn(3, *size, generator=generator, dtype=torch.float64) for size in sizes]
+    upstream = torch.randn(3, q_room, 16, generator=generator, dtype=torch.float64)
+    for x, hidden in zip((*given, upstream), (hidden_q, hidden_k, hidden_k, hidden_q), strict=True):
+        x[hidden] = rng.choice([GARBAGE, torch.nan])
+
+    def run(
+        inputs: list[Tensor], upstream: Tensor, **masks: Tensor
+    ) -> tuple[Tensor, dict[str, Any], list[Tensor], dict[str, Tensor]]:
+        def turn(x: Tensor) -> Tensor:
+            return x if layer.batch_first else x.transpose(0, 1)
+
+        with torch.enable_grad():
+            inputs = [x.clone().requires_grad_() for x in inputs]
+            layer.zero_grad()
+            out, info = layer(*(turn(x) for x in inputs), return_pattern=True, **masks)
+            turn(out).backward(upstream)
+        found = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+        return turn(out).detach(), info, [x.grad for x in inputs], found
+
+    masks = {"key_padding_mask": hidden_k, "query_padding_mask": hidden_q}
+    if not hidden_k.any():
+        masks.pop("key_padding_mask")
+    out, info, grads, weights = run(given, upstream, **masks)
+    wanted = {name: torch.zeros_like(x) for name, x in weights.items()}
+    all_rows = sum(blocks(int(n)) for n in (~hidden_q).sum(1))
+    for number in range(3):
+        real_q, real_k = ~hidden_q[number], ~hidden_k[number]
+        one = slice(number, number + 1)
+        inputs = [x[one, real] for x, real in zip(given, (real_q, real_k, real_k), strict=True)]
+        rows, columns = (slice(blocks(int(real.sum()))) for real in (real_q, real_k))
+        # The selector's own signal is a mean over the rows of the batch.
+        weight = config.selector_weight * rows.stop / all_rows
+        layer.attention.config = replace(config, selector_weight=weight)
+        alone, own, own_grads, own_weights = run(inputs, upstream[one, real_q])
+        want = own["pattern"].to_dense()[0]
+        found = kept_of(info["pattern"], number, rows, columns, 3)
+        assert torch.equal(found, want), "pattern"
+        same(info["sparsity"][number], own["sparsity"][0], "sparsity")
+        same(out[number, real_q], alone[0], "output")
+        same(
+            out[number, ~real_q], layer.out_proj.bias.detach().expand(int((~real_q).sum()), -1), ""
+        )
+        for x, real, own_x in zip(grads, (real_q, real_k, real_k), own_grads, strict=True):
+            same(x[number, real], own_x[0], "gradient")
+            assert not x[number, ~real].any(), "gradient of padding"
+        for name, x in own_weights.items():
+            wanted[name] += x
+    for name, x in wanted.items():
+        scale = 1 + float(x.abs().max())
+        same(weights[name] / scale, x / scale, name)
+    return f"{layer} {config}"
+
+
+def draw_hidden(rng: random.Random, length: int) -> Tensor:
+    """Which tokens of three samples are padding: at the end, in front, anywhere; never all."""
+    hidden = torch.zeros(3, length, dtype=torch.bool)
+    for row in hidden:
+        kind, count = rng.choice(["end", "front", "anywhere", "none"]), rng.randrange(length)
+        if kind == "end":
+            row[length - count :] = True
+        elif kind == "front":
+            row[:count] = True
+        elif kind == "anywhere":
+            row[torch.tensor([rng.random() < 0.4 for _ in range(length)])] = True
+        row[rng.randrange(length)] = False
+    return hidden
 
 
 def draw_adapted(rng: random.Random, model: Any) -> Any:
@@ -475,6 +578,9 @@ def check_cached_model(rng: random.Random) -> str:
                 real = m[n, first:last].bool()
                 same(a[n, real], b[0, real], f"sample {n} in the step to {last}")
                 done = last
+        if not edited and not any(crops):
+            for n in range(3):
+                check_without_padding(model, ids[n], mask[n].bool(), cuts, together, n)
         # A scorer that goes by summaries lets the threshold's softmax see the row's own block.
         config = layer.config
         strict = isinstance(config, AdaptiveConfig) and config.query_scope == "past"
@@ -492,6 +598,22 @@ def check_cached_model(rng: random.Random) -> str:
                     same(out[n, part], whole[seen[first:last][part]], f"sample {n} uncached")
                     done = last
     return describe(layer)
+
+
+def check_without_padding(
+    model: Any, ids: Tensor, real: Tensor, cuts: list[int], together: list[Tensor], n: int
+) -> None:
+    """Sample n of steps over a cache against its tokens alone, in steps of the same tokens."""
+    own_ids, own_cuts = ids[real][None], [int(real[:last].sum()) for last in cuts]
+    steps = sorted(set(own_cuts) - {0})
+    masks = [torch.ones_like(own_ids)] * len(steps)
+    alone = dict(
+        zip(steps, run_cached(model, own_ids, masks, steps, [0] * len(steps)), strict=True)
+    )
+    for out, last, own_last, first in zip(together, cuts, own_cuts, [0, *cuts], strict=False):
+        part = real[first:last]
+        if part.any():
+            same(out[n, part], alone[own_last][0], f"sample {n} without padding")
 
 
 def check_kernels(rng: random.Random) -> str:
@@ -519,6 +641,7 @@ def check_kernels(rng: random.Random) -> str:
 
 CHECKS: list[Callable[[random.Random], str]] = [
     check_padded, check_packed, check_other_queries, check_decoding, check_multihead,
+    check_cross_multihead,
 ]  # fmt: skip
 # They need triton, and take long where it is interpreted.
 KERNEL_CHECKS: list[Callable[[random.Random], str]] = [check_kernels]

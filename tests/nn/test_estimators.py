@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from brute_force import dense_attention
@@ -176,6 +177,31 @@ def test_mass_reaches_queries_and_keys_through_their_summaries() -> None:
         assert extra.abs().max() > 1e-7
         torch.testing.assert_close(heavy[i] - without[i], 2 * extra, atol=1e-6, rtol=1e-2)
     torch.testing.assert_close(light[2], without[2])
+
+
+@pytest.mark.parametrize("hierarchy", [(), (2,)])
+def test_rows_of_padding_do_not_weaken_the_signal(hierarchy: tuple[int, ...]) -> None:
+    """It is a mean over the rows that see anything: by itself, padded or packed it is the same."""
+    layer = make(
+        budget="adaptive", num_selected_blocks=None, hierarchy=hierarchy, base_sparsity=0.3
+    )
+    given = [x.detach()[:1] for x in inputs()]
+    weight = loss_weight()[:1]
+
+    def run(room: int, **options: Tensor) -> dict[str, Tensor]:
+        padded = [F.pad(x, (0, 0, 0, 0, 0, room), value=7.0) for x in given]
+        out = layer(*padded, is_causal=True, **options)[:, :LENGTH]
+        return gradients((out * weight).sum(), layer)
+
+    alone = run(0)
+    assert alone["scorer.query_in"].abs().sum() > 0
+    for options in (
+        {"key_lengths": torch.tensor([LENGTH])}, {"cu_seqlens": torch.tensor([0, LENGTH])}
+    ):  # fmt: skip
+        found = run(70, **options)
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-4)
 
 
 def test_selector_weight_zero_leaves_the_scorer_alone() -> None:

@@ -16,6 +16,9 @@ from dilated_attention_pytorch import (
     BlockSparseAdaptive,
     MultiheadAdaptiveAttention,
 )
+from dilated_attention_pytorch.config import BUDGETS, SCORERS
+from dilated_attention_pytorch.nn.block_sparse import LayerPass, observe_passes
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 DIM, HEADS = 32, 4
 EVERYTHING = AdaptiveConfig(base_sparsity=0.0, budget="fixed", block_size=16)
@@ -170,6 +173,113 @@ def test_a_traced_layer_computes_the_same() -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(Output(), (x, x, x), check_trace=False)
     torch.testing.assert_close(traced(x, x, x), ours(x, x, x)[0])
+
+
+def crossing(scorer: str = "bilinear", budget: str = "adaptive") -> MultiheadAdaptiveAttention:
+    pooling = ("attention",) if scorer == "prototypes" else ("mean", "max")
+    config = AdaptiveConfig(
+        base_sparsity=0.5, block_size=8, scorer=scorer, budget=budget, pooling=pooling
+    )
+    ours = make(config, cross_attention=True)
+    if budget == "threshold":
+        ours.attention.set_thresholds(ThresholdTable((20, 60), (0.3, 0.08)))
+    return ours
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_padded_queries_of_cross_attention(budget: str, scorer: str, side: str) -> None:
+    """A sample beside others gives what it gives alone, and its observers see the same."""
+    ours = crossing(scorer, budget)
+    q, k = tokens(3, 44, DIM), tokens(3, 50, DIM, seed=1)
+    q_counts, k_counts = (44, 29, 20), (37, 29, 50)
+    hidden_q, hidden_k = (
+        torch.arange(room) >= torch.tensor(counts)[:, None]
+        for room, counts in ((44, q_counts), (50, k_counts))
+    )
+    if side == "left":
+        hidden_q, hidden_k = hidden_q.flip(1), hidden_k.flip(1)
+    q, k = q.masked_fill(hidden_q[..., None], 9.0), k.masked_fill(hidden_k[..., None], 9.0)
+    seen: list[LayerPass] = []
+    with observe_passes([ours.attention], seen.append):
+        masks = {"key_padding_mask": hidden_k, "query_padding_mask": hidden_q}
+        out, info = ours(q, k, k, return_pattern=True, **masks)
+        together, losses = info["pattern"].to_dense(), []
+        for n in range(3):
+            own_q, own_k = q[n, ~hidden_q[n]][None], k[n, ~hidden_k[n]][None]
+            alone, own = ours(own_q, own_k, own_k, return_pattern=True)
+            torch.testing.assert_close(out[n, ~hidden_q[n]], alone[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(info["sparsity"][n], own["sparsity"][0])
+            want = own["pattern"].to_dense()[0]
+            rows, columns = want.shape[1:]
+            assert torch.equal(together[n, :, :rows, :columns], want)
+            assert together[n].sum() == want.sum()
+            losses.append(ours.get_sparsity_loss())
+            one = {name: mask[n : n + 1] for name, mask in masks.items()}
+            ours(q[n : n + 1], k[n : n + 1], k[n : n + 1], **one)
+            torch.testing.assert_close(ours.get_sparsity_loss(), losses[-1])
+    bias = ours.out_proj.bias.expand(int(hidden_q.sum()), -1)
+    assert torch.equal(out[hidden_q], bias)
+    assert torch.equal(seen[0].inputs.query_valid.sum(1), torch.tensor(q_counts))
+
+
+def test_forms_of_the_mask_of_queries() -> None:
+    """Floating point, without a batch, the batch second, and without a mask of the keys."""
+    ours, q, k = crossing(), tokens(2, 44, DIM), tokens(2, 50, DIM, seed=1)
+    hidden = torch.zeros(2, 44, dtype=torch.bool)
+    hidden[0, 20:], hidden[1, ::3] = True, True
+    out = ours(q, k, k, query_padding_mask=hidden)[0]
+    for n in range(2):
+        alone = ours(q[n : n + 1, ~hidden[n]], k[n : n + 1], k[n : n + 1])[0]
+        torch.testing.assert_close(out[n, ~hidden[n]], alone[0], atol=1e-5, rtol=1e-4)
+        unbatched = ours(q[n], k[n], k[n], query_padding_mask=hidden[n])[0]
+        torch.testing.assert_close(unbatched, out[n], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(out, ours(q, k, k)[0])
+    floating = torch.zeros(2, 44).masked_fill(hidden, -torch.inf)
+    assert torch.equal(ours(q, k, k, query_padding_mask=floating)[0], out)
+    nothing = torch.zeros(2, 44, dtype=torch.bool)
+    torch.testing.assert_close(ours(q, k, k, query_padding_mask=nothing)[0], ours(q, k, k)[0])
+    turned = crossing()
+    turned.load_state_dict(ours.state_dict())
+    turned.batch_first = False
+    q, k = q.transpose(0, 1), k.transpose(0, 1)
+    other = turned(q, k, k, query_padding_mask=hidden)[0].transpose(0, 1)
+    torch.testing.assert_close(other, out, atol=1e-5, rtol=1e-4)
+
+
+def test_sizes_that_differ_say_that_it_is_cross_attention() -> None:
+    ours = make(SPARSE, kdim=24, vdim=20)
+    q, k, v = tokens(1, 50, DIM), tokens(1, 50, 24, seed=1), tokens(1, 50, 20, seed=2)
+    hidden = torch.arange(50)[None] >= 33
+    out = ours(q, k, v, query_padding_mask=hidden)[0]
+    torch.testing.assert_close(out[:, :33], ours(q[:, :33], k, v)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_lengths_decide_where_nobody_says_what_the_sequences_are() -> None:
+    """Padding included, so that a sample alone may count as another kind; see the class."""
+    ours, diagonal = make(SPARSE), torch.eye(7, dtype=torch.bool)
+    q, k = tokens(1, 50, DIM), tokens(1, 50, DIM, seed=1)
+    hidden = torch.arange(50)[None] >= 30
+    forced = []
+    for cross in (None, True):
+        options = {"cross_attention": cross, "return_pattern": True}
+        together = ours(q, k, k, key_padding_mask=hidden, **options)[1]["pattern"]
+        alone = ours(q, k[:, :30], k[:, :30], **options)[1]["pattern"]
+        assert torch.equal(together.to_dense()[..., :4], alone.to_dense()) == bool(cross)
+        forced.append(together.to_dense()[..., :4, :4][..., diagonal[:4, :4]].all())
+    assert forced == [True, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"cross_attention": False}, {"is_causal": True},
+                                     {"cu_seqlens": torch.tensor([[0, 20]] * 2)}])  # fmt: skip
+def test_a_mask_of_queries_needs_two_sequences(options: dict) -> None:
+    hidden = torch.zeros(2, 20, dtype=torch.bool)
+    with pytest.raises(ValueError, match="query_padding_mask needs cross_attention=True"):
+        make()(X, X, X, query_padding_mask=hidden, **options)
+    with pytest.raises(ValueError, match="query_padding_mask needs cross_attention=True"):
+        # Where the lengths differ, too: those of a sample alone need not.
+        make()(X[:, :7], X, X, query_padding_mask=hidden[:, :7])
 
 
 def test_one_sample_of_a_batch_may_be_self_attention() -> None:
@@ -467,6 +577,14 @@ X = torch.zeros(2, 20, DIM)
         (TypeError, "key_padding_mask", {"key_padding_mask": torch.ones(2, 20).int()}),
         (ValueError, "cu_seqlens", {"key_padding_mask": torch.zeros(2, 20).bool(),
                                     "cu_seqlens": torch.tensor([[0, 20]] * 2)}),
+        (ValueError, r"query_padding_mask must be \(2, 20\), .* got \(2, 19\)",
+         {"query_padding_mask": torch.ones(2, 19).bool(), "cross_attention": True}),
+        (ValueError, "query_padding_mask must hold 0 ",
+         {"query_padding_mask": torch.rand(2, 20), "cross_attention": True}),
+        (ValueError, "query_padding_mask must be on cpu, got meta",
+         {"query_padding_mask": torch.ones(2, 20, device="meta").bool(), "cross_attention": True}),
+        (TypeError, "query_padding_mask must be boolean or floating point.* got torch.int32",
+         {"query_padding_mask": torch.ones(2, 20).int(), "cross_attention": True}),
         (ValueError, "query.*embed_dim=32", {"query": X[..., :8]}),
         (ValueError, "key.*kdim=32", {"key": X[..., :8]}),
         (ValueError, "value.*vdim=32", {"value": X[..., :8]}),

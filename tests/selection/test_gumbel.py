@@ -149,7 +149,7 @@ def test_integer_scores() -> None:
         ({"k": True}, TypeError, "k must be an int"),
         ({"k": 2, "temperature": 0}, ValueError, "temperature"),
         ({"k": 2, "allowed": torch.ones(5)}, TypeError, "allowed must hold booleans"),
-        ({"k": 2, "scores": [1.0, 2.0]}, TypeError, "scores must be a floating-point tensor"),
+        ({"k": 2, "scores": [1.0, 2.0]}, TypeError, "scores must be a Tensor, got list"),
         ({"k": 2, "scores": torch.ones(2, 5).int()}, TypeError, "scores must be"),
     ],
 )

@@ -91,10 +91,17 @@ def _records(seen: LayerPass, measure_mass: bool) -> list[LayerRecord]:
 
 
 def layer_mass(seen: LayerPass, weights: Tensor | None = None) -> Tensor:
-    """:func:`tile_mass` of a pass, ``(batch, heads of the pattern, i, j)``."""
-    layer = seen.layer
+    """:func:`tile_mass` of a pass, ``(batch, heads of the pattern, i, j)``.
+
+    Queries of padding count for nothing, whatever they and their ``weights`` hold.
+    """
+    layer, query, valid = seen.layer, seen.query, seen.inputs.query_valid
+    if valid is not None:
+        query = torch.where(valid[..., None, None], query, 0)
+        given = query.new_ones(query.shape[:3]) if weights is None else weights
+        weights = torch.where(valid[..., None], given, 0)
     return tile_mass(
-        seen.query,
+        query,
         seen.key,
         seen.inputs.mask,
         block_size=layer.block_size,

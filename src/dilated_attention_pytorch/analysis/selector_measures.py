@@ -240,7 +240,9 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
     total = torch.stack(norms).norm() if norms else None
     every = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
     scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
-    norms_q, norms_k = (float(x.float().norm(dim=-1).amax()) for x in (seen.query, seen.key))
+    norms_q, norms_k = (
+        _largest_norm(seen.query, inputs.query_valid), _largest_norm(seen.key, inputs.key_valid)
+    )  # fmt: skip
     return SelectorMeasures(
         name=seen.name,
         layer=layer,
@@ -258,6 +260,14 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
         gradient=None if total is None else float(total),
         finite_gradient=all(bool(x.isfinite().all()) for x in every),
     )
+
+
+def _largest_norm(x: Tensor, valid: Tensor | None) -> float:
+    """Of tokens ``(batch, n, heads, head_dim)`` that are no padding."""
+    norms = x.float().norm(dim=-1)
+    if valid is not None:
+        norms = torch.where(valid[..., None], norms, 0)
+    return float(norms.amax())
 
 
 def _by_mean_pooling(seen: LayerPass, scorable: Tensor, chosen: Tensor) -> Tensor:

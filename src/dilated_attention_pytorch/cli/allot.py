@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.console import PlainConsole
+from dilated_attention_pytorch.cli.console import PlainConsole, shell_word
 from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
 from dilated_attention_pytorch.cli.holding import holding
@@ -83,7 +82,7 @@ def run(parsed: argparse.Namespace) -> int:
     if not finished:
         console.print(
             f"Stopped after {allotment.done} of {allotment.total} measurements, which "
-            f"{printable(shlex.quote(str(parsed.out)))} keeps. The same command goes on.",
+            f"{shell_word(parsed.out)} keeps. The same command goes on.",
             soft_wrap=True,
         )  # fmt: skip
         return stop.exit_code
@@ -96,7 +95,7 @@ def _measure(allotment: Any, console: PlainConsole, stop: StopRequest) -> bool:
     with measuring_bar(console) as bar:
         task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
         for length, layer in allotment.steps():
-            words = f"{length:,} tokens: layer {layer}"
+            words = f"{length:,} tokens, layer {layer}"
             bar.update(task, completed=allotment.done, description=words)
             if stop():
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,21 @@ class PlainConsole(Console):
         shown = shown.encode(self.encoding, "backslashreplace").decode(self.encoding)
         plain = {"markup": False, "emoji": False, "highlight": False}
         return super().render_str(shown, **{**options, **plain})
+
+
+def shell_word(text: object) -> str:
+    r"""A path as a shell takes it, whatever is in it.
+
+    Example:
+        >>> print(shell_word("my runs"), shell_word("runs/\udcff"))
+        'my runs' $'runs/\xff'
+    """
+    plain, shown = str(text), printable(text)
+    if shown == plain:
+        return shlex.quote(plain)
+    # Escapes are read between $' and '. What is shown as one there must have been escaped here.
+    kept = plain.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{printable(kept)}'"
 
 
 def styled(text: object, style: str) -> Text:

@@ -40,12 +40,14 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps(diagnosis.to_dict(), indent=2))
     else:
-        PlainConsole().print(_table(diagnosis))
+        console = PlainConsole()
+        console.print(f"Diagnosis of {examined.source}", soft_wrap=True)
+        console.print(_table(diagnosis))
     return OK if diagnosis.healthy else FAILURE
 
 
 def _table(diagnosis: Diagnosis) -> Table:
-    table = Table(title="Diagnosis", title_justify="left", show_lines=True)
+    table = Table(show_lines=True)
     table.add_column("verdict")
     table.add_column("question, evidence and remedy", overflow="fold")
     for finding in diagnosis.findings:

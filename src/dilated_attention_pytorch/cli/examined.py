@@ -20,6 +20,11 @@ class Examined(ABC):
 
     @property
     @abstractmethod
+    def source(self) -> str:
+        """What it is and where it lies, and of a run how far it was trained."""
+
+    @property
+    @abstractmethod
     def note(self) -> str | None:
         """What of its metrics could not be read; None: nothing."""
 

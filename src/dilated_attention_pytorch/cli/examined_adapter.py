@@ -51,6 +51,13 @@ class ExaminedAdapter(Examined):
         return Path(self.saved.base).resolve().name
 
     @property
+    def source(self) -> str:
+        """Folders of the adapter, of its base and of the low-rank changes."""
+        saved = self.saved
+        lora = "" if saved.lora is None else f" with the low-rank changes {saved.lora}"
+        return f"adapter {saved.folder} on {saved.base}{lora}"
+
+    @property
     def note(self) -> str | None:
         """Lines of the metrics that are left out."""
         return self.saved.note
@@ -75,10 +82,9 @@ class ExaminedAdapter(Examined):
         """What the adapted model reads."""
         from dilated_attention_pytorch.integrations.transformers.examine import record_adapted
 
-        saved = self.saved
-        lora = "" if saved.lora is None else f" with the low-rank changes {saved.lora}"
-        source = f"adapter {saved.folder} on {saved.base}{lora}"
-        return record_adapted(self.adapted, self.windows[:, :-1], self.tokenizer, source=source)
+        return record_adapted(
+            self.adapted, self.windows[:, :-1], self.tokenizer, source=self.source
+        )
 
     def charts(self) -> list[Chart]:
         """Losses, and how well the true top blocks were found."""

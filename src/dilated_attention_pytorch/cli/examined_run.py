@@ -54,6 +54,12 @@ class ExaminedRun(Examined):
         return self.saved.folder.resolve().name
 
     @property
+    def source(self) -> str:
+        """Kind of attention, step and folder."""
+        saved, run = self.saved, self.saved.run
+        return f"{run.attention} attention, step {saved.step} of {run.steps}, {saved.folder}"
+
+    @property
     def note(self) -> str | None:
         """Lines of the metrics that are left out."""
         return self.saved.note
@@ -77,9 +83,7 @@ class ExaminedRun(Examined):
 
     def record(self) -> Recording:
         """What the newest checkpoint reads."""
-        saved = self.saved
-        source = f"{saved.run.attention} attention, step {saved.step} of {saved.run.steps}, "
-        return _record(saved.model, self.windows, source + str(saved.folder))
+        return _record(self.saved.model, self.windows, self.source)
 
     def stability(self, now: Recording) -> Sequence[Sequence[float]] | None:
         """Compares with the checkpoint before; None: there is none."""

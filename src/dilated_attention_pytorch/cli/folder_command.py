@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
-from dilated_attention_pytorch.cli.console import PlainConsole
+from dilated_attention_pytorch.cli.console import PlainConsole, shell_word
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.interrupt import StopRequest
@@ -127,7 +126,7 @@ class FolderCommand(ABC):
         # A signal during the very last step stops nothing.
         if training.done:
             return OK
-        name, out = self.parsed.name, printable(shlex.quote(str(self.parsed.out)))
+        name, out = self.parsed.name, shell_word(self.parsed.out)
         self.console.print(
             f"Stopped at step {training.step_count} of {training.run.steps}; saved. To go on:\n"
             f"  dilated-attention {name} --out {out} --resume",

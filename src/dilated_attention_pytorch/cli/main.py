@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from dilated_attention_pytorch.cli.errors import (
     FAILURE,
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         usage.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        code: int = parsed.command(parsed)
+        with _shown_warnings(parsed.name):
+            code: int = parsed.command(parsed)
         sys.stdout.flush()
     except UsageError as error:
         return _report(parsed.name, error, USAGE)
@@ -50,6 +53,25 @@ def _report(name: str, error: Exception, code: int) -> int:
     # One line, whatever the names and texts in it hold.
     print(f"dilated-attention {name}: error: {printable(error)}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _shown_warnings(name: str) -> Iterator[None]:
+    """While open, a warning of this package is a line like an error's."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **options: Any) -> None:
+        if category.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            before(message, category, *rest, **options)
+            return
+        print(f"dilated-attention {name}: warning: {printable(message)}", file=sys.stderr)
+
+    # The name that Python documents for replacing.
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 class _Parser(argparse.ArgumentParser):

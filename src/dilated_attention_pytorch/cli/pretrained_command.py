@@ -27,6 +27,8 @@ from dilated_attention_pytorch.training.folder_loop import Progress
 
 # Options that say what a run reads: naming them for --resume says that they may be read.
 _FILES = frozenset({"model", "text", "adapter"})
+# Names in the table where those in JSON would not do.
+_WORDS = {"base_sparsity": "sparsity, asked for", "sparsity": "sparsity, held-out"}
 
 
 class PretrainedCommand(FolderCommand):
@@ -58,6 +60,10 @@ class PretrainedCommand(FolderCommand):
         """Further lines of the summary: what a finished job has written."""
         return {}
 
+    def asked(self, run: Any) -> dict[str, float]:
+        """The sparsity that was asked for."""
+        return {"base_sparsity": run.config.base_sparsity}
+
     def about(self, loop: Any) -> str:
         """Sizes of what is trained and of the text."""
         count = sum(p.numel() for p in loop.training.trained())
@@ -72,7 +78,8 @@ class PretrainedCommand(FolderCommand):
 
     def measured(self, values: dict[str, Any]) -> str:
         """All values."""
-        return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        return words or "nothing to measure: the blocks that are always read leave no choice"
 
     def summary(self, loop: Any) -> dict[str, Any]:
         """Measurements, time and files; writes the result of a finished job."""
@@ -81,6 +88,7 @@ class PretrainedCommand(FolderCommand):
             "finished": training.done,
             "steps": training.step_count,
             "steps_planned": training.run.steps,
+            **self.asked(training.run),
             "seconds": round(training.seconds, 1),
             "trained_parameters": sum(p.numel() for p in training.trained()),
             **loop.latest,
@@ -98,7 +106,7 @@ class PretrainedCommand(FolderCommand):
         table = summary_table(self.parsed.name.capitalize())
         for key, value in summary.items():
             shown = f"{value:.4f}" if isinstance(value, float) else printable(value)
-            table.add_row(key.replace("_", " "), shown)
+            table.add_row(_WORDS.get(key, key.replace("_", " ")), shown)
         return table
 
 

@@ -20,6 +20,7 @@ from dilated_attention_pytorch.printable import printable
 from dilated_attention_pytorch.tasks.text import TextError
 from dilated_attention_pytorch.training.checkpoint import CheckpointError, checkpoint_path
 from dilated_attention_pytorch.training.folder_loop import Progress, per_second
+from dilated_attention_pytorch.training.language_model import LanguageModelRun
 from dilated_attention_pytorch.training.loop import TrainingLoop
 
 
@@ -60,13 +61,14 @@ class TrainCommand(FolderCommand):
 
     def about(self, loop: TrainingLoop) -> str:
         """Sizes of model and text."""
-        text, training = loop.text, loop.training
-        parameters = sum(p.numel() for p in training.model.parameters())
+        text, run = loop.text, loop.training.run
+        parameters = sum(p.numel() for p in loop.training.model.parameters())
+        files, others = len(text.train_files), len(text.validation_files)
         return (
-            f"{training.run.attention} attention, {parameters:,} parameters, on "
+            f"{run.attention} attention{_asked(run)}, {parameters:,} parameters, on "
             f"{printable(text.source)}: "
-            f"{len(text.train):,} bytes of {len(text.train_files):,} files "
-            f"({len(text.validation):,} bytes of {len(text.validation_files):,} held out)"
+            f"{len(text.train):,} bytes of {files:,} {'file' if files == 1 else 'files'} "
+            f"({len(text.validation):,} bytes of {others:,} held out)"
         )
 
     def state(self, progress: Progress) -> str:
@@ -81,7 +83,9 @@ class TrainCommand(FolderCommand):
 
     def measured(self, values: dict[str, Any]) -> str:
         """Bits per byte."""
-        return f"held-out {values['validation_bits_per_byte']:.3f} bits per byte"
+        words = f"held-out {values['validation_bits_per_byte']:.3f} bits per byte"
+        sparsity = values["validation_sparsity"]
+        return words if sparsity is None else f"{words}, sparsity {sparsity:.3f}"
 
     def summary(self, loop: TrainingLoop) -> dict[str, Any]:
         """Losses, sparsity, times and files."""
@@ -91,6 +95,7 @@ class TrainCommand(FolderCommand):
         lines = [line for line in loop.metrics.read() if "loss" in line]
         return {
             "attention": run.attention,
+            "base_sparsity": _base_sparsity(run),
             "finished": training.done,
             "steps": training.step_count,
             "steps_planned": run.steps,
@@ -127,11 +132,32 @@ class TrainCommand(FolderCommand):
         when = at(summary["validation_step"])
         table.add_row("held-out loss", f"{loss} nats, {number(bits, 4)} bits per byte{when}")
         dense = summary["attention"] == "dense"
-        sparsity = "0 (dense)" if dense else number(summary["validation_sparsity"], 4)
+        sparsity = "0 (dense)" if dense else number(summary["validation_sparsity"], 4) + when
         table.add_row("sparsity, held-out", sparsity)
+        if summary["base_sparsity"] is not None:
+            table.add_row("sparsity, asked for", f"{summary['base_sparsity']:g}")
         table.add_row("parameters", f"{summary['parameters']:,}")
         table.add_row("seconds", number(summary["seconds"], 1))
         table.add_row("tokens/s", number(summary["tokens_per_second"], 0))
         table.add_row("metrics", printable(summary["metrics"]))
         table.add_row("checkpoint", printable(summary["checkpoint"]))
         return table
+
+
+def _base_sparsity(run: LanguageModelRun) -> float | None:
+    """What was asked for; None: nothing, or a number of blocks."""
+    blocks = run.config.num_selected_blocks is not None
+    return None if run.attention == "dense" or blocks else run.config.base_sparsity
+
+
+def _asked(run: LanguageModelRun) -> str:
+    """The sparsity that was asked for, in words, and why a step has less."""
+    asked = _base_sparsity(run)
+    if asked is None:
+        return ""
+    config = run.config
+    explores = (
+        run.attention == "adaptive" and config.num_explore_blocks and not config.hard_sparsity
+    )
+    less = "; steps also read random blocks and have less" if explores else ""
+    return f" (sparsity asked for: {asked:g}{less})"

@@ -51,6 +51,10 @@ class TuneCommand(PretrainedCommand):
 
     KIND = "tune"
 
+    def asked(self, run: Any) -> dict[str, float]:
+        """The same; dense attention leaves nothing out."""
+        return {} if run.attention == "dense" else {"base_sparsity": run.base_sparsity}
+
     def results(self, loop: Any) -> dict[str, str]:
         """The folders that are there."""
         out, names = self.parsed.out, ("adapter", "lora", "model")

@@ -14,6 +14,7 @@ from dilated_attention_pytorch.nn import decoding
 from dilated_attention_pytorch.nn.block_sparse import (
     Selection,
     SelectionInputs,
+    stand_in,
 )
 from dilated_attention_pytorch.nn.estimators import (
     explore_blocks,
@@ -222,10 +223,11 @@ class BlockSparseAdaptive(ScheduledLayer):
         """
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.check_inputs(query, key, value)
             decoding.remember(
                 self,
-                query if selector_query is None else selector_query,
-                key if selector_key is None else selector_key,
+                stand_in("selector_query", selector_query, query),
+                stand_in("selector_key", selector_key, key),
                 state, key_lengths=key_lengths, starts=starts, query_offset=None,
             )  # fmt: skip
             # Inside of a call: without hooks, which run around all of it.

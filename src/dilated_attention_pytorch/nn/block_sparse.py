@@ -21,11 +21,17 @@ from dilated_attention_pytorch.candidates import (
 )
 from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
+from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.replay import ReplayGuard
 from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
-from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, make_mask
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
+    check_lengths,
+    check_qkv,
+    make_mask,
+    readable,
+)
 from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending
 
 
@@ -353,8 +359,8 @@ class BlockSparseLayer(CalledModule, ABC):
     ) -> tuple[Tensor, Selection, SelectionInputs | None]:
         """The output, what was chosen, and by what; see :meth:`forward`."""
         self.check_inputs(query, key, value)
-        score_query = _stand_in("selector_query", selector_query, query)
-        score_key = _stand_in("selector_key", selector_key, key)
+        score_query = stand_in("selector_query", selector_query, query)
+        score_key = stand_in("selector_key", selector_key, key)
         if cross_attention and (is_causal or query_offset is not None or cu_seqlens is not None):
             raise ValueError(
                 "cross_attention excludes is_causal, query_offset and cu_seqlens: they place the "
@@ -366,7 +372,7 @@ class BlockSparseLayer(CalledModule, ABC):
             key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
         )  # fmt: skip
         if query_lengths is not None:
-            _check_query_lengths(query_lengths, key_lengths, batch)
+            _check_query_lengths(query_lengths, key_lengths, query)
         documents: AlignedDocuments | None = None
         if cu_seqlens is not None:
             documents = align_documents(cu_seqlens, batch, q_len, self.block_size)
@@ -426,14 +432,22 @@ class BlockSparseLayer(CalledModule, ABC):
             out = torch.where(real, out, 0)
         return out, selection, inputs
 
-    def check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def check_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor, *, cached: bool = False
+    ) -> None:
         """Checks the three inputs against each other and the layer.
+
+        Args:
+            query: As in :meth:`forward`.
+            key: Likewise.
+            value: Likewise.
+            cached: Call keys and values ``key_cache`` and ``value_cache`` in errors.
 
         Raises:
             TypeError: If inputs are not floating point or mix dtypes.
             ValueError: If shapes do not fit the layer or each other.
         """
-        check_qkv(query, key, value)
+        check_qkv(query, key, value, cached=cached)
         if query.shape[2] != self.num_heads or key.shape[2] != self.num_kv_heads:
             raise ValueError(
                 f"query must have num_heads={self.num_heads} and key and value "
@@ -564,23 +578,22 @@ def observe_patterns(
                 layer.observers.remove(observer)
 
 
-def _check_query_lengths(lengths: Tensor, key_lengths: Tensor | None, batch: int) -> None:
+def _check_query_lengths(lengths: Tensor, key_lengths: Tensor | None, query: Tensor) -> None:
     if key_lengths is None:
         raise ValueError("query_lengths needs key_lengths; give the lengths of the keys too.")
-    if lengths.shape != (batch,) or lengths.is_floating_point():
+    check_lengths("query_lengths", lengths, (query.shape[0],), query.device)
+    if readable(lengths) and bool(((lengths < 0) | (lengths > query.shape[1])).any()):
         raise ValueError(
-            f"query_lengths must be ({batch},) integers, got {tuple(lengths.shape)} of "
-            f"{lengths.dtype}."
+            f"query_lengths must lie in [0, {query.shape[1]}] (the tokens of query), got "
+            f"{lengths.tolist()}."
         )
 
 
-def _stand_in(name: str, given: Tensor | None, original: Tensor) -> Tensor:
+def stand_in(name: str, given: Tensor | None, original: Tensor) -> Tensor:
     """Checks what stands in for ``original`` in the selector."""
     if given is None:
         return original
-    if not isinstance(given, Tensor) or not given.is_floating_point():
-        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name} must be a floating-point Tensor, got {kind}.")
+    check_floating(name, given)
     if given.shape != original.shape or given.device != original.device:
         raise ValueError(
             f"{name} must match what it stands in for, {tuple(original.shape)} on "

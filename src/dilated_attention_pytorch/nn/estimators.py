@@ -66,7 +66,7 @@ def hard_selection(
         if not learning or config.selector_weight == 0:
             return Selection(pattern)
         kept = scores.gather(-1, slots) / layer.temperature_factor()
-        probe = mass_probe(layer, kept, scored, pattern, levels, evidence)
+        probe = mass_probe(layer, inputs, kept, scored, pattern, levels, evidence)
         return Selection(pattern, mass_probe=probe)
     passes_through = config.estimator == "straight_through" or config.hard_sparsity
     if config.estimator == "soft" and not (layer.training and config.hard_sparsity):
@@ -81,6 +81,7 @@ def hard_selection(
 
 def mass_probe(
     layer: BlockSparseAdaptive,
+    inputs: SelectionInputs,
     kept: Tensor,
     scored: Tensor,
     pattern: BlockPattern,
@@ -89,7 +90,12 @@ def mass_probe(
 ) -> Tensor:
     """What takes the tile mass to the scores of the kept tiles and of the coarse levels.
 
+    The signal is a mean over the rows of the batch that see anything: rows of padding do not weaken
+    what the others teach.
+
     Args:
+        layer: Whose scores.
+        inputs: What it chose by.
         kept: ``(b, p, i, k)`` scores of the kept tiles over the learned temperature factor.
         scored: Booleans: tiles that are not forced.
         pattern: The kept tiles.
@@ -99,10 +105,22 @@ def mass_probe(
     weight, rows = layer.config.selector_weight, kept.shape[0] * kept.shape[2]
     learn = None if evidence is None else evidence.learn
     probe = mass_target_probe(kept, scored, weight, rows, learn)
-    if not levels:
+    if levels:
+        factor, each = layer.temperature_factor(), weight / max(rows, 1)
+        probe = probe + coarse_probes(levels, pattern.kv_indices, scored, each, factor)
+    if not inputs.mask.per_sample:
         return probe
-    factor = layer.temperature_factor()
-    return probe + coarse_probes(levels, pattern.kv_indices, scored, weight / max(rows, 1), factor)
+    # The signal grows with the mass that comes back through this product.
+    share = inputs.rows.remember(
+        ("rows to real ones", len(kept)), lambda: rows / _real_rows(inputs, len(kept))
+    )
+    return probe * share
+
+
+def _real_rows(inputs: SelectionInputs, batch: int) -> Tensor:
+    """Rows that see anything, 0-dim; at least 1."""
+    seeing = inputs.rows.num_allowed > 0
+    return seeing.expand(batch, -1, -1).sum().clamp(min=1)
 
 
 def slot_bias(

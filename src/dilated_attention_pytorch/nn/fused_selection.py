@@ -75,7 +75,7 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
     evidence = None if budgets is None else budgets.evidence(layer, forced)
-    probe = mass_probe(layer, kept, scored, pattern, levels, evidence)
+    probe = mass_probe(layer, inputs, kept, scored, pattern, levels, evidence)
     return Selection(pattern, mass_probe=probe, query=passed[0], key=passed[1])
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import FLOATS
+
 
 @dataclass(frozen=True, eq=False)
 class KeyPadding:
-    """Padding anywhere in a sequence, and the order that moves it to the end.
+    """Padding anywhere in a sequence of keys or queries, and the order that moves it to the end.
 
     With padding (-) on the left and inside::
 
@@ -20,8 +22,8 @@ class KeyPadding:
     Real tokens keep their order, so causal attention over the compact sequence is the same.
 
     Attributes:
-        order: ``(batch, kv_len)`` given position of each compact token.
-        place: ``(batch, kv_len)`` compact position of each given token.
+        order: ``(batch, length)`` given position of each compact token.
+        place: ``(batch, length)`` compact position of each given token.
         lengths: ``(batch,)`` real tokens.
     """
 
@@ -30,25 +32,30 @@ class KeyPadding:
     lengths: Tensor
 
     @classmethod
-    def of(cls, hidden: Tensor, batch: int, kv_len: int, device: torch.device) -> KeyPadding:
-        """Plans the order. Does not wait for the device.
+    def of(cls, name: str, mask: Tensor, tokens: Tensor, batched: bool) -> KeyPadding:
+        """Plans the order. Waits for the device if the mask is not boolean.
 
         Args:
-            hidden: ``(batch, kv_len)`` booleans, True for padding.
-            batch: Samples of ``key``.
-            kv_len: Tokens of ``key``.
-            device: Where ``key`` is.
+            name: Of the mask, for errors.
+            mask: ``(batch, length)``, ``(length,)`` without a batch; True or -inf for padding.
+            tokens: ``(batch, length, dim)``: what it is a mask of.
+            batched: Whether there is a batch; without one ``tokens`` hold one sample.
 
         Raises:
-            ValueError: If shape or device do not fit.
+            TypeError: If the mask is no tensor, or neither boolean nor floating point.
+            ValueError: If shape or device do not fit, or a floating-point mask holds anything but
+                0 and -inf.
         """
-        if tuple(hidden.shape) != (batch, kv_len):
+        check_mask(name, mask)
+        expected = tuple(tokens.shape[:2] if batched else tokens.shape[1:2])
+        if tuple(mask.shape) != expected:
             raise ValueError(
-                f"key_padding_mask must be (batch, kv_len)=({batch}, {kv_len}), got "
-                f"{tuple(hidden.shape)}."
+                f"{name} must be {expected}, {'(batch, length)' if batched else '(length,)'} of "
+                f"what it is a mask of, got {tuple(mask.shape)}."
             )
-        if hidden.device != device:
-            raise ValueError(f"key_padding_mask must be on {device}, got {hidden.device}.")
+        if mask.device != tokens.device:
+            raise ValueError(f"{name} must be on {tokens.device}, got {mask.device}.")
+        hidden = _hidden(name, mask if batched else mask[None])
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
         return cls(order, order.argsort(dim=1), (~hidden).sum(1, dtype=torch.int32))
 
@@ -103,7 +110,7 @@ class KeyPadding:
         )
 
     def move(self, x: Tensor) -> Tensor:
-        """Moves tokens ``(batch, kv_len, dim)`` to their compact places; zeros are the padding."""
+        """Moves tokens ``(batch, length, dim)`` to their compact places; zeros are the padding."""
         places = torch.arange(x.shape[1], device=x.device)
         real = places < self.lengths[:, None]
         # A projection's weights see what padding holds, too, and 0 * nan in the backward pass is
@@ -111,11 +118,11 @@ class KeyPadding:
         return torch.where(real[..., None], _reorder(x, self.order), 0)
 
     def spread(self, out: Tensor) -> Tensor:
-        """Moves outputs ``(batch, kv_len, dim)`` back to the given positions."""
+        """Moves outputs ``(batch, length, dim)`` back to the given positions."""
         return _reorder(out, self.place)
 
     def replace(self, out: Tensor, constant: Tensor | float) -> Tensor:
-        """Puts a constant where padding is in ``(batch, kv_len, dim)``, at the given positions."""
+        """Puts a constant where padding is in ``(batch, length, dim)``, at the given positions."""
         real = self.place < self.lengths[:, None]
         return torch.where(real[..., None], out, constant)
 
@@ -124,14 +131,19 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def hidden_tokens(key_padding_mask: Tensor) -> Tensor:
-    """Booleans of a padding mask: True for padding. Waits for the device if it is not boolean.
+def check_mask(name: str, mask: object) -> None:
+    """Checks that a mask is a tensor of booleans or of floating-point numbers.
 
     Raises:
-        TypeError: If the mask is neither boolean nor floating point.
-        ValueError: If a floating-point mask holds anything but 0 and -inf.
+        TypeError: If it is not.
     """
-    return _hidden("key_padding_mask", key_padding_mask)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}.")
+    if mask.dtype not in (torch.bool, *FLOATS):
+        raise TypeError(
+            f"{name} must be boolean or floating point (float16, bfloat16, float32 or float64), "
+            f"got {mask.dtype}."
+        )
 
 
 def is_causal_mask(attn_mask: Tensor, q_len: int, kv_len: int, batch_heads: int) -> bool:
@@ -147,7 +159,6 @@ def is_causal_mask(attn_mask: Tensor, q_len: int, kv_len: int, batch_heads: int)
         True.
 
     Raises:
-        TypeError: If the mask is neither boolean nor floating point.
         ValueError: If it has another shape or hides anything else.
     """
     if tuple(attn_mask.shape) not in ((q_len, kv_len), (batch_heads, q_len, kv_len)):
@@ -169,8 +180,6 @@ def is_causal_mask(attn_mask: Tensor, q_len: int, kv_len: int, batch_heads: int)
 def _hidden(name: str, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
-    if not mask.is_floating_point():
-        raise TypeError(f"{name} must be boolean or floating point, got {mask.dtype}.")
     hidden = mask == -torch.inf
     if not bool((hidden | (mask == 0)).all()):
         raise ValueError(

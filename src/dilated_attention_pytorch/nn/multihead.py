@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.nn.factory import create_adaptive_block_sparse
-from dilated_attention_pytorch.nn.key_padding import KeyPadding, hidden_tokens, is_causal_mask
+from dilated_attention_pytorch.nn.key_padding import KeyPadding, check_mask, is_causal_mask
 
 
 class MultiheadAdaptiveAttention(nn.Module):
@@ -22,15 +23,19 @@ class MultiheadAdaptiveAttention(nn.Module):
     selector as it is.
 
     Differs from ``nn.MultiheadAttention``: ``batch_first`` is True by default; attention weights
-    are never returned; padded queries of self-attention give the output bias instead of a value,
-    as do queries with nothing to read (instead of NaN). What padding holds, and the gradient that
+    are never returned; padded queries give the output bias instead of a value, as do queries with
+    nothing to read (instead of NaN). What padding holds, and the gradient that
     comes back to its outputs, reaches no other token and no parameter.
 
     As many queries as keys are taken for one sequence, and each block of queries then always reads
     the keys at its own place: what the inputs are is decided by shapes and numbers, never by
     whether they are the same object, which checkpointing, sharding and tracing change. For
-    cross-attention of equally long sequences say ``cross_attention=True``, here or in the call; it
-    is right without, and may read one block more.
+    cross-attention say ``cross_attention=True``, here or in the call: only then a sample of a
+    padded batch chooses as it would alone. Without, the lengths of the batch decide, padding
+    included: where they are equal, a sample of it counts as one sequence that alone, with fewer
+    keys than queries, would not, and where they differ, a sample counts as two that alone, with as
+    many keys as queries, would be one. Outputs are right in any case; a row of one sequence may
+    read one block more, and its budget goes by the block at its place.
 
     Args:
         embed_dim: Model dimension; ``head_dim = embed_dim // num_heads``.
@@ -145,6 +150,7 @@ class MultiheadAdaptiveAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
+        query_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cross_attention: bool | None = None,
         return_pattern: bool = False,
@@ -169,6 +175,10 @@ class MultiheadAdaptiveAttention(nn.Module):
                 compared with the causal mask; with ``is_causal`` on a GPU it is trusted.
             average_attn_weights: No effect, as there are no weights.
             is_causal: Hide later keys (aligned bottom-right if the lengths differ).
+            query_padding_mask: ``(batch, q_len)``, like ``key_padding_mask``, of the queries of
+                cross-attention, which has to be said: by ``cross_attention=True``, or by ``kdim``
+                other than ``embed_dim``. A sample's output, choice and gradients are then those of
+                its real tokens alone. None: all queries are real.
             cu_seqlens: Packed documents, as in :class:`BlockSparseAdaptive`.
             cross_attention: Whether queries and keys are two sequences. None: what the layer was
                 made with; None there, too: if they differ in length or size.
@@ -181,8 +191,9 @@ class MultiheadAdaptiveAttention(nn.Module):
 
         Raises:
             TypeError: If an input has the wrong type.
-            ValueError: If shapes do not fit, a mask is given that blocks cannot express, or
-                ``cross_attention`` contradicts the lengths or another argument.
+            ValueError: If shapes do not fit, a mask is given that blocks cannot express,
+                ``cross_attention`` contradicts the lengths or another argument, or
+                ``query_padding_mask`` comes without it.
         """
         if need_weights:
             raise ValueError(
@@ -194,8 +205,14 @@ class MultiheadAdaptiveAttention(nn.Module):
                 "key_padding_mask excludes cu_seqlens; end cu_seqlens before the padding."
             )
         self._check(query, key, value)
+        if attn_mask is not None:
+            check_mask("attn_mask", attn_mask)
         batched = query.dim() == 3
         query, key, value = self._batch_first(query, key, value)
+        if query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"query and key must have one batch size, got {query.shape[0]} and {key.shape[0]}."
+            )
         batch, q_len, kv_len = query.shape[0], query.shape[1], key.shape[1]
         if attn_mask is not None and not (is_causal and attn_mask.device.type != "cpu"):
             is_causal = is_causal_mask(attn_mask, q_len, kv_len, batch * self.num_heads)
@@ -204,9 +221,12 @@ class MultiheadAdaptiveAttention(nn.Module):
         one_sequence = q_len == kv_len and not cross
         padding: KeyPadding | None = None
         queries: KeyPadding | None = None
+        if query_padding_mask is not None:
+            self._require_two_sequences(cross_attention, placed)
+            queries = KeyPadding.of("query_padding_mask", query_padding_mask, query, batched)
+            query = queries.move(query)
         if key_padding_mask is not None:
-            hidden = hidden_tokens(key_padding_mask if batched else key_padding_mask[None])
-            padding = KeyPadding.of(hidden, batch, kv_len, key.device)
+            padding = KeyPadding.of("key_padding_mask", key_padding_mask, key, batched)
             if is_causal and not one_sequence:
                 padding.require_at_the_end()
             elif one_sequence and not placed and cross is None:
@@ -214,13 +234,17 @@ class MultiheadAdaptiveAttention(nn.Module):
                 key, _, value = padding.compact(key, query, value, one_sequence=False)
                 query = queries.move(query)
             else:
-                queries = padding if one_sequence else None
+                queries = padding if one_sequence else queries
                 key, query, value = padding.compact(key, query, value, one_sequence)
+        key_lengths = None if padding is None else padding.lengths
+        if queries is not None and key_lengths is None:
+            # The layer takes lengths of queries beside those of keys alone.
+            key_lengths = torch.full_like(queries.lengths, kv_len)
         projected = self._project(query, key, value)
         result = self.attention(
             *projected,
             is_causal=is_causal,
-            key_lengths=None if padding is None else padding.lengths,
+            key_lengths=key_lengths,
             query_lengths=None if queries is None else queries.lengths,
             cu_seqlens=cu_seqlens,
             cross_attention=bool(cross),
@@ -259,6 +283,17 @@ class MultiheadAdaptiveAttention(nn.Module):
             )
         return cross
 
+    def _require_two_sequences(self, given: bool | None, placed: bool) -> None:
+        cross = self.cross_attention if given is None else given
+        said = self.embed_dim != self.kdim if cross is None else cross
+        if placed or not said:
+            raise ValueError(
+                "query_padding_mask needs cross_attention=True, in the call or in the constructor: "
+                "lengths, which are equal in some batches by chance, do not say whether queries "
+                "and keys are two sequences. In self-attention (cross_attention=False, is_causal) "
+                "key_padding_mask marks the queries too; end cu_seqlens before the padding."
+            )
+
     def get_sparsity_loss(self) -> Tensor:
         """That of the layer inside: :meth:`BlockSparseAdaptive.get_sparsity_loss`."""
         return self.attention.get_sparsity_loss()
@@ -274,15 +309,12 @@ class MultiheadAdaptiveAttention(nn.Module):
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         sizes = (("query", query, "embed_dim"), ("key", key, "kdim"), ("value", value, "vdim"))
         for name, x, size in sizes:
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
-            if x.is_nested:
+            if isinstance(x, Tensor) and x.is_nested:
                 raise TypeError(
                     f"{name} must not be a nested tensor; pack the sequences and pass cu_seqlens "
                     "(nn.TransformerEncoder: enable_nested_tensor=False)."
                 )
-            if not x.is_floating_point():
-                raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+            check_floating(name, x)
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(
                     f"{name} must have 3 dimensions like the other inputs, or 2 without a batch, "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.ops.token_rings import append_tokens
 
 # Tokens that the rings hold, in blocks: the newest token's block, the one before, and one more so
@@ -219,7 +220,11 @@ class SelectorState:
 
         Args:
             order: ``(new batch,)`` integers: as many samples as before, or more or fewer.
+
+        Raises:
+            TypeError: If ``order`` does not hold integers.
         """
+        check_integers("order", order)
         memory = self.filled()
         for item in fields(memory):
             tensor = getattr(memory, item.name)
@@ -265,6 +270,7 @@ class SelectorState:
                 samples stay as they are.
 
         Raises:
+            TypeError: If a tensor does not hold integers.
             ValueError: If more are to go than the rings hold (for ints: with tensors the host does
                 not know).
         """
@@ -280,6 +286,7 @@ class SelectorState:
             memory.lengths.clamp_(max=length)
             self.num_tokens = min(self.num_tokens, length)
         else:
+            check_integers("length", length)
             torch.minimum(memory.lengths, length.to(memory.lengths), out=memory.lengths)
             self.uniform = False
         self._after_cropping()
@@ -298,9 +305,12 @@ class SelectorState:
                 forget as many.
 
         Raises:
+            TypeError: If ``tokens`` does not hold integers.
             ValueError: If they are more than ``retractable``.
         """
         memory = self.filled()
+        if tokens is not None:
+            check_integers("tokens", tokens)
         if not 0 <= count <= self.retractable:
             raise ValueError(f"count must lie in [0, {self.retractable}], got {count}.")
         memory.lengths.sub_(count if tokens is None else tokens).clamp_(min=0)

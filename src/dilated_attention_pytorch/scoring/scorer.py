@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.called_module import CalledModule
+from dilated_attention_pytorch.dtypes import check_floating, check_integers
 from dilated_attention_pytorch.scoring.products import (
     finite_rows,
     score_products,
@@ -142,11 +143,19 @@ class ImportanceScorer(CalledModule):
         Returns:
             Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all), or
             ``(batch, pattern heads, pairs)`` for concatenated pairs.
+
+        Raises:
+            TypeError: If summaries are not floating point, or ``candidates`` no integers.
+            ValueError: If they have other sizes.
         """
         if compute is not None:
             return compute(query_summaries, key_summaries)
+        check_floating("query_summaries", query_summaries)
+        if candidates is not None:
+            check_integers("candidates", candidates)
         if key_summaries is None:
             return self._score_pairs(query_summaries)
+        check_floating("key_summaries", key_summaries)
         for name, x in (("query_summaries", query_summaries), ("key_summaries", key_summaries)):
             if x.shape[-1] != self.summary_dim:
                 raise ValueError(

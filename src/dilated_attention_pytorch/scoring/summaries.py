@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dilated_attention_pytorch.config import POOLINGS
+from dilated_attention_pytorch.dtypes import FLOATS, check_booleans, check_floating
 from dilated_attention_pytorch.mask import ceil_div
 
 
@@ -42,7 +43,8 @@ def block_summaries(
         zeros.
 
     Raises:
-        TypeError: If ``pooling`` is one name instead of a sequence.
+        TypeError: If ``pooling`` is one name instead of a sequence, ``x``, ``pool_query`` or
+            ``dtype`` is not floating point, or ``valid`` not boolean.
         ValueError: If a pooling is unknown, ``"attention"`` comes without ``pool_query``,
             ``block_size`` is not positive, or ``x`` has other dimensions.
 
@@ -53,6 +55,13 @@ def block_summaries(
     """
     if isinstance(pooling, str):
         raise TypeError(f"pooling must be a sequence of names, got {pooling!r}: ({pooling!r},).")
+    check_floating("x", x)
+    if pool_query is not None:
+        check_floating("pool_query", pool_query)
+    if valid is not None:
+        check_booleans("valid", valid)
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be one of {FLOATS} or None, got {dtype}.")
     if x.dim() != 4:
         raise ValueError(
             f"x must have shape (batch, seq_len, num_heads, head_dim), got {tuple(x.shape)}."

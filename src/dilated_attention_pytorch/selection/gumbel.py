@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import as_int
+from dilated_attention_pytorch.dtypes import check_booleans, check_floating, check_integers
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -88,8 +89,8 @@ def gumbel_softmax_topk(
         per row; relaxed weights sum to at most that.
 
     Raises:
-        TypeError: If ``scores`` is not floating point, ``k`` no integers, or ``allowed`` no
-            booleans.
+        TypeError: If ``scores`` or ``temperature`` is not floating point, ``k`` no integers, or
+            ``allowed`` no booleans.
         ValueError: If shapes do not fit, or k (an int; a tensor on the CPU) or the temperature is
             out of range.
 
@@ -98,16 +99,20 @@ def gumbel_softmax_topk(
         >>> gumbel_softmax_topk(torch.randn(4, 10), k=3).sum(-1)
         tensor([3., 3., 3., 3.])
     """
-    if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.dim():
-        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"scores must be a floating-point tensor (..., columns), got {got}.")
+    check_floating("scores", scores)
+    if not scores.dim():
+        raise ValueError("scores must be (..., columns), got a tensor without dimensions.")
     k, most = _columns_per_row(k, scores)
-    if not isinstance(temperature, Tensor) and not temperature > 0:
+    if isinstance(temperature, Tensor):
+        check_floating("temperature", temperature)
+    elif isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}.")
+    elif not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if allowed is None:
         allowed = torch.ones_like(scores, dtype=torch.bool)
-    elif allowed.dtype != torch.bool:
-        raise TypeError(f"allowed must hold booleans, got {allowed.dtype}.")
+    else:
+        check_booleans("allowed", allowed)
     allowed = allowed.expand(scores.shape)
     k = torch.minimum(k, allowed.sum(-1))
     logits = scores + gumbel_noise(scores, generator).to(scores.dtype) if noise else scores
@@ -127,8 +132,7 @@ def _columns_per_row(k: int | Tensor, scores: Tensor) -> tuple[Tensor, int]:
         if not 0 <= k <= columns:
             raise ValueError(f"k must lie in [0, {columns}] (the columns of scores), got {k}.")
         return torch.full(rows, k, dtype=torch.long, device=scores.device), k
-    if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
-        raise TypeError(f"k must hold integers, got {k.dtype}.")
+    check_integers("k", k)
     if k.shape != rows:
         raise ValueError(
             f"k must have one entry per row of scores, shape {tuple(rows)}, got {tuple(k.shape)}."

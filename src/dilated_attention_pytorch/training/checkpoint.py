@@ -109,7 +109,10 @@ def newest_checkpoint(folder: Path) -> Path:
     """
     found = list_checkpoints(folder)
     if not found:
-        raise CheckpointError(f"no checkpoint in {folder}: nothing to resume.")
+        raise CheckpointError(
+            f"no checkpoint in {folder}: nothing to resume. Name the --out of a run, or start one "
+            "without --resume."
+        )
     return found[-1]
 
 

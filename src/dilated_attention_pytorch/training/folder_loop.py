@@ -198,9 +198,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
         Raises:
             CheckpointError: If the text, or a model that is read, has changed.
         """
-        found = self.inputs()
-        # Earlier versions noted none.
-        saved = state.get("inputs", found)
+        found, saved = self.inputs(), state.get("inputs", {})
         for name in sorted({*found, *saved}):
             own, other = found.get(name, "none"), saved.get(name, "none")
             if own != other:

@@ -55,9 +55,20 @@ def found(step: CacheStep, before: Tensor | None) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("room", [None, 9])
 def test_left_padding(room: int | None) -> None:
-    step = step_of(["xxxxx", "--xxx", "---xx"], 2, room)
+    step = step_of(["xxxxx", "--xxx", "-xxxx"], 2, room)
     assert (step.place, step.end) == (3, 5)
-    assert found(step, seen("xxx", "--x", "---")) == [(None, True, 2, False, [0, 2, 3])]
+    assert found(step, seen("xxx", "--x", "-xx")) == [(None, True, 2, False, [0, 2, 1])]
+
+
+def test_samples_that_begin_are_apart() -> None:
+    """Their tokens are a prompt; those of the others follow tokens."""
+    step = step_of(["xxxxx", "--xxx", "---xx"], 2)
+    before = seen("xxx", "--x", "---")
+    assert found(step, before) == [
+        ([0, 1], True, 2, False, [0, 2]),
+        ([2], True, 2, False, [3]),
+    ]
+    assert [part.begun for part in step.parts(before)] == [True, False]
 
 
 @pytest.mark.parametrize("room", [None, 9])

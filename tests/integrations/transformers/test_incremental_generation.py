@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import pickle
 from collections import Counter
@@ -318,6 +319,96 @@ def test_samples_of_a_cache_are_repeated_selected_and_reordered() -> None:
     assert not changes
     assert count["decode"] == 100
     assert not count["forward"]
+
+
+def in_chunks(model: Any, ids: Tensor, mask: Tensor, cuts: list[int]) -> Tensor:
+    """Logits of a prompt that comes in chunks, which end at ``cuts``."""
+    cache, out = DynamicCache(config=model.config), []
+    for first, last in zip([0, *cuts], cuts, strict=False):
+        out.append(feed(model, cache, ids[:, first:last], mask[:, :last]))
+    return torch.cat(out, 1)
+
+
+# Budgets of a row that hang on nothing behind it, and those that do.
+BY_ROW = {"budget": "fixed", "num_selected_blocks": 2}
+BY_LENGTH = [{}, {"budget": "fixed"}, {"budget": "threshold"}]
+
+
+@pytest.mark.parametrize("scorer", ["bilinear", "low_rank"])
+def test_chunks_that_end_with_blocks_of_every_sample_give_the_same_tokens(scorer: str) -> None:
+    """With ``query_scope="block"``: a block in two chunks chooses twice, by its halves."""
+    config = AdaptiveConfig(block_size=8, query_stride=2, scorer=scorer, **BY_ROW)
+    ids, mask = tokens(length=72), torch.ones(2, 72, dtype=torch.long)
+
+    def generated(padding: int, chunk: int | None) -> Any:
+        mask[1] = torch.arange(72) >= padding
+        return generate(model, ids, mask, prefill_chunk_size=chunk, new=6)
+
+    model = tiny_model()
+    with adapt(model, config):
+        assert_same(generated(16, 24), generated(16, None))
+        whole, split = generated(5, None), generated(5, 24)
+        assert_same(generated(5, None), whole)
+        for n, alike in ((0, True), (1, False)):
+            same = torch.allclose(split.scores[0][n], whole.scores[0][n], atol=2e-4, rtol=2e-4)
+            assert same == alike
+    past = dataclasses.replace(config, query_scope="past")
+    with adapt(model, past):
+        assert_same(generated(5, 23), generated(5, None))
+
+
+@pytest.mark.parametrize("settings", [BY_ROW, *BY_LENGTH])
+@torch.no_grad()
+def test_budgets_of_blocks_go_by_the_tokens_so_far(settings: dict[str, Any]) -> None:
+    """So that whole blocks in every chunk are not enough with shares and thresholds."""
+    model, ids = tiny_model(), tokens(1, 72)
+    with adapt(model, AdaptiveConfig(base_sparsity=0.6, block_size=8, **settings)) as adapted:
+        if "threshold" in settings.values():
+            for selector in adapted.selectors.values():
+                selector.set_thresholds(ThresholdTable((20, 60), (0.3, 0.08)))
+        found = in_chunks(model, ids, torch.ones_like(ids), [40, 72])
+        whole = model(ids, use_cache=False).logits
+    assert torch.allclose(found, whole, atol=2e-4, rtol=2e-4) == (settings == BY_ROW)
+
+
+@pytest.mark.parametrize("settings", [BY_ROW, *BY_LENGTH])
+@pytest.mark.parametrize("scope", ["block", "past"])
+@pytest.mark.parametrize("padding", [5, 16, 41, 45])
+@torch.no_grad()
+def test_a_padded_sample_in_chunks_is_what_it_is_alone_in_the_same_chunks(
+    settings: dict[str, Any], scope: str, padding: int
+) -> None:
+    """Also where the first chunks are padding, or padding but for a few tokens."""
+    config = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope=scope, **settings)
+    model, ids, cuts = tiny_model(), tokens(2, 72), [20, 45, 66, 72]
+    mask = torch.ones(2, 72, dtype=torch.long)
+    mask[1, :padding] = 0
+    own_ids = ids[1:, padding:]
+    with adapt(model, config) as adapted:
+        if config.budget == "threshold":
+            for selector in adapted.selectors.values():
+                selector.set_thresholds(ThresholdTable((20, 60), (0.3, 0.08)))
+        together = in_chunks(model, ids, mask, cuts)
+        own_cuts = [cut - padding for cut in cuts if cut > padding]
+        alone = in_chunks(model, own_ids, torch.ones_like(own_ids), own_cuts)
+        torch.testing.assert_close(together[1:, padding:], alone, atol=2e-4, rtol=2e-4)
+        whole = model(own_ids, use_cache=False).logits
+        if scope == "past" or padding <= 16:
+            # Of the shortest samples too few blocks are left out for the halves to differ.
+            assert torch.allclose(alone, whole, atol=2e-4, rtol=2e-4) == (scope == "past")
+
+
+@torch.no_grad()
+def test_a_few_tokens_in_a_chunk_of_padding_decode_one_by_one() -> None:
+    """As they do without the padding, behind tokens of the same sample."""
+    model, ids = tiny_model(), tokens(1, 70)
+    mask = torch.ones(1, 70, dtype=torch.long)
+    mask[:, 44:60] = 0
+    own_ids = ids[:, mask[0].bool()]
+    with adapt(model, AdaptiveConfig(base_sparsity=0.6, block_size=8)):
+        padded = in_chunks(model, ids, mask, [40, 64, 70])[:, mask[0].bool()]
+        alone = in_chunks(model, own_ids, torch.ones_like(own_ids), [40, 48, 54])
+    torch.testing.assert_close(padded, alone, atol=2e-4, rtol=2e-4)
 
 
 @torch.no_grad()

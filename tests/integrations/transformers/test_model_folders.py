@@ -18,6 +18,7 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.integrations.transformers.job import folder_digest
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
+from dilated_attention_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
 
 DISTILL = ["--steps", "2", "--seq-len", "64", "--block-size", "16", "--base-sparsity", "0.5",
            "--validation-windows", "1", "--checkpoint-every", "1", "--log-every", "1"]  # fmt: skip
@@ -132,5 +133,12 @@ def test_a_resumed_run_notices_another_model_and_another_maker(
     save_file(tensors, weights, metadata={"format": "pt"})
     error = refused(capsys, 1, *resume, *files)
     assert "the model has changed since the checkpoint of step 2" in error
+    # Nor does a checkpoint pass that says nothing of the model.
+    path = out / "checkpoints" / "step-00000002.pt"
+    state = load_checkpoint(path)
+    del state["inputs"]
+    own_fields = {"format", "version", "step"}
+    save_checkpoint(path.parent, 2, {k: v for k, v in state.items() if k not in own_fields})
+    assert "its digest was none, and is now" in refused(capsys, 1, *resume, *files)
     shutil.rmtree(own)
     assert "no folder" in refused(capsys, 1, *resume, *files)

@@ -3,6 +3,7 @@
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import (
     AdapterError,
+    AdapterWarning,
     SelectorAdapter,
     load_adapter,
     save_adapter,
@@ -16,6 +17,7 @@ __all__ = [
     "FAMILIES",
     "AdaptedModel",
     "AdapterError",
+    "AdapterWarning",
     "SelectorAdapter",
     "adapt",
     "fit_low_rank",

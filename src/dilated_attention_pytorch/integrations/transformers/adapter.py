@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from dilated_attention_pytorch.integrations.transformers.adapter_file import (
     WEIGHTS_NAME,
     AdapterContent,
     AdapterError,
+    AdapterWarning,
     check_fit,
     read_adapter,
     write_adapter,
@@ -32,6 +34,7 @@ from dilated_attention_pytorch.integrations.transformers.adapter_file import (
 from dilated_attention_pytorch.integrations.transformers.base_identity import (
     base_identity,
     difference,
+    slight_difference,
 )
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
 from dilated_attention_pytorch.integrations.transformers.offloaded import real_values
@@ -41,6 +44,7 @@ __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
     "AdapterError",
+    "AdapterWarning",
     "SelectorAdapter",
     "load_adapter",
     "save_adapter",
@@ -124,13 +128,27 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         return SelectorAdapter(self.configs, self.tensors, self.base, self.versions, tuple(costs))
 
     def check_base(self, model: Any) -> None:
-        """Raises AdapterError if the selectors were made for another model than this one."""
-        found = difference(self.base, base_identity(model, find_attention(model)))
+        """Raises AdapterError if the selectors were made for another model than this one.
+
+        Where the weights are near but differ by more than a precision rounds, or low-rank changes
+        are missing or others, it warns (:class:`AdapterWarning`).
+        """
+        own = base_identity(model, find_attention(model))
+        made_for = f"({self.base.get('name') or 'unnamed'}, {self.base.get('model_type')})"
+        found = difference(self.base, own)
         if found:
             raise AdapterError(
-                f"the adapter was made for another base model ({self.base.get('name') or 'unnamed'}"
-                f", {self.base.get('model_type')}): {found}. Load that model, or distil an adapter "
-                "for this one."
+                f"the adapter was made for another base model {made_for}: {found}. Load that "
+                "model, or distil an adapter for this one."
+            )
+        found = slight_difference(self.base, own)
+        if found:
+            warnings.warn(
+                f"the adapter was made for a base model {made_for} that is not quite this one: "
+                f"{found}. It is used all the same and may choose worse; load the model and the "
+                "low-rank changes that it was made with, or distil an adapter for this model.",
+                AdapterWarning,
+                stacklevel=3,
             )
 
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:

@@ -30,8 +30,9 @@ from dilated_attention_pytorch.strict_json import (
 from dilated_attention_pytorch.tensor_file import MAX_FILE, parse_tensors, tensor_bytes
 
 FORMAT = "dilated_attention_pytorch.adapter"
-# Version 2 may hold costs of the layers; files of version 1 hold none. Earlier ones have no digest.
-VERSION, READABLE = 2, (1, 2)
+# Version 2 may hold costs of the layers, version 3 holds signatures of all weights of the base.
+# Earlier files have no digest.
+VERSION, READABLE = 3, (1, 2, 3)
 CONFIG_NAME = "adapter.json"
 WEIGHTS_NAME = "selectors.safetensors"
 
@@ -44,6 +45,10 @@ _LARGEST_LENGTH = 2**40
 
 class AdapterError(ValueError):
     """An adapter is missing, damaged or of another base; the message says what to do."""
+
+
+class AdapterWarning(UserWarning):
+    """The base is near the one that an adapter was made for, but not the same."""
 
 
 @dataclass(frozen=True, eq=False)

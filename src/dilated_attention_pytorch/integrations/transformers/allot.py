@@ -213,17 +213,17 @@ def read_costs(
         return {}
     try:
         parsed = parse_json(content, str(path))
-        # Earlier versions knew neither the model nor a digest.
-        state = unsealed(parsed, str(path), required=isinstance(parsed, dict) and "model" in parsed)
+        state = unsealed(parsed, str(path), required=True)
         if unknown := set(state) - {*identity, "costs"}:
             raise ValueError(f"it holds the unknown {short_repr(sorted(unknown))}.")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error} Remove it to measure anew.") from error
     for name, own in identity.items():
-        if state.get(name, own if name == "model" else None) != own:
+        if state.get(name) != own:
+            difference = _named(name, state.get(name), own)
             raise FileExistsError(
-                f"{path.parent} holds the costs of another job ({name} differs); name another "
-                "folder, or remove this one to measure anew."
+                f"{path.parent} holds the costs of another job: {difference}. Name another folder, "
+                "or remove this one to measure anew."
             )
     costs = state.get("costs")
     if not isinstance(costs, dict) or set(costs) != {str(length) for length in job.lengths}:
@@ -245,6 +245,18 @@ def read_costs(
             )
         measured[length] = found
     return measured
+
+
+def _named(name: str, there: Any, here: Any) -> str:
+    """What differs: of the job's settings those that do, of all else the digests."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        a, b = (x[:16] if isinstance(x, str) else "none" for x in (there, here))
+        return f"the {name} had the digest {a} there and has {b} here"
+    differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    return ", ".join(
+        f"{key} is {short_repr(there.get(key))} there and {short_repr(here.get(key))} here"
+        for key in differing
+    )
 
 
 def _fingerprint(adapter: Path) -> str:

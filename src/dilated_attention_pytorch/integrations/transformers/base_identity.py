@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
 from dilated_attention_pytorch.integrations.transformers.offloaded import real_values
 from dilated_attention_pytorch.strict_json import short_repr
@@ -19,13 +21,23 @@ _CONFIG_FIELDS = (
 # Rounding weights to bfloat16 moves a signature by some 0.002; another model's are as far as
 # independent standard normal numbers.
 _TOLERANCE = 0.05
+# Above what rounding to bfloat16 moves one by.
+_ROUNDING = 0.01
+# Numbers of a tensor that its signature in ``weights`` is made of.
+_SAMPLE = 4096
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# What names of parameters lose: where a model stands in another one, and what peft puts in between.
+_PLACES = re.compile(r"^(?:base_model\.)?(?:model\.)*|(?<=\.)base_layer\.")
+_CHANGES = "low-rank changes"
+_NAME = re.compile(r"[A-Za-z0-9_. -]{1,200}")
 
 
 def base_identity(model: Any, sites: list[AttentionSite]) -> dict[str, Any]:
     """What an adapter remembers of its base: sizes, name, and a signature of the weights.
 
     The signature of a query or key projection is its product with fixed random signs, divided by
-    its norm: about a standard normal number, close for close weights.
+    its norm: about a standard normal number, close for close weights. ``weights`` holds one for
+    every parameter, of a sample of its numbers, and for low-rank changes.
 
     Returns:
         Values for JSON.
@@ -43,6 +55,7 @@ def base_identity(model: Any, sites: list[AttentionSite]) -> dict[str, Any]:
         ]
         for site in sites
     }
+    identity["weights"] = _weights(model)
     return identity
 
 
@@ -67,7 +80,64 @@ def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
         # Numbers that are none are near nothing.
         if any(not abs(a - b) <= _TOLERANCE for a, b in zip(numbers, other, strict=True)):
             return f"the weights of attention layer {layer} differ"
+    for name, (a, b) in _pairs(saved, found).items():
+        if not name.startswith(_CHANGES) and not abs(a - b) <= _TOLERANCE:
+            return f"{name} differs: its signature is {a:g} there and {b:g} here"
     return None
+
+
+def slight_difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Says how two bases differ that are the same to :func:`difference`, or returns None.
+
+    Weights that were trained a little, and low-rank changes that one of them lacks or that are
+    others; not what another precision rounds.
+    """
+    pairs = _pairs(saved, found)
+    # Low-rank changes first: all else may follow from them.
+    for name in sorted(pairs, key=lambda name: (not name.startswith(_CHANGES), name)):
+        a, b = pairs[name]
+        if not abs(a - b) <= _ROUNDING:
+            return f"the signature of {name} is {a:g} there and {b:g} here"
+    return None
+
+
+def _pairs(saved: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Signatures of both by name; low-rank changes that are none have 0."""
+    if "weights" not in saved:
+        # Earlier versions noted none.
+        return {}
+    there, here = saved["weights"], found["weights"]
+    # A model may be without its head, or hold quantised weights, of which no signature is known.
+    names = [
+        name
+        for name in sorted({*there, *here})
+        if name.startswith(_CHANGES) or (name in there and name in here)
+    ]
+    return {name: (there.get(name, 0.0), here.get(name, 0.0)) for name in names}
+
+
+def _weights(model: nn.Module) -> dict[str, float]:
+    """Signatures of all parameters that are plain numbers, without the selectors' own.
+
+    Low-rank changes are taken together by layer.
+    """
+    found: dict[str, float] = {}
+    # One by one: an offloaded model need not fit into memory.
+    for name, parameter in list(model.named_parameters()):
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+        # The first factor of a low-rank change alone changes nothing.
+        if not plain or not parameter.numel() or f".{SELECTOR}." in name or "lora_A" in name:
+            continue
+        flat = real_values(model, {name: parameter})[name].detach().flatten()
+        value = _signature(flat[:: flat.numel() // _SAMPLE | 1])
+        if "lora_" in name:
+            layer = _LAYER.search(name)
+            place = f"{_CHANGES} of layer {layer[1]}" if layer else _CHANGES
+            # A factor of zeros, as before the training, has 0.
+            found[place] = round(found.get(place, 0.0) + value, 4)
+        else:
+            found[_PLACES.sub("", name)] = value
+    return found
 
 
 def _signature(weight: Tensor) -> float:
@@ -83,7 +153,8 @@ def _signature(weight: Tensor) -> float:
 def check_identity(saved: dict[str, Any]) -> None:
     """Raises ValueError unless these are values that :func:`base_identity` could have returned."""
     expected = {*_CONFIG_FIELDS, "head_dim", "name", "signature"}
-    if set(saved) != expected:
+    # Files of versions 1 and 2 hold no "weights".
+    if set(saved) - {"weights"} != expected:
         raise ValueError(f"base must hold {sorted(expected)}, got {short_repr(sorted(saved))}.")
     for name in ("model_type", "name"):
         if not isinstance(saved[name], str):
@@ -99,11 +170,18 @@ def check_identity(saved: dict[str, Any]) -> None:
             "signature of the base must hold two finite numbers for each layer, got "
             f"{short_repr(signature)}."
         )
+    weights = saved.get("weights", {})
+    if not isinstance(weights, dict) or not all(
+        _NAME.fullmatch(name) and _is_finite(value) for name, value in weights.items()
+    ):
+        raise ValueError(
+            f"weights of the base must be finite numbers by name, got {short_repr(weights)}."
+        )
 
 
 def _is_signature(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(type(x) in (int, float) and math.isfinite(x) for x in value)
-    )
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_finite, value))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -22,6 +22,7 @@ class Part:
         followed: Whether the cache holds tokens and padding where it did before.
         new: Of the new places, those that hold tokens.
         gaps: Whether padding stands between tokens or behind the last.
+        begun: Whether the places before hold tokens of theirs.
         starts: ``(samples,)`` int64 place of each one's first token; None: all 0, or ``gaps``.
     """
 
@@ -29,6 +30,7 @@ class Part:
     followed: bool
     new: int
     gaps: bool = False
+    begun: bool = True
     starts: Tensor | None = None
 
 
@@ -101,17 +103,19 @@ class CacheStep:
         starts = torch.where(seen.any(1), seen.int().argmax(1), self.end)
         gaps = seen.sum(1) != self.end - starts
         kinds: dict[tuple[int, ...], list[int]] = {}
-        rows = torch.stack([same.long(), new.sum(1), gaps.long()], 1).tolist()
+        begun = old.any(1)
+        rows = torch.stack([same.long(), new.sum(1), gaps.long(), begun.long()], 1).tolist()
         for number, row in enumerate(rows):
             kinds.setdefault(tuple(row), []).append(number)
         parts = []
-        for (followed, count, broken), numbers in kinds.items():
+        for (followed, count, broken, had), numbers in kinds.items():
             samples = None
             if len(kinds) > 1:
                 samples = torch.tensor(numbers, dtype=torch.long, device=seen.device)
             own = starts if samples is None else starts[samples]
+            starts_of_part = None if broken else own
             parts.append(
-                Part(samples, bool(followed), count, bool(broken), None if broken else own)
+                Part(samples, bool(followed), count, bool(broken), bool(had), starts_of_part)
             )
         return parts
 

@@ -105,7 +105,8 @@ class CachedAttention:
         if not part.followed:
             state.reset()
             return self._look_at_all(state)
-        if one_by_one and q_len > MOST_CHOICES:
+        # As without the padding, where the first tokens are a prompt.
+        if one_by_one and (part.new > MOST_CHOICES or not part.begun):
             return self._look_at_all(state)
         query, key, value = self._cached()
         state.starts = part.starts

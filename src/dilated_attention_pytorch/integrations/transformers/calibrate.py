@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
@@ -48,10 +49,12 @@ def calibrate(
         windows: Windows per length, spread over the text.
 
     Raises:
+        TypeError: If ``tokens`` does not hold integers.
         ValueError: If the text is shorter than the shortest length.
         RuntimeError: If the thresholds are offloaded (``offload_buffers=True``).
     """
     check_sparsity("sparsity", sparsity)
+    check_integers("tokens", tokens)
     chosen = calibrated_selectors(adapted)
     if not chosen:
         return

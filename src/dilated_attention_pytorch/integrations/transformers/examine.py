@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
 from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
+from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.token_texts import token_texts
@@ -35,7 +36,11 @@ def record_adapted(
 
     Returns:
         One sample per window; layers are named by their numbers.
+
+    Raises:
+        TypeError: If ``windows`` does not hold integers.
     """
+    check_integers("windows", windows)
     recording = record(
         adapted.model.base_model,
         [
@@ -73,8 +78,10 @@ def diagnose_adapted(
         history: See :func:`diagnose`.
 
     Raises:
+        TypeError: If ``windows`` does not hold integers.
         ValueError: If no selector learns (``TrainingFreeConfig``).
     """
+    check_integers("windows", windows)
     measures = [
         measure_selectors(adapted.model, window[None], lambda _, batch: _loss(adapted, batch))
         for window in windows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
@@ -36,8 +37,10 @@ def fit_low_rank(
         windows: Windows, spread over the text.
 
     Raises:
+        TypeError: If ``tokens`` does not hold integers.
         ValueError: If there are no tokens.
     """
+    check_integers("tokens", tokens)
     scorers = {
         number: selector.scorer
         for number, selector in adapted.selectors.items()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.calibrate import (
     threshold_samples,
@@ -50,8 +51,10 @@ def measure_costs(
         A layer and its costs in nats per token, for :class:`SparsityCosts`.
 
     Raises:
+        TypeError: If ``windows`` does not hold integers.
         ValueError: If a sparsity is not in [0, 1).
     """
+    check_integers("windows", windows)
     for value in sparsities:
         check_sparsity("sparsities", value)
     inputs = windows[:, :-1]

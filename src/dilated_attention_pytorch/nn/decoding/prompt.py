@@ -22,7 +22,7 @@ from dilated_attention_pytorch.nn.decoding.settings import (
 )
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
-from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_lengths, make_mask
 from dilated_attention_pytorch.selection.running_budget import running_budget, share_units
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def remember(
     layer.check_inputs(query, key, key)
     _check_prompt(query, key, state, query_offset)
     batch, length = key.shape[:2]
+    for name, x in (("starts", starts), ("query_offset", query_offset)):
+        if x is not None:
+            check_lengths(name, x, (batch,), key.device)
     mask = make_mask(batch, length, length, device=key.device, causal=True, key_lengths=key_lengths)
     valid = None
     if key_lengths is not None:

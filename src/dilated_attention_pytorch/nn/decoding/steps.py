@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.nn.decoding.choice import choose as choose_blocks
 from dilated_attention_pytorch.nn.decoding.prompt import allocate
 from dilated_attention_pytorch.nn.decoding.settings import check_layer, sums_mass
@@ -36,7 +37,10 @@ def decode(
 ) -> Tensor:
     """See :meth:`BlockSparseAdaptive.decode`."""
     check_layer(layer)
-    layer.check_inputs(query, key_cache, value_cache)
+    layer.check_inputs(query, key_cache, value_cache, cached=True)
+    for name, x in (("selector_query", selector_query), ("selector_key", selector_key)):
+        if x is not None:
+            check_floating(name, x)
     new = query.shape[1]
     if choose is not None and new != 1:
         raise ValueError(f"choose needs one new token, got {new}; leave it None.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.pattern import BlockPattern
 
@@ -115,43 +116,49 @@ def autocasting(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, cached: bool = False) -> None:
     """Checks layout, dtypes, devices and head counts of the three inputs.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+        value: Shaped like ``key``.
+        cached: Call keys and values ``key_cache`` and ``value_cache`` in errors.
 
     Raises:
         TypeError: If one is not a floating-point tensor, or the dtypes differ.
         ValueError: If shapes or devices disagree.
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
+    names = ("query", "key_cache", "value_cache") if cached else ("query", "key", "value")
+    for name, x in zip(names, (query, key, value), strict=True):
+        check_floating(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must be (batch, seq_len, num_heads, head_dim), got shape {tuple(x.shape)}."
             )
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}; call .float() on it.")
     if not autocasting(query.device) and not query.dtype == key.dtype == value.dtype:
         raise TypeError(
-            "query, key and value must share one dtype, got "
+            f"{', '.join(names)} must share one dtype, got "
             f"{query.dtype}, {key.dtype}, {value.dtype}; cast them or use autocast."
         )
     if not query.device == key.device == value.device:
         raise ValueError(
-            "query, key and value must be on one device, got "
+            f"{', '.join(names)} must be on one device, got "
             f"{query.device}, {key.device}, {value.device}."
         )
     if key.shape != value.shape:
         raise ValueError(
-            f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}."
+            f"{names[1]} and {names[2]} must have one shape, got {tuple(key.shape)} and "
+            f"{tuple(value.shape)}."
         )
     if query.shape[0] != key.shape[0]:
         raise ValueError(
-            f"query and key must have one batch size, got {query.shape[0]} and {key.shape[0]}."
+            f"query and {names[1]} must have one batch size, got {query.shape[0]} and "
+            f"{key.shape[0]}."
         )
     if query.shape[3] != key.shape[3]:
         raise ValueError(
-            f"query and key must have one head_dim, got {query.shape[3]} and {key.shape[3]}."
+            f"query and {names[1]} must have one head_dim, got {query.shape[3]} and {key.shape[3]}."
         )
     if query.shape[3] < 1:
         raise ValueError("query must have a head_dim of at least 1, got 0.")
@@ -184,7 +191,7 @@ def make_mask(
         ValueError: If shapes or values do not fit, or arguments exclude each other.
     """
     if key_lengths is not None:
-        _check_integers("key_lengths", key_lengths, (batch,), device)
+        check_lengths("key_lengths", key_lengths, (batch,), device)
         if readable(key_lengths) and bool(((key_lengths < 0) | (key_lengths > kv_len)).any()):
             raise ValueError(
                 f"key_lengths must lie in [0, {kv_len}] (the tokens of key), got "
@@ -197,7 +204,7 @@ def make_mask(
         q_len, kv_len = int(q_len), int(kv_len)
     offset: int | Tensor = kv_len - q_len
     if isinstance(query_offset, Tensor):
-        _check_integers("query_offset", query_offset, (batch,), device)
+        check_lengths("query_offset", query_offset, (batch,), device)
         offset = query_offset.clamp(-q_len, kv_len)
     elif isinstance(query_offset, int):
         offset = min(max(query_offset, -q_len), kv_len)
@@ -240,7 +247,7 @@ def document_numbers(cu_seqlens: Tensor, batch: int, length: int, device: torch.
             f"cu_seqlens must be (documents + 1,) with batch 1 or (batch={batch}, documents + 1), "
             f"got shape {tuple(cu_seqlens.shape)}."
         )
-    _check_integers("cu_seqlens", rows, tuple(rows.shape), device)
+    check_lengths("cu_seqlens", rows, tuple(rows.shape), device)
     if readable(rows) and (
         bool((rows[:, 0] != 0).any())
         or bool((rows[:, 1:] < rows[:, :-1]).any())
@@ -260,7 +267,13 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_integers(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_lengths(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Checks lengths or places of samples.
+
+    Raises:
+        TypeError: If they are not int32 or int64.
+        ValueError: If shape or device do not fit.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be an integer Tensor, got {type(x).__name__}.")
     if x.dtype not in (torch.int32, torch.int64):
@@ -276,10 +289,7 @@ def _check_per_slot(
 ) -> Tensor | None:
     if x is None:
         return None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}.")
+    check_floating(name, x)
     if x.dim() != 4 or (x.shape[0] != 1 and x.shape[0] != slots[0]) or x.shape[1:] != slots[1:]:
         raise ValueError(
             f"{name} must be shaped like pattern.kv_indices {tuple(slots)} (or with batch 1), got "

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import ceil_div
-from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_qkv, readable
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
+    check_lengths,
+    check_qkv,
+    readable,
+)
 from dilated_attention_pytorch.pattern import check_list_values
 
 
@@ -76,7 +81,7 @@ def check_arguments(
     block_bias: Tensor | None,
 ) -> DecodeArguments:
     """Validates and normalises; see ``block_sparse_decode`` for the meaning of each."""
-    check_qkv(query, key_cache, value_cache)
+    check_qkv(query, key_cache, value_cache, cached=True)
     batch, new, num_heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key_cache, value_cache)):
@@ -89,9 +94,9 @@ def check_arguments(
         raise ValueError(f"block_size must be positive, got {block_size}.")
     if lengths is None:
         lengths = torch.full((batch,), key_cache.shape[1], dtype=torch.long, device=query.device)
-    _check_per_sample("lengths", lengths, batch, query.device)
+    check_lengths("lengths", lengths, (batch,), query.device)
     if starts is not None:
-        _check_per_sample("starts", starts, batch, query.device)
+        check_lengths("starts", starts, (batch,), query.device)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
@@ -99,6 +104,7 @@ def check_arguments(
     elif not abs(scale) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scale must be finite in float32, got {scale}.")
     if block_bias is not None:
+        check_floating("block_bias", block_bias)
         if block_bias.shape != kv_indices.shape:
             raise ValueError(
                 f"block_bias must be shaped like kv_indices {tuple(kv_indices.shape)}, got "
@@ -125,6 +131,8 @@ def _check_lists(
     device: torch.device,
 ) -> None:
     for name, x in (("kv_num_blocks", counts), ("kv_indices", indices)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
         if x.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {x.dtype}; call .int() on it.")
         if x.device != device:
@@ -137,17 +145,6 @@ def _check_lists(
             f"batch={batch}, n={new} (or 1) and 1, {kv_heads} or {num_heads} heads, got "
             f"{tuple(counts.shape)} and {tuple(indices.shape)}."
         )
-
-
-def _check_per_sample(name: str, x: Tensor, batch: int, device: torch.device) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}.")
-    if tuple(x.shape) != (batch,):
-        raise ValueError(f"{name} must have shape {(batch,)}, got {tuple(x.shape)}.")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device} like query, got {x.device}.")
 
 
 def check_values(args: DecodeArguments) -> None:
