@@ -176,10 +176,7 @@ def test_a_traced_layer_computes_the_same() -> None:
 
 
 def crossing(scorer: str = "bilinear", budget: str = "adaptive") -> MultiheadAdaptiveAttention:
-    pooling = ("attention",) if scorer == "prototypes" else ("mean", "max")
-    config = AdaptiveConfig(
-        base_sparsity=0.5, block_size=8, scorer=scorer, budget=budget, pooling=pooling
-    )
+    config = AdaptiveConfig(base_sparsity=0.5, block_size=8, scorer=scorer, budget=budget)
     ours = make(config, cross_attention=True)
     if budget == "threshold":
         ours.attention.set_thresholds(ThresholdTable((20, 60), (0.3, 0.08)))
