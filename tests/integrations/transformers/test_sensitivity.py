@@ -131,7 +131,7 @@ def test_adapters_without_costs_and_of_version_1_are_read(tmp_path: Path) -> Non
         save_adapter(adapted, tmp_path / "a")
     path = tmp_path / "a" / "adapter.json"
     about = json.loads(path.read_text())
-    assert about["version"] == 2
+    assert about["version"] == 3
     assert "costs" not in about
     path.write_text(json.dumps({**about, "version": 1}))
     with load_adapter(model, tmp_path / "a") as adapted:
