@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,8 +36,8 @@ class AdaptiveSparsityTrainer:
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block), at the latest after ``annealing_steps``. Layers that say so
-    already, as trained ones do, and those whose selector is not taught by the mass of its tiles
-    or whose budget is no share, are left as they are.
+    already, as trained ones do, those whose selector is not taught by the mass of its tiles or whose
+    budget is no share, and those that were set to a sparsity of their own, are left as they are.
 
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.
@@ -232,7 +233,18 @@ class AdaptiveSparsityTrainer:
         """When a layer has its sparsity, as far as that is known before the first step."""
         if self.dense_steps is not None or self.sparsity_warmup_steps:
             return (self.dense_steps or 0) + self._warmup
-        return -1 if _has_start(layer) else 0
+        if not _has_start(layer):
+            return 0
+        keep, dense = layer.densest, 1 - self.initial_sparsity
+        goal = 1 - layer.config.base_sparsity
+        if math.isclose(keep, dense, rel_tol=1e-6):
+            return -1
+        if math.isclose(keep, goal, rel_tol=1e-6):
+            # Trained weights whose schedules were not saved hold how far their layer had come.
+            return 0 if self.current_step else -1
+        left = math.log(keep / goal) / math.log(dense / goal) if dense != goal else 0.0
+        moving = self.current_step > 0 and 0 < left < 1
+        return self.current_step + round(left * self._warmup) if moving else 0
 
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
