@@ -8,7 +8,9 @@ the two kinds of rows gets more attention from its last block deserves more bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +71,6 @@ class HeldBudget:
             row = state[_NOW if training else _NEXT].clone()
         return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves)
 
-    @torch.no_grad()
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
 
@@ -81,14 +82,16 @@ class HeldBudget:
         """
         if not self.moves:
             return
-        asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
-        shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
-        level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
-        threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
-        free = (keep < 1) & torch.isfinite(shared + kept)
-        by_scores = free & (self.even < 1)
-        self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
-        self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
+        # Not as a decorator: torch.compile knows no methods of objects of its own that have one.
+        with torch.no_grad():
+            asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
+            shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
+            level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
+            threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
+            free = (keep < 1) & torch.isfinite(shared + kept)
+            by_scores = free & (self.even < 1)
+            self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
+            self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
 
 
 def peak_of(state: Tensor) -> Tensor:
@@ -113,16 +116,19 @@ class MarginEvidence:
     by_score: Tensor | None
     keep: Tensor
 
-    @torch.no_grad()
+    def ask(self) -> tuple[Callable[..., None], Tensor, Tensor, Tensor | None, Tensor]:
+        """What ``mass_target_probe`` is told, so that a backward pass calls :meth:`learn`."""
+        return _learn, self.state, self.count, self.by_score, self.keep
+
     def learn(self, scores: Tensor, scored: Tensor, mass: Tensor) -> None:
-        """Takes in one backward pass.
+        """Takes in one backward pass; nothing inside of ``torch.func``.
 
         Args:
             scores: ``(b, h, i, k)`` of the kept tiles.
             scored: Booleans of that shape: not forced.
             mass: Of that shape: the tile mass, 0 where not scored.
         """
-        if not scores.numel():
+        if not scores.numel() or _transformed():
             return
         state = self.state
         total = mass.sum(-1, keepdim=True)
@@ -160,6 +166,10 @@ class MarginEvidence:
         state[_NEXT, _EVEN] = torch.where(starts, _FIRST_EVEN, moved)
 
 
+def _learn(scores: Tensor, scored: Tensor, mass: Tensor, *known: Any) -> None:
+    MarginEvidence(*known).learn(scores, scored, mass)
+
+
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -168,5 +178,11 @@ def _repeats() -> bool:
     """Whether a forward pass runs inside a backward pass or a function transform."""
     if torch.compiler.is_compiling():
         return False
-    inside_backward = torch._C._current_graph_task_id() != -1
-    return inside_backward or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._current_graph_task_id() != -1 or _transformed()
+
+
+def _transformed() -> bool:
+    """Whether this runs inside a function transform, where no buffer may be written."""
+    # torch.compile works with transforms of its own.
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.peek_interpreter_stack() is not None

@@ -35,9 +35,10 @@ class AdaptiveSparsityTrainer:
     out what to look at; then they move to their configured ``base_sparsity`` over
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
-    the way from uniform to one block), at the latest after ``annealing_steps``. Layers that say so
-    already, as trained ones do, those whose selector is not taught by the mass of its tiles or whose
-    budget is no share, and those that were set to a sparsity of their own, are left as they are.
+    the way from uniform to one block), at the latest after ``annealing_steps``. Some are left as
+    they are: layers that say so already, as trained ones do; those whose selector is not taught by
+    the mass of its tiles, or whose budget is no share; and those that were set to a sparsity of
+    their own.
 
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.
