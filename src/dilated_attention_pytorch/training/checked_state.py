@@ -183,9 +183,7 @@ def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) 
                 raise _other(f"{name}.state[{number}].{key}", "not negative", value.flatten()[:4])
 
 
-def _check_equal(
-    name: str, own: Mapping[str, Any], saved: Any, moving: Mapping[str, int]
-) -> None:
+def _check_equal(name: str, own: Mapping[str, Any], saved: Any, moving: Mapping[str, int]) -> None:
     """Settings follow from the run's own; but those that move are only not below their least."""
     if not isinstance(saved, Mapping) or set(saved) != set(own):
         raise _other(name, f"settings named {sorted(own)}", saved)
