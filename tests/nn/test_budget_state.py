@@ -438,6 +438,19 @@ def test_budgets_that_scores_have_no_part_in_measure_the_peak_alone() -> None:
         assert torch.equal(state, before)
 
 
+def test_rows_of_two_blocks_know_nothing_of_the_peak() -> None:
+    state = initial_state()
+    state[EVIDENCE, 0] = 0.5
+    mass = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 3).view(1, 1, 3, 4)
+    two = torch.tensor([True, True, False, False]).expand(1, 1, 3, 4)
+    evidence(state, [2, 2, 2], None).learn(SCORES, two, mass)
+    assert float(peak_of(state)) == 0.5
+    evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, mass)
+    assert float(peak_of(state)) == pytest.approx(0.5)
+    evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, torch.full_like(mass, 0.25))
+    assert float(peak_of(state)) == pytest.approx(0.45)
+
+
 def test_a_pass_takes_what_the_one_before_left() -> None:
     state = initial_state()
     state[NEXT] = torch.tensor([1.5, 0.6, 0.4])

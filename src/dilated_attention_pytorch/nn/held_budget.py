@@ -26,6 +26,11 @@ _PEAK, _EVEN_MASS, _SCORE_MASS = 0, 1, 2
 # From here on the selector's target, as a share of the way from uniform to one block, says where
 # to read: dense starts end, and scores begin to decide on budgets.
 PEAKED = 0.4
+# What to do where it never does.
+LEAVE_PLATEAU = (
+    "A higher learning rate, more sequences per step or longer annealing may help; or the data "
+    "needs no choice by content: compare with a fixed pattern."
+)
 _LARGEST_LEVEL = 8.0
 # Above every softmax: no score decides.
 _OFF = 2.0
@@ -138,7 +143,9 @@ class MarginEvidence:
         peaked = 1 - entropy / options.clamp(min=2).log()
         weight = mass.amax(-1) * (options > 2)
         peak = torch.lerp(state[_EVIDENCE, _PEAK], _mean(peaked, weight), _MEMORY)
-        state[_EVIDENCE, _PEAK] = torch.where(peak.isfinite(), peak, state[_EVIDENCE, _PEAK])
+        # Where no row has three blocks to compare, nothing is known of it.
+        known = peak.isfinite() & (weight > 0).any()
+        state[_EVIDENCE, _PEAK] = torch.where(known, peak, state[_EVIDENCE, _PEAK])
         if self.by_score is None:
             return
         # The last of a row's own blocks, by score.
