@@ -72,9 +72,15 @@ class AdaptiveConfig:
             :class:`LowRankScorer`; ``pooling`` and ``num_layers`` have no part).
         query_stride: Every so many queries of a block are scored by ``scorer="low_rank"``. It must
             divide ``block_size``.
-        budget: ``"adaptive"``: a row's share grows with how unlike its content is to what it can
-            see, from half of the base share (repetition) to one and a half (unrelated content), all
-            of it at a base sparsity of 0;
+        budget: ``"adaptive"``: untrained, a row's share grows with how unlike its content is to
+            what it can see, from half of the base share (repetition) to one and a half (unrelated
+            content). Training holds the mean: one factor on all shares follows what is kept, until
+            ``base_sparsity`` is met. Once attention says clearly where to read, scores earn
+            budgets too: of its share a row keeps a part in any case, and besides every block whose
+            softmaxed score reaches a threshold, up to twice its share; heads that want the same
+            block give way. How large the part is, the backward pass teaches: rows gain whose last
+            blocks hold more of the attention. What was learned is saved with the weights
+            (``budget_state``) and rests in evaluation. All of it at a base sparsity of 0;
             ``"fixed"``: the same for all content; ``"threshold"``: the blocks whose softmaxed
             score reaches a threshold that a calibration finds; heads and rows with spread-out
             attention keep more (:meth:`BlockSparseAdaptive.set_thresholds`).

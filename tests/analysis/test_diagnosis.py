@@ -74,8 +74,8 @@ def test_a_healthy_model_passes_every_check_that_applies(model: NeedleModel) -> 
     assert diagnosis.healthy, str(diagnosis)
     verdicts = {finding.check: finding.verdict for finding in diagnosis.findings}
     assert len(verdicts) == len(CHECKS)
-    # The needle task fixes the budget.
-    assert verdicts.pop("budget") == "skip"
+    # The needle task fixes the budget: nothing follows from where its attention goes.
+    assert verdicts.pop("budget") == verdicts.pop("target") == "skip"
     assert set(verdicts.values()) == {"pass"}, str(diagnosis)
     assert diagnosis.to_dict()["healthy"]
 
@@ -137,6 +137,20 @@ class Once(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mix(x)
         return self.layer(x, x, x, is_causal=True)
+
+
+def test_attention_that_has_not_found_where_to_look() -> None:
+    layer = bare()
+    x = bare_input(layer)
+    assert verdict("target", layer, x) == "skip", "nothing is known of it yet"
+    layer.budget_state[2, 0] = 0.1
+    assert verdict("target", layer, x) == "warn"
+    assert "learning rate" in diagnose(layer, x)["target"].remedy
+    layer.set_base_sparsity(0.0)
+    assert verdict("target", layer, x) == "skip", "its start is not over"
+    layer.set_base_sparsity(0.8)
+    layer.budget_state[2, 0] = 0.5
+    assert verdict("target", layer, x) == "pass"
 
 
 def test_a_scorer_that_learned_nothing(model: NeedleModel) -> None:

@@ -104,6 +104,10 @@ MOMENT = ("optimizer", "state", 0)
         (("trainer",), None),
         (("trainer", "schedule"), "sudden"),
         (("trainer", "current_step"), -1),
+        (("trainer", "arrivals"), []),
+        (("trainer", "arrivals"), [-2]),
+        (("trainer", "arrivals"), (0,)),
+        (("trainer", "arrivals"), [0.5]),
         (("trainer", "annealing_steps"), 0),
         (("data_position",), "0"),
         (("data_position",), -1),
@@ -224,8 +228,9 @@ def test_the_step_is_one(step: Any, tmp_path: Path) -> None:
         ("current_step", "3"), ("current_step", -1),
         ("annealing_steps", 0), ("annealing_steps", 1.5), ("initial_temperature", "1"),
         ("initial_temperature", float("nan")), ("final_temperature", -1.0),
-        ("initial_sparsity", 1.0), ("schedule", ["linear"]), ("dense_steps", None),
-        ("initial_temperature", 10**400),
+        ("initial_sparsity", 1.0), ("schedule", ["linear"]), ("dense_steps", 0.5),
+        ("initial_temperature", 10**400), ("arrivals", None), ("arrivals", (0,)), ("arrivals", []),
+        ("arrivals", [-2]), ("arrivals", [True]),
     ],
 )  # fmt: skip
 def test_schedules_are_taken_up_whole_or_not_at_all(name: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dilated_attention_pytorch.analysis.head_statistics import head_similarity
 from dilated_attention_pytorch.analysis.selector_measures import SelectorMeasures
 from dilated_attention_pytorch.analysis.statistics import pattern_diversity
+from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED, peak_of
 
 Measures = Sequence[SelectorMeasures]
 History = Sequence[Mapping[str, Any]]
@@ -90,6 +91,24 @@ def gradient(measures: Measures, history: History) -> Finding:
         remedy = "Clip the selectors' gradients apart from the model's, or raise their rate."
         return Finding("gradient", question, "warn", text, remedy)
     return Finding("gradient", question, "pass", text)
+
+
+def target(measures: Measures, history: History) -> Finding:
+    """Does attention say where to read?"""
+    question = "Does attention say where to read?"
+    seen = [(m, float(peak_of(m.layer.budget_state))) for m in measures]
+    # Of which nothing is known: 0.
+    judged = [(m, peak) for m, peak in seen if peak > 0]
+    if not judged:
+        return Finding("target", question, "skip", "nothing measured: no training by shares yet")
+    text = f"0 uniform, 1 one block, {PEAKED:g} clear; " + _by_layer(
+        [m for m, _ in judged], [f"{peak:.2f}" for _, peak in judged]
+    )
+    if max(peak for _, peak in judged) >= PEAKED:
+        return Finding("target", question, "pass", text)
+    if all(m.layer.keeps_all for m, _ in judged):
+        return Finding("target", question, "skip", f"still dense, to find out; {text}")
+    return Finding("target", question, "warn", text, f"The plateau. {LEAVE_PLATEAU}")
 
 
 def selection_quality(measures: Measures, history: History) -> Finding:
@@ -279,6 +298,7 @@ def finite(measures: Measures, history: History) -> Finding:
 CHECKS: tuple[Callable[[Measures, History], Finding], ...] = (
     temperature,
     gradient,
+    target,
     selection_quality,
     input_dependence,
     density,

@@ -153,6 +153,9 @@ class FolderCommand(ABC):
                 if progress.measured is not None:
                     words = self.measured(progress.measured)
                     bar.console.print(f"step {training.step_count}: {words}")
+                if progress.remark:
+                    remark = f"step {training.step_count}: {progress.remark}"
+                    bar.console.print(remark, soft_wrap=True)
 
 
 def speed(progress: Progress) -> list[str]:

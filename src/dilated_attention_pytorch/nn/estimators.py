@@ -103,8 +103,8 @@ def mass_probe(
         evidence: What the mass says of the budgets; None: nothing is asked.
     """
     weight, rows = layer.config.selector_weight, kept.shape[0] * kept.shape[2]
-    learn = None if evidence is None else evidence.learn
-    probe = mass_target_probe(kept, scored, weight, rows, learn)
+    ask = () if evidence is None else evidence.ask()
+    probe = mass_target_probe(kept, scored, weight, rows, *ask)
     if levels:
         factor, each = layer.temperature_factor(), weight / max(rows, 1)
         probe = probe + coarse_probes(levels, pattern.kv_indices, scored, each, factor)

@@ -8,7 +8,9 @@ the two kinds of rows gets more attention from its last block deserves more bloc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,11 @@ _PEAK, _EVEN_MASS, _SCORE_MASS = 0, 1, 2
 # From here on the selector's target, as a share of the way from uniform to one block, says where
 # to read: dense starts end, and scores begin to decide on budgets.
 PEAKED = 0.4
+# What to do where it never does.
+LEAVE_PLATEAU = (
+    "A higher learning rate, more sequences per step or longer annealing may help; or the data "
+    "needs no choice by content: compare with a fixed pattern."
+)
 _LARGEST_LEVEL = 8.0
 # Above every softmax: no score decides.
 _OFF = 2.0
@@ -71,7 +78,6 @@ class HeldBudget:
             row = state[_NOW if training else _NEXT].clone()
         return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves)
 
-    @torch.no_grad()
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
 
@@ -83,14 +89,16 @@ class HeldBudget:
         """
         if not self.moves:
             return
-        asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
-        shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
-        level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
-        threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
-        free = (keep < 1) & torch.isfinite(shared + kept)
-        by_scores = free & (self.even < 1)
-        self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
-        self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
+        # Not as a decorator: torch.compile knows no methods of objects of its own that have one.
+        with torch.no_grad():
+            asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
+            shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
+            level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
+            threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
+            free = (keep < 1) & torch.isfinite(shared + kept)
+            by_scores = free & (self.even < 1)
+            self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
+            self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
 
 
 def peak_of(state: Tensor) -> Tensor:
@@ -115,16 +123,19 @@ class MarginEvidence:
     by_score: Tensor | None
     keep: Tensor
 
-    @torch.no_grad()
+    def ask(self) -> tuple[Callable[..., None], Tensor, Tensor, Tensor | None, Tensor]:
+        """What ``mass_target_probe`` is told, so that a backward pass calls :meth:`learn`."""
+        return _learn, self.state, self.count, self.by_score, self.keep
+
     def learn(self, scores: Tensor, scored: Tensor, mass: Tensor) -> None:
-        """Takes in one backward pass.
+        """Takes in one backward pass; nothing inside of ``torch.func``.
 
         Args:
             scores: ``(b, h, i, k)`` of the kept tiles.
             scored: Booleans of that shape: not forced.
             mass: Of that shape: the tile mass, 0 where not scored.
         """
-        if not scores.numel():
+        if not scores.numel() or _transformed():
             return
         state = self.state
         total = mass.sum(-1, keepdim=True)
@@ -134,7 +145,9 @@ class MarginEvidence:
         peaked = 1 - entropy / options.clamp(min=2).log()
         weight = mass.amax(-1) * (options > 2)
         peak = torch.lerp(state[_EVIDENCE, _PEAK], _mean(peaked, weight), _MEMORY)
-        state[_EVIDENCE, _PEAK] = torch.where(peak.isfinite(), peak, state[_EVIDENCE, _PEAK])
+        # Where no row has three blocks to compare, nothing is known of it.
+        known = peak.isfinite() & (weight > 0).any()
+        state[_EVIDENCE, _PEAK] = torch.where(known, peak, state[_EVIDENCE, _PEAK])
         if self.by_score is None:
             return
         # The last of a row's own blocks, by score.
@@ -161,6 +174,10 @@ class MarginEvidence:
         state[_NEXT, _EVEN] = torch.where(starts, _FIRST_EVEN, moved)
 
 
+def _learn(scores: Tensor, scored: Tensor, mass: Tensor, *known: Any) -> None:
+    MarginEvidence(*known).learn(scores, scored, mass)
+
+
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -169,5 +186,11 @@ def _repeats() -> bool:
     """Whether a forward pass runs inside a backward pass or a function transform."""
     if torch.compiler.is_compiling():
         return False
-    inside_backward = torch._C._current_graph_task_id() != -1
-    return inside_backward or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._current_graph_task_id() != -1 or _transformed()
+
+
+def _transformed() -> bool:
+    """Whether this runs inside a function transform, where no buffer may be written."""
+    # torch.compile works with transforms of its own.
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.peek_interpreter_stack() is not None

@@ -15,7 +15,8 @@ def mass_target_probe(
     scored: Tensor,
     weight: float,
     tiles_per_loss: int,
-    learn: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    learn: Callable[..., None] | None = None,
+    *known: Tensor | None,
 ) -> Tensor:
     r"""A probe that turns the tile mass, its gradient, into a gradient of the scores.
 
@@ -34,32 +35,39 @@ def mass_target_probe(
         scored: Booleans of the same shape: kept by score or exploration, not forced.
         weight: λ.
         tiles_per_loss: R: the rows that the signal is averaged over.
-        learn: Called in the backward pass with scores, ``scored`` and the mass of the scored tiles
-            in float32, 0 elsewhere. None: nobody asks.
+        learn: Called in the backward pass with scores, ``scored``, the mass of the scored tiles in
+            float32, 0 elsewhere, and ``known``. A function, not a method: torch.compile takes no
+            other. None: nobody asks.
+        *known: What it needs besides; it may write to them.
 
     Returns:
         Zeros ``(b, h, i, k)`` float32 that carry the gradient.
     """
-    return _MassTarget.apply(scores, scored, weight / max(tiles_per_loss, 1), learn)
+    return _MassTarget.apply(scores, scored, weight / max(tiles_per_loss, 1), learn, *known)
 
 
 class _MassTarget(torch.autograd.Function):
     @staticmethod
-    def forward(scores: Tensor, scored: Tensor, weight: float, learn: Any) -> Tensor:
+    def forward(
+        scores: Tensor, scored: Tensor, weight: float, learn: Any, *known: Tensor | None
+    ) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.float32)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        scores, scored, ctx.weight, ctx.learn = inputs
+        scores, scored, ctx.weight, ctx.learn, *known = inputs
+        # Not saved for the backward pass: what is written to in between is meant to be read then.
+        ctx.known = known
         ctx.save_for_backward(scores, scored)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, mass: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, mass: Tensor) -> tuple[Tensor | None, ...]:
         scores, scored = ctx.saved_tensors
         if ctx.learn is not None:
-            ctx.learn(scores, scored, mass.float().masked_fill(~scored, 0))
-        return mass_target_gradient(scores, scored, mass, ctx.weight), None, None, None
+            ctx.learn(scores, scored, mass.float().masked_fill(~scored, 0), *ctx.known)
+        gradient = mass_target_gradient(scores, scored, mass, ctx.weight)
+        return gradient, None, None, None, *(None for _ in ctx.known)
 
 
 def mass_target_gradient(scores: Tensor, scored: Tensor, mass: Tensor, weight: float) -> Tensor:

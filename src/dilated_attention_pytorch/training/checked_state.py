@@ -88,7 +88,7 @@ def check_training_state(own: Mapping[str, Any], saved: Any, parameters: list[An
         if name == "optimizer":
             _check_optimizer(value, saved[name], parameters)
         elif name == "trainer" and isinstance(value, Mapping):
-            _check_equal(name, value, saved[name], moving="current_step")
+            _check_equal(name, value, saved[name], {"current_step": 0, "arrivals": -1})
         elif name.startswith("random"):
             _check_random(name, value, saved[name])
         else:
@@ -162,7 +162,7 @@ def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) 
     if not isinstance(groups, list) or len(groups) != len(own_groups):
         raise _other(f"{name}.param_groups", f"{len(own_groups)} groups", groups)
     for own_group, group in zip(own_groups, groups, strict=True):
-        _check_equal(f"{name}.param_groups", own_group, group, moving="lr")
+        _check_equal(f"{name}.param_groups", own_group, group, {"lr": 0})
     if not isinstance(state, Mapping):
         raise _other(f"{name}.state", "a mapping", state)
     for number, values in state.items():
@@ -183,18 +183,21 @@ def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) 
                 raise _other(f"{name}.state[{number}].{key}", "not negative", value.flatten()[:4])
 
 
-def _check_equal(name: str, own: Mapping[str, Any], saved: Any, moving: str) -> None:
-    """Settings follow from the run's own: they are the same, but for one number from 0."""
+def _check_equal(name: str, own: Mapping[str, Any], saved: Any, moving: Mapping[str, int]) -> None:
+    """Settings follow from the run's own; but those that move are only not below their least."""
     if not isinstance(saved, Mapping) or set(saved) != set(own):
         raise _other(name, f"settings named {sorted(own)}", saved)
     for key, value in own.items():
         found = saved[key]
-        if key == moving:
-            _check_form(f"{name}.{key}", value, found)
-            if found < 0:
-                raise _other(f"{name}.{key}", "not negative", found)
-        elif not _is_equal(value, found):
-            raise _other(f"{name}.{key}", f"{value!r}", found)
+        if key not in moving:
+            if not _is_equal(value, found):
+                raise _other(f"{name}.{key}", f"{value!r}", found)
+            continue
+        _check_form(f"{name}.{key}", value, found)
+        least, several = moving[key], isinstance(value, list)
+        if isinstance(found, tuple) or min(found if several else [found], default=least) < least:
+            kind = "a list of numbers from" if several else "a number from"
+            raise _other(f"{name}.{key}", f"{kind} {least}", found)
 
 
 def _check_random(name: str, own: Tensor | None, saved: Any) -> None:

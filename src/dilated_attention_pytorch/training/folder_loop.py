@@ -94,11 +94,13 @@ class Progress:
         result: What the training's ``step`` returned.
         tokens_per_second: Of the step; None where the clock stood still.
         measured: On the held-out text, as in the metrics, if it was measured now.
+        remark: A line for people; empty unless something is to be said.
     """
 
     result: Any
     tokens_per_second: float | None
     measured: dict[str, Any] | None
+    remark: str = ""
 
 
 class FolderLoop(ABC, Generic[Model, Data]):
@@ -144,6 +146,10 @@ class FolderLoop(ABC, Generic[Model, Data]):
     @abstractmethod
     def values(self, result: Any) -> dict[str, Any]:
         """The step's ``loss`` and ``seconds``, and what else a line of metrics holds of it."""
+
+    def remark(self) -> str:
+        """What is to be said of the training after this step; mostly nothing."""
+        return ""
 
     def inputs(self) -> dict[str, str]:
         """A digest of everything that is read beside the text, by what it is."""
@@ -240,7 +246,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
                 measured = self.latest = self.measure()
             if measured is not None or step % every.log_every == 0:
                 self._log(values | (measured or {}), tokens)
-            yield Progress(result, per_second(tokens, seconds), measured)
+            yield Progress(result, per_second(tokens, seconds), measured, self.remark())
             stop = should_stop()
             if stop or last or step % every.checkpoint_every == 0:
                 self.save()

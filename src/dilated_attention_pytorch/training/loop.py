@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dilated_attention_pytorch.config import check_types, from_plain
+from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED
 from dilated_attention_pytorch.tasks.text import TextData, load_text
 from dilated_attention_pytorch.training.checked_state import check_shapes, checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
@@ -154,6 +155,20 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             "layer_sparsity": [round(x, 6) for x in result.layer_sparsity],
             "temperature": result.temperature,
         }
+
+    def remark(self) -> str:
+        """Says once, where the longest dense start ends, that nothing was found to look at."""
+        trainer = self.training.trainer
+        if trainer is None or trainer.current_step != trainer.annealing_steps:
+            return ""
+        peak = trainer.highest_peak()
+        if peak is None or peak >= PEAKED:
+            return ""
+        return (
+            "the plateau: no layer's attention says yet where to read (its target is "
+            f"{peak:.2f} of the way from uniform to one block; {PEAKED:g} would be clear). "
+            f"{LEAVE_PLATEAU}"
+        )
 
 
 def check_model_state(run: LanguageModelRun, state: Mapping[str, Any]) -> None:

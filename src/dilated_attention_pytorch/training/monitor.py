@@ -92,8 +92,9 @@ class SparsityMonitor:
             ValueError: If the model holds no adaptive layer.
         """
         self.stop()
-        if step is not None:
-            self.trainer.current_step = step
+        if step is not None and step != self.trainer.current_step:
+            # Of another training: when layers begin to move follows from the weights then.
+            self.trainer.current_step, self.trainer.arrivals = step, []
         self.trainer.attach(model)
         layers = {
             module: name or "layer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -34,9 +35,10 @@ class AdaptiveSparsityTrainer:
     out what to look at; then they move to their configured ``base_sparsity`` over
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
-    the way from uniform to one block), at the latest after ``annealing_steps``. Layers that say so
-    already, as trained ones do, and those whose selector is not taught by the mass of its tiles
-    or whose budget is no share, are left as they are.
+    the way from uniform to one block), at the latest after ``annealing_steps``. Some are left as
+    they are: layers that say so already, as trained ones do; those whose selector is not taught by
+    the mass of its tiles, or whose budget is no share; and those that were set to a sparsity of
+    their own.
 
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.
@@ -148,6 +150,21 @@ class AdaptiveSparsityTrainer:
         self._apply()
         return self.temperature
 
+    def highest_peak(self) -> float | None:
+        """How clearly the target of the clearest layer's selector says where to read.
+
+        Below 0.4 after ``annealing_steps`` a model stands on the plateau: attention has not found
+        out what to look at. Waits for the device.
+
+        Returns:
+            From 0 (uniform) to 1 (one block), lately; None where no layer looks for a start.
+
+        Raises:
+            RuntimeError: If no model is attached.
+        """
+        peaks = [float(peak_of(x.budget_state)) for x in self._layers() if _has_start(x)]
+        return max(peaks, default=None)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: the step and the schedule's settings."""
         return {
@@ -232,7 +249,18 @@ class AdaptiveSparsityTrainer:
         """When a layer has its sparsity, as far as that is known before the first step."""
         if self.dense_steps is not None or self.sparsity_warmup_steps:
             return (self.dense_steps or 0) + self._warmup
-        return -1 if _has_start(layer) else 0
+        if not _has_start(layer):
+            return 0
+        keep, dense = layer.densest, 1 - self.initial_sparsity
+        goal = 1 - layer.config.base_sparsity
+        if math.isclose(keep, dense, rel_tol=1e-6):
+            return -1
+        if math.isclose(keep, goal, rel_tol=1e-6):
+            # Trained weights whose schedules were not saved hold how far their layer had come.
+            return 0 if self.current_step else -1
+        left = math.log(keep / goal) / math.log(dense / goal) if dense != goal else 0.0
+        moving = self.current_step > 0 and 0 < left < 1
+        return self.current_step + round(left * self._warmup) if moving else 0
 
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]

@@ -1,0 +1,589 @@
+"""What adaptive layers hold of their budgets while they train, and how training starts."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    AdaptiveSparsityTrainer,
+    BlockSparseAdaptive,
+    SelectorState,
+)
+from dilated_attention_pytorch.nn.held_budget import (
+    PEAKED,
+    HeldBudget,
+    MarginEvidence,
+    initial_state,
+    peak_of,
+)
+from dilated_attention_pytorch.tasks.text import TextData
+from dilated_attention_pytorch.training.language_model import (
+    LanguageModelRun,
+    LanguageModelTraining,
+)
+from dilated_attention_pytorch.training.monitor import SparsityMonitor
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+HEADS, DIM, BLOCK, LENGTH = 2, 8, 8, 192
+# Of the buffer: in force, next, evidence; level, even share, threshold.
+NOW, NEXT, EVIDENCE = 0, 1, 2
+
+
+def make(base_sparsity: float = 0.77, **settings: object) -> BlockSparseAdaptive:
+    torch.manual_seed(0)
+    config = AdaptiveConfig(**{"block_size": BLOCK, "base_sparsity": base_sparsity, **settings})
+    return BlockSparseAdaptive(None, None, HEADS, DIM, config, backend="gather")
+
+
+def draw(kind: str, generator: torch.Generator, batch: int = 2, length: int = LENGTH):
+    """Queries, keys and values whose contents differ in how alike they are."""
+    shape = (batch, length, HEADS, DIM)
+    noise = [torch.randn(shape, generator=generator) for _ in "qkv"]
+    if kind == "ones":
+        return [torch.ones(shape)] * 3
+    if kind == "biased noise":
+        # As of positive inputs: what all keys have in common makes them alike.
+        return [x * 0.3 + 1 for x in noise]
+    if kind == "needles":
+        # All queries of a block look for one token of an earlier block.
+        query, key, value = noise
+        key = F.normalize(key, dim=-1)
+        blocks = torch.arange(length) // BLOCK
+        where = (torch.rand(batch, length // BLOCK, generator=generator)[:, blocks] * blocks).long()
+        token = where * BLOCK
+        wanted = key.gather(1, token[..., None, None].expand(shape))
+        key = key.clone()
+        return [30 * wanted + 0.1 * query, key, value]
+    return noise
+
+
+def train(layer: BlockSparseAdaptive, inputs: list[Tensor], causal: bool = True) -> Tensor:
+    """One forward and backward pass, with the same noise for equal inputs."""
+    torch.manual_seed(1)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = layer(*leaves, is_causal=causal)
+    out.square().sum().backward()
+    return torch.stack([x.grad for x in leaves])
+
+
+def sparsity(layer: BlockSparseAdaptive, kind: str, causal: bool) -> float:
+    """In evaluation, on other inputs than those of the training."""
+    generator = torch.Generator().manual_seed(99)
+    layer.eval()
+    found = []
+    with torch.no_grad():
+        for _ in range(4):
+            inputs = draw(kind, generator, 4)
+            _, info = layer(*inputs, is_causal=causal, return_pattern=True)
+            found.append(float(info["pattern"].sparsity))
+    layer.train()
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("base", [0.77, 0.9])
+@pytest.mark.parametrize("kind", ["ones", "noise", "biased noise", "needles"])
+def test_the_asked_mean_is_met_after_100_steps(kind: str, base: float, causal: bool) -> None:
+    layer = make(base, hidden_dim=8)
+    assert abs(sparsity(layer, kind, causal) - base) > 0.015, "untrained it is off"
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        inputs = draw(kind, generator)
+        if kind != "needles":
+            # Nothing here asks for a backward pass: the level follows what forward passes keep.
+            layer(*inputs, is_causal=causal)
+            continue
+        train(layer, inputs, causal)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(sparsity(layer, kind, causal) - base) <= 0.01
+    # Where attention is sharp, scores have a part in it.
+    assert (float(layer.budget_state[NEXT, 1]) < 1) == (kind == "needles")
+
+
+def test_an_annealed_target_is_followed() -> None:
+    layer, generator = make(0.9), torch.Generator().manual_seed(0)
+    layer.set_base_sparsity(0.0)
+    for _ in range(5):
+        layer(*draw("noise", generator), is_causal=True)
+    assert torch.equal(layer.budget_state, initial_state()), "nothing is left out yet"
+    assert sparsity(layer, "noise", True) == 0
+    for step in range(60):
+        target = 1 - 0.1 ** ((step + 1) / 60)
+        layer.set_base_sparsity(target)
+        layer(*draw("noise", generator), is_causal=True)
+        if step > 30:
+            assert abs(sparsity(layer, "noise", True) - target) <= 0.03
+    for _ in range(30):
+        layer(*draw("noise", generator), is_causal=True)
+    assert abs(sparsity(layer, "noise", True) - 0.9) <= 0.01
+
+
+def test_a_fresh_layer_in_evaluation_is_what_the_settings_promise() -> None:
+    layer = make(0.9)
+    assert sparsity(layer, "ones", False) == pytest.approx(0.95, abs=0.01)
+    assert sparsity(layer, "noise", False) == pytest.approx(0.85, abs=0.01)
+    assert torch.equal(layer.budget_state, initial_state())
+
+
+def trained(**settings: object) -> BlockSparseAdaptive:
+    """A layer whose numbers have all moved."""
+    layer, generator = make(0.9, **settings), torch.Generator().manual_seed(3)
+    for _ in range(25):
+        train(layer, draw("needles", generator))
+    layer.zero_grad()
+    state = layer.budget_state
+    assert not torch.equal(state[NOW], state[NEXT])
+    assert float(peak_of(state)) >= PEAKED
+    assert float(state[NEXT, 1]) < 1
+    return layer
+
+
+@pytest.mark.parametrize("scope", ["block", "past"])
+def test_evaluation_and_inference_move_nothing(scope: str) -> None:
+    layer = trained(query_scope=scope).eval()
+    before, generator = layer.budget_state.clone(), torch.Generator().manual_seed(4)
+    query, key, value = draw("needles", generator)
+    train(layer, [query, key, value])
+    with torch.inference_mode():
+        whole = layer(query, key, value, is_causal=True)
+    state, first = SelectorState(), LENGTH - BLOCK
+    layer.prefill(query[:, :first], key[:, :first], value[:, :first], state)
+    rest = [
+        layer.decode(query[:, n : n + 1], key[:, : n + 1], value[:, : n + 1], state)
+        for n in range(first, LENGTH)
+    ]
+    # The last token sees what the forward pass sees, in both scopes.
+    torch.testing.assert_close(rest[-1][:, 0], whole[:, -1])
+    assert torch.equal(layer.budget_state, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_budget_does_not_depend_on_the_other_samples(training: bool) -> None:
+    # Without noise, which is drawn for all samples at once.
+    layer = make(0.9, hard_sparsity=True).train(training)
+    layer.load_state_dict(trained().state_dict())
+    generator = torch.Generator().manual_seed(5)
+    parts = [draw(kind, generator, 1) for kind in ("ones", "noise", "needles")]
+    whole = [torch.cat(x) for x in zip(*parts, strict=True)]
+    together = copy.deepcopy(layer)(*whole, is_causal=True, return_pattern=True)[1]["pattern"]
+    for number, part in enumerate(parts):
+        alone = copy.deepcopy(layer)(*part, is_causal=True, return_pattern=True)[1]["pattern"]
+        assert torch.equal(alone.kv_num_blocks[0], together.kv_num_blocks[number])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_gradients_and_the_state_of_the_plain_run(reentrant: bool) -> None:
+    plain = trained()
+    recomputed = copy.deepcopy(plain)
+    generator = torch.Generator().manual_seed(6)
+    for step in range(3):
+        inputs = draw("needles", generator)
+        results = []
+        for layer in (plain, recomputed):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            torch.manual_seed(step)
+            if layer is plain:
+                out = layer(*leaves, is_causal=True)
+            else:
+                out = checkpoint(
+                    lambda *x: recomputed(*x, is_causal=True), *leaves, use_reentrant=reentrant
+                )
+            layer.zero_grad()
+            out.square().sum().backward()
+            taught = [p.grad for p in layer.parameters() if p.grad is not None]
+            results.append([out, *(x.grad for x in leaves), *taught, layer.budget_state.clone()])
+        assert len(results[0]) > 5
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_compiled_training_keeps_the_state_of_eager_training() -> None:
+    torch._dynamo.reset()
+    plain = trained()
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    before, generator = plain.budget_state.clone(), torch.Generator().manual_seed(7)
+    for _ in range(3):
+        inputs = draw("needles", generator)
+        train(plain, inputs)
+        train(compiled, inputs)
+        assert torch.equal(other.budget_state, plain.budget_state)
+    assert (plain.budget_state != before).any(1).all()
+    torch._dynamo.reset()
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = trained()
+
+
+def test_copies_hold_the_state() -> None:
+    model = Holder()
+    state = model.layer.budget_state.clone()
+    average = AveragedModel(model)
+    train(model.layer, draw("needles", torch.Generator().manual_seed(8)))
+    moved = model.layer.budget_state.clone()
+    assert not torch.equal(moved, state)
+    assert torch.equal(average.module.layer.budget_state, state)
+    average.update_parameters(model)
+    assert torch.equal(average.module.layer.budget_state, moved)
+    fresh = make(0.9)
+    fresh.load_state_dict(model.layer.state_dict())
+    copies = [fresh, copy.deepcopy(model.layer), pickle.loads(pickle.dumps(model.layer))]
+    for twin in copies:
+        assert torch.equal(twin.budget_state, moved)
+        assert twin.budget_state is not model.layer.budget_state
+        for kind in ("noise", "needles"):
+            inputs = draw(kind, torch.Generator().manual_seed(9))
+            assert torch.equal(twin.eval()(*inputs), model.layer.eval()(*inputs))
+
+
+def test_casts_and_memory_of_its_own_leave_it_exact() -> None:
+    layer = trained()
+    state = layer.budget_state.clone()
+    layer.to(torch.bfloat16)
+    assert layer.budget_state.dtype == torch.float32
+    assert torch.equal(layer.budget_state, state)
+    assert layer.scorer.query_in.dtype == torch.bfloat16
+    with torch.device("meta"):
+        made = make()
+    assert made.budget_state.is_meta
+    filled = copy.deepcopy(made).to_empty(device="cpu")
+    assert torch.equal(filled.budget_state, initial_state())
+    made.load_state_dict(trained().state_dict(), assign=True)
+    assert torch.equal(made.budget_state, state)
+
+
+def test_accumulated_gradients_are_those_of_the_parts() -> None:
+    """Every part of a batch is a pass: the state moves with each, and no gradient is lost."""
+    layer, generator = trained(), torch.Generator().manual_seed(10)
+    parts, apart = [draw("needles", generator) for _ in range(3)], copy.deepcopy(layer)
+    total = torch.zeros_like(layer.scorer.query_in)
+    for part in parts:
+        train(layer, part)
+        apart.zero_grad()
+        train(apart, part)
+        total += apart.scorer.query_in.grad
+    torch.testing.assert_close(layer.scorer.query_in.grad, total)
+    assert torch.equal(layer.budget_state, apart.budget_state)
+
+
+def test_function_transforms_move_nothing() -> None:
+    layer = trained()
+    before = layer.budget_state.clone()
+    inputs = draw("needles", torch.Generator().manual_seed(11))
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, parameters, tuple(inputs), {"is_causal": True}).sum()
+
+    got = grad(loss)(parameters)
+    assert torch.equal(layer.budget_state, before)
+    assert got["scorer.query_in"].abs().sum() > 0
+    # Buffers that a call brings along are moved in the place of the layer's.
+    brought = {name: x.clone() for name, x in layer.named_buffers()}
+    functional_call(layer, (parameters, brought), tuple(inputs), {"is_causal": True})
+    assert torch.equal(layer.budget_state, before)
+    assert torch.equal(brought["budget_state"][NOW], before[NEXT])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_distributed_data_parallel_keeps_it(tmp_path) -> None:
+    plain = trained()
+    other, generator = copy.deepcopy(plain), torch.Generator().manual_seed(12)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(other)
+        for _ in range(3):
+            inputs = draw("needles", generator)
+            assert torch.equal(train(wrapped, inputs), train(plain, inputs))
+            assert torch.equal(other.budget_state, plain.budget_state)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("stop", [2, 9])
+def test_a_resumed_language_model_is_bit_for_bit_the_same(stop: int, tmp_path) -> None:
+    config = AdaptiveConfig(block_size=8, base_sparsity=0.5, query_scope="past", hidden_dim=4)
+    run = LanguageModelRun(
+        config=config, dim=16, num_heads=2, num_layers=2, seq_len=64, batch_size=2, steps=12,
+        annealing_share=0.5, validation_sequences=2, threads=1,
+    )  # fmt: skip
+    data = torch.randint(0, 256, (3000,), generator=torch.Generator().manual_seed(0)).byte()
+    text = TextData(data, data, (), (), "random bytes")
+
+    def states(training: LanguageModelTraining) -> tuple[list[Tensor], list[Tensor], object]:
+        buffers = dict(training.model.named_buffers())
+        held = [buffers[name] for name in sorted(buffers) if "budget_state" in name]
+        return list(training.model.state_dict().values()), held, training.trainer.state_dict()
+
+    whole = LanguageModelTraining(run, text)
+    seen = []
+    while not whole.done:
+        whole.step()
+        seen.append(float(whole.model.state_dict()["blocks.0.attention.base_sparsity"]))
+    # Dense to the cap of 6 steps, and then at once the sparsity: a tenth of 6 is no warm-up.
+    assert seen == [0.0] * 5 + [0.5] * 7
+    first = LanguageModelTraining(run, text)
+    while first.step_count < stop:
+        first.step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(99)
+    again = LanguageModelTraining(run, text)
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert again.trainer.arrivals == ([-1, -1] if stop < 6 else [6, 6])
+    while not again.done:
+        again.step()
+    for x, y in zip(states(again)[0], states(whole)[0], strict=True):
+        assert torch.equal(x, y)
+    assert len(states(whole)[1]) == 2
+    assert not any(torch.equal(x, initial_state()) for x in states(whole)[1])
+    assert states(again)[2] == states(whole)[2]
+
+
+def evidence(state: Tensor, count: list[int], by_score: list[bool] | None, keep: float = 0.1):
+    rows = None if by_score is None else torch.tensor(by_score).view(1, 1, -1)
+    return MarginEvidence(state, torch.tensor(count).view(1, 1, -1), rows, torch.tensor(keep))
+
+
+# Four tiles of three rows: by score best first. The second slot is the last of rows with two.
+SCORES = torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3).view(1, 1, 3, 4)
+SCORED = torch.ones(1, 1, 3, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("even_margin", "score_margin"), [(0.3, 0.1), (0.1, 0.3)])
+def test_rows_with_more_mass_at_their_last_block_gain(
+    even_margin: float, score_margin: float
+) -> None:
+    state = initial_state()
+    state[NEXT] = torch.tensor([1.0, 0.5, 0.2])
+    margins = (even_margin, score_margin, score_margin)
+    mass = torch.tensor([[0.5, m, 0.05, 0.0] for m in margins]).view(1, 1, 3, 4)
+    evidence(state, [2, 2, 2], [False, True, True]).learn(SCORES, SCORED, mass)
+    # A tenth of the way from zero; both alike, so their ratio is that of the masses.
+    assert state[EVIDENCE, 1:].tolist() == pytest.approx([even_margin / 10, score_margin / 10])
+    step = 0.01 * math.tanh(math.log(even_margin / score_margin))
+    assert float(state[NEXT, 1]) == pytest.approx(0.5 + step)
+    assert (step > 0) == (even_margin > score_margin)
+    # Level and threshold are the forward pass's.
+    assert state[NEXT, 0] == 1
+    assert float(state[NEXT, 2]) == pytest.approx(0.2)
+
+
+def test_the_last_block_is_the_last_by_score_of_those_that_a_row_chose() -> None:
+    """Not a random one behind, nor a forced one, nor one of a row that chose none."""
+    state = initial_state()
+    state[NEXT, 1] = 0.5
+    scores = torch.tensor([[1.0, 2.0, 9.0, 3.0]] * 3).view(1, 1, 3, 4)
+    scored = torch.tensor([True, True, False, True]).expand(1, 1, 3, 4)
+    mass = torch.tensor([[0.1, 0.2, 0.0, 0.4]] * 3).view(1, 1, 3, 4)
+    evidence(state, [1, 2, 0], [False, True, True]).learn(scores, scored, mass)
+    assert state[EVIDENCE, 1:].tolist() == pytest.approx([0.04, 0.02])
+
+
+@pytest.mark.parametrize(
+    ("peaked", "keep", "starts"), [(True, 0.1, True), (False, 0.1, False), (True, 1.0, False)]
+)
+def test_scores_begin_to_decide_where_the_target_is_peaked_and_something_is_left_out(
+    peaked: bool, keep: float, starts: bool
+) -> None:
+    state = initial_state()
+    row = [0.97, 0.01, 0.01, 0.01] if peaked else [0.25, 0.25, 0.25, 0.25]
+    mass = torch.tensor([row] * 3).view(1, 1, 3, 4)
+    seen = []
+    for _ in range(20):
+        evidence(state, [2, 2, 2], [False, True, True], keep).learn(SCORES, SCORED, mass)
+        seen.append((float(peak_of(state)), float(state[NEXT, 1])))
+        if state[NEXT, 1] < 1:
+            break
+    assert (state[NEXT, 1] == 0.5) == starts
+    assert float(state[NEXT, 2]) == pytest.approx(0.3 if starts else 2.0)
+    if starts:
+        # At the step in which it first counts as peaked, not before.
+        assert [peak >= PEAKED for peak, _ in seen] == [even < 1 for _, even in seen]
+        assert len(seen) > 3
+    entropy = -sum(x * math.log(x) for x in row)
+    want = (1 - entropy / math.log(4)) * (1 - 0.9 ** len(seen))
+    assert seen[-1][0] == pytest.approx(want, abs=1e-5)
+
+
+def test_budgets_that_scores_have_no_part_in_measure_the_peak_alone() -> None:
+    state = initial_state()
+    mass = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3).view(1, 1, 3, 4)
+    for _ in range(20):
+        evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, mass)
+    assert float(peak_of(state)) == pytest.approx(1 - 0.9**20)
+    assert torch.equal(state[:2], initial_state()[:2])
+    # What is not finite is no evidence.
+    state[NEXT, 1] = 0.5
+    before = state.clone()
+    for broken in (math.nan, math.inf):
+        evidence(state, [2, 2, 2], [False, True, True]).learn(SCORES, SCORED, mass * broken)
+        assert torch.equal(state, before)
+
+
+def test_rows_of_two_blocks_know_nothing_of_the_peak() -> None:
+    state = initial_state()
+    state[EVIDENCE, 0] = 0.5
+    mass = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 3).view(1, 1, 3, 4)
+    two = torch.tensor([True, True, False, False]).expand(1, 1, 3, 4)
+    evidence(state, [2, 2, 2], None).learn(SCORES, two, mass)
+    assert float(peak_of(state)) == 0.5
+    evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, mass)
+    assert float(peak_of(state)) == pytest.approx(0.5)
+    evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, torch.full_like(mass, 0.25))
+    assert float(peak_of(state)) == pytest.approx(0.45)
+
+
+def test_a_pass_takes_what_the_one_before_left() -> None:
+    state = initial_state()
+    state[NEXT] = torch.tensor([1.5, 0.6, 0.4])
+    for training, moves, level in ((False, True, 1.5), (True, False, 1.0), (True, True, 1.5)):
+        held = HeldBudget.of(state, training, moves=moves)
+        assert (float(held.level), held.moves) == (level, training and moves)
+    rows = torch.ones(1, 1, 4)
+    # Twice as many as asked: the level falls by the fifth root, the threshold rises.
+    held.follow(rows * 4, rows * 4, torch.full((1, 1, 4), 4), torch.tensor(0.5))
+    assert float(state[NEXT, 0]) == pytest.approx(1.5 * 2**-0.2)
+    assert float(state[NEXT, 2]) == pytest.approx(0.4 * 2**0.3)
+    assert float(held.level) == 1.5
+
+
+def bases(trainer: AdaptiveSparsityTrainer, steps: int) -> list[float]:
+    layers = [m for m in trainer.model.modules() if isinstance(m, BlockSparseAdaptive)]
+    seen = []
+    for _ in range(steps):
+        trainer.step()
+        seen.append(float(layers[0].base_sparsity))
+    return seen
+
+
+def test_training_is_dense_from_the_first_step_to_the_cap_and_then_warms_up() -> None:
+    layer = make(0.9)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=30)
+    assert float(layer.base_sparsity) == pytest.approx(0.9), "nothing before the first step"
+    assert trainer.arrivals == [-1]
+    seen = bases(trainer, 40)
+    assert seen[:29] == [0.0] * 29
+    # Three steps, geometrically: at the cap nothing has moved yet.
+    assert seen[29:34] == pytest.approx([0.0, 1 - 0.1 ** (1 / 3), 1 - 0.1 ** (2 / 3), 0.9, 0.9])
+    assert trainer.arrivals == [33]
+
+
+def test_a_layer_leaves_the_dense_start_when_its_target_is_peaked() -> None:
+    model = nn.ModuleList([make(0.9), make(0.8)])
+    trainer = AdaptiveSparsityTrainer(model, annealing_steps=200)
+    bases(trainer, 35)
+    model[1].budget_state[EVIDENCE, 0] = PEAKED
+    seen = bases(trainer, 25)
+    assert trainer.arrivals == [-1, 60], "looked at every tenth step: at 40, and 20 of warm-up"
+    assert seen == [0.0] * 25
+    assert float(model[1].base_sparsity) == pytest.approx(0.8)
+
+
+def test_layers_that_are_peaked_already_are_left_alone() -> None:
+    layer = trained()
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=30)
+    assert bases(trainer, 40) == pytest.approx([0.9] * 40)
+    assert trainer.arrivals == [0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": "fixed", "num_selected_blocks": 2}, {"budget": "threshold"},
+        {"estimator": "gumbel"}, {"selector_weight": 0.0},
+    ],
+)  # fmt: skip
+def test_layers_without_a_share_or_the_signal_are_left_alone(settings: dict) -> None:
+    layer = make(0.9, **settings)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=4)
+    assert bases(trainer, 6) == pytest.approx([0.9] * 6)
+
+
+def test_fixed_budgets_start_dense_too() -> None:
+    layer = make(0.9, budget="fixed")
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=4)
+    assert bases(trainer, 5) == pytest.approx([0.0] * 3 + [0.9] * 2)
+    before = layer.budget_state[:2].clone()
+    train(layer, draw("needles", torch.Generator().manual_seed(0)))
+    assert torch.equal(layer.budget_state[:2], before)
+    assert float(peak_of(layer.budget_state)) > 0
+
+
+def test_named_dense_steps_are_as_before() -> None:
+    layer = make(0.9)
+    trainer = AdaptiveSparsityTrainer(layer, dense_steps=3, annealing_steps=50)
+    assert float(layer.base_sparsity) == 0, "at once"
+    assert bases(trainer, 4) == pytest.approx([0.0, 0.0, 0.9, 0.9])
+    layer = make(0.9)
+    trainer = AdaptiveSparsityTrainer(layer, dense_steps=0, annealing_steps=50)
+    assert bases(trainer, 60) == pytest.approx([0.9] * 60)
+
+
+@pytest.mark.parametrize("stop", [5, 31, 36])
+def test_arrivals_are_saved_and_resumed(stop: int) -> None:
+    options = {"annealing_steps": 30, "sparsity_warmup_steps": None}
+    whole = bases(AdaptiveSparsityTrainer(make(0.9), **options), 40)
+    trainer = AdaptiveSparsityTrainer(make(0.9), **options)
+    assert bases(trainer, stop) == whole[:stop]
+    again = AdaptiveSparsityTrainer(make(0.9), annealing_steps=7)
+    again.load_state_dict(trainer.state_dict())
+    assert bases(again, 40 - stop) == whole[stop:]
+    # Before there is a model.
+    later = AdaptiveSparsityTrainer()
+    later.load_state_dict(trainer.state_dict())
+    later.attach(make(0.9))
+    assert bases(later, 40 - stop) == whole[stop:]
+    # From the weights alone, as the callback for the Trainer of Transformers goes on.
+    model = make(0.9)
+    model.load_state_dict(trainer.model.state_dict())
+    monitor = SparsityMonitor(AdaptiveSparsityTrainer(**options))
+    monitor.start(model, step=stop)
+    assert bases(monitor.trainer, 40 - stop) == whole[stop:]
+    with pytest.raises(ValueError, match="one step for each of 2 adaptive layers"):
+        AdaptiveSparsityTrainer(nn.ModuleList([make(), make()])).load_state_dict(
+            trainer.state_dict()
+        )
+
+
+def test_a_training_from_the_start_forgets_the_arrivals_of_another() -> None:
+    monitor = SparsityMonitor(AdaptiveSparsityTrainer(annealing_steps=4))
+    monitor.start(make(0.9), step=0)
+    assert bases(monitor.trainer, 5)[-1] == pytest.approx(0.9)
+    monitor.start(make(0.9), step=0)
+    assert bases(monitor.trainer, 5) == pytest.approx([0.0] * 3 + [0.9] * 2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scope", ["block", "past"])
+def test_dense_training_gives_queries_and_keys_the_gradient_of_dense_attention(
+    causal: bool, scope: str
+) -> None:
+    layer = make(0.9, query_scope=scope)
+    inputs = draw("needles", torch.Generator().manual_seed(13))
+    layer.set_base_sparsity(0.0)
+    got = train(layer, inputs, causal)
+    assert layer.scorer.query_in.grad.abs().sum() > 0, "the selector learns all the same"
+    leaves = [x.transpose(1, 2).detach().clone().requires_grad_() for x in inputs]
+    F.scaled_dot_product_attention(*leaves, is_causal=causal).square().sum().backward()
+    for x, leaf in zip(got, leaves, strict=True):
+        torch.testing.assert_close(x, leaf.grad.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    layer.set_base_sparsity(0.5)
+    assert not torch.allclose(train(layer, inputs, causal)[0], got[0], atol=1e-3)
