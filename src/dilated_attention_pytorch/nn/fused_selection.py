@@ -20,6 +20,7 @@ from dilated_attention_pytorch.nn.row_budgets import (
     score_bound,
 )
 from dilated_attention_pytorch.ops.block_selection.interface import (
+    count_above,
     find_candidates,
     row_budget,
     summarise,
@@ -27,7 +28,6 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
-from dilated_attention_pytorch.selection.score_budget import blocks_above
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
@@ -175,27 +175,11 @@ def allot_budget(
         max_factor=MAX_BUDGET_FACTOR, running=layer.looks_back(inputs.mask),
     )  # fmt: skip
     layer.record_density(exact, rows)
-    if held is None:
+    if held is None or not held.scores_decide:
         return RowBudgets(rounded, held_keep(layer))
-    count = blocks_above(
-        scores, scored_candidates(intervals, candidates, scores.shape[-1]), held.threshold,
-        score_bound(layer, rows), heads_compete=candidates is None,
-    )  # fmt: skip
+    bound = score_bound(layer, rows)
+    count = count_above(scores, candidates, intervals, held.threshold, bound)
     return by_larger(layer, held, exact, rounded, forced + count, rows)
-
-
-def scored_candidates(intervals: Tensor, candidates: Tensor | None, width: int) -> Tensor:
-    """Which candidates may be chosen by score, ``(1 or b, 1 or p, i, c)``.
-
-    Args:
-        intervals: ``CandidateRule.intervals``: visible from, to, sinks to, neighbours from, to.
-        candidates: Their numbers, negative where none; None: all key blocks.
-        width: As many.
-    """
-    column = torch.arange(width, device=intervals.device) if candidates is None else candidates
-    low, end, sinks, near, near_end = intervals[:, :, None, :, None].unbind(1)
-    visible = (column >= low) & (column < end) & (column >= 0)
-    return visible & ~((column < sinks) | ((column >= near) & (column < near_end)))
 
 
 def choose_blocks(

@@ -56,6 +56,7 @@ class HeldBudget:
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides.
         moves: Whether this pass measures and moves them.
+        scores_decide: False where the host knows that no score reaches the threshold.
     """
 
     state: Tensor
@@ -63,9 +64,12 @@ class HeldBudget:
     even: Tensor
     threshold: Tensor
     moves: bool
+    scores_decide: bool = True
 
     @classmethod
-    def of(cls, state: Tensor, training: bool, *, moves: bool = True) -> HeldBudget:
+    def of(
+        cls, state: Tensor, training: bool, *, moves: bool = True, scores_decide: bool = True
+    ) -> HeldBudget:
         """Of a layer's buffer; the first pass of a training step takes what the last one left.
 
         A pass that activation checkpointing runs again inside a backward pass takes the same
@@ -76,7 +80,7 @@ class HeldBudget:
             if moves:
                 state[_NOW] = state[_NEXT]
             row = state[_NOW if training else _NEXT].clone()
-        return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves)
+        return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves, scores_decide)
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
@@ -99,6 +103,11 @@ class HeldBudget:
             by_scores = free & (self.even < 1)
             self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
             self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
+
+
+def scores_may_decide(state: Tensor) -> bool:
+    """Whether a score can reach the threshold of evaluation in a layer's buffer; waits for it."""
+    return float(state[_NEXT, _THRESHOLD]) <= 1
 
 
 def peak_of(state: Tensor) -> Tensor:

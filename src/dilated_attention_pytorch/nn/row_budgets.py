@@ -125,7 +125,7 @@ def row_budgets(
         exact = water_level_budget(keep, forced, limit, rows, width)
         rounded = round_budget(lower(exact, forced, even), rows)
     layer.record_density(exact, rows)
-    if held is None:
+    if held is None or not held.scores_decide:
         return RowBudgets(rounded, held_keep(layer))
     count = blocks_above(
         scores, candidates.scored, held.threshold, score_bound(layer, rows),

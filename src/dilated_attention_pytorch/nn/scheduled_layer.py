@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
-from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state
+from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state, scores_may_decide
+from dilated_attention_pytorch.nn.host_values import readable
 from dilated_attention_pytorch.nn.row_budgets import (
     DensityRecord,
     row_lengths,
@@ -23,6 +24,7 @@ from dilated_attention_pytorch.nn.row_budgets import (
 )
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
+from dilated_attention_pytorch.tracing import tracing
 
 
 class ScheduledLayer(ScoringLayer):
@@ -106,7 +108,14 @@ class ScheduledLayer(ScoringLayer):
         """
         if self.config.budget != "adaptive":
             return None
-        return HeldBudget.of(self.budget_state, self.training, moves=moves)
+        decide = self._scores_may_decide()
+        return HeldBudget.of(self.budget_state, self.training, moves=moves, scores_decide=decide)
+
+    def _scores_may_decide(self) -> bool:
+        # Training moves the buffer at every step; a program that is recorded outlives its values.
+        if self.training or tracing() or not readable(self.budget_state):
+            return True
+        return self._host.read("budget_state", self.budget_state, scores_may_decide)
 
     @property
     def learns_by_mass(self) -> bool:

@@ -83,11 +83,12 @@ def main():
     )  # fmt: skip
     launch.launch_budget(call, exact, slope, complexity)
     launch.launch_round(exact, ints(B, H, Q), 16)
-    running = launch.RunningInputs(share, longs, ints(1, 1, Q), ints(1, 1, Q), 16)
+    heat = torch.ones(())
+    running = launch.RunningInputs(share, longs, ints(1, 1, Q), ints(1, 1, Q), heat, 16)
     launch.launch_running(running, exact, slope, complexity, ints(B, H, Q))
     counts, lists, kept = ints(B, H, Q), ints(B, H, Q, K), torch.zeros(B, H, Q, K)
     flags = torch.zeros(B, H, Q, K, dtype=torch.uint8)
-    seed, heat = torch.zeros((), dtype=torch.int64), torch.ones(())
+    seed = torch.zeros((), dtype=torch.int64)
     for listed, noisy in ((None, None), (ints(1, H, Q, J), seed)):
         choice = launch.ChooseInputs(
             torch.zeros(B, H, Q, J), listed, rule, ints(B, H, Q), noisy,
@@ -115,6 +116,10 @@ def main():
         launch.launch_threshold(
             torch.zeros(B, H, Q, J), rule, 0.1, by_row, counts, ints(B, H, Q, J)
         )
+    for heads, listed in ((H, None), (H, ints(1, H, Q, J)), (32, None)):
+        scores, found = torch.zeros(B, heads, Q, J), ints(B, heads, Q)
+        launch.launch_above(scores, listed, rule, heat, ints(1, 1, Q), found)
+    launch.launch_above(torch.zeros(B, 32, Q, 512), None, rule, heat, ints(1, 1, Q), found)
     maps, spans = torch.zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
         scores = torch.zeros(B, H, -(-N // size), -(-N // size))

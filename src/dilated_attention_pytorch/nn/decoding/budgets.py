@@ -81,7 +81,7 @@ def row_budget(
         row.put(memory.given, 0, given + budget)
     else:
         budget = _level_budget(layer, held, memory, row, candidates.width, blocks)
-    if held is None:
+    if held is None or not held.scores_decide:
         return budget
     count = blocks_above(
         scores, candidates.scored, held.threshold, score_bound(layer, row.rows),

@@ -365,6 +365,28 @@ def threshold_lists(
     return counts, indices
 
 
+def count_above(
+    scores: Tensor, candidates: Tensor | None, intervals: Tensor, threshold: Tensor, most: Tensor
+) -> Tensor:
+    """:func:`blocks_above` of what a rule scores, without temporaries of the scores' size.
+
+    Args:
+        scores: ``(b, p, i, c)``.
+        candidates: From :func:`find_candidates`; without them the heads compete.
+        intervals: ``rule.intervals(rows)``.
+        threshold: 0-dim float32.
+        most: The most that a row may get, integers that broadcast to ``(b, p, i)``.
+
+    Returns:
+        int32 ``(b, p, i)``. No gradient.
+    """
+    from dilated_attention_pytorch.ops.block_selection.operators import above_op
+
+    most = most.to(torch.int32).expand(-1, -1, scores.shape[2])
+    found: Tensor = above_op(scores.detach(), candidates, intervals, threshold, most)
+    return found
+
+
 def transpose_lists(pattern: BlockPattern) -> PatternTranspose:
     """``BlockPattern.transpose`` by counting; entries past the last offset are undefined."""
     from dilated_attention_pytorch.ops.block_selection.operators import transpose_op

@@ -22,6 +22,9 @@ from dilated_attention_pytorch.ops.block_selection.operators.passed_tokens impor
 from dilated_attention_pytorch.ops.block_selection.operators.running_budgets import (
     running_budget_op,
 )
+from dilated_attention_pytorch.ops.block_selection.operators.score_budget import (
+    above_op,
+)
 from dilated_attention_pytorch.ops.block_selection.operators.scores import (
     bilinear_op,
     mlp_op,
@@ -44,6 +47,7 @@ from dilated_attention_pytorch.ops.block_selection.operators.transpose import (
 
 __all__ = [
     "PassedTokens",
+    "above_op",
     "bilinear_op",
     "both_summaries_op",
     "budget_op",

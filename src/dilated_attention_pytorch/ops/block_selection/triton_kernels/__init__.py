@@ -30,6 +30,7 @@ from dilated_attention_pytorch.ops.block_selection.triton_kernels.running_budget
     running_kernel,
     share_kernel,
 )
+from dilated_attention_pytorch.ops.block_selection.triton_kernels.score_budget import above_kernel
 from dilated_attention_pytorch.ops.block_selection.triton_kernels.scores import (
     bilinear_kernel,
     mlp_kernel,
@@ -50,6 +51,7 @@ from dilated_attention_pytorch.ops.block_selection.triton_kernels.transpose impo
 
 __all__ = [
     "INTERPRETED",
+    "above_kernel",
     "bilinear_kernel",
     "block_sum_kernel",
     "budget_kernel",

@@ -15,6 +15,7 @@ VARYING = (
     "r_stride_b", "d_stride_b", "o_stride_b", "f_stride_b", "f_stride_h",
     "l_stride_b", "l_stride_h", "e_stride_b", "e_stride_h",
     "t_stride_b", "t_stride_h", "a_stride_b", "c_stride_b", "c_stride_h", "c_stride_i",
+    "m_stride_b", "m_stride_h",
 )  # fmt: skip
 
 # Three products of TF32 parts on tensor cores: about float32's error, in a fraction of its time.

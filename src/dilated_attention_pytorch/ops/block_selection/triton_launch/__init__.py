@@ -24,6 +24,9 @@ from dilated_attention_pytorch.ops.block_selection.triton_launch.running_budgets
     RunningInputs,
     launch_running,
 )
+from dilated_attention_pytorch.ops.block_selection.triton_launch.score_budget import (
+    launch_above,
+)
 from dilated_attention_pytorch.ops.block_selection.triton_launch.scores import (
     Network,
     launch_bilinear,
@@ -53,6 +56,7 @@ __all__ = [
     "RunningInputs",
     "ShareInputs",
     "Tokens",
+    "launch_above",
     "launch_bilinear",
     "launch_budget",
     "launch_choose",
