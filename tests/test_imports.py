@@ -21,6 +21,7 @@ ROOMS = [
         "called_module",
         "mask",
         "config",
+        "former_scalars",
         "atomic_file",
         "file_access",
         "printable",
