@@ -18,6 +18,7 @@ from dilated_attention_pytorch import (
     AdaptiveSparsityTrainer,
     MultiheadAdaptiveAttention,
     get_sparsity_loss,
+    parameter_groups,
 )
 from dilated_attention_pytorch.training.monitor import ScalarWriter, SparsityMonitor
 
@@ -43,7 +44,7 @@ def train(steps: int, checkpoint: Path, writer: ScalarWriter | None) -> None:
     """Trains until ``steps``, from the checkpoint if there is one."""
     torch.manual_seed(0)
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3)
     monitor = SparsityMonitor(AdaptiveSparsityTrainer(annealing_steps=20), every=10, writer=writer)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_attention_pytorch import ImportanceScorer, block_summaries
+from dilated_attention_pytorch import ImportanceScorer, block_summaries, parameter_groups
 from dilated_attention_pytorch.tasks.needle import (
     NeedleBatch,
     NeedleModel,
@@ -84,7 +84,7 @@ def teach(model: NeedleModel, run: NeedleRun, pooling: tuple[str, ...], steps: i
     generator = torch.Generator().manual_seed(1000 + run.seed)
     heads, device = 2, torch.device(run.device)
     selector = Selector(heads, 64 // heads, pooling, run.task.block_size).to(device)
-    optimizer = torch.optim.AdamW(selector.parameters(), lr=3e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameter_groups(selector), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         batch = run.task.batch(16, generator).to(device)

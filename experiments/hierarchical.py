@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer
+from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, parameter_groups
 from dilated_attention_pytorch.models.transformer import build_attention, scorer_parameters
 from dilated_attention_pytorch.selection.hierarchical import pairs_per_row
 from dilated_attention_pytorch.tasks.needle import NeedleModel, NeedleTask
@@ -99,7 +99,7 @@ def train(
     selectors = scorer_parameters(model)
     own = {id(p) for p in selectors}
     rest = [p for p in model.parameters() if id(p) not in own]
-    optimizer = torch.optim.AdamW([*rest, *selectors], weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.98))
     total = sum(phase.steps for phase in phases)
     trainer = AdaptiveSparsityTrainer(
         model, initial_temperature=1.0, final_temperature=variant.config().min_temperature,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer
+from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, parameter_groups
 from dilated_attention_pytorch.models.transformer import (
     DenseAttention,
     Transformer,
@@ -207,8 +207,8 @@ class Training:
             # Changed between replays, so it must lie on the device.
             rate = torch.tensor(rate, device=device)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=rate, betas=(0.9, 0.95), fused=device == "cuda",
-            capturable=self.replay is not None,
+            parameter_groups(self.model, groups=groups), lr=rate, betas=(0.9, 0.95),
+            fused=device == "cuda", capturable=self.replay is not None,
         )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self.selectors:

@@ -36,6 +36,7 @@ from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.models.transformer import build_attention
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.tasks.needle import NeedleBatch, NeedleTask, needle_config
+from dilated_attention_pytorch.training.parameter_groups import parameter_groups
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -158,8 +159,8 @@ class Run:
         graph = self.device == "cuda"
         rate = torch.tensor(self.cell.learning_rate, device=self.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=rate if graph else float(rate), weight_decay=0.01,
-            betas=(0.9, 0.98), fused=graph, capturable=graph,
+            parameter_groups(self.model), lr=rate if graph else float(rate), betas=(0.9, 0.98),
+            fused=graph, capturable=graph,
         )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if attention == "adaptive":

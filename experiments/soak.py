@@ -28,7 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, BlockSparseAdaptive
+from dilated_attention_pytorch import (
+    AdaptiveConfig,
+    AdaptiveSparsityTrainer,
+    BlockSparseAdaptive,
+    parameter_groups,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment
@@ -153,7 +158,7 @@ def main() -> int:
     torch.manual_seed(0)
     chance = random.Random(0)
     model = Model().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, fused=device == "cuda")
     trainer = AdaptiveSparsityTrainer(model, annealing_steps=arguments.steps)
     lines: list[dict[str, Any]] = []
     modes: Counter[str] = Counter()

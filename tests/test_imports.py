@@ -22,6 +22,7 @@ ROOMS = [
         "mask",
         "config",
         "dtypes",
+        "former_scalars",
         "atomic_file",
         "file_access",
         "printable",

@@ -17,7 +17,11 @@ from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decod
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring import ImportanceScorer, block_summaries
 from dilated_attention_pytorch.selection import get_adaptive_sparsity, gumbel_softmax_topk
-from dilated_attention_pytorch.training import AdaptiveSparsityTrainer, get_sparsity_loss
+from dilated_attention_pytorch.training import (
+    AdaptiveSparsityTrainer,
+    get_sparsity_loss,
+    parameter_groups,
+)
 
 __all__ = [
     "AdaptiveConfig",
@@ -37,4 +41,5 @@ __all__ = [
     "get_adaptive_sparsity",
     "get_sparsity_loss",
     "gumbel_softmax_topk",
+    "parameter_groups",
 ]

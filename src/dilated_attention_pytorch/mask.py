@@ -13,7 +13,13 @@ from torch import Tensor
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
-    """Returns ``numerator / denominator`` rounded up, for non-negative integers."""
+    """Returns ``numerator / denominator`` rounded up, for non-negative integers.
+
+    One block is told from many at once: a size of which ``torch.compile`` learns only later that it
+    is 1 makes a reduction over nothing, which Inductor cannot write for CPUs.
+    """
+    if 0 < numerator <= denominator:
+        return 1
     return -(-numerator // denominator)
 
 

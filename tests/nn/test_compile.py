@@ -129,8 +129,13 @@ def test_another_length_recompiles_once_for_all_lengths(backend, device, compile
 
 @pytest.mark.parametrize(
     "options",
-    [{"budget": "fixed", "scorer": "low_rank", "hidden_dim": 4}, {"hierarchy": (2,)}],
-    ids=["low rank", "hierarchy"],
+    [
+        {"budget": "fixed", "scorer": "low_rank", "hidden_dim": 4},
+        {"hierarchy": (2,)},
+        # Its steps are as many as the longest row chooses blocks.
+        {"estimator": "soft"},
+    ],
+    ids=["low rank", "hierarchy", "soft"],
 )
 def test_dynamic_shapes_train_all_lengths_with_one_graph(options):
     """Lengths that are no multiple of a block, too; the layer's own numbers stay numbers."""
@@ -229,6 +234,27 @@ def test_the_multihead_layer_is_one_graph(backend, device, compiler, training):
             want, _ = layer(x, x, x, key_padding_mask=padding, is_causal=True)
             torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
     assert graphs() == 1
+
+
+@torch.no_grad()
+def test_the_default_compiler_on_the_cpu_takes_exactly_one_block():
+    """Only while code is written it learns that the length is 16, and the blocks are one."""
+    # The smallest layer that counts candidates; no other size is 16, which would be one symbol.
+    layer = BlockSparseFixed("local", 2, 8, base_sparsity=0.5, block_size=16, backend="gather")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    x = torch.randn(1, 16, 2, 8)
+    torch.testing.assert_close(compiled(x, x, x), layer(x, x, x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_export_takes_all_lengths_of_whole_blocks():
+    """As docs/limits.md says: two blocks at least, as one is another program."""
+    layer = small("gather").eval()
+    dim = {1: 16 * torch.export.Dim("blocks", min=2)}
+    program = torch.export.export(layer, tuple(tokens(96, "cpu")), dynamic_shapes=[dim] * 3)
+    for length in (32, 208):
+        inputs = tokens(length, "cpu")
+        torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import gumbel_softmax_topk
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise, relaxed_top_k
+from dilated_attention_pytorch.selection.gumbel import gumbel_noise
+from dilated_attention_pytorch.selection.relaxed_top_k import _op, relaxed_top_k
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -87,6 +88,24 @@ def test_gradient_of_the_relaxation() -> None:
     logits = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     count = torch.tensor([2, 4])
     assert torch.autograd.gradcheck(lambda x: relaxed_top_k(x, count, 4, 0.7), logits)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.7])
+def test_the_operator_of_recorded_programs_gives_the_same(temperature: float) -> None:
+    """The gradients of what is cut off, excluded or nearly hard, too."""
+    logits = torch.randn(3, 6, dtype=torch.float64, generator=generator())
+    logits[1, 2], logits[2, :] = -torch.inf, -torch.inf
+    count, weight = torch.tensor([2, 4, 0]), torch.randn(3, 6, dtype=torch.float64)
+    found = []
+    for compute in (relaxed_top_k, _op):
+        z, tau = logits.clone().requires_grad_(), torch.tensor(temperature, requires_grad=True)
+        out = compute(z, count, 5, tau)
+        (out * weight).sum().backward()
+        found.append((out, z.grad, tau.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+    arguments = (logits.requires_grad_(), count, 5, tau)
+    torch.library.opcheck(_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.4, 1.0, 3.0])

@@ -22,7 +22,7 @@ from dilated_attention_pytorch.candidates import (
 from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.dtypes import check_floating
-from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.replay import ReplayGuard
 from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
@@ -479,7 +479,7 @@ class BlockSparseLayer(CalledModule, ABC):
             rows = replace(rows, num_documents=most)
         rule = CandidateRule(
             num_heads=self.pattern_heads,
-            num_key_blocks=-(-mask.kv_len // self.block_size),
+            num_key_blocks=ceil_div(mask.kv_len, self.block_size),
             block_size=self.block_size,
             causal=mask.causal,
             segment_lengths=self.segment_lengths,

@@ -121,10 +121,10 @@ class KeyPadding:
         """Moves outputs ``(batch, length, dim)`` back to the given positions."""
         return _reorder(out, self.place)
 
-    def replace(self, out: Tensor, constant: Tensor | float) -> Tensor:
-        """Puts a constant where padding is in ``(batch, length, dim)``, at the given positions."""
+    def replace(self, out: Tensor, other: Tensor) -> Tensor:
+        """Takes another tensor where padding is in ``(batch, length, dim)``."""
         real = self.place < self.lengths[:, None]
-        return torch.where(real[..., None], out, constant)
+        return torch.where(real[..., None], out, other)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

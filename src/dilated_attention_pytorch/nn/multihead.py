@@ -257,9 +257,9 @@ class MultiheadAdaptiveAttention(nn.Module):
             out = queries.spread(out)
         out = self.out_proj(out)
         if queries is not None:
-            # Not its product with 0: the gradient of padding may be anything, and ends here.
-            constant = 0 if self.out_proj.bias is None else self.out_proj.bias.detach()
-            out = queries.replace(out, constant)
+            # The bias, as attention gives 0 there: outside of its call the projection may have none
+            # to read. The gradient of padding may be anything, and ends here.
+            out = queries.replace(out, out.detach())
         if not batched:
             return out[0], info
         return (out if self.batch_first else out.transpose(0, 1)), info

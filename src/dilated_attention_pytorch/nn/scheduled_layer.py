@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.former_scalars import FormerScalars
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
 from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state, scores_may_decide
@@ -27,7 +28,7 @@ from dilated_attention_pytorch.selection.threshold import ThresholdSample
 from dilated_attention_pytorch.tracing import tracing
 
 
-class ScheduledLayer(ScoringLayer):
+class ScheduledLayer(FormerScalars, ScoringLayer):
     """A scoring layer whose temperature and budgets are set while it trains."""
 
     temperature: Tensor
@@ -41,7 +42,7 @@ class ScheduledLayer(ScoringLayer):
             self.budget_offset = nn.Parameter(torch.full((pattern_heads,), 0.5))
             self.budget_gain = nn.Parameter(torch.ones(pattern_heads))
         if config.learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.zeros(()))
+            self.log_temperature = nn.Parameter(torch.zeros(1))
         self.register_buffer("temperature", setting(config.temperature))
         self.add_budget(config.base_sparsity, config.budget)
         self.register_buffer("budget_state", initial_state().to(self.temperature.device))
@@ -55,7 +56,7 @@ class ScheduledLayer(ScoringLayer):
 
     def temperature_factor(self) -> Tensor | float:
         """The learned factor on the temperature (1.0 without ``learnable_temperature``)."""
-        return self.log_temperature.exp() if self.config.learnable_temperature else 1.0
+        return self.log_temperature.exp()[0] if self.config.learnable_temperature else 1.0
 
     def effective_temperature(self) -> Tensor:
         """``max(min_temperature, schedule * learned factor)``, 0-dim."""

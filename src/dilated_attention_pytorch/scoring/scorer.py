@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.dtypes import check_floating, check_integers
+from dilated_attention_pytorch.former_scalars import FormerScalars
 from dilated_attention_pytorch.scoring.products import (
     finite_rows,
     score_products,
@@ -37,7 +38,7 @@ class WeightList(nn.ParameterList):
         return list(self)
 
 
-class ImportanceScorer(CalledModule):
+class ImportanceScorer(FormerScalars, CalledModule):
     r"""Scores pairs of block summaries.
 
     ``"bilinear"``: :math:`S_{ij} = g\,\langle f(\bar q_i), f'(\bar k_j)\rangle / \sqrt r`, where
@@ -97,7 +98,7 @@ class ImportanceScorer(CalledModule):
         self.heads_per_pattern = num_heads if share_across_heads else heads_per_pattern
         self.query_in = nn.Parameter(torch.empty(num_heads, summary_dim, hidden_dim))
         self.key_in = nn.Parameter(torch.empty(num_heads, summary_dim, hidden_dim))
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(1))
 
         def deeper(count: int) -> WeightList:
             return WeightList(
@@ -192,7 +193,7 @@ class ImportanceScorer(CalledModule):
         q = self._enter(summaries, self.query_in, 1)
         if self.kind != "bilinear":
             return q
-        factor = _wide(self.gain) / (math.sqrt(self.query_in.shape[-1]) * self.heads_per_pattern)
+        factor = _wide(self.gain[0]) / (math.sqrt(self.query_in.shape[-1]) * self.heads_per_pattern)
         return self._tower(q, self.query_tower) * factor.to(q.dtype)
 
     def _encode_keys(self, summaries: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ class ImportanceScorer(CalledModule):
         x = F.gelu(x + bias[0].view(column))
         for depth, weight in enumerate(self.hidden(), start=1):
             x = F.gelu(x.flatten(2, -2) @ _wide(weight) + bias[depth][:, None]).view(x.shape)
-        return (x * out.view(column)).sum(-1).float() * _wide(self.gain)
+        return (x * out.view(column)).sum(-1).float() * _wide(self.gain[0])
 
     def _share(self, scores: Tensor) -> Tensor:
         share = self.heads_per_pattern
@@ -300,7 +301,7 @@ class ImportanceScorer(CalledModule):
             return self._share(self._head(q + k))
         for weight_q, weight_k in zip(self.query_tower(), self.key_tower(), strict=True):
             q, k = F.gelu(q) @ _wide(weight_q), F.gelu(k) @ _wide(weight_k)
-        scores = (q * k).sum(-1).float() * (_wide(self.gain) / math.sqrt(q.shape[-1]))
+        scores = (q * k).sum(-1).float() * (_wide(self.gain[0]) / math.sqrt(q.shape[-1]))
         return self._share(scores)
 
 

@@ -187,13 +187,13 @@ def past_windows(
     length = x.shape[1]
     blocks = ceil_div(length, block_size)
     total = blocks * block_size
-    left, right = block_size - 1, max(total - length - block_size + 1, 0)
+    left = block_size - 1
     if valid is None:
         valid = torch.ones(1, length, dtype=torch.bool, device=x.device)
-    x = F.pad(x, (0, 0, 0, 0, left, right))[:, :total]
-    valid = F.pad(valid, (left, right))[:, :total]
+    x = F.pad(x, (0, 0, 0, 0, left, 0))[:, :total]
+    valid = F.pad(valid, (left, 0))[:, :total]
     if document_ids is not None:
         first = document_ids[:, ::block_size].repeat_interleave(block_size, 1)
-        window = F.pad(document_ids, (left, right), value=-1)[:, :total]
+        window = F.pad(document_ids, (left, 0), value=-1)[:, :total]
         valid = valid & (window == first) & (window >= 0)
     return x, valid

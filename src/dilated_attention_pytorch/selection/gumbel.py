@@ -1,4 +1,4 @@
-"""Gumbel noise and the relaxed, differentiable top-k."""
+"""Gumbel noise, and sampling by it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.dtypes import check_booleans, check_floating, check_integers
+from dilated_attention_pytorch.selection.relaxed_top_k import relaxed_top_k
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -26,37 +27,6 @@ def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tens
     uniform = uniform_noise(like, generator)
     # Below 2**-24 nothing but 0 is drawn; the largest draw is 1 - 2**-24, so both logs are finite.
     return -(-uniform.clamp(min=2**-25).log()).log()
-
-
-def relaxed_top_k(
-    logits: Tensor, count: Tensor, max_count: int, temperature: Tensor | float
-) -> Tensor:
-    r"""Soft k-hot vectors: k softmaxes in a row, each without what the ones before took.
-
-    :math:`\alpha^{1} = z,\ p^{t} = \mathrm{softmax}(\alpha^{t}/\tau),\
-    \alpha^{t+1} = \alpha^{t} + \log(1 - p^{t})`, and the sum of the p (Xie and Ermon 2019,
-    arXiv 1901.10517, section 3.2).
-
-    Args:
-        logits: ``(..., c)``; -inf excludes a column.
-        count: k per row, ``(...)``; at most the number of columns that are not excluded.
-        max_count: An upper bound of ``count``.
-        temperature: τ > 0; towards 0 the result becomes k-hot.
-
-    Returns:
-        Weights in [0, 1], differentiable in ``logits``. They sum to at most k: what a column
-        would get above 1 is cut off, which vanishes as τ falls.
-    """
-    floor = torch.finfo(logits.dtype).min
-    excluded = logits == -torch.inf
-    # Over a temperature below 1 the lowest number is -inf, whose gradient in τ is NaN.
-    alpha = logits.masked_fill(excluded, 0)
-    out = torch.zeros_like(logits)
-    for step in range(max_count):
-        p = (alpha / temperature).masked_fill(excluded, floor).softmax(-1).masked_fill(excluded, 0)
-        out = out + p * (step < count)[..., None]
-        alpha = alpha + torch.log1p(-p.clamp(max=1 - 1e-6))
-    return out.clamp(max=1)
 
 
 def gumbel_softmax_topk(

@@ -23,6 +23,7 @@ from dilated_attention_pytorch.models.transformer import (
     build_attention,
     scorer_parameters,
 )
+from dilated_attention_pytorch.training.parameter_groups import parameter_groups
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
 _NOISE_TOKENS = 16
@@ -328,7 +329,7 @@ def train_needle(
     if selectors:
         groups.append({"params": selectors, "factor": run.scorer_learning_rate})
     optimizer = torch.optim.AdamW(
-        groups, lr=run.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
+        parameter_groups(model, groups=groups), lr=run.learning_rate, betas=(0.9, 0.98)
     )
     trainer = None
     if selectors:

@@ -68,7 +68,9 @@ def checkpoint_settings(place: Path) -> Iterator[None]:
         ) from error
 
 
-def check_training_state(own: Mapping[str, Any], saved: Any, parameters: list[Any]) -> None:
+def check_training_state(
+    own: Mapping[str, Any], saved: Any, optimizer: torch.optim.Optimizer
+) -> None:
     """Raises CheckpointError unless a state has the form of a training's own.
 
     Same names, kinds, shapes and dtypes, finite numbers, random states that are such: after that
@@ -77,13 +79,14 @@ def check_training_state(own: Mapping[str, Any], saved: Any, parameters: list[An
     Args:
         own: ``state_dict()`` of the training that is to take it up.
         saved: The state.
-        parameters: What its optimiser changes, in order.
+        optimizer: The optimiser of that training.
     """
     if not isinstance(saved, Mapping) or set(saved) != set(own):
         raise CheckpointError(
             f"the state of a training must hold {sorted(own)}, got "
             f"{short_repr(sorted(map(str, saved)) if isinstance(saved, Mapping) else saved)}."
         )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in own.items():
         if name == "optimizer":
             _check_optimizer(value, saved[name], parameters)

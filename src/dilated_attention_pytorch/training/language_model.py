@@ -24,6 +24,7 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
 from dilated_attention_pytorch.training.checked_state import check_training_state
 from dilated_attention_pytorch.training.losses import get_sparsity_loss
+from dilated_attention_pytorch.training.parameter_groups import parameter_groups
 from dilated_attention_pytorch.training.tile_count import TileCount
 from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
 
@@ -53,7 +54,7 @@ class LanguageModelRun:
         batch_size: Sequences per step.
         steps: Optimiser steps.
         learning_rate: Peak, reached after a twentieth of the steps, falling by a cosine to 10 %.
-        weight_decay: Of AdamW.
+        weight_decay: Of AdamW; see :func:`parameter_groups`.
         annealing_share: Share of the steps over which the temperature falls.
         schedule: How it falls: ``"exponential"``, ``"linear"`` or ``"cosine"``.
         sparsity_weight: Weight of the sparsity loss.
@@ -186,10 +187,10 @@ class LanguageModelTraining:
         self._selectors = scorer_parameters(self.model)
         own = {id(p) for p in self._selectors}
         self._rest = [p for p in self.model.parameters() if id(p) not in own]
-        groups = [{"params": g} for g in (self._rest, self._selectors) if g]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=run.learning_rate, weight_decay=run.weight_decay, betas=(0.9, 0.95)
-        )
+            parameter_groups(self.model, weight_decay=run.weight_decay),
+            lr=run.learning_rate, betas=(0.9, 0.95),
+        )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self._selectors:
             self.trainer = AdaptiveSparsityTrainer(
@@ -276,7 +277,7 @@ class LanguageModelTraining:
         Raises:
             CheckpointError: If it is another run's; nothing has changed then.
         """
-        check_training_state(self.state_dict(), state, [*self._rest, *self._selectors])
+        check_training_state(self.state_dict(), state, self.optimizer)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.trainer is not None:

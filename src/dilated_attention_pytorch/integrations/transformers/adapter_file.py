@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.file_access import read_file, replace_files
+from dilated_attention_pytorch.former_scalars import with_dimension
 from dilated_attention_pytorch.integrations.transformers.adapt import SelectorConfig, make_selector
 from dilated_attention_pytorch.integrations.transformers.base_identity import check_identity
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
@@ -150,7 +151,8 @@ def check_fit(content: AdapterContent, sites: list[AttentionSite]) -> None:
             expected = make_selector(site, content.configs[site.number]).state_dict()
         for name, value in content.layer(site.number).items():
             wanted = expected.get(name)
-            fits = wanted is not None and wanted.shape == value.shape
+            shapes = (value.shape, with_dimension(value).shape)
+            fits = wanted is not None and wanted.shape in shapes
             if name == "thresholds":
                 # There may be any number of lengths.
                 fits = wanted is not None

@@ -21,6 +21,7 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
 from dilated_attention_pytorch.training.checked_state import check_training_state
 from dilated_attention_pytorch.training.language_model import TrainingError, check_device
+from dilated_attention_pytorch.training.parameter_groups import parameter_groups
 
 DTYPES = ("float32", "bfloat16")
 
@@ -61,7 +62,7 @@ class PretrainedRun:
         steps: Optimiser steps.
         learning_rate: Peak of the selectors' rate, reached after a twentieth of the steps, falling
             by a cosine to 5 %.
-        weight_decay: Of AdamW.
+        weight_decay: Of AdamW; see :func:`parameter_groups`.
         validation_windows: Held-out windows to measure on.
         seed: Of the selectors' weights and of the data order.
         device: Where to train.
@@ -137,8 +138,8 @@ class PretrainedTraining(ABC):
         self.validation = validation_windows(text.validation, run.seq_len, run.validation_windows)
         self.adapted, self.groups = self.prepare()
         self.optimizer = torch.optim.AdamW(
-            [{"params": g["params"], "lr": g["peak"]} for g in self.groups],
-            weight_decay=run.weight_decay, betas=(0.9, 0.98),
+            parameter_groups(model, weight_decay=run.weight_decay, groups=self.groups),
+            betas=(0.9, 0.98),
             # One kernel for all parameters instead of a dozen for each kind of update.
             fused=torch.device(run.device).type == "cuda",
         )  # fmt: skip
@@ -170,8 +171,8 @@ class PretrainedTraining(ABC):
         start, run = time.perf_counter(), self.run
         factor = min(1.0, (self.step_count + 1) / max(1, run.steps // 20))
         factor *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step_count / run.steps))
-        for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = own["peak"] * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         batch = self.windows.next_batch(run.batch_size).to(run.device)
         with self.autocast():
@@ -241,7 +242,7 @@ class PretrainedTraining(ABC):
         Raises:
             CheckpointError: If it is another run's; nothing has changed then.
         """
-        check_training_state(self.state_dict(), state, self.trained())
+        check_training_state(self.state_dict(), state, self.optimizer)
         with torch.no_grad():
             for parameter, value in zip(self.trained(), state["parameters"], strict=True):
                 parameter.copy_(value)

@@ -34,7 +34,7 @@ def launch_towers(
         keys: ``(b, g', j, s)``, likewise.
         query_weight: ``(h, s, r)`` contiguous.
         key_weight: The same.
-        gain: 0-dim factor of the queries' maps.
+        gain: ``(1,)``, factor of the queries' maps.
         factor: Another one.
         outs: Contiguous float32.
     """
@@ -98,7 +98,7 @@ class Network:
         bias: ``(layers, h, r)``.
         hidden: ``(layers - 1, h, r, r)``.
         out: ``(h, r)``.
-        gain: 0-dim.
+        gain: ``(1,)``.
     """
 
     bias: Tensor
