@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, block_sparse_attention
 from dilated_attention_pytorch.nn import fused_selection as fused
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.row_budgets import RowBudgets
 from dilated_attention_pytorch.ops.block_selection.interface import find_candidates
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.pattern import BlockPattern
@@ -87,7 +88,11 @@ def stages(layer: Any, q: Tensor, k: Tensor) -> tuple[Calls, BlockPattern]:
     queries, keys, *_ = fused.summarise_blocks(layer, inputs, intervals)
     candidates, forced, limit = find_candidates(rule, rows, intervals)
     _, scores = fused.score_candidates(layer, queries, keys, candidates)
-    budget = fused.allot_budget(layer, inputs, intervals, forced, limit, keys)
+
+    def allot() -> RowBudgets | None:
+        return fused.allot_budget(layer, inputs, intervals, forced, limit, keys, candidates, scores)
+
+    budget = allot()
 
     def choose() -> tuple[Tensor, ...]:
         return fused.choose_blocks(
@@ -103,7 +108,7 @@ def stages(layer: Any, q: Tensor, k: Tensor) -> tuple[Calls, BlockPattern]:
         "summaries": lambda: fused.summarise_blocks(layer, inputs, intervals),
         "candidates": lambda: find_candidates(rule, rows, intervals),
         "scores": lambda: fused.score_candidates(layer, queries, keys, candidates),
-        "budget": lambda: fused.allot_budget(layer, inputs, intervals, forced, limit, keys),
+        "budget": allot,
         "choose": choose,
         "transpose": lambda: fresh(pattern).transpose(),
         "selection": lambda: select(layer, q, k).pattern.transpose(),

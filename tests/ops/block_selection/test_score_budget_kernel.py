@@ -54,12 +54,8 @@ class Both:
         """Scores of a list's blocks."""
         if columns is None:
             return self.scores
-        places = (
-            columns.clamp(0, self.scores.shape[3] - 1)
-            .long()
-            .expand(self.scores.shape[0], -1, -1, -1)
-        )
-        return self.scores.gather(3, places)
+        places = columns.clamp(0, self.scores.shape[3] - 1).long()
+        return self.scores.gather(3, places.expand(self.scores.shape[0], -1, -1, -1))
 
     def wanted(self, threshold: float) -> Tensor:
         cut, columns = torch.tensor(threshold, device=DEVICE), self.candidates.indices
