@@ -46,6 +46,13 @@ def initial_state() -> Tensor:
     return torch.tensor([held, held, [0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu")
 
 
+def could_be_held(state: Tensor) -> bool:
+    """Whether training could have left these numbers in a layer's buffer; waits for them."""
+    held = state[: _NEXT + 1]
+    least, most = (held.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, _OFF]))
+    return bool(((held >= least) & (held <= most)).all())
+
+
 @dataclass(frozen=True, eq=False)
 class HeldBudget:
     """The numbers in force during one forward pass; all 0-dim float32.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.nn.held_budget import could_be_held
 from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.training.checkpoint import CheckpointError
 
@@ -154,6 +155,8 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
         )
     if name.endswith(".base_sparsity") and not 0 <= float(saved) < 1:
         raise _other(name, "a sparsity in [0, 1)", float(saved))
+    if name.endswith(".budget_state") and not could_be_held(saved):
+        raise _other(name, "level, even share and threshold in [0, 8], [0, 1] and [0, 2]", saved)
 
 
 def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) -> None:
