@@ -95,6 +95,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_scalars_without_a_dimension_load(tmp_path: Path) -> None:
+    """As adapters held them before."""
+    model = tiny_model()
+    logits = saved(tmp_path, model)
+    adapter = SelectorAdapter.read(tmp_path)
+    for name in ("0.scorer.gain", "0.log_temperature"):
+        adapter.tensors[name] = adapter.tensors[name].squeeze(0)
+    with adapter.apply(model) as adapted, torch.no_grad():
+        adapted.selectors[1].set_base_sparsity(0.7)
+        assert torch.equal(model(tokens()).logits, logits)
+
+
 def test_the_ordinary_mixin_saves_and_loads(tmp_path: Path) -> None:
     model = tiny_model()
     logits = saved(tmp_path / "a", model)
