@@ -86,12 +86,15 @@ def water_level(share: float, forced: list[int], limit: list[int], allowed: list
     return (low + high) / 2
 
 
-def running_round(shares: list[float]) -> list[int]:
-    """Integers whose running sums are the rounded running sums."""
+def running_round(shares: list[float], head: int = 0, heads: int = 1) -> list[int]:
+    """Integers whose running sums are the rounded running sums.
+
+    Heads round up in different rows, the last one soonest; one alone rounds to the nearest.
+    """
     out, total, given = [], 0.0, 0
     for share in shares:
         total += share
-        out.append(math.floor(total + 0.5) - given)
+        out.append(math.floor(total + (head + 0.5) / heads) - given)
         given += out[-1]
     return out
 

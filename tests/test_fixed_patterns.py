@@ -43,8 +43,10 @@ def test_equals_the_ranking(name: str, causal: bool, sparsity: float) -> None:
     )
     allowed = [i + 1 if causal else blocks for i in range(blocks)]
     level = water_level(1 - sparsity, [1] * blocks, allowed, allowed)
-    budget = running_round([min(max(level, 1), c) for c in allowed])
+    # Shares are counted in units of 2**-16, so that every device rounds alike.
+    exact = [round(min(max(level, 1), c) * 2**16) / 2**16 for c in allowed]
     for h in range(5):
+        budget = running_round(exact, h, 5)
         for i in range(blocks):
             order = sorted(
                 (j for j in range(allowed[i]) if j != i), key=lambda j: rank(name, h, i, j)

@@ -113,6 +113,11 @@ def candidates_of(case: dict[str, Any], sample: int, head: int, row: int) -> tup
     return visible, forced, free
 
 
+def heads_of(case: dict[str, Any]) -> int:
+    """Heads that choose for themselves."""
+    return 1 if case["config"]["share_across_heads"] else case["heads"]
+
+
 def expected(case: dict[str, Any], scores: Tensor, sample: int, head: int) -> list[set[int]]:
     """The blocks of every row of one head."""
     rows = range(math.ceil(case["q_len"] / SIZE))
@@ -125,7 +130,8 @@ def expected(case: dict[str, Any], scores: Tensor, sample: int, head: int) -> li
         exact = [min(max(level, f), c) for f, c in zip(forced, limit, strict=True)]
         # Shares are counted in units of 2**-16, so that every device rounds alike.
         exact = [round(x * 2**16) / 2**16 for x in exact]
-        counts = [n - f for n, f in zip(running_round(exact), forced, strict=True)]
+        rounded = running_round(exact, head, heads_of(case))
+        counts = [n - f for n, f in zip(rounded, forced, strict=True)]
     else:
         counts = [case["config"]["num_selected_blocks"]] * len(found)
     return [

@@ -28,34 +28,50 @@ def causal_rows(blocks: int, cuts: list[int] | None = None):
     return row_ranges(mask, (1, 1), has_diagonal=True, device=torch.device("cpu"))
 
 
-def by_hand(keep: list[float], forced: list[int], limit: list[int], allowed: list[int]):
+def by_hand(
+    keep: list[float],
+    forced: list[int],
+    limit: list[int],
+    allowed: list[int],
+    phase: float,
+    even: float = 1.0,
+):
     """Row after row: what was earned so far and not given, but never less than is forced."""
     earned, given, out = 0.0, 0, []
     for share, low, high, visible in zip(keep, forced, limit, allowed, strict=True):
-        earned += min(share * visible, high)
-        out.append(min(max(math.floor(earned + 0.5) - given, low), high))
+        earned += min(even * share * visible + (1 - even) * low, high)
+        out.append(min(max(math.floor(earned + phase) - given, low), high))
         given += out[-1]
     return out
 
 
 @given(st.data())
 def test_equals_a_loop_and_one_row_after_another(data: st.DataObject) -> None:
-    blocks = data.draw(st.integers(1, 40))
-    # Eighths are exact in units of 2**-16.
-    eighths = data.draw(st.lists(st.integers(0, 8), min_size=blocks, max_size=blocks))
-    keep = torch.tensor(eighths).view(1, 1, -1) / 8
+    blocks, heads = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
+    # Eighths, and their quarters, are exact in units of 2**-16.
+    size = heads * blocks
+    eighths = data.draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
+    keep = torch.tensor(eighths).view(1, heads, -1) / 8
+    even = data.draw(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]))
+    given_even = None if even is None else torch.tensor(even)
     rows, most = causal_rows(blocks), data.draw(st.integers(0, 4))
     limit = rows.num_allowed.long()
     forced = limit.clamp(max=most)
-    _, got = running_budget(keep, forced, limit, rows)
-    lists = [x.flatten().tolist() for x in (keep, forced, limit, rows.num_allowed)]
-    assert got.flatten().tolist() == by_hand(*lists)
-    earned = share_units(keep, rows.num_allowed, limit).cumsum(-1)
-    given_so_far = 0
+    exact, got = running_budget(keep, forced, limit, rows, given_even)
+    lists = [x.flatten().tolist() for x in (forced, limit, rows.num_allowed)]
+    part = 1.0 if even is None else even
+    for head in range(heads):
+        want = by_hand(keep[0, head].tolist(), *lists, (head + 0.5) / heads, part)
+        assert got[0, head].tolist() == want
+    # What is lowered are whole budgets alone.
+    assert torch.equal(exact, running_budget(keep, forced, limit, rows)[0])
+    earned = share_units(keep, rows.num_allowed, forced, limit, given_even).cumsum(-1)
+    given_so_far = torch.zeros(1, heads, 1, dtype=torch.long)
     for i in range(blocks):
-        row = (earned[..., i], torch.tensor(given_so_far), forced[..., i], limit[..., i])
-        assert int(next_budget(*row)) == int(got[..., i])
-        given_so_far += int(got[..., i])
+        now = slice(i, i + 1)
+        row = (earned[..., now], given_so_far, forced[..., now], limit[..., now])
+        assert torch.equal(next_budget(*row), got[..., now].long())
+        given_so_far = given_so_far + got[..., now]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0])

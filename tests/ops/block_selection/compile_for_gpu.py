@@ -84,8 +84,9 @@ def main():
     launch.launch_budget(call, exact, slope, complexity)
     launch.launch_round(exact, ints(B, H, Q), 16)
     heat = torch.ones(())
-    running = launch.RunningInputs(share, longs, ints(1, 1, Q), ints(1, 1, Q), heat, 16)
-    launch.launch_running(running, exact, slope, complexity, ints(B, H, Q))
+    for even in (None, heat):
+        running = launch.RunningInputs(share, longs, ints(1, 1, Q), ints(1, 1, Q), even, 16)
+        launch.launch_running(running, exact, slope, complexity, ints(B, H, Q))
     counts, lists, kept = ints(B, H, Q), ints(B, H, Q, K), torch.zeros(B, H, Q, K)
     flags = torch.zeros(B, H, Q, K, dtype=torch.uint8)
     seed = torch.zeros((), dtype=torch.int64)

@@ -389,7 +389,10 @@ def test_counting_forced_blocks(settings: dict, diagonal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
 @pytest.mark.parametrize("kind", ["plain", "lengths", "documents"])
-def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kind: str) -> None:
+@pytest.mark.parametrize("even", [None, 0.4])
+def test_budgets_equal_the_formulas(
+    causal: bool, heads: int, kv_heads: int, kind: str, even: float | None
+) -> None:
     blocks, lengths, ids = 40, None, None
     if kind == "lengths":
         lengths = torch.tensor([40, 23], device=DEVICE)
@@ -409,7 +412,7 @@ def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kin
     base = torch.tensor(0.7, device=DEVICE)
     rounded, exact = row_budget(
         rule, rows, spans, forced, limit, base, batch=2, means=means, gain=gain, offset=offset,
-        max_factor=2.0,
+        max_factor=2.0, even=None if even is None else torch.tensor(even, device=DEVICE),
     )  # fmt: skip
     complexity = content_complexity(means.transpose(1, 2), rows)
     if heads == 1:
@@ -420,7 +423,8 @@ def test_budgets_equal_the_formulas(causal: bool, heads: int, kv_heads: int, kin
     keep = ((1 - base) * factor).clamp(max=1)
     want = water_level_budget(keep, forced, limit, rows, blocks)
     torch.testing.assert_close(exact, want, rtol=1e-4, atol=1e-4)
-    assert torch.equal(rounded, round_budget(exact, rows))
+    part = exact if even is None else forced + torch.tensor(even, device=DEVICE) * (exact - forced)
+    assert torch.equal(rounded, round_budget(part, rows))
     weight = randn(*want.shape, seed=2)
     found = torch.autograd.grad((exact * weight).sum(), (gain, offset))
     wanted = torch.autograd.grad((want * weight).sum(), (gain, offset))
@@ -452,7 +456,7 @@ def causal_rows(heads: int, kind: str) -> tuple[RowRange, Tensor, Tensor, Tensor
     return rows, spans, forced, limit
 
 
-@pytest.mark.parametrize("content", [True, False])
+@pytest.mark.parametrize(("content", "even"), [(True, None), (True, 0.3), (False, None)])
 @pytest.mark.parametrize(
     ("kind", "heads", "kv_heads"),
     [
@@ -462,7 +466,7 @@ def causal_rows(heads: int, kind: str) -> tuple[RowRange, Tensor, Tensor, Tensor
     ],
 )
 def test_running_budgets_equal_the_formulas(
-    heads: int, kv_heads: int, kind: str, content: bool
+    heads: int, kv_heads: int, kind: str, content: bool, even: float | None
 ) -> None:
     """In every bit, from the complexity that the kernel found."""
     rows, spans, forced, limit = causal_rows(heads, kind)
@@ -471,10 +475,11 @@ def test_running_budgets_equal_the_formulas(
     gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
     offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
     base = torch.tensor(0.85, device=DEVICE)
+    part = None if even is None else torch.tensor(even, device=DEVICE)
     exact, _, complexity, whole = running_budget_op(
         means if content else None, gain if content else None, offset if content else None, base,
         spans, rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(),
-        forced, limit, 2, heads, True, 2.0, FRACTION_BITS,
+        forced, limit, part, 2, heads, True, 2.0, FRACTION_BITS,
     )  # fmt: skip
     keep = (1 - base).expand(2, heads, queries)
     if content:
@@ -486,7 +491,7 @@ def test_running_budgets_equal_the_formulas(
         torch.testing.assert_close(complexity, expected, rtol=1e-5, atol=1e-5)
         factor = (offset[:, None] + gain[:, None] * complexity.detach()).clamp(0, 2)
         keep = (keep * factor).clamp(max=1)
-    want, want_whole = running_budget(keep, forced, limit, rows)
+    want, want_whole = running_budget(keep, forced, limit, rows, part)
     assert torch.equal(exact, want)
     assert torch.equal(whole, want_whole)
     if content:
@@ -519,7 +524,8 @@ def test_running_budgets_over_several_chunks_and_at_bounds(
             means = randn(1, 3, rows, 8)
             exact, _, _, whole = running_budget_op(
                 means, gain, offset, base, spans, ranges.diagonal_first[:, 0].contiguous(),
-                ranges.document[:, 0].contiguous(), forced, limit, 1, 3, True, 2.0, FRACTION_BITS,
+                ranges.document[:, 0].contiguous(), forced, limit, None, 1, 3, True, 2.0,
+                FRACTION_BITS,
             )  # fmt: skip
             factor = offset[:, None] + gain[:, None] * torch.ones(1, 3, rows, device=DEVICE)
             keep = ((1 - base) * factor.clamp(0, 2)).clamp(max=1)
@@ -544,9 +550,9 @@ def test_a_budget_without_content() -> None:
     assert torch.equal(rounded, round_budget(exact, rows))
 
 
-@pytest.mark.parametrize("rows", [1, 70, 2049])
-def test_rounding(rows: int) -> None:
-    exact = torch.rand(2, 1, rows, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 9
+@pytest.mark.parametrize(("rows", "heads"), [(1, 1), (70, 1), (2049, 1), (70, 3)])
+def test_rounding(rows: int, heads: int) -> None:
+    exact = torch.rand(2, heads, rows, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 9
     exact[0, 0, ::3] = exact[0, 0, ::3].round() + 0.5
     mask = AttentionMask(rows, rows)
     ranges = row_ranges(mask, (1, 1), has_diagonal=True, device=DEVICE)
