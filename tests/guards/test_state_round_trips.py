@@ -133,10 +133,18 @@ def call(model: nn.Module, seed: int = 0) -> list[Tensor]:
 
 
 def observe(model: nn.Module) -> list[Tensor]:
-    """In evaluation, and in training with the same random numbers, where temperature counts."""
+    """In evaluation, and in training with the same random numbers, where temperature counts.
+
+    Training moves what layers hold of their budgets; observing them leaves it as it was.
+    """
     with torch.no_grad():
         found = call(model.eval())
+        held = [x for name, x in model.named_buffers() if name.endswith("budget_state")]
+        before = [x.clone() for x in held]
         found += call(model.train())
+        found += [x.clone() for x in held]
+        for state, was in zip(held, before, strict=True):
+            state.copy_(was)
     model.eval()
     return [x.detach() for x in found]
 

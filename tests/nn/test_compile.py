@@ -1,5 +1,7 @@
 """Layers under torch.compile: one graph, no recompilation from step to step, equal to eager."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -69,14 +71,36 @@ def gradients(out, layer, inputs):
 def test_the_layer_is_one_graph_and_equals_eager(backend, device, compiler, training):
     # hard_sparsity: no noise, so that a training step can be compared.
     layer = small(backend, hard_sparsity=True).to(device).train(training)
+    # Each pass in training moves the budgets of its layer.
+    eager = deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     exact = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {"rtol": 1e-4, "atol": 1e-4}
     for step in range(2):
         inputs = tokens(64, device, step)
         got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
-        want = gradients(layer(*inputs, is_causal=True), layer, inputs)
+        want = gradients(eager(*inputs, is_causal=True), eager, inputs)
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, **exact)
+        torch.testing.assert_close(layer.budget_state, eager.budget_state, **exact)
+    assert graphs() == 1
+    fresh = small(backend).budget_state.to(device)
+    assert training != torch.equal(layer.budget_state, fresh)
+
+
+def test_passes_may_come_before_the_backward_pass_of_the_first():
+    """As where a model calls one layer twice, each call a graph of its own."""
+    layer = small("gather", hard_sparsity=True).train()
+    eager = deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = []
+    for one in (compiled, eager):
+        inputs = [tokens(64, "cpu", seed) for seed in (0, 1)]
+        outs = [one(*x, is_causal=True) for x in inputs]
+        (outs[0].square().sum() + outs[1].square().sum()).backward()
+        found.append([*outs, *(y.grad for x in inputs for y in x)])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert layer.budget_state.isfinite().all()
     assert graphs() == 1
 
 
@@ -140,11 +164,12 @@ def test_another_length_recompiles_once_for_all_lengths(backend, device, compile
 def test_dynamic_shapes_train_all_lengths_with_one_graph(options):
     """Lengths that are no multiple of a block, too; the layer's own numbers stay numbers."""
     layer = small("gather", **options).train()
+    eager = deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
     for length in (75, 90, 137):
         inputs = tokens(length, "cpu")
         found = []
-        for run in (layer, compiled):
+        for run in (eager, compiled):
             torch.manual_seed(0)
             found.append(run(*inputs, is_causal=True))
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
@@ -161,12 +186,13 @@ def test_dynamic_shapes_train_all_lengths_with_one_graph(options):
 )
 def test_every_estimator_and_budget_is_one_graph(estimator, budget):
     layer = small("gather", estimator=estimator, budget=budget).train()
+    eager = deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = tokens(64, "cpu")
     torch.manual_seed(1)
     got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
     torch.manual_seed(1)
-    want = gradients(layer(*inputs, is_causal=True), layer, inputs)
+    want = gradients(eager(*inputs, is_causal=True), eager, inputs)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
     assert graphs() == 1
@@ -260,6 +286,7 @@ def test_export_takes_all_lengths_of_whole_blocks():
 @pytest.mark.slow
 def test_the_default_compiler_on_the_cpu():
     layer = small("gather", hard_sparsity=True).train()
+    eager = deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True)
     for length in (64, 96):
         inputs = tokens(length, "cpu")
@@ -267,7 +294,7 @@ def test_the_default_compiler_on_the_cpu():
         for x in inputs:
             torch._dynamo.maybe_mark_dynamic(x, 1)
         got = gradients(compiled(*inputs, is_causal=True), layer, inputs)
-        want = gradients(layer(*inputs, is_causal=True), layer, inputs)
+        want = gradients(eager(*inputs, is_causal=True), eager, inputs)
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     assert graphs() == 1

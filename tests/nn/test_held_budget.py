@@ -204,21 +204,26 @@ def test_nothing_later_is_seen(kind: str, scope: str) -> None:
         assert torch.equal(was, now)
 
 
-@pytest.mark.parametrize(
-    "check", alone_equals_together.CHECKS, ids=lambda check: check.__name__
-)
+def draw_winners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the state to all adaptive layers that the checks draw."""
+    scatter = alone_equals_together.scatter_weights
+
+    def scatter_and_win(layer: Any, seed: int) -> None:
+        scatter(layer, seed)
+        for module in layer.modules():
+            if isinstance(module, BlockSparseAdaptive):
+                module.budget_state.copy_(STATE)
+
+    monkeypatch.setattr(alone_equals_together, "scatter_weights", scatter_and_win)
+
+
+@pytest.mark.parametrize("check", alone_equals_together.CHECKS, ids=lambda check: check.__name__)
 @torch.no_grad()
 def test_a_sample_is_the_same_alone_and_together(
     check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padding, documents, offsets and caches, of layers of all kinds."""
-    scatter = alone_equals_together.scatter_weights
-
-    def scatter_and_win(layer: Any, seed: int) -> None:
-        scatter(layer, seed)
-        win_by_scores(layer)
-
-    monkeypatch.setattr(alone_equals_together, "scatter_weights", scatter_and_win)
+    draw_winners(monkeypatch)
     for seed in range(20):
         print(f"seed {seed}: {check(random.Random(seed))}")
 
@@ -227,20 +232,13 @@ def test_a_sample_is_the_same_alone_and_together(
 @pytest.mark.parametrize(
     "check", alone_equals_together.KERNEL_CHECKS, ids=lambda check: check.__name__
 )
+@torch.no_grad()
 def test_a_sample_is_the_same_alone_and_together_by_kernels(
     check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test_a_sample_is_the_same_alone_and_together.__wrapped__  # noqa: B018
-    scatter = alone_equals_together.scatter_weights
-
-    def scatter_and_win(layer: Any, seed: int) -> None:
-        scatter(layer, seed)
-        win_by_scores(layer)
-
-    monkeypatch.setattr(alone_equals_together, "scatter_weights", scatter_and_win)
-    with torch.no_grad():
-        for seed in range(3):
-            print(f"seed {seed}: {check(random.Random(seed))}")
+    draw_winners(monkeypatch)
+    for seed in range(3):
+        print(f"seed {seed}: {check(random.Random(seed))}")
 
 
 # --- the fused kernels -----------------------------------------------------------------------
@@ -320,8 +318,10 @@ def decode_all(layer: BlockSparseAdaptive, given: list[Tensor], prompt: int) -> 
     state, outs = SelectorState(), []
     if prompt:
         outs.append(layer.prefill(q[:, :prompt], k[:, :prompt], v[:, :prompt], state))
-    for n in range(prompt, q.shape[1]):
-        outs.append(layer.decode(q[:, n : n + 1], k[:, : n + 1], v[:, : n + 1], state))
+    outs.extend(
+        layer.decode(q[:, n : n + 1], k[:, : n + 1], v[:, : n + 1], state)
+        for n in range(prompt, q.shape[1])
+    )
     return torch.cat(outs, 1)
 
 
@@ -371,14 +371,15 @@ def test_empty_batches_and_lengths_of_zero(kind: str, scope: str, backend: str) 
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("segments", [None, ([16], [1]), ([16, 40], [1, 3]), ([64], [1])])
+@pytest.mark.parametrize("segments", [None, ([16], [1]), ([16, 40], [1, 3]), ([128], [1])])
+@pytest.mark.parametrize("scope", SCOPES)
 @torch.no_grad()
-def test_the_bound_by_lengths_is_never_exceeded(causal: bool, segments: Any) -> None:
+def test_the_bound_by_lengths_is_never_exceeded(scope: str, segments: Any, causal: bool) -> None:
     """Fused kernels keep lists of that width; a low bound would drop blocks."""
     for length, sparsity, level, even, threshold in itertools.product(
-        (3, 48, 96, 200), (0.5, 0.75, 0.9), (1.0, 8.0), (1.0, 0.5), (2.0, 1e-5)
+        (3, 48, 192), (0.5, 0.7, 0.9), (1.0, 8.0), (1.0, 0.5), (2.0, 1e-5)
     ):
-        config = AdaptiveConfig(block_size=4, base_sparsity=sparsity)
+        config = AdaptiveConfig(block_size=4, base_sparsity=sparsity, query_scope=scope)
         layer = BlockSparseAdaptive(*(segments or (None, None)), 2, 4, config).eval()
         layer.budget_state[:] = torch.tensor([level, even, threshold])
         x = torch.randn(1, length, 2, 4)

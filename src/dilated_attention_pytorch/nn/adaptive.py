@@ -155,11 +155,14 @@ class BlockSparseAdaptive(ScheduledLayer):
             ranked = ranked + noise * self.effective_temperature().detach()
         chosen = choose_top_k(ranked, candidates.scored, count, bound)
         if explore and config.estimator == "soft":
-            return soft_selection(self, inputs, scores, noise, count, bound)
-        if explore and config.num_explore_blocks:
-            chosen = chosen | explore_blocks(self, inputs, chosen)
-        evidence = budgets.evidence(self, forced)
-        return hard_selection(self, inputs, scores, chosen, bound, levels, evidence)
+            selection = soft_selection(self, inputs, scores, noise, count, bound)
+        else:
+            if explore and config.num_explore_blocks:
+                chosen = chosen | explore_blocks(self, inputs, chosen)
+            evidence = budgets.evidence(self, forced)
+            selection = hard_selection(self, inputs, scores, chosen, bound, levels, evidence)
+        budgets.hand_on()
+        return selection
 
     def selection_refusal(self, inputs: SelectionInputs) -> str | None:
         """Why this selection takes the PyTorch path, or None if the fused kernels run it."""

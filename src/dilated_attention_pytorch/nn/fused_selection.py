@@ -65,6 +65,8 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         (layer.block_size, layer.block_size), rows.num_allowed, check_values=False,
     )  # fmt: skip
     if not learning:
+        if budgets is not None:
+            budgets.hand_on()
         return Selection(pattern)
     if towers is None:
         kept = layer.scorer(queries, keys, indices)
@@ -76,6 +78,8 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
     kept = kept / layer.temperature_factor()
     evidence = None if budgets is None else budgets.evidence(layer, forced)
     probe = mass_probe(layer, inputs, kept, scored, pattern, levels, evidence)
+    if budgets is not None:
+        budgets.hand_on()
     return Selection(pattern, mass_probe=probe, query=passed[0], key=passed[1])
 
 
@@ -159,7 +163,7 @@ def allot_budget(
         layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows)
         return None
     means = gain = offset = even = None
-    held = None if layer.keeps_all else layer.held_budget()
+    held = None if layer.keeps_all else layer.held_budget(inputs.query)
     if held is not None:
         gain, offset = layer.budget_terms(held)
         even = held.even

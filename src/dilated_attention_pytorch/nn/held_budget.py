@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.nn.latest_passes import LatestPasses
+
 # Rows of the buffer: in force in the current forward pass, for the next one, and evidence.
 _NOW, _NEXT, _EVIDENCE = 0, 1, 2
 # Columns of the first two rows.
@@ -75,18 +77,37 @@ class HeldBudget:
 
     @classmethod
     def of(
-        cls, state: Tensor, training: bool, *, moves: bool = True, scores_decide: bool = True
+        cls,
+        state: Tensor,
+        training: bool,
+        *,
+        moves: bool = True,
+        scores_decide: bool = True,
+        query: Tensor | None = None,
+        latest: LatestPasses | None = None,
     ) -> HeldBudget:
         """Of a layer's buffer; the first pass of a training step takes what the last one left.
 
         A pass that activation checkpointing runs again inside a backward pass takes the same
         numbers as the first time, and moves nothing; nor does one inside ``torch.func``.
+
+        Args:
+            state: The buffer.
+            training: Whether the layer trains.
+            moves: Whether this pass may measure and move them.
+            scores_decide: See there.
+            query: What this pass is known by.
+            latest: The layer's passes before it; compiled ones are not among them.
         """
         moves = moves and training and not _repeats()
         with torch.no_grad():
-            if moves:
-                state[_NOW] = state[_NEXT]
-            row = state[_NOW if training else _NEXT].clone()
+            row = state[_NOW if training and not moves else _NEXT].clone()
+            if query is not None and latest is not None and not torch.compiler.is_compiling():
+                if moves:
+                    latest.note(query, row)
+                elif training and not _transformed():
+                    found = latest.find(query)
+                    row = row if found is None else found
         return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves, scores_decide)
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
@@ -108,8 +129,10 @@ class HeldBudget:
             threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
             free = (keep < 1) & torch.isfinite(shared + kept)
             by_scores = free & (self.even < 1)
-            self.state[_NEXT, _LEVEL] = torch.where(free, level, self.level)
-            self.state[_NEXT, _THRESHOLD] = torch.where(by_scores, threshold, self.threshold)
+            level = torch.where(free, level, self.level)
+            threshold = torch.where(by_scores, threshold, self.threshold)
+            self.state[_NOW] = torch.stack([self.level, self.even, self.threshold])
+            self.state[_NEXT] = torch.stack([level, self.even, threshold])
 
 
 def scores_may_decide(state: Tensor) -> bool:

@@ -76,11 +76,17 @@ class RowBudgets:
         keep: ``1 - base_sparsity``, 0-dim; None where budgets do not go by it.
         by_score: Booleans: rows that the scores gave more than their even share; None where
             scores have no part.
+        held: What is to follow from this pass for the next one; None: nothing.
+        exact: Real-valued shares, with ``held``.
+        allowed: Visible blocks per row, with ``held``.
     """
 
     whole: Tensor
     keep: Tensor | None = None
     by_score: Tensor | None = None
+    held: HeldBudget | None = None
+    exact: Tensor | None = None
+    allowed: Tensor | None = None
 
     def evidence(self, layer: BlockSparseAdaptive, forced: Tensor) -> MarginEvidence | None:
         """What a backward pass is to measure, of ``forced`` blocks per row; None: nothing."""
@@ -88,6 +94,16 @@ class RowBudgets:
             return None
         count = (self.whole - forced).clamp(min=0)
         return MarginEvidence(layer.budget_state, count, self.by_score, self.keep)
+
+    def hand_on(self) -> None:
+        """Leaves what this pass measured for the next one, after the mass probe is made.
+
+        Written before, the buffer could not change again until a compiled backward pass ran.
+        """
+        held, exact, allowed, keep = self.held, self.exact, self.allowed, self.keep
+        if held is None or exact is None or allowed is None or keep is None:
+            return
+        held.follow(exact, self.whole, allowed, keep)
 
 
 def row_budgets(
@@ -114,7 +130,7 @@ def row_budgets(
         layer.record_density(exact, rows)
         return RowBudgets(round_budget(exact, rows))
     keep = (1 - layer.base_sparsity).expand(shape)
-    held = layer.held_budget()
+    held = layer.held_budget(inputs.query)
     if held is not None:
         factor = budget_factor(layer, held, rows, key_means, inputs.mask.causal)
         keep = layer.share_by_content(keep, factor)
@@ -166,8 +182,7 @@ def by_larger(
     """
     whole = torch.maximum(even, by_score.to(even.dtype))
     keep = held_keep(layer)
-    held.follow(exact, whole, rows.num_allowed, keep)
-    return RowBudgets(whole, keep, by_score > even)
+    return RowBudgets(whole, keep, by_score > even, held, exact, rows.num_allowed)
 
 
 def held_keep(layer: BlockSparseAdaptive) -> Tensor:
@@ -368,9 +383,13 @@ def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
         return min(config.num_selected_blocks, width)
     if inputs.mask.per_sample or config.budget == "threshold":
         return width
+    # Scores can win a row a share of what it sees, whatever the level over all rows is.
+    by_score = 0
     if config.budget == "adaptive":
-        # Scores can win a row a share of what it sees, whatever the level over all rows is.
-        return most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
+        by_score = most_scored_of(layer, -(-inputs.mask.kv_len // layer.block_size), width)
+        if layer.segment_lengths is None:
+            # No level is above the share of the row that sees most.
+            return by_score
     mask, compiling = inputs.mask, torch.compiler.is_compiling()
     keep = most_kept(layer)
     if layer.segment_lengths is None:
@@ -384,23 +403,21 @@ def most_scored(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> int:
         # Counting the lattice takes tensors, whose values would be symbols. Candidates of
         # segments do not grow with the length, so this stays small.
         return width
-    return min(
-        width,
-        most_scored_blocks(
-            mask.q_len,
-            mask.kv_len,
-            mask.causal,
-            int(mask.query_offset),
-            inputs.rows.has_diagonal,
-            layer.block_size,
-            layer.segment_lengths,
-            layer.dilation_rates,
-            layer.pattern_heads,
-            config.num_local_blocks,
-            config.num_sink_blocks,
-            keep,
-        ),
+    by_level = most_scored_blocks(
+        mask.q_len,
+        mask.kv_len,
+        mask.causal,
+        int(mask.query_offset),
+        inputs.rows.has_diagonal,
+        layer.block_size,
+        layer.segment_lengths,
+        layer.dilation_rates,
+        layer.pattern_heads,
+        config.num_local_blocks,
+        config.num_sink_blocks,
+        keep,
     )
+    return min(width, max(by_level, by_score))
 
 
 def most_scored_of(layer: BlockSparseAdaptive, num_blocks: int, width: int) -> int:

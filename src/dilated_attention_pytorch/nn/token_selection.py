@@ -98,4 +98,6 @@ def select_by_tokens(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> Sel
         counts, indices, inputs.mask.q_len, inputs.mask.kv_len,
         (layer.block_size, layer.block_size), rows.num_allowed, check_values=False,
     )  # fmt: skip
+    if budgets is not None:
+        budgets.hand_on()
     return Selection(pattern)
