@@ -53,11 +53,9 @@ def tokens(device="cpu", length=48):
 )
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_replays_noise_and_random_blocks(backend, device, reentrant, estimator):
-    layer = small(backend, device, estimator=estimator).train()
-
     def step(recompute):
+        layer = small(backend, device, estimator=estimator).train()
         inputs = tokens(device)
-        layer.zero_grad()
         torch.manual_seed(1)
         if recompute:
             out = checkpoint(lambda *x: layer(*x, is_causal=True), *inputs, use_reentrant=reentrant)
