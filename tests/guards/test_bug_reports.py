@@ -335,6 +335,7 @@ def test_two_documents_of_one_block_each() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputation_reads_the_choice_of_its_own_micro_batch(reentrant: bool) -> None:
     """NVIDIA/Megatron-LM#7010: recomputation read another micro-batch's choice."""
+
     def step(recompute: bool) -> list[Tensor]:
         layer = choosing(base_sparsity=0.7).train()
         # Far from what is asked, budgets move from pass to pass.

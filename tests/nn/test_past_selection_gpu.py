@@ -49,7 +49,10 @@ def tokens(length: int) -> list[Tensor]:
 
 
 def step(layer: BlockSparseAdaptive, tensors: list[Tensor]) -> tuple[BlockPattern, list[Tensor]]:
-    """What was chosen, and output, sparsity loss and all gradients of one training step."""
+    """What was chosen, and output, sparsity loss and all gradients of one training step.
+
+    A step moves the budgets of the next one: to compare steps, give each a copy of the layer.
+    """
     tensors = [x.detach().requires_grad_() for x in tensors]
     generator = torch.Generator(DEVICE).manual_seed(3)
     patterns: list[BlockPattern] = []
@@ -74,8 +77,9 @@ def test_choices_equal_those_of_the_pytorch_path(
     share_noise(monkeypatch, seed=3)
     chosen, counts = [], []
     for backend in ("auto", "gather"):
-        layer.backend = backend
-        pattern, _ = step(layer, tensors)
+        twin = copy.deepcopy(layer)
+        twin.backend = backend
+        pattern, _ = step(twin, tensors)
         pattern.validate()
         chosen.append(pattern.to_dense())
         counts.append(pattern.kv_num_blocks)
@@ -94,7 +98,8 @@ def test_gradients_lose_what_pytorch_loses_in_bfloat16(
 ) -> None:
     """Against float64, where PyTorch attends to the blocks that the kernels chose."""
     layer, tensors = make(**MODES[mode]), tokens(length)
-    pattern, got = step(layer, tensors)
+    wide = copy.deepcopy(layer).double()
+    pattern, got = step(copy.deepcopy(layer), tensors)
     scored = pattern.to_dense()
     near = torch.arange(scored.shape[2], device=DEVICE)
     # The diagonal is forced; the rest was chosen.
@@ -102,10 +107,9 @@ def test_gradients_lose_what_pytorch_loses_in_bfloat16(
     monkeypatch.setattr(adaptive, "choose_top_k", lambda *_: scored)
     monkeypatch.setattr(adaptive, "explore_blocks", lambda *_: torch.zeros_like(scored))
     monkeypatch.setattr(adaptive, "scored_bound", lambda *_: int(scored.sum(-1).max()))
-    layer.backend = "gather"
+    layer.backend = wide.backend = "gather"
     same, plain = step(layer, tensors)
     assert torch.equal(same.to_dense(), pattern.to_dense())
-    wide = copy.deepcopy(layer).double()
     _, want = step(wide, [x.double() for x in tensors])
     for a, b, c in zip(got, plain, want, strict=True):
         assert (a is None) == (b is None) == (c is None)
@@ -120,7 +124,7 @@ def test_gradients_lose_what_pytorch_loses_in_bfloat16(
 @pytest.mark.parametrize("mode", MODES)
 def test_repeated_steps_are_bitwise_equal_and_wait_for_nothing(mode: str, length: int) -> None:
     layer, tensors = make(**MODES[mode]), tokens(length)
-    pattern, found = step(layer, tensors)
+    pattern, found = step(copy.deepcopy(layer), tensors)
     torch.cuda.set_sync_debug_mode("error")
     try:
         again, once_more = step(layer, tensors)
@@ -139,7 +143,8 @@ def test_a_change_reaches_no_earlier_choice(mode: str) -> None:
 
     def choose(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(DEVICE).manual_seed(3)
-        out, info = layer(*parts, is_causal=True, return_pattern=True, generator=generator)
+        twin = copy.deepcopy(layer)
+        out, info = twin(*parts, is_causal=True, return_pattern=True, generator=generator)
         return out, info["pattern"].to_dense()
 
     out, chosen = choose(tensors)

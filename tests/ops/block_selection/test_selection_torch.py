@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -71,9 +72,10 @@ def test_repeated_runs_are_bitwise_equal(settings):
         layer.eval()
 
     def step():
-        layer.zero_grad()
+        # Each pass in training moves the budgets of its layer.
+        twin = copy.deepcopy(layer)
         generator = torch.Generator("cuda").manual_seed(1)
-        out, info = layer(q, k, k, is_causal=True, return_pattern=True, generator=generator)
+        out, info = twin(q, k, k, is_causal=True, return_pattern=True, generator=generator)
         grads = torch.autograd.grad(out.float().sum(), (q, k))
         return out, info["pattern"].kv_indices, *grads
 
@@ -179,7 +181,8 @@ def test_opcheck_accepts_running_budgets():
     limit = (row + 1).int().view(1, 1, 8)
     base = torch.tensor(0.5, device="cuda")
     arguments = (
-        means, gain, offset, base, rule, row[None], nothing, forced, limit, 1, 2, True, 2.0, 16,
+        means, gain, offset, base, rule, row[None], nothing, forced, limit,
+        torch.tensor(0.5, device="cuda"), 1, 2, True, 2.0, 16,
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.running_budget_op, arguments, test_utils=tests)
