@@ -396,6 +396,8 @@ def check_cross_multihead(rng: random.Random) -> str:
         def turn(x: Tensor) -> Tensor:
             return x if layer.batch_first else x.transpose(0, 1)
 
+        # A pass in training moves the budgets of the next one.
+        layer.attention.budget_state.copy_(state)
         with torch.enable_grad():
             inputs = [x.clone().requires_grad_() for x in inputs]
             layer.zero_grad()
@@ -404,6 +406,7 @@ def check_cross_multihead(rng: random.Random) -> str:
         found = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
         return turn(out).detach(), info, [x.grad for x in inputs], found
 
+    state = layer.attention.budget_state.clone()
     masks = {"key_padding_mask": hidden_k, "query_padding_mask": hidden_q}
     if not hidden_k.any():
         masks.pop("key_padding_mask")
