@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dilated_attention_pytorch.analysis.checks import CHECKS
 from dilated_attention_pytorch.cli.main import main
 
 TEXT = "Each word of this sentence is as good as any other word of it. " * 400
@@ -45,7 +46,7 @@ def test_a_report_of_a_run(run: Path, tmp_path: Path) -> None:
     assert [step for step, _ in data["charts"][0]["series"]["loss"]] == [1, 2, 3, 4, 5, 6]
     assert set(data["charts"][3]["series"]) == {"layer 1", "layer 2"}
     assert "stability" in [x["field"] for x in data["statistics"]]
-    assert html.count('class="finding ') == 9
+    assert html.count('class="finding ') == len(CHECKS)
 
 
 def test_a_diagnosis_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("rich", reason="needs the extra [cli]")
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
+from dilated_attention_pytorch.analysis.checks import CHECKS
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.integrations.transformers import adapt, save_adapter
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
@@ -78,7 +79,7 @@ def test_a_report_of_an_adapter_shows_its_text(
     assert data["layers"] == ["layers.0", "layers.1"]
     html = page.read_text(encoding="utf-8")
     assert "What the heads of tiny-llama read" in html
-    assert html.count('class="finding ') == 9
+    assert html.count('class="finding ') == len(CHECKS)
     assert "do not anneal" in html
     assert {"kept_mass", "best_mass", "sparsity"} <= {x["field"] for x in data["statistics"]}
 
@@ -110,7 +111,7 @@ def test_the_page_of_an_adapter_in_a_browser(distilled: Path, texts: Path, tmp_p
         browser.wait_for(reads)
         words = browser.evaluate("document.getElementById('text').textContent")
         assert words.startswith("Über „Käse“ ⇒ 日本語 & <b>: line 0 of a, as every line here. 👩‍👧")
-        assert browser.evaluate("document.querySelectorAll('.finding').length") == 9
+        assert browser.evaluate("document.querySelectorAll('.finding').length") == len(CHECKS)
         assert browser.evaluate("document.querySelectorAll('#charts figure').length") == 3
 
 

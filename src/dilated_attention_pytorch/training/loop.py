@@ -162,7 +162,8 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
         if trainer is None or trainer.current_step != trainer.annealing_steps:
             return ""
         peak = trainer.highest_peak()
-        if peak is None or peak >= PEAKED:
+        # 0: no row has had three blocks to compare.
+        if peak is None or not 0 < peak < PEAKED:
             return ""
         return (
             "the plateau: no layer's attention says yet where to read (its target is "

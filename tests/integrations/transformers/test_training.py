@@ -12,7 +12,7 @@ from tiny_models import tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
-from dilated_attention_pytorch import AdaptiveConfig
+from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.integrations.transformers import adapt
 
 # Rows must keep two scored blocks or more: of one, the softmax teaches nothing.
@@ -39,8 +39,14 @@ def test_the_language_model_loss_reaches_the_selectors_of_a_frozen_base() -> Non
 def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     model = tiny_model().train()
     with adapt(model, SPARSE) as adapted:
+        states = [m.budget_state for m in model.modules() if isinstance(m, BlockSparseAdaptive)]
+        before = [state.clone() for state in states]
         plain = selector_gradients(model, adapted)
         weight = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+        # A second pass in training would go by what the first one measured.
+        assert len(states) == len(model.model.layers)
+        for state, first in zip(states, before, strict=True):
+            state.copy_(first)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         checkpointed = selector_gradients(model, adapted)
         again = model.model.layers[0].self_attn.q_proj.weight.grad
