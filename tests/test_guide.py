@@ -1,7 +1,8 @@
 """The calls of the user's guide run as written, and what it promises shows in numbers."""
 
-from __future__ import copy
+from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
