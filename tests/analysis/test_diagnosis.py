@@ -74,8 +74,8 @@ def test_a_healthy_model_passes_every_check_that_applies(model: NeedleModel) -> 
     assert diagnosis.healthy, str(diagnosis)
     verdicts = {finding.check: finding.verdict for finding in diagnosis.findings}
     assert len(verdicts) == len(CHECKS)
-    # The needle task fixes the budget: nothing follows from where its attention goes.
-    assert verdicts.pop("budget") == verdicts.pop("target") == "skip"
+    # The needle task fixes the budget.
+    assert verdicts.pop("budget") == "skip"
     assert set(verdicts.values()) == {"pass"}, str(diagnosis)
     assert diagnosis.to_dict()["healthy"]
 
