@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,42 +22,22 @@ def check_floating(name: str, x: object) -> None:
     Raises:
         TypeError: If it is not.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
-    if x.dtype not in FLOATS:
-        raise TypeError(
-            f"{name} must be floating point (float16, bfloat16, float32 or float64), got "
-            f"{x.dtype}; cast it to one of them."
-        )
+    wanted = "be floating point (float16, bfloat16, float32 or float64)"
+    _check(name, x, FLOATS, wanted, "cast it to one of them")
 
 
 def check_integers(name: str, x: object) -> None:
-    """Checks that an argument is a tensor of one of :data:`INTEGERS`; booleans are none.
-
-    Args:
-        name: Of the argument, for the error.
-        x: The argument.
-
-    Raises:
-        TypeError: If it is not.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"{name} must hold integers, got {x.dtype}; call .long() on it.")
+    """The same with :data:`INTEGERS`; booleans are none."""
+    _check(name, x, INTEGERS, "hold integers", "call .long() on it")
 
 
 def check_booleans(name: str, x: object) -> None:
-    """Checks that an argument is a tensor of booleans.
+    """The same with booleans."""
+    _check(name, x, (torch.bool,), "hold booleans", "call .bool() on it")
 
-    Args:
-        name: Of the argument, for the error.
-        x: The argument.
 
-    Raises:
-        TypeError: If it is not.
-    """
+def _check(name: str, x: object, dtypes: Sequence[torch.dtype], wanted: str, remedy: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
-    if x.dtype != torch.bool:
-        raise TypeError(f"{name} must hold booleans, got {x.dtype}; call .bool() on it.")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must {wanted}, got {x.dtype}; {remedy}.")
