@@ -155,9 +155,9 @@ def _asked(run: LanguageModelRun) -> str:
     asked = _base_sparsity(run)
     if asked is None:
         return ""
-    config = run.config
-    explores = (
-        run.attention == "adaptive" and config.num_explore_blocks and not config.hard_sparsity
-    )
-    less = "; steps also read random blocks and have less" if explores else ""
-    return f" (sparsity asked for: {asked:g}{less})"
+    config, reasons = run.config, ""
+    if run.attention == "adaptive" and config.estimator == "mass" and config.selector_weight:
+        reasons += "; the first steps are dense"
+    if run.attention == "adaptive" and config.num_explore_blocks and not config.hard_sparsity:
+        reasons += "; steps also read random blocks"
+    return f" (sparsity asked for: {asked:g}{reasons})"
