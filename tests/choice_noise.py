@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch import BlockSparseAdaptive
 from dilated_attention_pytorch.nn import adaptive, estimators
 
 _LOW = 0xFFFFFFFF
@@ -44,11 +45,15 @@ def draw(generator: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor]:
     return gumbel.view(like.shape), (tickets >> 2).double().view(like.shape)
 
 
-def share_noise(monkeypatch: Any, seed: int) -> None:
-    """Lets layers draw in PyTorch what the kernel draws from ``seed``'s generator."""
+def share_noise(monkeypatch: Any, seed: int, layer: BlockSparseAdaptive) -> None:
+    """Lets layers like this one draw in PyTorch what its kernel draws from ``seed``'s generator."""
 
     def drawn(like: Tensor) -> tuple[Tensor, Tensor]:
-        return draw(torch.Generator(like.device).manual_seed(seed), like)
+        generator = torch.Generator(like.device).manual_seed(seed)
+        if layer.moves_budgets:
+            # What the pass is known by.
+            torch.rand(1, device=like.device, generator=generator)
+        return draw(generator, like)
 
     monkeypatch.setattr(adaptive, "gumbel_noise", lambda like, _: drawn(like)[0])
     monkeypatch.setattr(estimators, "uniform_noise", lambda like, _: drawn(like)[1])

@@ -143,13 +143,13 @@ def test_attention_that_has_not_found_where_to_look() -> None:
     layer = bare()
     x = bare_input(layer)
     assert verdict("target", layer, x) == "skip", "nothing is known of it yet"
-    layer.budget_state[2, 0] = 0.1
+    layer.budget_state[1, 0] = 0.1
     assert verdict("target", layer, x) == "warn"
     assert "learning rate" in diagnose(layer, x)["target"].remedy
     layer.set_base_sparsity(0.0)
     assert verdict("target", layer, x) == "skip", "its start is not over"
     layer.set_base_sparsity(0.8)
-    layer.budget_state[2, 0] = 0.5
+    layer.budget_state[1, 0] = 0.5
     assert verdict("target", layer, x) == "pass"
 
 

@@ -239,7 +239,7 @@ def test_statistics_and_diagnosis_are_on_the_page(page: Path) -> None:
     with Browser() as browser:
         ready(browser, page)
         findings = browser.evaluate("document.querySelectorAll('.finding').length")
-        assert findings == 9
+        assert findings == len(diagnose(Model(), tokens(2)).findings) > 5
         options = browser.evaluate(
             "[...document.getElementById('statistic').options].map((x) => x.text)"
         )

@@ -81,7 +81,9 @@ def test_the_layer_is_one_graph_and_equals_eager(backend, device, compiler, trai
         want = gradients(eager(*inputs, is_causal=True), eager, inputs)
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, **exact)
-        torch.testing.assert_close(layer.budget_state, eager.budget_state, **exact)
+        # Not by what random number each pass is known.
+        both = layer.budget_state[:, :3], eager.budget_state[:, :3]
+        torch.testing.assert_close(*both, **exact)
     assert graphs() == 1
     fresh = small(backend).budget_state.to(device)
     assert training != torch.equal(layer.budget_state, fresh)

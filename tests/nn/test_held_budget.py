@@ -22,13 +22,15 @@ from brute_force import (
 )
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.mask import AttentionMask
+from dilated_attention_pytorch.nn.held_budget import initial_state
 from dilated_attention_pytorch.nn.row_budgets import most_scored, row_budgets
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from guards import alone_equals_together
 
 SIZE, HEADS, KV_HEADS, DIM, TOKENS = 16, 4, 2, 16, 90
 EVEN, THRESHOLD = 0.5, 0.2
-STATE = torch.tensor([[1.0, EVEN, THRESHOLD], [1.0, EVEN, THRESHOLD], [0.0, 0.0, 0.0]])
+STATE = initial_state()
+STATE[0, :3] = torch.tensor([1.0, EVEN, THRESHOLD])
 LATTICE = ([32, 64], [1, 2])
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -74,7 +76,7 @@ def tokens(length: int = TOKENS, kv_len: int | None = None, batch: int = 1) -> l
 
 def counts_without_scores(layer: BlockSparseAdaptive, run: Any) -> Tensor:
     """What rows keep where no score reaches the threshold."""
-    layer.budget_state[:, 2] = 2.0
+    layer.budget_state[0, 2] = 2.0
     counts = run()[1]["pattern"].kv_num_blocks
     win_by_scores(layer)
     return counts
@@ -381,7 +383,7 @@ def test_the_bound_by_lengths_is_never_exceeded(scope: str, segments: Any, causa
     ):
         config = AdaptiveConfig(block_size=4, base_sparsity=sparsity, query_scope=scope)
         layer = BlockSparseAdaptive(*(segments or (None, None)), 2, 4, config).eval()
-        layer.budget_state[:] = torch.tensor([level, even, threshold])
+        layer.budget_state[0, :3] = torch.tensor([level, even, threshold])
         x = torch.randn(1, length, 2, 4)
         inputs = layer._inputs(x, x, AttentionMask(length, length, causal), None, True, None)
         scores, means = layer.scores_of(inputs)

@@ -70,7 +70,7 @@ def test_choices_and_gradients_equal_those_in_float64(
     settings, call = CASES[case]
     layer, tensors = make(settings), inputs()
     assert layer.selection_refusal(layer._inputs(*tensors[:2], MASK, None, True, None)) is None
-    share_noise(monkeypatch, seed=3)
+    share_noise(monkeypatch, 3, layer)
     wide = copy.deepcopy(layer).double()
     wide.backend = "reference"
     want = train(wide, [x.double() for x in tensors], call)

@@ -74,7 +74,7 @@ def test_choices_equal_those_of_the_pytorch_path(
     mode: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, tensors = make(**MODES[mode]), tokens(length)
-    share_noise(monkeypatch, seed=3)
+    share_noise(monkeypatch, 3, layer)
     chosen, counts = [], []
     for backend in ("auto", "gather"):
         twin = copy.deepcopy(layer)

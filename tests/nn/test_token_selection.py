@@ -208,11 +208,11 @@ def test_other_budgets_choose_as_in_pytorch(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["lengths", "documents"])
 def test_scores_win_blocks_as_in_pytorch(name: str) -> None:
     layer = adaptive(budget="adaptive", num_sink_blocks=1)
-    layer.budget_state[1] = torch.tensor([1.0, 0.3, 0.15], device=DEVICE)
+    layer.budget_state[0, :3] = torch.tensor([1.0, 0.3, 0.15], device=DEVICE)
     call = {key: torch.tensor(value, device=DEVICE) for key, value in CALLS[name].items()}
     fused, plain = choices(layer, *tokens(), **call)
     assert torch.equal(fused, plain)
-    layer.budget_state[1, 2] = 2.0
+    layer.budget_state[0, 2] = 2.0
     assert int(plain.sum()) > int(choices(layer, *tokens(), **call)[1].sum())
 
 

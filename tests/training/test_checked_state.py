@@ -92,7 +92,7 @@ MOMENT = ("optimizer", "state", 0)
         (("model", "embedding.weight"), ...),
         (("model", "embedding.weight"), torch.zeros(2, 2)),
         (("model", "extra"), torch.zeros(1)),
-        (("model", "blocks.0.attention.budget_state"), torch.full((3, 3), 3.0)),
+        (("model", "blocks.0.attention.budget_state"), torch.full((66, 5), 3.0)),
         (("optimizer",), {}),
         (("optimizer", "state", 10**6), {}),
         ((*GROUP, "params"), [5]),

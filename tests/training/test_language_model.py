@@ -103,7 +103,7 @@ def test_a_plateau_is_named_once(tmp_path, text, attention, peak, steps):
         if progress.remark:
             said[progress.result.step] = progress.remark
         for layer in loop.training.sparse_layers if attention == "adaptive" else []:
-            layer.budget_state[2, 0] = peak
+            layer.budget_state[1, 0] = peak
     assert list(said) == steps
     assert all("higher learning rate" in words for words in said.values())
 

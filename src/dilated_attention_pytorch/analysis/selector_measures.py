@@ -19,6 +19,7 @@ from dilated_attention_pytorch.analysis.probe import (
 )
 from dilated_attention_pytorch.analysis.recorder import layer_mass, to_tiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.held_budget import HeldBudget
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.scoring.summaries import block_summaries
 
@@ -226,7 +227,9 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
     gradient = seen.output.grad
     weights = None if gradient is None else gradient.norm(dim=-1)
     factors = None
-    held = layer.held_budget(moves=False)
+    held = layer.held_budget()
+    if held is not None and layer.training:
+        held = HeldBudget.latest(layer.budget_state)
     if held is not None:
         factors = layer.called(
             lambda *_: budget_factor(layer, held, inputs.rows, key_means, inputs.mask.causal),

@@ -23,7 +23,8 @@ from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.nn.replay import ReplayGuard
+from dilated_attention_pytorch.nn.held_budget import mark_pass
+from dilated_attention_pytorch.nn.replay import generator_state, watch_replay
 from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
@@ -49,6 +50,8 @@ class SelectionInputs:
         query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding.
         key_valid: The same for keys.
         generator: Source of randomness, None for torch's default.
+        mark: By what a pass in training is known where activation checkpointing runs it again, from
+            :func:`mark_pass`; None where no other pass could differ.
     """
 
     query: Tensor
@@ -59,6 +62,7 @@ class SelectionInputs:
     query_valid: Tensor | None
     key_valid: Tensor | None
     generator: torch.Generator | None
+    mark: Tensor | None = None
     _enumerated: list[Candidates] = field(default_factory=list, repr=False)
 
     @property
@@ -191,6 +195,16 @@ class BlockSparseLayer(CalledModule, ABC):
         return self.called(lambda *_: self.select(inputs), inputs.query, inputs.key, inputs.key)
 
     @property
+    def draws(self) -> bool:
+        """Whether passes draw random numbers."""
+        return False
+
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether a pass changes what the next one goes by."""
+        return False
+
+    @property
     def observed(self) -> bool:
         """Whether somebody observes the passes of the mode that the layer is in."""
         watches = (self.training or not watch.training_only for watch in self._watches)
@@ -304,8 +318,8 @@ class BlockSparseLayer(CalledModule, ABC):
             TypeError: If inputs are not floating point or mix dtypes.
             ValueError: If shapes or ``pattern`` do not fit the layer or each other, or
                 ``cross_attention`` comes with an argument that places queries on the key axis.
-            RuntimeError: In the backward pass, if activation checkpointing ran this again and
-                ``generator`` had moved on.
+            RuntimeError: In the backward pass, if activation checkpointing ran this again without
+                rewinding what it draws from.
         """
         if compute is not None:
             return compute(query, key, value)
@@ -391,9 +405,10 @@ class BlockSparseLayer(CalledModule, ABC):
         has_diagonal = is_causal or query_offset is not None or one_sequence
         if key_lengths is not None and one_sequence and query_lengths is None:
             query_lengths = key_lengths
-        guard = None if generator is None else ReplayGuard(generator)
         inputs: SelectionInputs | None = None
+        replayed: Tensor | None = None
         if pattern is None:
+            replayed = generator_state(query.device, generator) if self.draws else None
             inputs = self._inputs(
                 score_query, score_key, mask, documents, has_diagonal, generator, query_lengths
             )
@@ -404,6 +419,7 @@ class BlockSparseLayer(CalledModule, ABC):
             query = selection.query
         if selection.key is not None and score_key is key:
             key = selection.key
+        query = watch_replay(query, replayed)
         real: Tensor | None = None
         if query_lengths is not None:
             tokens = torch.arange(q_len, device=query.device)
@@ -418,8 +434,6 @@ class BlockSparseLayer(CalledModule, ABC):
         )  # fmt: skip
         if not isinstance(out, Tensor):
             out = out[0]
-        if guard is not None:
-            out = guard.watch(out)
         if (
             self.training
             and torch.distributed.is_available()
@@ -497,7 +511,10 @@ class BlockSparseLayer(CalledModule, ABC):
                 query_valid = torch.arange(mask.q_len, device=query.device) < query_lengths[:, None]
             elif has_diagonal and mask.q_len == mask.kv_len:
                 query_valid = key_valid
-        return SelectionInputs(query, key, mask, rows, rule, query_valid, key_valid, generator)
+        mark = mark_pass(query, generator) if self.moves_budgets else None
+        return SelectionInputs(
+            query, key, mask, rows, rule, query_valid, key_valid, generator, mark
+        )
 
     def _all_are_candidates(self, inputs: SelectionInputs) -> bool:
         """Whether every allowed tile is a candidate, and of the same ones in every sample."""

@@ -163,7 +163,7 @@ def allot_budget(
         layer.record_density(exact.expand(batch, layer.pattern_heads, -1), rows)
         return None
     means = gain = offset = even = None
-    held = None if layer.keeps_all else layer.held_budget(inputs.query)
+    held = None if layer.keeps_all else layer.held_budget(inputs.mark)
     if held is not None:
         gain, offset = layer.budget_terms(held)
         even = held.even

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.nn.latest_passes import LatestPasses
-
-# Rows of the buffer: in force in the current forward pass, for the next one, and evidence.
-_NOW, _NEXT, _EVIDENCE = 0, 1, 2
-# Columns of the first two rows.
-_LEVEL, _EVEN, _THRESHOLD = 0, 1, 2
-# Columns of the third: how peaked the selector's target is, and the mass of the last blocks of
+# Rows of the buffer: numbers for the next pass, evidence, and the latest passes.
+_NEXT, _EVIDENCE, _PASSES = 0, 1, 2
+# More passes than are under way at once.
+_MOST_PASSES = 64
+# Columns; marks in the rows of passes alone.
+_LEVEL, _EVEN, _THRESHOLD, _MARK = 0, 1, 2, 3
+# Columns of the evidence: how peaked the selector's target is, and the mass of the last blocks of
 # rows that the even share gave most, and of those that the scores did.
-_PEAK, _EVEN_MASS, _SCORE_MASS = 0, 1, 2
+_PEAK, _EVEN_MASS = 0, 1
 
 # From here on the selector's target, as a share of the way from uniform to one block, says where
 # to read: dense starts end, and scores begin to decide on budgets.
@@ -44,15 +44,37 @@ _MEMORY, _STEP = 0.1, 0.01
 
 def initial_state() -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
-    held = [1.0, 1.0, _OFF]
-    return torch.tensor([held, held, [0.0, 0.0, 0.0]], dtype=torch.float32, device="cpu")
+    held, none = [1.0, 1.0, _OFF], [-1.0, -1.0]
+    rows = [[*held, *none], [0.0] * 5, *[[*held, *none]] * _MOST_PASSES]
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def could_be_held(state: Tensor) -> bool:
     """Whether training could have left these numbers in a layer's buffer; waits for them."""
-    held = state[: _NEXT + 1]
-    least, most = (held.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, _OFF]))
-    return bool(((held >= least) & (held <= most)).all())
+    numbers = state[:, :_MARK].clone()
+    numbers[_EVIDENCE] = numbers[_NEXT]
+    least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, _OFF]))
+    return bool(((numbers >= least) & (numbers <= most)).all() & state.isfinite().all())
+
+
+def mark_pass(query: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """By what a forward pass in training is known when it runs again; None in ``torch.func``.
+
+    Activation checkpointing rewinds the generators before it runs a pass again, in compiled code
+    too: the same random number and nearly the same queries are the same pass.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``.
+        generator: Source of randomness, None for torch's default.
+
+    Returns:
+        A random number and a sum of the queries, float32 ``(2,)``.
+    """
+    if _transformed():
+        return None
+    drawn = torch.rand(1, dtype=torch.float32, device=query.device, generator=generator)
+    part = query.detach()[..., 0].float().nan_to_num().sum().view(1)
+    return torch.cat([drawn, part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +82,11 @@ class HeldBudget:
     """The numbers in force during one forward pass; all 0-dim float32.
 
     Attributes:
-        state: The layer's buffer, ``(3, 3)``.
+        state: The layer's buffer, ``(66, 5)``.
         level: Factor on the rows' shares.
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides.
-        moves: Whether this pass measures and moves them.
+        moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
         scores_decide: False where the host knows that no score reaches the threshold.
     """
 
@@ -72,43 +94,39 @@ class HeldBudget:
     level: Tensor
     even: Tensor
     threshold: Tensor
-    moves: bool
+    moves: Tensor | None = None
     scores_decide: bool = True
 
     @classmethod
     def of(
-        cls,
-        state: Tensor,
-        training: bool,
-        *,
-        moves: bool = True,
-        scores_decide: bool = True,
-        query: Tensor | None = None,
-        latest: LatestPasses | None = None,
+        cls, state: Tensor, mark: Tensor | None = None, *, scores_decide: bool = True
     ) -> HeldBudget:
-        """Of a layer's buffer; the first pass of a training step takes what the last one left.
+        """Of a layer's buffer.
 
-        A pass that activation checkpointing runs again inside a backward pass takes the same
-        numbers as the first time, and moves nothing; nor does one inside ``torch.func``.
+        A pass that activation checkpointing runs again, up to 64 passes later, takes the numbers
+        that it had the first time, and moves nothing.
 
         Args:
-            state: The buffer.
-            training: Whether the layer trains.
-            moves: Whether this pass may measure and move them.
-            scores_decide: See there.
-            query: What this pass is known by.
-            latest: The layer's passes before it; compiled ones are not among them.
+            state: The buffer; notes the pass.
+            mark: Of a pass in training, from :func:`mark_pass`; None: moves nothing.
+            scores_decide: As the attribute.
         """
-        moves = moves and training and not _repeats()
         with torch.no_grad():
-            row = state[_NOW if training and not moves else _NEXT].clone()
-            if query is not None and latest is not None and not torch.compiler.is_compiling():
-                if moves:
-                    latest.note(query, row)
-                elif training and not _transformed():
-                    found = latest.find(query)
-                    row = row if found is None else found
-        return cls(state, row[_LEVEL], row[_EVEN], row[_THRESHOLD], moves, scores_decide)
+            held, moves = state[_NEXT, :_MARK].clone(), None
+            if mark is not None:
+                passes = state[_PASSES:].clone()
+                drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
+                same = (drawn == mark[0]) & torch.isclose(part, mark[1], rtol=1e-3)
+                moves = ~same.any()
+                held = torch.where(moves, held, (passes[:, :_MARK] * same[:, None]).sum(0))
+                noted = torch.cat([torch.cat([held, mark])[None], passes[:-1]])
+                state[_PASSES:] = torch.where(moves, noted, passes)
+        return cls(state, held[_LEVEL], held[_EVEN], held[_THRESHOLD], moves, scores_decide)
+
+    @classmethod
+    def latest(cls, state: Tensor) -> HeldBudget:
+        """What was in force in the latest pass in training."""
+        return cls(state, *state[_PASSES, :_MARK].clone())
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
@@ -119,7 +137,7 @@ class HeldBudget:
             allowed: Visible blocks per row; broadcasts to them.
             keep: ``1 - base_sparsity``, 0-dim.
         """
-        if not self.moves:
+        if self.moves is None:
             return
         # Not as a decorator: torch.compile knows no methods of objects of its own that have one.
         with torch.no_grad():
@@ -127,12 +145,10 @@ class HeldBudget:
             shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
             level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
             threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
-            free = (keep < 1) & torch.isfinite(shared + kept)
-            by_scores = free & (self.even < 1)
-            level = torch.where(free, level, self.level)
-            threshold = torch.where(by_scores, threshold, self.threshold)
-            self.state[_NOW] = torch.stack([self.level, self.even, self.threshold])
-            self.state[_NEXT] = torch.stack([level, self.even, threshold])
+            free = self.moves & (keep < 1) & torch.isfinite(shared + kept)
+            moved = torch.stack([level, self.even, threshold])
+            moves = torch.stack([free, torch.zeros_like(free), free & (self.even < 1)])
+            self.state[_NEXT, :_MARK] = torch.where(moves, moved, self.state[_NEXT, :_MARK])
 
 
 def scores_may_decide(state: Tensor) -> bool:
@@ -197,11 +213,11 @@ class MarginEvidence:
         kinds = torch.stack([chose & ~self.by_score, chose & self.by_score])
         found = kinds.flatten(1).any(1)
         masses = torch.stack([_mean(margin, kind.float()) for kind in kinds])
-        masses = torch.lerp(state[_EVIDENCE, _EVEN_MASS:], masses, _MEMORY)
-        state[_EVIDENCE, _EVEN_MASS:] = torch.where(
-            found & masses.isfinite(), masses, state[_EVIDENCE, _EVEN_MASS:]
-        )
-        even_mass, score_mass = state[_EVIDENCE, _EVEN_MASS], state[_EVIDENCE, _SCORE_MASS]
+        known_masses = state[_EVIDENCE, _EVEN_MASS:_MARK].clone()
+        masses = torch.lerp(known_masses, masses, _MEMORY)
+        masses = torch.where(found & masses.isfinite(), masses, known_masses)
+        state[_EVIDENCE, _EVEN_MASS:_MARK] = masses
+        even_mass, score_mass = masses
         tiny = torch.finfo(torch.float32).tiny
         ratio = even_mass.clamp(min=tiny).log() - score_mass.clamp(min=tiny).log()
         even = state[_NEXT, _EVEN]
@@ -219,13 +235,6 @@ def _learn(scores: Tensor, scored: Tensor, mass: Tensor, *known: Any) -> None:
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
     return (values * weight).sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _repeats() -> bool:
-    """Whether a forward pass runs inside a backward pass or a function transform."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1 or _transformed()
 
 
 def _transformed() -> bool:

@@ -8,37 +8,41 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from dilated_attention_pytorch.tracing import tracing
 
-class ReplayGuard:
-    """Compares the state of a generator between a forward pass and its recomputation.
 
-    ``torch.utils.checkpoint`` rewinds the default generators before it runs a function again, but
-    knows of no other: the second run would choose other blocks than the output was computed from,
-    and the gradients would be wrong without a word.
+def generator_state(device: torch.device, generator: torch.Generator | None) -> Tensor | None:
+    """The state of what a layer draws from, on the host; None where it cannot be asked for."""
+    if tracing() or torch._C._are_functorch_transforms_active():
+        return None
+    if generator is None and device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    elif generator is None and device.type == "cpu":
+        generator = torch.default_generator
+    return None if generator is None else generator.get_state()
+
+
+def watch_replay(query: Tensor, state: Tensor | None) -> Tensor:
+    """Passes ``query`` on; its backward pass raises RuntimeError if a second run drew otherwise.
+
+    The second run of ``torch.utils.checkpoint`` would then choose other blocks than the output was
+    computed from, and the gradients would be wrong without a word. With ``use_reentrant=True`` the
+    first run records no graph, so that nothing can be compared; nor can compiled code.
 
     Args:
-        generator: What the layer draws from; its state is taken now.
+        query: What attention reads.
+        state: From :func:`generator_state`, before the layer drew anything; None: not watched.
     """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self._before = generator, generator.get_state()
-
-    def watch(self, out: Tensor) -> Tensor:
-        """Passes ``out`` on; its backward pass raises RuntimeError if the states differ.
-
-        With ``use_reentrant=True`` the first run records no graph, so that nothing can be compared.
-        """
-        drew = not torch.equal(self._before, self._generator.get_state())
-        if not drew or not out.requires_grad:
-            return out
-        watched: Tensor = _Watch.apply(out, self._before)
-        return watched
+    if state is None or not query.requires_grad:
+        return query
+    watched: Tensor = _Watch.apply(query, state)
+    return watched
 
 
 class _Watch(Function):
     @staticmethod
-    def forward(out: Tensor, state: Tensor) -> Tensor:
-        return out.view_as(out)
+    def forward(query: Tensor, state: Tensor) -> Tensor:
+        return query.view_as(query)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -51,8 +55,8 @@ class _Watch(Function):
         (state,) = ctx.saved_tensors
         if not torch.equal(state, ctx.state):
             raise RuntimeError(
-                "generator had moved on when activation checkpointing ran the layer again, so that "
+                "activation checkpointing ran the layer again with other random numbers, so that "
                 "other blocks were chosen. Leave generator out (torch's default generators are "
-                "rewound), or do not checkpoint this layer."
+                "rewound), leave preserve_rng_state at True, or do not checkpoint this layer."
             )
         return grad, None

@@ -18,7 +18,6 @@ from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
 from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state, scores_may_decide
 from dilated_attention_pytorch.nn.host_values import readable
-from dilated_attention_pytorch.nn.latest_passes import LatestPasses
 from dilated_attention_pytorch.nn.row_budgets import (
     DensityRecord,
     row_lengths,
@@ -48,7 +47,15 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
         self.add_budget(config.base_sparsity, config.budget)
         self.register_buffer("budget_state", initial_state().to(self.temperature.device))
         self._record = DensityRecord()
-        self._latest = LatestPasses()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = prefix + "budget_state"
+        if prefix + "temperature" in state_dict and name not in state_dict:
+            # Saved before there was one: all went by likeness.
+            state_dict = {**state_dict, name: initial_state()}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def initial_buffers(self) -> dict[str, Tensor]:
         """The values of the config, and no thresholds."""
@@ -103,20 +110,25 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
         # A program that is recorded may not know the sparsity.
         return torch.where(keep == 1, keep, shared) if torch.compiler.is_compiling() else shared
 
-    def held_budget(self, query: Tensor | None = None, *, moves: bool = True) -> HeldBudget | None:
+    def held_budget(self, mark: Tensor | None = None) -> HeldBudget | None:
         """The numbers that hold the sparsity in this forward pass; None for other budgets.
 
         Args:
-            query: Of this pass, by which it is known where a backward pass runs it again.
-            moves: Whether they may go on from the pass before, as they do once a pass in training.
+            mark: Of a pass in training, which moves them; see :class:`SelectionInputs`.
         """
         if self.config.budget != "adaptive":
             return None
-        decide = self._scores_may_decide()
-        return HeldBudget.of(
-            self.budget_state, self.training, moves=moves, scores_decide=decide, query=query,
-            latest=self._latest,
-        )  # fmt: skip
+        return HeldBudget.of(self.budget_state, mark, scores_decide=self._scores_may_decide())
+
+    @property
+    def moves_budgets(self) -> bool:
+        """Whether a pass changes what the next one goes by."""
+        return self.training and self.config.budget == "adaptive"
+
+    @property
+    def draws(self) -> bool:
+        """Whether passes draw random numbers: noise, random blocks, or what they are known by."""
+        return self.moves_budgets or (self.training and not self.config.hard_sparsity)
 
     def _scores_may_decide(self) -> bool:
         # Training moves the buffer at every step; a program that is recorded outlives its values.

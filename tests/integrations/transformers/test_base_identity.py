@@ -108,15 +108,19 @@ def test_low_rank_changes_belong_to_the_base(folder: Path, tmp_path: Path) -> No
         load_adapter(again, own).undo()
 
 
-def test_files_of_earlier_versions_are_read(folder: Path) -> None:
+def test_files_of_earlier_versions_are_read_with_a_word(folder: Path, tmp_path: Path) -> None:
     path = folder / "adapter.json"
     about = json.loads(path.read_text())
     del about["base"]["weights"]
     about |= {"version": 2, "digest": _digest(about)}
     path.write_text(json.dumps(about))
+    with pytest.warns(AdapterWarning, match=r"before version 3, .* save the adapter anew"):
+        adapted = load_adapter(moved(0.01), folder)
+    # As the warning says.
+    save_adapter(adapted, tmp_path / "anew")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_adapter(moved(0.01), folder).undo()
+        load_adapter(moved(0.01), tmp_path / "anew").undo()
 
 
 @pytest.mark.parametrize("weights", [[], {"a": "b"}, {"\x1b[31m": 0.5}, {"a": float("1e400")}])

@@ -144,9 +144,10 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         found = slight_difference(self.base, own)
         if found:
             warnings.warn(
-                f"the adapter was made for a base model {made_for} that is not quite this one: "
+                f"the adapter was made for a base model {made_for} that is not certainly this one: "
                 f"{found}. It is used all the same and may choose worse; load the model and the "
-                "low-rank changes that it was made with, or distil an adapter for this model.",
+                "low-rank changes that it was made with, and save the adapter anew if it is old, "
+                "or distil an adapter for this model.",
                 AdapterWarning,
                 stacklevel=3,
             )

@@ -90,8 +90,10 @@ def slight_difference(saved: dict[str, Any], found: dict[str, Any]) -> str | Non
     """Says how two bases differ that are the same to :func:`difference`, or returns None.
 
     Weights that were trained a little, and low-rank changes that one of them lacks or that are
-    others; not what another precision rounds.
+    others; not what another precision rounds. Also that nothing is known of most weights.
     """
+    if "weights" not in saved:
+        return "it was saved before version 3, which knows of queries and keys alone"
     pairs = _pairs(saved, found)
     # Low-rank changes first: all else may follow from them.
     for name in sorted(pairs, key=lambda name: (not name.startswith(_CHANGES), name)):
