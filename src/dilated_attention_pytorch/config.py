@@ -73,14 +73,15 @@ class AdaptiveConfig:
         query_stride: Every so many queries of a block are scored by ``scorer="low_rank"``. It must
             divide ``block_size``.
         budget: ``"adaptive"``: untrained, a row's share grows with how unlike its content is to
-            what it can see, from half of the base share (repetition) to one and a half (unrelated
-            content). Training holds the mean: one factor on all shares follows what is kept, until
-            ``base_sparsity`` is met. Once attention says clearly where to read, scores earn
-            budgets too: of its share a row keeps a part in any case, and besides every block whose
-            softmaxed score reaches a threshold, up to twice its share; heads that want the same
-            block give way. How large the part is, the backward pass teaches: rows gain whose last
-            blocks hold more of the attention. What was learned is saved with the weights
-            (``budget_state``) and rests in evaluation. All of it at a base sparsity of 0;
+            what it can see; a base of 0.9 becomes 0.95 (repetition) to 0.85 (unrelated content),
+            by a factor on the odds of being read. Training holds the mean: one factor on all shares
+            follows what is kept, until ``base_sparsity`` is met. Once attention says clearly where
+            to read, scores earn budgets too: of its share a row keeps a part in any case, and
+            besides every block whose softmaxed score reaches a threshold, up to twice its share;
+            heads that want the same block give way. How large the part is, the backward pass
+            teaches: rows gain whose last blocks hold more of the attention. What was learned is
+            saved with the weights (``budget_state``) and rests in evaluation. A base sparsity of 0
+            keeps all;
             ``"fixed"``: the same for all content; ``"threshold"``: the blocks whose softmaxed
             score reaches a threshold that a calibration finds; heads and rows with spread-out
             attention keep more (:meth:`BlockSparseAdaptive.set_thresholds`).
@@ -93,8 +94,8 @@ class AdaptiveConfig:
             block itself; before it when causal, on both sides otherwise.
         num_sink_blocks: Blocks at the start of the sequence that are always read.
         num_explore_blocks: Uniformly random extra blocks per row while training, on top of the
-            budget and at every temperature: of short sequences they are a large share (two of 16
-            blocks an eighth).
+            budget, until the scheduled temperature is 0: of short sequences they are a large share
+            (two of 16 blocks an eighth).
         query_scope: What a query block's summary sees when causal. ``"block"``: all its tokens,
             so that the *choice* of blocks (never a value) may depend on later tokens of the same
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first

@@ -131,6 +131,19 @@ def test_an_annealed_target_is_followed() -> None:
     assert abs(sparsity(layer, "noise", True) - 0.9) <= 0.01
 
 
+@pytest.mark.parametrize("kind", ["ones", "noise", "biased noise"])
+def test_a_warm_up_from_dense_does_not_jump(kind: str) -> None:
+    """Asked for 0.02 after a dense start, rows that are all alike left out 0.5 of what they saw."""
+    layer, seen = make(0.9), []
+    for base in (0.0, 0.02, 0.1, 0.3):
+        layer.set_base_sparsity(base)
+        seen.append(sparsity(layer, kind, True))
+    assert seen[0] == 0
+    assert seen == sorted(seen)
+    for base, kept_out in zip((0.02, 0.1, 0.3), seen[1:], strict=True):
+        assert kept_out <= 2.2 * base
+
+
 def test_a_fresh_layer_in_evaluation_is_what_the_settings_promise() -> None:
     layer = make(0.9)
     assert sparsity(layer, "ones", False) == pytest.approx(0.95, abs=0.01)
@@ -184,8 +197,9 @@ def test_a_budget_does_not_depend_on_the_other_samples(training: bool) -> None:
         assert torch.equal(alone.kv_num_blocks[0], together.kv_num_blocks[number])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("reentrant", "compiled"), [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_checkpointing_gives_the_gradients_and_the_state_of_the_plain_run(
     reentrant: bool, compiled: bool
 ) -> None:
@@ -202,7 +216,7 @@ def test_checkpointing_gives_the_gradients_and_the_state_of_the_plain_run(
     def checkpointed(*x: Tensor) -> Tensor:
         return checkpoint(lambda *x: inner(*x, is_causal=True), *x, use_reentrant=reentrant)
 
-    for step in range(3):
+    for step in range(2):
         parts = [draw("needles", generator) for _ in range(2)]
         results = []
         for layer in (plain, recomputed):

@@ -349,9 +349,18 @@ def test_generation_by_blocks_equals_the_last_row_of_a_pass(kind: str) -> None:
 # --- nothing to read, and bounds -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["gather", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        *(("gather", kind) for kind in KINDS),
+        # Interpreted kernels take their time; these are the ones that differ.
+        *(
+            pytest.param("triton", kind, marks=TRITON)
+            for kind in ("plain", "low rank", "hierarchy", "segments")
+        ),
+    ],
+)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_empty_batches_and_lengths_of_zero(kind: str, scope: str, backend: str) -> None:
     layer = make(kind, scope)

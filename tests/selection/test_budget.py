@@ -19,6 +19,7 @@ from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.selection.budget import (
     content_complexity,
     round_budget,
+    share_by_content,
     water_level_budget,
 )
 
@@ -185,6 +186,21 @@ def test_complexity_without_a_diagonal_is_the_mean_over_all_pairs() -> None:
     got = content_complexity(means, rows)
     expected = expected_complexity(F.normalize(means, dim=-1)[0, :, 0], 0, 7, None)
     torch.testing.assert_close(got, torch.full((1, 1, 3), expected), atol=1e-5, rtol=0)
+
+
+def test_shares_by_content_are_the_base_share_at_other_odds() -> None:
+    keep = torch.tensor([0.05, 0.1, 0.5, 0.98, 1.0], dtype=torch.float64)
+    factor = torch.tensor([1e-3, 0.5, 1.0, 2.0], dtype=torch.float64).requires_grad_()
+    share = share_by_content(keep[:, None], factor)
+    # What the base share is multiplied with, and what brings the sum back to 1.
+    odds = keep[:, None] * factor
+    torch.testing.assert_close(share, odds / (1 - keep[:, None] + odds))
+    torch.testing.assert_close(share[:, 2], keep)
+    # All is kept of whatever there is, and close to that nothing jumps.
+    assert torch.equal(share[-1], torch.ones(4, dtype=torch.float64))
+    assert (share[-2, 1:] > 0.96).all()
+    (slope,) = torch.autograd.grad(share.sum(), factor)
+    torch.testing.assert_close(slope, (share * (1 - share)).sum(0) / factor)
 
 
 def test_complexity_is_the_batch_samples_own_and_without_gradient() -> None:

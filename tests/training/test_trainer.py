@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -51,6 +52,53 @@ def test_anneals_from_the_initial_to_the_final_temperature(schedule: str, middle
     assert seen[9:] == [0.1] * 3
     assert seen == sorted(seen, reverse=True)
     assert layer.temperature.item() == pytest.approx(0.1)
+
+
+def test_unless_named_temperatures_are_those_of_each_config() -> None:
+    """It set all layers to 1.0 and 0.1, whatever they had been made with."""
+    model = nn.ModuleList([make(temperature=0.3, min_temperature=0.2), make(temperature=2.0)])
+    trainer = AdaptiveSparsityTrainer(model, annealing_steps=2, schedule="linear")
+    seen = []
+    for _ in range(3):
+        seen.append([layer.temperature.item() for layer in model])
+        trainer.step()
+    for got, want in zip(seen, ([0.3, 2.0], [0.25, 1.05], [0.2, 0.1]), strict=True):
+        assert got == pytest.approx(want)
+    assert trainer.temperature == 0.2
+
+
+def test_at_the_end_training_reads_what_evaluation_reads() -> None:
+    """Three times the annealing by default; random blocks stayed to the last step before."""
+    layer = make(num_explore_blocks=2, base_sparsity=0.6)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=2, dense_steps=0)
+    x, seen = torch.randn(1, 256, 2, 8), []
+    for _ in range(8):
+        trainer.step()
+        # The budgets that a pass in training takes, without moving them for the next one.
+        twin = copy.deepcopy(layer)
+        patterns = [
+            twin.train(training)(x, x, x, is_causal=True, return_pattern=True)[1]["pattern"]
+            for training in (False, True)
+        ]
+        seen.append(torch.equal(*(pattern.to_dense() for pattern in patterns)))
+    assert seen == [False] * 5 + [True] * 3
+    assert not layer.explores
+    assert float(layer.effective_temperature().detach()) == 0
+    again = make(num_explore_blocks=2)
+    assert again.explores
+    again.load_state_dict(layer.state_dict())
+    assert not again.explores, "saved with the weights"
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=2, explore_steps=4)
+    assert layer.explores
+    assert [trainer.step() > 0 for _ in range(5)] == [True] * 3 + [False] * 2
+
+
+def test_estimators_that_need_noise_keep_it() -> None:
+    layer = make(estimator="gumbel")
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=1)
+    assert [trainer.step() for _ in range(5)] == [0.1] * 5
+    with pytest.raises(ValueError, match="needs estimator='mass'"):
+        layer.set_temperature(0.0)
 
 
 def test_the_layer_multiplies_its_learned_factor() -> None:
@@ -260,7 +308,7 @@ def test_numbers_that_are_too_large_for_a_float() -> None:
     trainer = AdaptiveSparsityTrainer(make(), annealing_steps=huge, sparsity_warmup_steps=huge)
     assert trainer.step() == 1.0
     trainer.load_state_dict(trainer.state_dict() | {"current_step": huge})
-    assert trainer.temperature == trainer.final_temperature
+    assert trainer.temperature == 0.1
     assert trainer.sparsity(0.6) == 0.6
 
 

@@ -115,9 +115,15 @@ def selection_quality(measures: Measures, history: History) -> Finding:
     """Is the selector better than chance and than mean pooling?"""
     question = "Does the selector beat chance and mean pooling?"
     judged = [m for m in measures if bool(m.free.any())]
+    if not judged and any(bool(m.scorable.any()) and not bool(m.chosen.any()) for m in measures):
+        text = "no row chooses anything: the blocks that are always read use up the budget"
+        remedy = (
+            "Smaller blocks (block_size), longer sequences, a lower base_sparsity or fewer forced "
+            "blocks; half of what a row reads should be chosen."
+        )
+        return Finding("selection", question, "fail", text, remedy)
     if not judged:
-        text = "every row reads all of its candidates, or none"
-        return Finding("selection", question, "skip", text)
+        return Finding("selection", question, "skip", "every row reads all of its candidates")
     own = [m.captured(m.chosen) for m in judged]
     chance = [m.captured_by_chance() for m in judged]
     pooled = [m.captured(m.by_mean_pooling) for m in judged]

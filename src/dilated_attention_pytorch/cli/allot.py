@@ -18,7 +18,7 @@ from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_err
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     check_model_folder,
-    nothing_to_choose,
+    no_choice,
     require_transformers,
 )
 from dilated_attention_pytorch.printable import printable
@@ -75,7 +75,7 @@ def run(parsed: argparse.Namespace) -> int:
         allotment = Allotment(job, parsed.out)
         config = next(iter(allotment.source.configs.values()))
         for length in job.lengths:
-            if words := nothing_to_choose(config, allotment.sparsity(), length):
+            if words := no_choice(config, allotment.sparsity(), length):
                 console.print(words, soft_wrap=True)
         with StopRequest() as stop:
             finished = _measure(allotment, console, stop)

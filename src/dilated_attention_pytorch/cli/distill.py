@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from dilated_attention_pytorch.cli.pretrained_command import PretrainedCommand, add_job_options
-from dilated_attention_pytorch.cli.pretrained_options import nothing_to_choose
 from dilated_attention_pytorch.cli.write_figure import write_figure
 
 
@@ -37,12 +36,6 @@ class DistillCommand(PretrainedCommand):
     """Writes an adapter and a plot of how well it chooses."""
 
     KIND = "distill"
-
-    def about(self, loop: Any) -> str:
-        """Sizes, and whether there is anything to choose."""
-        run = loop.training.run
-        no_choice = nothing_to_choose(run.config, run.config.base_sparsity, run.seq_len)
-        return "\n".join(filter(None, (super().about(loop), no_choice)))
 
     def results(self, loop: Any) -> dict[str, str]:
         """The adapter, and the plot where matplotlib is there."""

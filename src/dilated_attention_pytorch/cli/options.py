@@ -17,7 +17,11 @@ from dilated_attention_pytorch.config import (
     AdaptiveConfig,
 )
 from dilated_attention_pytorch.models.transformer import ATTENTION_NAMES
-from dilated_attention_pytorch.selection.budget import get_adaptive_sparsity
+from dilated_attention_pytorch.selection.bounds import (
+    fitting_block_size,
+    fitting_sparsity,
+    nothing_to_choose,
+)
 from dilated_attention_pytorch.training.folder_loop import LoopSettings
 from dilated_attention_pytorch.training.language_model import LanguageModelRun
 from dilated_attention_pytorch.training.loop import TextSettings
@@ -70,10 +74,16 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("sparse attention, adaptive or fixed")
     shared.add_argument(
         "--base-sparsity", type=float, metavar="X", default=argparse.SUPPRESS,
-        help="share of the tiles to leave out (default: by length, "
-        f"{get_adaptive_sparsity(_RUN.seq_len)} for {_RUN.seq_len} bytes)",
+        help="share of the tiles to leave out (default: 0.9 from 1,024 bytes on, 0.8 below; less "
+        "where rows would choose fewer blocks than are always read)",
     )  # fmt: skip
-    _add(shared, "block_size", int, "tokens per block", config)
+    shared.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="tokens per block (default: by length, 16 below 2,048 bytes, 32, 64 from 4,096 on)",
+    )
     _add(shared, "num_selected_blocks", int, "blocks per row, in place of a sparsity", config)
     _add(shared, "num_local_blocks", int, "always read: neighbours before the own block", config)
     _add(shared, "num_sink_blocks", int, "always read: blocks at the start", config)
@@ -158,15 +168,49 @@ def build_settings(
         config["budget"] = "fixed"
     seq_len = changes.get("seq_len", _RUN.seq_len)
     try:
-        if "num_selected_blocks" not in config:
-            config.setdefault("base_sparsity", get_adaptive_sparsity(seq_len))
-        values = {**_RUN.config.to_dict(), **config}
-        changes["config"] = AdaptiveConfig.from_dict(values)
+        changes["config"] = _fitting_config(config, seq_len)
         text = TextSettings(**_take(changes, TextSettings))
         loop = LoopSettings(**_take(changes, LoopSettings))
-        return LanguageModelRun(**changes), text, loop
+        run = LanguageModelRun(**changes)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+    words = None
+    if (
+        attention == "adaptive"
+        and run.segment_lengths is None
+        and not run.config.num_selected_blocks
+    ):
+        words = nothing_to_choose(
+            run.config.base_sparsity, run.seq_len, run.config.block_size,
+            run.config.num_sink_blocks, run.config.num_local_blocks,
+        )  # fmt: skip
+    if words:
+        raise UsageError(words)
+    return run, text, loop
+
+
+def _no_choice(run: LanguageModelRun) -> str | None:
+    """Why a selector would never choose; None where it can."""
+    config = run.config
+    by_share = config.num_selected_blocks is None and run.segment_lengths is None
+    if run.attention != "adaptive" or not by_share:
+        return None
+    return nothing_to_choose(
+        config.base_sparsity, run.seq_len, config.block_size, config.num_sink_blocks,
+        config.num_local_blocks,
+    )  # fmt: skip
+
+
+def _fitting_config(named: Mapping[str, Any], seq_len: int) -> AdaptiveConfig:
+    """With a block size and a sparsity that leave something to choose, unless they are named."""
+    config = AdaptiveConfig.from_dict({**_RUN.config.to_dict(), **named})
+    if "block_size" not in named:
+        config = dataclasses.replace(config, block_size=fitting_block_size(max(seq_len, 1)))
+    if "base_sparsity" in named or config.num_selected_blocks is not None:
+        return config
+    forced = config.num_sink_blocks, config.num_local_blocks
+    sparsity = fitting_sparsity(max(seq_len, 1), config.block_size, *forced)
+    return dataclasses.replace(config, base_sparsity=sparsity)
 
 
 def _take(changes: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.config import BUDGETS, POOLINGS, SCORERS, AdaptiveConfig
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-from dilated_attention_pytorch.selection.bounds import most_sparse
+from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 
 _NEEDS = "this command needs transformers: pip install 'dilated-attention-pytorch[hf]'"
 # Shown as defaults without importing transformers, which takes seconds.
@@ -34,17 +34,12 @@ def require_transformers() -> None:
     quieten()
 
 
-def nothing_to_choose(
+def no_choice(
     config: AdaptiveConfig | TrainingFreeConfig, sparsity: float, length: int
 ) -> str | None:
     """What to tell where the blocks that are always read prevent a sparsity; None where not."""
-    limit = most_sparse(length, config.block_size, config.num_sink_blocks, config.num_local_blocks)
-    if sparsity <= limit:
-        return None
-    return (
-        f"Nothing to choose at sparsity {sparsity:g}: in {length:,} tokens the blocks that are "
-        f"always read leave out {limit:.2f} at most. Take smaller blocks, longer windows or a "
-        "lower sparsity."
+    return nothing_to_choose(
+        sparsity, length, config.block_size, config.num_sink_blocks, config.num_local_blocks
     )
 
 
@@ -188,6 +183,8 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
         model, text = values.pop("model"), tuple(values.pop("text"))
         check_model_folder(model)
         run = settings(config=distilled_config(**config), **values)
+        if words := no_choice(run.config, run.config.base_sparsity, run.seq_len):
+            raise UsageError(words)
         return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error

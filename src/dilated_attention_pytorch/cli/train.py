@@ -155,9 +155,10 @@ def _asked(run: LanguageModelRun) -> str:
     asked = _base_sparsity(run)
     if asked is None:
         return ""
-    config, reasons = run.config, ""
+    config, reasons, last = run.config, "", run.steps
     if run.attention == "adaptive" and config.estimator == "mass" and config.selector_weight:
         reasons += "; the first steps are dense"
+        last = min(3 * run.annealing_steps, last)
     if run.attention == "adaptive" and config.num_explore_blocks and not config.hard_sparsity:
-        reasons += "; steps also read random blocks"
+        reasons += f"; random blocks besides up to step {last:,}"
     return f" (sparsity asked for: {asked:g}{reasons})"

@@ -23,6 +23,7 @@ from dilated_attention_pytorch.nn.estimators import (
 )
 from dilated_attention_pytorch.nn.fused_selection import select_with_kernels
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
+from dilated_attention_pytorch.nn.nothing_left import warn_if_nothing_is_left
 from dilated_attention_pytorch.nn.row_budgets import row_budgets, scored_bound
 from dilated_attention_pytorch.nn.scheduled_layer import ScheduledLayer
 from dilated_attention_pytorch.nn.selector_state import SelectorState
@@ -97,6 +98,7 @@ class BlockSparseAdaptive(ScheduledLayer):
             scale=scale,
             backend=backend,
         )
+        self.told_of_nothing = False
         self.add_settings()
 
     def extra_repr(self) -> str:
@@ -116,6 +118,7 @@ class BlockSparseAdaptive(ScheduledLayer):
 
     def select(self, inputs: SelectionInputs) -> Selection:
         """Scores, budgets and chooses; see the class."""
+        warn_if_nothing_is_left(self, inputs)
         apart = self.training and self.keeps_all
         if apart:
             # Nothing is chosen yet, and what the selector asks of queries and keys would keep
@@ -132,7 +135,7 @@ class BlockSparseAdaptive(ScheduledLayer):
 
     def _select_with_pytorch(self, inputs: SelectionInputs) -> Selection:
         config = self.config
-        explore = self.training and not config.hard_sparsity
+        explore = self.explores
         levels: list[ChosenLevel] = []
         if config.hierarchy:
             queries, keys, key_means = self.summaries(inputs)

@@ -12,7 +12,6 @@ from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.estimators import mass_probe
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
 from dilated_attention_pytorch.nn.row_budgets import (
-    MAX_BUDGET_FACTOR,
     RowBudgets,
     by_larger,
     held_keep,
@@ -46,7 +45,7 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
     intervals = rows.remember((rule, "intervals"), lambda: rule.intervals(rows))
     with torch.set_grad_enabled(learning):
         queries, keys, *passed = summarise_blocks(layer, inputs, intervals)
-    explore = layer.training and not config.hard_sparsity
+    explore = layer.explores
     candidates, forced, limit = find_candidates(rule, rows, intervals)
     levels: list[ChosenLevel] = []
     if config.hierarchy:
@@ -176,7 +175,7 @@ def allot_budget(
     rounded, exact = row_budget(
         inputs.rule, rows, intervals, forced, limit, layer.base_sparsity, batch=batch,
         means=means, gain=gain, offset=offset, even=even,
-        max_factor=MAX_BUDGET_FACTOR, running=layer.looks_back(inputs.mask),
+        running=layer.looks_back(inputs.mask),
     )  # fmt: skip
     layer.record_density(exact, rows)
     if held is None or not held.scores_decide:

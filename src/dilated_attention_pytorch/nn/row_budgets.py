@@ -19,8 +19,11 @@ from dilated_attention_pytorch.selection.bounds import (
     most_visible_share,
 )
 from dilated_attention_pytorch.selection.budget import (
+    LEAST_FACTOR,
+    MOST_FACTOR,
     content_complexity,
     round_budget,
+    share_by_content,
     water_level_budget,
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
@@ -39,9 +42,6 @@ if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 
 _Lengths = TypeVar("_Lengths", bound=int | Tensor)
-
-# A row's share of the base budget never leaves this range, whatever gain and offset learn.
-MAX_BUDGET_FACTOR = 2.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -133,7 +133,7 @@ def row_budgets(
     held = layer.held_budget(inputs.mark)
     if held is not None:
         factor = budget_factor(layer, held, rows, key_means, inputs.mask.causal)
-        keep = layer.share_by_content(keep, factor)
+        keep = share_by_content(keep, factor)
     even = None if held is None else held.even
     if layer.looks_back(inputs.mask):
         exact, rounded = running_budget(keep, forced, limit, rows, even)
@@ -159,7 +159,7 @@ def lower(exact: Tensor, forced: Tensor, even: Tensor | None) -> Tensor:
 def score_bound(layer: BlockSparseAdaptive, rows: RowRange) -> Tensor:
     """The most scored blocks that scores can win each row."""
     keep = 1 - layer.base_sparsity
-    return most_by_score(keep, rows.num_allowed, MAX_BUDGET_FACTOR)
+    return most_by_score(keep, rows.num_allowed, MOST_FACTOR)
 
 
 def by_larger(
@@ -364,7 +364,7 @@ def factor_of(layer: BlockSparseAdaptive, held: HeldBudget, complexity: Tensor) 
         complexity = complexity.repeat_interleave(heads // layer.num_kv_heads, 1)
     gain, offset = layer.budget_terms(held)
     factor = offset[:, None] + gain[:, None] * complexity
-    return factor.clamp(0, MAX_BUDGET_FACTOR)
+    return factor.clamp(LEAST_FACTOR, MOST_FACTOR)
 
 
 def scored_bound(layer: BlockSparseAdaptive, inputs: SelectionInputs, count: Tensor) -> int:
@@ -440,10 +440,10 @@ def most_kept(layer: BlockSparseAdaptive) -> float:
     """
     if torch.compiler.is_compiling():
         # With dynamic shapes the compiler takes numbers of modules, and of globals, for symbols,
-        # and no size can be made of a power of one: so it counts from MAX_BUDGET_FACTOR or 1.
+        # and no size can be made of a power of one: so it counts from MOST_FACTOR or 1.
         share, left = 2.0 if layer.config.budget == "adaptive" else 1.0, layer.halvings
         while left > 0:
             share, left = share * 0.5, left - 1
         return min(share, 1.0)
-    factor, share = MAX_BUDGET_FACTOR if layer.config.budget == "adaptive" else 1.0, layer.densest
+    factor, share = MOST_FACTOR if layer.config.budget == "adaptive" else 1.0, layer.densest
     return min(share * factor, 1.0)

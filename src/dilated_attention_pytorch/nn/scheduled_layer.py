@@ -17,7 +17,7 @@ from dilated_attention_pytorch.former_scalars import FormerScalars
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
 from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state, scores_may_decide
-from dilated_attention_pytorch.nn.host_values import readable
+from dilated_attention_pytorch.nn.host_values import host_property, readable
 from dilated_attention_pytorch.nn.row_budgets import (
     DensityRecord,
     row_lengths,
@@ -26,6 +26,10 @@ from dilated_attention_pytorch.nn.row_budgets import (
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
 from dilated_attention_pytorch.tracing import tracing
+
+# Factors on the odds at which repeated and unrelated contents are kept: a base of 0.9 becomes 0.95
+# and 0.85.
+_REPEATED, _UNRELATED = 9 / 19, 27 / 17
 
 
 class ScheduledLayer(FormerScalars, ScoringLayer):
@@ -38,9 +42,8 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
         """Registers them, behind the scorer's weights, at the config's values."""
         config, pattern_heads = self.config, self.pattern_heads
         if config.budget == "adaptive":
-            # Half the base budget for repeated content, one and a half for unrelated content.
-            self.budget_offset = nn.Parameter(torch.full((pattern_heads,), 0.5))
-            self.budget_gain = nn.Parameter(torch.ones(pattern_heads))
+            self.budget_offset = nn.Parameter(torch.full((pattern_heads,), _REPEATED))
+            self.budget_gain = nn.Parameter(torch.full((pattern_heads,), _UNRELATED - _REPEATED))
         if config.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.zeros(1))
         self.register_buffer("temperature", setting(config.temperature))
@@ -68,19 +71,30 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
         return self.log_temperature.exp()[0] if self.config.learnable_temperature else 1.0
 
     def effective_temperature(self) -> Tensor:
-        """``max(min_temperature, schedule * learned factor)``, 0-dim."""
-        return (self.temperature * self.temperature_factor()).clamp(min=self.config.min_temperature)
+        """``max(min_temperature, schedule * learned factor)``, 0-dim; 0 after the exploration."""
+        product = self.temperature * self.temperature_factor()
+        over = self.temperature == 0
+        return product.clamp(min=self.config.min_temperature).masked_fill(over, 0)
 
     def set_temperature(self, value: float) -> None:
         """Sets the scheduled temperature; :class:`AdaptiveSparsityTrainer` calls it.
 
+        At 0 exploration is over: training chooses what evaluation does, without noise and random
+        blocks.
+
         Raises:
-            ValueError: If it is not positive and finite.
+            ValueError: If it is negative or not finite, or 0 where the estimator is not ``"mass"``.
             RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
-        if not 0 < value < math.inf:
-            raise ValueError(f"value must be a positive, finite temperature, got {value}.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"value must be a temperature, finite and not negative, got {value}.")
+        if value == 0 and self.config.estimator != "mass":
+            raise ValueError(
+                f"value must be positive with estimator={self.config.estimator!r}, whose gradient "
+                "goes by the noise; a temperature of 0 needs estimator='mass'."
+            )
         self.writable("temperature").fill_(value)
+        self._host.note("temperature", self.temperature, value > 0)
 
     def set_base_sparsity(self, value: float) -> None:
         """Sets the mean sparsity to meet, e.g. for a warm-up from dense or by length.
@@ -96,19 +110,6 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
                 f"{self.config.num_selected_blocks}; configure one of the two to schedule sparsity."
             )
         super().set_base_sparsity(value)
-
-    def share_by_content(self, keep: Tensor, factor: Tensor) -> Tensor:
-        """The base budget's share times the rows' own factors; all of it where nothing is left out.
-
-        Args:
-            keep: ``1 - base_sparsity``, ``(b, h, i)``.
-            factor: By content, likewise.
-        """
-        if self.keeps_all:
-            return keep
-        shared = (keep * factor).clamp(max=1)
-        # A program that is recorded may not know the sparsity.
-        return torch.where(keep == 1, keep, shared) if torch.compiler.is_compiling() else shared
 
     def held_budget(self, mark: Tensor | None = None) -> HeldBudget | None:
         """The numbers that hold the sparsity in this forward pass; None for other budgets.
@@ -128,7 +129,28 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
     @property
     def draws(self) -> bool:
         """Whether passes draw random numbers: noise, random blocks, or what they are known by."""
-        return self.moves_budgets or (self.training and not self.config.hard_sparsity)
+        return self.moves_budgets or self.explores
+
+    # As the host reads it; outside of torch.compile a plain read.
+    _outer_temperature = host_property(lambda layer: layer.temperature)
+    _outer_explores = host_property(lambda layer: layer._read_explores())
+
+    @property
+    def explores(self) -> bool:
+        """Whether passes rank with noise and read random blocks: in training, until the end."""
+        if not self.training or self.config.hard_sparsity:
+            return False
+        compiling = torch.compiler.is_compiling()
+        if compiling and self._outer_temperature is not self.temperature:
+            # Of a functional_call inside of a compiled function.
+            return True
+        found: bool = self._outer_explores
+        return found
+
+    def _read_explores(self) -> bool:
+        if not readable(self.temperature):
+            return True
+        return self._host.read("temperature", self.temperature, lambda x: bool(x > 0))
 
     def _scores_may_decide(self) -> bool:
         # Training moves the buffer at every step; a program that is recorded outlives its values.
@@ -142,13 +164,8 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
         return self.config.estimator == "mass" and self.config.selector_weight > 0
 
     def budget_terms(self, held: HeldBudget) -> tuple[Tensor, Tensor]:
-        """Gain and offset of the rows' factors, for a kernel that knows no base sparsity of 0."""
-        gain, offset = (x.float() * held.level for x in (self.budget_gain, self.budget_offset))
-        if not torch.compiler.is_compiling():
-            return gain, offset
-        # As in share_by_content: there the factor becomes 1.
-        all_kept = self.base_sparsity == 0
-        return torch.where(all_kept, 0, gain), torch.where(all_kept, 1, offset)
+        """Gain and offset of the rows' factors."""
+        return self.budget_gain.float() * held.level, self.budget_offset.float() * held.level
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""

@@ -54,23 +54,108 @@ def most_visible_share(num_blocks: int, keep: float) -> int:
 
 
 def most_sparse(
-    num_tokens: int, block_size: int, num_sink_blocks: int, num_local_blocks: int
+    num_tokens: int,
+    block_size: int,
+    num_sink_blocks: int,
+    num_local_blocks: int,
+    *,
+    causal: bool = True,
 ) -> float:
-    """The sparsity of causal rows that read their forced blocks alone: no choice is left above it.
+    """The sparsity of rows that read their forced blocks alone: no choice is left above it.
 
     Args:
         num_tokens: Length.
         block_size: Tokens per block.
         num_sink_blocks: Forced at the start.
-        num_local_blocks: Forced before a row's own block, which is forced, too.
+        num_local_blocks: Forced beside a row's own block, which is forced, too: before it, or on
+            both sides if not causal.
+        causal: Whether rows see their past alone.
 
     Example:
         >>> round(most_sparse(2048, 64, 1, 0), 3)
         0.881
     """
-    blocks, forced = ceil_div(num_tokens, block_size), 1 + num_sink_blocks + num_local_blocks
-    kept = sum(min(row, forced) for row in range(1, blocks + 1))
-    return 1 - kept / (blocks * (blocks + 1) / 2)
+    blocks = ceil_div(num_tokens, block_size)
+    forced = 1 + num_sink_blocks + num_local_blocks * (1 if causal else 2)
+    seen = range(1, blocks + 1) if causal else [blocks] * blocks
+    return 1 - sum(min(n, forced) for n in seen) / max(sum(seen), 1)
+
+
+def fitting_block_size(num_tokens: int) -> int:
+    """A block size that leaves something to choose: 64 blocks or more, of 16 to 64 tokens.
+
+    Args:
+        num_tokens: Length, positive.
+
+    Example:
+        >>> [fitting_block_size(n) for n in (512, 2048, 8192)]
+        [16, 32, 64]
+    """
+    return min(64, max(16, 1 << max(num_tokens // 64, 1).bit_length() - 1))
+
+
+def fitting_sparsity(
+    num_tokens: int, block_size: int, num_sink_blocks: int = 0, num_local_blocks: int = 0
+) -> float:
+    """A sparsity at which rows choose at least as many blocks as they must read.
+
+    0.8 below 1,024 tokens and 0.9 from there on, less where blocks are too large for that, in
+    steps of 0.05.
+
+    Args:
+        num_tokens: Length of causal sequences.
+        block_size: Tokens per block.
+        num_sink_blocks: Forced at the start.
+        num_local_blocks: Forced before a row's own block, which is forced, too.
+
+    Example:
+        >>> [fitting_sparsity(n, fitting_block_size(n)) for n in (256, 512, 2048, 8192)]
+        [0.75, 0.8, 0.9, 0.9]
+    """
+    goal = 0.8 if num_tokens < 1024 else 0.9
+    limit = 2 * most_sparse(num_tokens, block_size, num_sink_blocks, num_local_blocks) - 1
+    return min(goal, max(math.floor(20 * limit + 1e-9), 0) / 20)
+
+
+@lru_cache(maxsize=1024)
+def nothing_to_choose(
+    sparsity: float,
+    num_tokens: int,
+    block_size: int,
+    num_sink_blocks: int = 0,
+    num_local_blocks: int = 0,
+    *,
+    causal: bool = True,
+) -> str | None:
+    """What to say where forced blocks use up a sparsity's budget; None where a choice is left.
+
+    Args:
+        sparsity: Share of the tiles to leave out.
+        num_tokens: Length.
+        block_size: Tokens per block.
+        num_sink_blocks: As in :func:`most_sparse`.
+        num_local_blocks: As in :func:`most_sparse`.
+        causal: As in :func:`most_sparse`.
+    """
+
+    def limit(size: int) -> float:
+        return most_sparse(num_tokens, size, num_sink_blocks, num_local_blocks, causal=causal)
+
+    most = limit(block_size)
+    if sparsity <= most:
+        return None
+    blocks = ceil_div(num_tokens, block_size)
+    seen = (blocks + 1) / 2 if causal else blocks
+    # Half of what is read is chosen there.
+    smaller = [n for n in (64, 32, 16) if n < block_size and 2 * limit(n) - 1 >= sparsity]
+    lower = max(math.floor(20 * (2 * most - 1) + 1e-9), 0) / 20
+    ways = [f"block_size={n}" for n in smaller[:1]] + [f"base_sparsity={lower:g}"] * (lower > 0)
+    advice = f"Take {' or '.join(ways)}" if ways else "Take longer sequences"
+    return (
+        f"nothing is left to choose at sparsity {sparsity:g}: in {num_tokens:,} tokens a row sees "
+        f"{seen:.1f} blocks of {block_size} on average and may read {(1 - sparsity) * seen:.2f} of "
+        f"them, but {(1 - most) * seen:.2f} are always read. {advice}."
+    )
 
 
 def halvings(share: float) -> int:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dilated_attention_pytorch.candidates import RowRange
 
+# Contents move a row's share by no other factors, whatever gain and offset learn.
+LEAST_FACTOR, MOST_FACTOR = 1e-3, 2.0
+
 # Shares of a block are counted in units of 2**-16, as integers, so that every device rounds alike.
 FRACTION_BITS = 16
 
@@ -35,6 +38,28 @@ def get_adaptive_sparsity(seq_len: int) -> float:
     if seq_len < 1024:
         return 0.8
     return 0.9 if seq_len < 4096 else 0.95
+
+
+def share_by_content(keep: Tensor, factor: Tensor) -> Tensor:
+    """The share of its visible blocks that each row may read: the base share at other odds.
+
+    ``keep / (1 - keep)`` times the factor are the odds of a block being read. So a small share
+    grows with the factor, none exceeds 1, and where nothing is to be left out all is kept.
+
+    Args:
+        keep: Base share ``1 - base_sparsity``, in (0, 1].
+        factor: Of each row, positive; broadcasts with it.
+
+    Returns:
+        Shares in (0, 1].
+
+    Example:
+        >>> keep, factor = torch.tensor([0.1, 1.0]), torch.tensor([0.5, 0.5])
+        >>> share_by_content(keep, factor).round(decimals=4).tolist()
+        [0.0526, 1.0]
+    """
+    # No product and sum in one, which kernels would round once.
+    return 1 / (1 + (1 - keep) / (keep * factor))
 
 
 def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = False) -> Tensor:

@@ -335,8 +335,6 @@ def train_needle(
     if selectors:
         trainer = AdaptiveSparsityTrainer(
             model,
-            initial_temperature=run.config.temperature,
-            final_temperature=run.config.min_temperature,
             annealing_steps=max(int(run.annealing_share * run.steps), 1),
             sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
             dense_steps=int(run.sparsity_warmup * run.steps),

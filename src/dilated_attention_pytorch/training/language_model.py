@@ -35,7 +35,7 @@ class TrainingError(RuntimeError):
 
 def _language_config() -> AdaptiveConfig:
     # "past": the choice of blocks, too, must not see a byte that is still to be predicted.
-    return AdaptiveConfig(block_size=32, base_sparsity=0.8, query_scope="past")
+    return AdaptiveConfig(block_size=16, base_sparsity=0.8, query_scope="past")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,11 @@ class LanguageModelRun:
             raise ValueError(f"annealing_share must lie in (0, 1], got {self.annealing_share}.")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}.")
+
+    @property
+    def annealing_steps(self) -> int:
+        """Steps over which the temperature falls."""
+        return max(1, round(self.annealing_share * self.steps))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -195,9 +200,7 @@ class LanguageModelTraining:
         if self._selectors:
             self.trainer = AdaptiveSparsityTrainer(
                 self.model,
-                initial_temperature=run.config.temperature,
-                final_temperature=run.config.min_temperature,
-                annealing_steps=max(1, round(run.annealing_share * run.steps)),
+                annealing_steps=run.annealing_steps,
                 schedule=run.schedule,
             )
         self.step_count = 0

@@ -40,10 +40,15 @@ class AdaptiveSparsityTrainer:
     the mass of its tiles, or whose budget is no share; and those that were set to a sparsity of
     their own.
 
+    At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
+    of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
+
     Args:
         model: An adaptive layer, or a model that holds some. None: :meth:`attach` one later.
-        initial_temperature: Before the first step, > 0 in float32.
-        final_temperature: From ``annealing_steps`` on, likewise.
+        initial_temperature: Before the first step, > 0 in float32. None: each layer's
+            ``temperature`` in its :class:`AdaptiveConfig`.
+        final_temperature: From ``annealing_steps`` on, > 0 in float32. None: each layer's
+            ``min_temperature``.
         annealing_steps: Calls of :meth:`step` until then, >= 1.
         schedule: ``"exponential"``, ``"linear"`` or ``"cosine"``.
         sparsity_warmup_steps: Steps from the initial sparsity to the configured one; 0: none.
@@ -51,6 +56,8 @@ class AdaptiveSparsityTrainer:
         dense_steps: Steps at the initial sparsity before that, the same for all layers, which are
             set to it at once; 0: none. None: as many as each layer needs.
         initial_sparsity: Where the warm-up starts, in [0, 1).
+        explore_steps: Steps until layers no longer explore. None: three times ``annealing_steps``,
+            three quarters of a training that anneals over the first quarter.
 
     Raises:
         TypeError: If ``model`` is not a module, or a number of steps no int.
@@ -67,19 +74,20 @@ class AdaptiveSparsityTrainer:
     def __init__(
         self,
         model: nn.Module | None = None,
-        initial_temperature: float = 1.0,
-        final_temperature: float = 0.1,
+        initial_temperature: float | None = None,
+        final_temperature: float | None = None,
         annealing_steps: int = 10_000,
         *,
         schedule: str = "exponential",
         sparsity_warmup_steps: int | None = None,
         dense_steps: int | None = None,
         initial_sparsity: float = 0.0,
+        explore_steps: int | None = None,
     ) -> None:
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.annealing_steps, self.schedule = annealing_steps, schedule
         self.sparsity_warmup_steps, self.dense_steps = sparsity_warmup_steps, dense_steps
-        self.initial_sparsity = initial_sparsity
+        self.initial_sparsity, self.explore_steps = initial_sparsity, explore_steps
         self.current_step = 0
         # The step at which each layer has its own sparsity; -1: it has not begun to move.
         self.arrivals: list[int] = []
@@ -106,11 +114,25 @@ class AdaptiveSparsityTrainer:
 
     @property
     def temperature(self) -> float:
-        """The scheduled temperature at the current step."""
+        """The scheduled temperature at the current step, of the first layer if they differ.
+
+        Raises:
+            RuntimeError: If no model is attached.
+        """
+        return self._temperature(self._layers()[0])
+
+    def _temperature(self, layer: BlockSparseAdaptive) -> float:
+        config, first, last = layer.config, self.initial_temperature, self.final_temperature
+        exploring = self.explore_steps
+        if exploring is None:
+            exploring = 3 * self.annealing_steps
+        if layer.learns_by_mass and self.current_step >= exploring:
+            return 0.0
+        last = config.min_temperature if last is None else last
         if self.current_step >= self.annealing_steps:
-            return self.final_temperature
-        move, progress = SCHEDULES[self.schedule], self.current_step / self.annealing_steps
-        return move(self.initial_temperature, self.final_temperature, progress)
+            return last
+        first = config.temperature if first is None else first
+        return SCHEDULES[self.schedule](first, last, self.current_step / self.annealing_steps)
 
     def sparsity(self, base_sparsity: float, arrival: int | None = None) -> float:
         """The scheduled sparsity at the current step.
@@ -139,7 +161,7 @@ class AdaptiveSparsityTrainer:
         """Moves one optimiser step on; call it after ``optimizer.step()``.
 
         Returns:
-            The temperature now scheduled.
+            The :attr:`temperature` now scheduled.
 
         Raises:
             RuntimeError: If no model is attached.
@@ -176,6 +198,7 @@ class AdaptiveSparsityTrainer:
             "sparsity_warmup_steps": self.sparsity_warmup_steps,
             "dense_steps": self.dense_steps,
             "initial_sparsity": self.initial_sparsity,
+            "explore_steps": self.explore_steps,
             "arrivals": list(self.arrivals),
         }
 
@@ -276,7 +299,7 @@ class AdaptiveSparsityTrainer:
 
     def _apply(self) -> None:
         for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
-            layer.set_temperature(self.temperature)
+            layer.set_temperature(self._temperature(layer))
             # A start that each layer finds by itself begins with the first step.
             if arrival > 0 or (arrival < 0 and self.current_step):
                 layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity, arrival))
@@ -291,17 +314,19 @@ def _check(state: Mapping[str, Any]) -> None:
     """Raises unless a state may be taken: it may come from a file."""
     # Layers hold their temperature in float32.
     least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-    for name in ("initial_temperature", "final_temperature", "initial_sparsity"):
+    given = [n for n in ("initial_temperature", "final_temperature") if state[n] is not None]
+    for name in (*given, "initial_sparsity"):
         value = state[name]
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {short_repr(value)}.")
-    for name in ("initial_temperature", "final_temperature"):
+    for name in given:
         if not least <= state[name] <= most:
             raise ValueError(
                 f"{name} must be positive and finite in float32, got {short_repr(state[name])}."
             )
-    for name in ("annealing_steps", "sparsity_warmup_steps", "dense_steps", "current_step"):
-        if state[name] is None and name in ("sparsity_warmup_steps", "dense_steps"):
+    optional = ("sparsity_warmup_steps", "dense_steps", "explore_steps")
+    for name in ("annealing_steps", "current_step", *optional):
+        if state[name] is None and name in optional:
             continue
         smallest, steps = 1 if name == "annealing_steps" else 0, as_int(name, state[name])
         if steps < smallest:

@@ -75,7 +75,7 @@ def main():
     exact, slope, complexity = torch.zeros(3, B, H, Q)
     share = launch.ShareInputs(
         torch.zeros(B, H, J, D), torch.ones(H), torch.ones(H), torch.zeros(()), rule, longs,
-        True, 2.0,
+        True,
     )  # fmt: skip
     call = launch.BudgetInputs(
         share, longs, ints(1, 1, Q), ints(1, 1, Q), torch.zeros(1, 1, 1, J + 2),

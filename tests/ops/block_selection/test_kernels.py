@@ -16,6 +16,7 @@ from dilated_attention_pytorch.selection.budget import (
     FRACTION_BITS,
     content_complexity,
     round_budget,
+    share_by_content,
     water_level_budget,
 )
 from dilated_attention_pytorch.selection.running_budget import running_budget
@@ -412,15 +413,15 @@ def test_budgets_equal_the_formulas(
     base = torch.tensor(0.7, device=DEVICE)
     rounded, exact = row_budget(
         rule, rows, spans, forced, limit, base, batch=2, means=means, gain=gain, offset=offset,
-        max_factor=2.0, even=None if even is None else torch.tensor(even, device=DEVICE),
+        even=None if even is None else torch.tensor(even, device=DEVICE),
     )  # fmt: skip
     complexity = content_complexity(means.transpose(1, 2), rows)
     if heads == 1:
         complexity = complexity.mean(1, keepdim=True)
     elif heads > kv_heads:
         complexity = complexity.repeat_interleave(heads // kv_heads, 1)
-    factor = (offset[:, None] + gain[:, None] * complexity).clamp(0, 2)
-    keep = ((1 - base) * factor).clamp(max=1)
+    factor = (offset[:, None] + gain[:, None] * complexity).clamp(1e-3, 2)
+    keep = share_by_content(1 - base, factor)
     want = water_level_budget(keep, forced, limit, rows, blocks)
     torch.testing.assert_close(exact, want, rtol=1e-4, atol=1e-4)
     part = exact if even is None else forced + torch.tensor(even, device=DEVICE) * (exact - forced)
@@ -479,7 +480,7 @@ def test_running_budgets_equal_the_formulas(
     exact, _, complexity, whole = running_budget_op(
         means if content else None, gain if content else None, offset if content else None, base,
         spans, rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(),
-        forced, limit, part, 2, heads, True, 2.0, FRACTION_BITS,
+        forced, limit, part, 2, heads, True, FRACTION_BITS,
     )  # fmt: skip
     keep = (1 - base).expand(2, heads, queries)
     if content:
@@ -489,8 +490,8 @@ def test_running_budgets_equal_the_formulas(
         elif heads > kv_heads:
             expected = expected.repeat_interleave(heads // kv_heads, 1)
         torch.testing.assert_close(complexity, expected, rtol=1e-5, atol=1e-5)
-        factor = (offset[:, None] + gain[:, None] * complexity.detach()).clamp(0, 2)
-        keep = (keep * factor).clamp(max=1)
+        factor = (offset[:, None] + gain[:, None] * complexity.detach()).clamp(1e-3, 2)
+        keep = share_by_content(keep, factor)
     want, want_whole = running_budget(keep, forced, limit, rows, part)
     assert torch.equal(exact, want)
     assert torch.equal(whole, want_whole)
@@ -524,11 +525,10 @@ def test_running_budgets_over_several_chunks_and_at_bounds(
             means = randn(1, 3, rows, 8)
             exact, _, _, whole = running_budget_op(
                 means, gain, offset, base, spans, ranges.diagonal_first[:, 0].contiguous(),
-                ranges.document[:, 0].contiguous(), forced, limit, None, 1, 3, True, 2.0,
-                FRACTION_BITS,
+                ranges.document[:, 0].contiguous(), forced, limit, None, 1, 3, True, FRACTION_BITS,
             )  # fmt: skip
             factor = offset[:, None] + gain[:, None] * torch.ones(1, 3, rows, device=DEVICE)
-            keep = ((1 - base) * factor.clamp(0, 2)).clamp(max=1)
+            keep = share_by_content(1 - base, factor.clamp(1e-3, 2))
             want, want_whole = running_budget(keep, forced, limit, ranges)
             assert torch.equal(exact, want)
             assert torch.equal(whole, want_whole)

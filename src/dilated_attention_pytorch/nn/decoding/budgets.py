@@ -18,7 +18,11 @@ from dilated_attention_pytorch.nn.row_budgets import (
     whole_samples,
 )
 from dilated_attention_pytorch.nn.selector_state import Memory
-from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
+from dilated_attention_pytorch.selection.budget import (
+    round_budget,
+    share_by_content,
+    water_level_budget,
+)
 from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
 from dilated_attention_pytorch.selection.score_budget import blocks_above
 from dilated_attention_pytorch.selection.threshold import floor_budget, thresholds_at
@@ -68,7 +72,7 @@ def row_budget(
     held = layer.held_budget()
     if held is not None and complexity is not None:
         factor = factor_of(layer, held, complexity)
-        keep = layer.share_by_content(keep, factor)
+        keep = share_by_content(keep, factor)
         if config.query_scope == "block":
             row.put(memory.factors, 0, factor)
     if config.query_scope == "past":
@@ -114,7 +118,7 @@ def _level_budget(
     heads = layer.pattern_heads
     keep = (1 - layer.base_sparsity).expand(rows.end.shape[0], heads, blocks)
     if held is not None:
-        keep = layer.share_by_content(keep, memory.factors[:, :, 1 : blocks + 1])
+        keep = share_by_content(keep, memory.factors[:, :, 1 : blocks + 1])
     exact = water_level_budget(keep, forced, limit, rows, width)
     even = None if held is None else held.even
     return _newest(row, round_budget(lower(exact, forced, even), rows), heads)

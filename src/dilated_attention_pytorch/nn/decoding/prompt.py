@@ -23,6 +23,7 @@ from dilated_attention_pytorch.nn.decoding.settings import (
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_lengths, make_mask
+from dilated_attention_pytorch.selection.budget import share_by_content
 from dilated_attention_pytorch.selection.running_budget import running_budget, share_units
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def remember(
         factor = budget_factor(layer, held, rows, means, causal=True)
         if layer.config.query_scope == "block":
             memory.factors[:, :, 1 : blocks + 1] = factor
-        keep = layer.share_by_content(keep, factor)
+        keep = share_by_content(keep, factor)
     if runs_a_budget(layer):
         forced, limit = room(layer, rows, blocks)
         units = share_units(keep, rows.num_allowed, forced, limit, even)

@@ -229,10 +229,9 @@ def row_budget(
     gain: Tensor | None = None,
     offset: Tensor | None = None,
     even: Tensor | None = None,
-    max_factor: float = 1.0,
     running: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`water_level_budget` and :func:`round_budget`, scaled by ``content_complexity``.
+    """Budgets by :func:`share_by_content`, :func:`water_level_budget` and :func:`round_budget`.
 
     Args:
         rule: Which blocks there are to choose from.
@@ -248,7 +247,6 @@ def row_budget(
         offset: ``(p,)``, with ``means``.
         even: 0-dim float32: the integer budgets take so much of what lies above the forced
             blocks. None: all of it.
-        max_factor: Bound of ``offset + gain * complexity``.
         running: :func:`running_budget` in their place, by the complexity of what lies before each
             row; from equal complexities the integers equal PyTorch's.
 
@@ -266,7 +264,7 @@ def row_budget(
         None if means is None else means.detach(), gain, offset, base_sparsity, intervals,
         rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(), forced, limit,
     )  # fmt: skip
-    sizes = batch, rule.num_heads, rows.has_diagonal, max_factor
+    sizes = batch, rule.num_heads, rows.has_diagonal
     if running:
         exact, _, _, whole = running_budget_op(*given, even, *sizes, FRACTION_BITS)
         return whole, exact

@@ -32,13 +32,10 @@ def budget_op(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Real-valued budgets ``(b, p, i)``, their slope in the content's factor, the complexity."""
     call = launch.BudgetInputs(
-        share_inputs(
-            means, gain, offset, base_sparsity, rule, diagonal, has_diagonal, max_factor
-        ),
+        share_inputs(means, gain, offset, base_sparsity, rule, diagonal, has_diagonal),
         document.contiguous(), forced.contiguous(), limit.contiguous(),
         filled.contiguous(), rising.contiguous(), visible.contiguous(),
     )  # fmt: skip
@@ -64,13 +61,12 @@ def _(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    max_factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_budget(rule, batch, heads)
 
 
 budget_op.register_autograd(
-    lambda ctx, *grads: budget_backward(ctx, 16, *grads), setup_context=keep_budget
+    lambda ctx, *grads: budget_backward(ctx, 15, *grads), setup_context=keep_budget
 )
 
 

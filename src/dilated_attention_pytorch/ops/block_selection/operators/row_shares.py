@@ -19,12 +19,11 @@ def share_inputs(
     rule: Tensor,
     diagonal: Tensor,
     has_diagonal: bool,
-    max_factor: float,
 ) -> ShareInputs:
     """The inputs of a launch; a compiler may lay its own tensors out in another way than eager."""
     return ShareInputs(
         None if means is None else rows_of(means), gain, offset, base_sparsity,
-        rule.contiguous(), diagonal.contiguous(), has_diagonal, max_factor,
+        rule.contiguous(), diagonal.contiguous(), has_diagonal,
     )  # fmt: skip
 
 

@@ -30,14 +30,11 @@ def running_budget_op(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    max_factor: float,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact budgets ``(b, p, i)``, their slope in the factor, the complexity, whole budgets."""
     call = launch.RunningInputs(
-        share_inputs(
-            means, gain, offset, base_sparsity, rule, diagonal, has_diagonal, max_factor
-        ),
+        share_inputs(means, gain, offset, base_sparsity, rule, diagonal, has_diagonal),
         document.contiguous(), forced.contiguous(), limit.contiguous(), even, bits,
     )  # fmt: skip
     outs = _empty(rule, batch, heads)
@@ -65,12 +62,11 @@ def _(
     batch: int,
     heads: int,
     has_diagonal: bool,
-    max_factor: float,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty(rule, batch, heads)
 
 
 running_budget_op.register_autograd(
-    lambda ctx, *grads: budget_backward(ctx, 15, *grads), setup_context=keep_budget
+    lambda ctx, *grads: budget_backward(ctx, 14, *grads), setup_context=keep_budget
 )

@@ -25,7 +25,7 @@ def budget_kernel(
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr,
     STEPS: tl.constexpr, ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr,
-    MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
+    MIN_FACTOR: tl.constexpr, MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Real-valued budgets of ``ROWS`` rows of a plane; see ``water_level_budget``."""
     follow(PDL)
@@ -39,7 +39,7 @@ def budget_kernel(
         means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
         rows, r_stride_b, diagonal, d_stride_b, gain, offset, base_sparsity, complexity,
         plane, row, num_rows, columns, steps, heads, kv_heads,
-        PART, CHUNKS, D, HEAD_DIM, ADAPTIVE, DIAGONAL, False, MAX_FACTOR, PER_HEAD,
+        PART, CHUNKS, D, HEAD_DIM, ADAPTIVE, DIAGONAL, False, MIN_FACTOR, MAX_FACTOR, PER_HEAD,
     )  # fmt: skip
     of = tl.load(document + batch * o_stride_b + row, mask=ok, other=0).to(tl.int64)
     levels = filled + batch * e_stride_b + head * e_stride_h + of * (width + 2)

@@ -117,9 +117,9 @@ def row_share(
     plane, row, num_rows, columns, steps, heads, kv_heads,
     PART: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr, PAST: tl.constexpr,
-    MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr,
+    MIN_FACTOR: tl.constexpr, MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Shares of some rows, and how each moves with the content's factor; see ``budget_factor``.
+    """Shares of some rows, and how each moves with the factor; see ``share_by_content``.
 
     ``PAST``: nothing of the diagonal block counts, as ``content_complexity(past_only=True)``.
     """
@@ -149,8 +149,8 @@ def row_share(
         tl.store(complexity + tl.cast(plane, tl.int64) * num_rows + row, found, mask=ok)
         factor = tl.load(offset + head).to(tl.float32)
         factor = factor + tl.load(gain + head).to(tl.float32) * found
-        free = (factor >= 0.0) & (factor <= MAX_FACTOR)
-        factor = tl.minimum(tl.maximum(factor, 0.0), MAX_FACTOR)
-        step = tl.where(free & (keep * factor <= 1.0), keep, 0.0)
-        keep = tl.minimum(keep * factor, 1.0)
+        free = (factor >= MIN_FACTOR) & (factor <= MAX_FACTOR)
+        factor = tl.minimum(tl.maximum(factor, MIN_FACTOR), MAX_FACTOR)
+        keep = tl.div_rn(1.0, 1.0 + tl.div_rn(1.0 - keep, keep * factor))
+        step = tl.where(free, keep * (1.0 - keep) / factor, 0.0)
     return keep, step

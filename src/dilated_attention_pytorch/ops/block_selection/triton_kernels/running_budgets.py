@@ -23,7 +23,7 @@ def share_kernel(
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LOWER: tl.constexpr,
     ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr,
-    MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
+    MIN_FACTOR: tl.constexpr, MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Real-valued budgets of ``ROWS`` rows of a plane, and what each earns in ``2**-BITS`` blocks.
 
@@ -41,7 +41,7 @@ def share_kernel(
         means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
         rows, r_stride_b, diagonal, d_stride_b, gain, offset, base_sparsity, complexity,
         plane, row, num_rows, columns, steps, heads, kv_heads,
-        PART, CHUNKS, D, HEAD_DIM, ADAPTIVE, DIAGONAL, True, MAX_FACTOR, PER_HEAD,
+        PART, CHUNKS, D, HEAD_DIM, ADAPTIVE, DIAGONAL, True, MIN_FACTOR, MAX_FACTOR, PER_HEAD,
     )  # fmt: skip
     low = tl.load(rows + batch * r_stride_b + row, mask=ok, other=0)
     end = tl.load(rows + batch * r_stride_b + num_rows + row, mask=ok, other=0)

@@ -14,6 +14,7 @@ from dilated_attention_pytorch.ops.block_selection.triton_launch.shared import (
     batch_stride,
     overlap,
 )
+from dilated_attention_pytorch.selection.budget import LEAST_FACTOR, MOST_FACTOR
 
 # Chunks of columns that the unit means are added up in, and columns that are read at a time.
 _CHUNKS, _PART = 16, 32
@@ -31,7 +32,6 @@ class ShareInputs:
         rule: ``(1 or b, 5, i)`` int32.
         diagonal: ``(1 or b, i)`` int64.
         has_diagonal: Whether rows have a block of their own among the columns.
-        max_factor: Bound of the content's factor.
     """
 
     means: Tensor | None
@@ -41,7 +41,6 @@ class ShareInputs:
     rule: Tensor
     diagonal: Tensor
     has_diagonal: bool
-    max_factor: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +94,7 @@ def launch_prefix(call: ShareInputs, exact: Tensor) -> ShareArguments:
         (columns, steps, heads, kv_heads),
         {
             **sizes, "ADAPTIVE": means is not None, "DIAGONAL": call.has_diagonal,
-            "MAX_FACTOR": call.max_factor, "PER_HEAD": kv_heads if heads == 1 else 1,
+            "MIN_FACTOR": LEAST_FACTOR, "MAX_FACTOR": MOST_FACTOR,
+            "PER_HEAD": kv_heads if heads == 1 else 1,
         },
     )  # fmt: skip
