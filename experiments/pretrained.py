@@ -126,7 +126,8 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     if is_done(folder):
         return
     changes = json.loads(options.config)
-    config = distilled_config(block_size=options.block_size, base_sparsity=0.9, **changes)
+    settings = {"block_size": options.block_size, "base_sparsity": 0.9, "num_sink_blocks": 1}
+    config = distilled_config(**settings | changes)
     run = DistillRun(
         config=config, seq_len=options.length, steps=options.steps or 1000, target=options.target,
         batch_size=options.batch, learning_rate=options.lr, device=options.device,

@@ -63,3 +63,15 @@ def test_the_index_page_is_what_the_results_say(
     assert index.PAGE.read_text() == index.render()
     for picture in tmp_path.iterdir():
         assert picture.read_bytes() == (shown / picture.name).read_bytes(), picture.name
+
+
+def test_the_command_with_nothing_set_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train_defaults.py", "--quick"])
+    importlib.import_module("train_defaults").main()
+    shown = capsys.readouterr().out
+    assert "512 dense 0: " in shown
+    assert "512 adaptive 0: " in shown
+    assert not list(tmp_path.iterdir())

@@ -137,7 +137,7 @@ def test_says_where_nothing_can_be_chosen(
     assert main(found) == 0
     errors = " ".join(capsys.readouterr().err.split())
     # Two blocks of 8, of whose three tiles two hold the diagonal.
-    assert "Nothing to choose at sparsity 0.6: in 16 tokens" in errors
+    assert "nothing is left to choose at sparsity 0.6: in 16 tokens" in errors
     assert "in 256 tokens" not in errors
 
 

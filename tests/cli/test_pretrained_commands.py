@@ -67,7 +67,12 @@ def test_distill_writes_metrics_adapter_and_plot(distilled: Path) -> None:
 
 
 def test_a_killed_distillation_goes_on_exactly(
-    distilled: Path, model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distilled: Path,
+    model: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from dilated_attention_pytorch.integrations.transformers.distill import Distillation
 
@@ -84,6 +89,7 @@ def test_a_killed_distillation_goes_on_exactly(
         main([*arguments, *DISTILL])
     monkeypatch.undo()
     assert main(["distill", "--out", str(tmp_path), "--resume"]) == 0
+    assert "step 4: recall_0.5" in capsys.readouterr().err
     assert without_times(lines(tmp_path)) == without_times(lines(distilled))
     name = "adapter/selectors.safetensors"
     assert (tmp_path / name).read_bytes() == (distilled / name).read_bytes()
@@ -179,8 +185,8 @@ def test_errors_say_what_to_do(
     out = ["--out", str(tmp_path / "out")]
     text, folder = ["--text", str(texts)], ["--model", str(model)]
     assert "--model is missing" in refused(capsys, ["distill", *text, *out], 2)
-    found = refused(capsys, ["distill", *folder, *text, *out, "--seq-len", "64"], 2)
-    assert "at least two blocks of 64 tokens" in found
+    found = refused(capsys, ["distill", *folder, *text, *out, "--seq-len", "32"], 2)
+    assert "at least two blocks of 32 tokens" in found
     found = refused(capsys, ["distill", *folder, *text, *out, "--seq-len", "9999"], 1)
     assert "too little text" in found
     short = tmp_path / "short.txt"
@@ -300,15 +306,18 @@ def test_lengths_that_leave_nothing_to_choose_are_named(
     # No terminal here: lines instead of a bar.
     assert "a, 256 tokens: antidiagonal 0.5: 0 of 2" in shown.err
     run = ["distill", "--model", str(model), "--text", str(texts), "--out", str(tmp_path), *DISTILL]
-    assert main([*run, "--base-sparsity", "0.9", "--steps", "2"]) == 0
-    words = " ".join(capsys.readouterr().err.split())
-    # As many, of 16 tokens.
-    assert "Nothing to choose at sparsity 0.9: in 128 tokens" in words
-    assert "leave out 0.58 at most" in words
-    run[run.index(str(tmp_path))] = str(tmp_path / "short")
-    assert main([*run, "--seq-len", "32", "--steps", "2"]) == 0
-    assert "step 2: nothing to measure" in capsys.readouterr().err
-    assert "training: 1 of 2: loss" in words
+    assert main([*run, "--steps", "2"]) == 0
+    assert "training: 1 of 2: loss" in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_that_leave_nothing_to_choose_are_refused(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model), "--text", str(texts), "--out", str(tmp_path / "out")]
+    for command in ("distill", "tune"):
+        words = refused(capsys, [command, *options, *DISTILL, "--base-sparsity", "0.9"], 2)
+        assert "nothing is left to choose at sparsity 0.9: in 128 tokens" in words
+        assert not (tmp_path / "out").exists()
 
 
 def test_names_of_texts_are_no_markup_and_no_formula(

@@ -192,21 +192,20 @@ def density(measures: Measures, history: History) -> Finding:
     )
     by_threshold = any(m.layer.config.budget == "threshold" for m in judged)
     hint = " Calibrate the thresholds on text like this one." if by_threshold else ""
-    # An adaptive budget may halve its share or take half as much again.
     high, low = max(ratios), min(ratios)
-    if high > 1.6:
+    if high > 1.15:
         remedy = (
             "Too dense: raise base_sparsity, add get_sparsity_loss() to the loss, force fewer "
             "blocks, or use a smaller block_size (forced blocks alone may exceed the budget of a "
             "short sequence)."
         )
         return Finding("sparsity", question, "fail" if high > 2 else "warn", text, remedy + hint)
-    if low < 0.45:
+    if low < 0.85:
         remedy = (
             "Too sparse: lower base_sparsity, add get_sparsity_loss() to the loss, or use "
             'budget="fixed"; check the input for repeated or constant content.'
         )
-        return Finding("sparsity", question, "fail" if low < 0.4 else "warn", text, remedy + hint)
+        return Finding("sparsity", question, "fail" if low < 0.5 else "warn", text, remedy + hint)
     return Finding("sparsity", question, "pass", text)
 
 

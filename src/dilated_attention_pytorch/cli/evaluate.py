@@ -78,7 +78,7 @@ def add_parser(commands: Any) -> None:
     for name, what in (
         ("windows", "windows per text and length (default: 4)"),
         ("calibration-windows", "windows to calibrate thresholds on (default: 2)"),
-        ("block-size", "tokens per block of rivals (default: the adapter's, or 64)"),
+        ("block-size", "tokens per block of rivals (default: the adapter's, or 32)"),
         ("needles", "needles per depth (default: 4)"),
         ("repeats", "timed passes; 0: no timing (default: 3)"),
     ):

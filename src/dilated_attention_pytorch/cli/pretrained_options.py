@@ -20,7 +20,7 @@ RUN_DEFAULTS: dict[str, Any] = {
     "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
 }  # fmt: skip
 SELECTOR_DEFAULTS: dict[str, Any] = {
-    "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "num_sink_blocks": 1,
+    "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "block_size": 32,
 }  # fmt: skip
 _CONFIG = {f.name for f in dataclasses.fields(AdaptiveConfig)}
 
@@ -183,7 +183,8 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
         model, text = values.pop("model"), tuple(values.pop("text"))
         check_model_folder(model)
         run = settings(config=distilled_config(**config), **values)
-        if words := no_choice(run.config, run.config.base_sparsity, run.seq_len):
+        sparsity = getattr(run, "base_sparsity", run.config.base_sparsity)
+        if words := no_choice(run.config, sparsity, run.seq_len):
             raise UsageError(words)
         return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
     except (TypeError, ValueError) as error:

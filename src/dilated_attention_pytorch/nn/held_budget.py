@@ -36,7 +36,8 @@ LEAVE_PLATEAU = (
 _LARGEST_LEVEL = 8.0
 # Above every softmax: no score decides.
 _OFF = 2.0
-_FIRST_EVEN, _FIRST_THRESHOLD = 0.5, 0.3
+# Little changes at once: the threshold takes some ten steps to find its place.
+_FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01

@@ -61,8 +61,9 @@ from dilated_attention_pytorch.tasks.text import TextError
 
 # They start from nothing, so that training shows.
 CONFIG = distilled_config(
-    block_size=16, base_sparsity=0.5, scorer="bilinear", pooling=("mean", "max", "min", "attention")
-)
+    block_size=16, base_sparsity=0.5, num_sink_blocks=1, scorer="bilinear",
+    pooling=("mean", "max", "min", "attention"),
+)  # fmt: skip
 
 
 def text(length: int = 3000, seed: int = 0) -> Tensor:

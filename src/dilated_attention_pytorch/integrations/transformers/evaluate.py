@@ -72,7 +72,7 @@ class EvaluationSettings:
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9)
     tolerance: float | None = 0.005
     rivals: tuple[str, ...] = METHODS
-    block_size: int = 64
+    block_size: int = 32
     windows: int = 4
     calibration_windows: int = 2
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)

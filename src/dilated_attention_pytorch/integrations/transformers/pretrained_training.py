@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def distilled_config(**changes: Any) -> AdaptiveConfig:
-    """The selector for frozen queries and keys: low-rank scores, one sink block, thresholds.
+    """The selector for frozen queries and keys: low-rank scores, blocks of 32, thresholds.
 
     On frozen features what reads them is the bottleneck. Summaries of blocks keep nearly as much
     attention mass as the best choice and still cost far more perplexity: they miss sharp matches
@@ -43,7 +43,7 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
         "scorer": "low_rank",
         "hidden_dim": 32,
         "budget": "threshold",
-        "num_sink_blocks": 1,
+        "block_size": 32,
         "learnable_temperature": False,
         "num_explore_blocks": 1,
     }

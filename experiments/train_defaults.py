@@ -1,0 +1,152 @@
+"""What ``dilated-attention train`` gives with nothing set, beside dense attention.
+
+Trains the command's byte-level language model on text at several lengths, adaptive as it comes and
+dense, three seeds each. ``results/train_defaults/`` holds ``runs.jsonl`` (one line a run) and
+``README.md`` (the table).
+
+    python experiments/train_defaults.py                  # what is not there yet, at 512 bytes
+    python experiments/train_defaults.py --lengths 1024 --text FILE_OR_FOLDER
+    python experiments/train_defaults.py --quick          # seconds; nothing kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dilated_attention_pytorch.cli.options import build_settings
+from dilated_attention_pytorch.nn.block_sparse import LayerPass, observe_passes
+from dilated_attention_pytorch.tasks.text import TextData
+from dilated_attention_pytorch.training.language_model import LanguageModelTraining
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from provenance import environment
+
+RESULTS = Path(__file__).parent / "results" / "train_defaults"
+METHODS = ("dense", "adaptive")
+SEEDS = (0, 1, 2)
+
+
+def train(length: int, attention: str, seed: int, paths: Sequence[str], quick: bool) -> dict:
+    """One run of the command, and what it gave on held-out text."""
+    options: dict[str, Any] = {"attention": attention, "seq_len": length, "seed": seed}
+    if paths:
+        options["paths"] = tuple(paths)
+    if attention == "adaptive":
+        options.pop("attention")
+    run, settings, _ = build_settings(options)
+    run = dataclasses.replace(run, threads=torch.get_num_threads())
+    if quick:
+        run = dataclasses.replace(run, steps=2, batch_size=1, validation_sequences=1)
+    text: TextData = settings.load(length)
+    start, training = time.perf_counter(), LanguageModelTraining(run, text)
+    while not training.done:
+        last = training.step()
+    found, chosen = training.validate(), chosen_share(training)
+    return {
+        "length": length, "method": attention, "seed": seed, "steps": run.steps,
+        "loss": found.loss, "sparsity": found.sparsity, "training_sparsity": last.sparsity,
+        "asked": run.config.base_sparsity if attention == "adaptive" else None,
+        "block_size": run.config.block_size if attention == "adaptive" else None,
+        "chosen": chosen, "text": text.source,
+        "seconds": round(time.perf_counter() - start, 1),
+        "environment": environment("cpu"),
+    }  # fmt: skip
+
+
+def chosen_share(training: LanguageModelTraining) -> float | None:
+    """Share of the tiles that held-out text reads which were chosen, not forced."""
+    kept, forced = [], []
+
+    def count(seen: LayerPass) -> None:
+        assert seen.inputs is not None
+        kept.append(int(seen.pattern.kv_num_blocks.sum()))
+        rows = seen.inputs.candidates.forced.sum(-1).expand(seen.pattern.kv_num_blocks.shape)
+        forced.append(int(rows.sum()))
+
+    if training.trainer is None:
+        return None
+    with observe_passes(training.sparse_layers, count):
+        training.validate()
+    return 1 - sum(forced) / sum(kept)
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Writes the table."""
+    lines = [
+        "# What `train` gives with nothing set", "",
+        "Held-out loss in nats per byte (mean, and each seed), and sparsity.", "",
+        "| bytes | blocks of | asked | held out | chosen of what is read | adaptive | dense |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for length in sorted({run["length"] for run in runs}):
+        own = {m: [r for r in runs if r["length"] == length and r["method"] == m] for m in METHODS}
+        if not all(own.values()):
+            continue
+        losses = []
+        for method in ("adaptive", "dense"):
+            found = [r["loss"] for r in sorted(own[method], key=lambda r: r["seed"])]
+            each = " ".join(f"{loss:.3f}" for loss in found)
+            losses.append(f"{statistics.mean(found):.3f} ({each})")
+        sparse = own["adaptive"]
+        lines.append(
+            f"| {length:,} | {sparse[0]['block_size']} | {sparse[0]['asked']:g} | "
+            f"{statistics.mean(r['sparsity'] for r in sparse):.3f} | "
+            f"{statistics.mean(r['chosen'] for r in sparse):.2f} | {' | '.join(losses)} |"
+        )
+    places = sorted({
+        f"{r['environment']['device']}, torch {r['environment']['torch']}, commit "
+        f"{r['environment']['commit']}, {r['text']}" for r in runs
+    })  # fmt: skip
+    lines += ["", f"{runs[0]['steps']} steps. Ran on {'; '.join(places)}.", ""]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def main() -> None:
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--only", choices=METHODS, nargs="+", default=METHODS)
+    parser.add_argument("--text", nargs="+", default=[], help="default: Python's own sources")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="two steps, nothing kept")
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) if parsed.quick else parsed.out
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "runs.jsonl"
+        for length in parsed.lengths:
+            for seed in parsed.seeds[:1] if parsed.quick else parsed.seeds:
+                for method in parsed.only:
+                    key = {"length": length, "method": method, "seed": seed}
+                    if any(all(run[k] == v for k, v in key.items()) for run in load(path)):
+                        continue
+                    found = train(length, method, seed, parsed.text, parsed.quick)
+                    with path.open("a") as file:
+                        file.write(json.dumps(found) + "\n")
+                    print(f"{length} {method} {seed}: {found['loss']:.4f}", flush=True)
+        write_page(load(path), folder)
+
+
+if __name__ == "__main__":
+    main()
