@@ -187,6 +187,17 @@ def test_sparsity_off_its_target(factor: float, base: float, expected: str) -> N
     assert verdict("sparsity", layer, bare_input(layer)) == expected
 
 
+def test_nothing_left_to_choose_is_a_failure_and_all_of_it_is_not() -> None:
+    """It was skipped, as if there were nothing wrong."""
+    layer = bare(base_sparsity=0.99)
+    finding = diagnose(layer, bare_input(layer))["selection"]
+    assert finding.verdict == "fail"
+    assert "no row chooses anything" in finding.evidence
+    assert "block_size" in finding.remedy
+    layer.set_base_sparsity(0.0)
+    assert verdict("selection", layer, bare_input(layer)) == "skip"
+
+
 def test_forced_blocks_that_exceed_the_budget() -> None:
     layer = BlockSparseAdaptive(
         num_heads=2,

@@ -1,0 +1,43 @@
+"""What ``train`` takes where nothing is named: block size and sparsity that leave a choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dilated_attention_pytorch.cli.errors import UsageError
+from dilated_attention_pytorch.cli.options import build_settings
+
+
+def config(**options: Any) -> Any:
+    return build_settings(options)[0].config
+
+
+def test_block_size_and_sparsity_go_by_the_length() -> None:
+    """With blocks of 32 at 512 bytes more than half of the rows chose nothing."""
+    found = [config(seq_len=n) for n in (128, 256, 512, 1024, 2048, 4096, 16384)]
+    assert [c.block_size for c in found] == [16, 16, 16, 16, 32, 64, 64]
+    # Never 0.95, which costs more loss than it saves time.
+    assert [c.base_sparsity for c in found] == [0.55, 0.75, 0.8, 0.9, 0.9, 0.9, 0.9]
+    assert config() == config(seq_len=512)
+    assert {c.num_explore_blocks for c in found} == {0}
+    assert {c.query_scope for c in found} == {"past"}
+
+
+def test_what_is_named_stays() -> None:
+    assert config(block_size=32).block_size == 32
+    # A row chooses as much as it must read: 0.8 would leave a third.
+    assert config(block_size=32).base_sparsity == 0.75
+    assert config(base_sparsity=0.85).base_sparsity == 0.85
+    assert config(num_local_blocks=1).base_sparsity == 0.75
+
+
+@pytest.mark.parametrize(
+    "options", [{"base_sparsity": 0.95}, {"block_size": 128, "base_sparsity": 0.7}]
+)
+def test_settings_that_leave_nothing_are_refused_by_their_arithmetic(options: Any) -> None:
+    with pytest.raises(UsageError, match=r"nothing is left .* may read .* always read\. Take "):
+        build_settings(options)
+    # Of fixed patterns what is always read is the pattern.
+    assert build_settings({**options, "attention": "local"})
