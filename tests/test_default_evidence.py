@@ -1,0 +1,76 @@
+"""Every default stands in docs/defaults.md with its value and a committed run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer
+from dilated_attention_pytorch.training.language_model import LanguageModelRun
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "defaults.md").read_text()
+RESULTS = ROOT / "experiments" / "results"
+# Without a run. This may only shrink.
+OPEN = {
+    "trainer": {"annealing_steps"},
+    "distill": {
+        "seq_len", "batch_size", "steps", "learning_rate", "weight_decay", "validation_windows",
+    },
+}  # fmt: skip
+# No settings of what is learned, but of where and how often.
+ELSEWHERE = {"config", "segment_lengths", "dilation_rates", "seed", "threads", "device"}
+
+
+def fields(kind: Any) -> dict[str, Any]:
+    made = kind()
+    return {f.name: getattr(made, f.name) for f in dataclasses.fields(kind)}
+
+
+def arguments(kind: Any) -> dict[str, Any]:
+    given = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in given if p.name != "model"}
+
+
+def rows(heading: str) -> dict[str, tuple[str, str]]:
+    section = PAGE.split(heading)[1].split("\n## ")[0]
+    found = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \|", section, flags=re.M)
+    return {name: (value, run) for name, value, run in found}
+
+
+def check(heading: str, defaults: dict[str, Any], without_run: set[str]) -> None:
+    stated = rows(heading)
+    assert set(stated) == set(defaults) - ELSEWHERE
+    for name, (value, run) in stated.items():
+        assert value == repr(defaults[name]), name
+        assert (run == "none") == (name in without_run), name
+        if run != "none":
+            folder = RESULTS / run.strip("`")
+            assert any(folder.iterdir()), f"{name}: {folder}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "defaults", "key"),
+    [
+        ("## A layer", fields(AdaptiveConfig), "layer"),
+        ("## The trainer", arguments(AdaptiveSparsityTrainer), "trainer"),
+        ("## `dilated-attention train`", fields(LanguageModelRun), "train"),
+    ],
+    ids=["layer", "trainer", "train"],
+)
+def test_every_default_has_its_evidence(heading: str, defaults: dict[str, Any], key: str) -> None:
+    check(heading, defaults, OPEN.get(key, set()))
+
+
+def test_every_default_of_pretrained_runs_has_its_evidence() -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+        PretrainedRun,
+    )
+
+    check("## Pretrained models", fields(PretrainedRun), OPEN["distill"])
