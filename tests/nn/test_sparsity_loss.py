@@ -36,7 +36,8 @@ def test_value_is_the_squared_relative_distance(causal: bool, factor: float) -> 
     x = tokens()
     _, info = layer.eval()(x, x, x, is_causal=causal, return_pattern=True)
     density = 1 - info["pattern"].sparsity.item()
-    assert density == pytest.approx(0.4 * factor, abs=0.01)
+    odds = 0.4 / 0.6 * factor
+    assert density == pytest.approx(odds / (1 + odds), abs=0.01)
     loss = layer.get_sparsity_loss()
     assert loss.item() == pytest.approx((density / 0.4 - 1) ** 2, abs=0.02)
     loss.backward()

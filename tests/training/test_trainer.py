@@ -98,7 +98,7 @@ def test_estimators_that_need_noise_keep_it() -> None:
     trainer = AdaptiveSparsityTrainer(layer, annealing_steps=1)
     assert [trainer.step() for _ in range(5)] == [0.1] * 5
     with pytest.raises(ValueError, match="needs estimator='mass'"):
-        layer.set_temperature(0.0)
+        layer.end_exploration()
 
 
 def test_the_layer_multiplies_its_learned_factor() -> None:

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 
 class NothingToChooseWarning(UserWarning):
-    """A layer trains where the blocks that are always read use up its budget."""
+    """A layer trains where the blocks that are always read use up its budget.
+
+    Example:
+        >>> import warnings
+        >>> import torch
+        >>> from dilated_attention_pytorch import BlockSparseAdaptive
+        >>> warnings.simplefilter("ignore", NothingToChooseWarning)  # where it is meant to be so
+        >>> x = torch.randn(1, 256, 2, 16)
+        >>> BlockSparseAdaptive(num_heads=2, head_dim=16)(x, x, x, is_causal=True).shape
+        torch.Size([1, 256, 2, 16])
+    """
 
 
 def warn_if_nothing_is_left(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> None:

@@ -130,7 +130,7 @@ def row_budgets(
         layer.record_density(exact, rows)
         return RowBudgets(round_budget(exact, rows))
     keep = (1 - layer.base_sparsity).expand(shape)
-    held = layer.held_budget(inputs.mark)
+    held = None if layer.keeps_all else layer.held_budget(inputs.mark)
     if held is not None:
         factor = budget_factor(layer, held, rows, key_means, inputs.mask.causal)
         keep = share_by_content(keep, factor)

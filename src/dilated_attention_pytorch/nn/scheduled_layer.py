@@ -79,20 +79,31 @@ class ScheduledLayer(FormerScalars, ScoringLayer):
     def set_temperature(self, value: float) -> None:
         """Sets the scheduled temperature; :class:`AdaptiveSparsityTrainer` calls it.
 
-        At 0 exploration is over: training chooses what evaluation does, without noise and random
-        blocks.
-
         Raises:
-            ValueError: If it is negative or not finite, or 0 where the estimator is not ``"mass"``.
+            ValueError: If it is not positive and finite.
             RuntimeError: If the buffer is offloaded, so that what is written is lost.
         """
-        if not 0 <= value < math.inf:
-            raise ValueError(f"value must be a temperature, finite and not negative, got {value}.")
-        if value == 0 and self.config.estimator != "mass":
+        if not 0 < value < math.inf:
+            raise ValueError(f"value must be a positive, finite temperature, got {value}.")
+        self._write_temperature(value)
+
+    def end_exploration(self) -> None:
+        """From now on training chooses as evaluation does, without noise and random blocks.
+
+        The temperature is 0, and saved with the weights; :meth:`set_temperature` undoes it.
+
+        Raises:
+            ValueError: If the estimator is not ``"mass"``.
+            RuntimeError: If the buffer is offloaded, so that what is written is lost.
+        """
+        if self.config.estimator != "mass":
             raise ValueError(
-                f"value must be positive with estimator={self.config.estimator!r}, whose gradient "
-                "goes by the noise; a temperature of 0 needs estimator='mass'."
+                f"estimator={self.config.estimator!r} learns by its noise, which cannot end; "
+                "end_exploration needs estimator='mass'."
             )
+        self._write_temperature(0.0)
+
+    def _write_temperature(self, value: float) -> None:
         self.writable("temperature").fill_(value)
         self._host.note("temperature", self.temperature, value > 0)
 

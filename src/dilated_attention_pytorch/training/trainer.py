@@ -299,7 +299,10 @@ class AdaptiveSparsityTrainer:
 
     def _apply(self) -> None:
         for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
-            layer.set_temperature(self._temperature(layer))
+            if temperature := self._temperature(layer):
+                layer.set_temperature(temperature)
+            else:
+                layer.end_exploration()
             # A start that each layer finds by itself begins with the first step.
             if arrival > 0 or (arrival < 0 and self.current_step):
                 layer.set_base_sparsity(self.sparsity(layer.config.base_sparsity, arrival))
