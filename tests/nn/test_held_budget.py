@@ -263,18 +263,19 @@ def call(layer: BlockSparseAdaptive, name: str) -> Any:
 
 @TRITON
 @pytest.mark.parametrize(
-    ("kind", "name"),
+    ("scope", "kind", "name"),
     [
-        *(("plain", name) for name in CALLS),
-        *((kind, "causal") for kind in KINDS if kind != "plain"),
-        ("segments", "whole"),
-        ("hierarchy", "padded"),
-        ("low rank", "documents"),
+        *((scope, kind, "causal") for scope in SCOPES for kind in KINDS),
+        # Interpreted kernels take their time: where the scope has no say, in one of them.
+        *(("past", "plain", name) for name in CALLS if name != "causal"),
+        ("block", "plain", "documents"),
+        ("block", "segments", "whole"),
+        ("block", "hierarchy", "padded"),
+        ("past", "low rank", "documents"),
     ],
 )
-@pytest.mark.parametrize("scope", SCOPES)
 @torch.no_grad()
-def test_fused_equals_the_pytorch_path(kind: str, scope: str, name: str) -> None:
+def test_fused_equals_the_pytorch_path(scope: str, kind: str, name: str) -> None:
     layer = make(kind, scope)
     want, wanted = call(layer, name)
     layer.backend = "triton"
@@ -350,17 +351,19 @@ def test_generation_by_blocks_equals_the_last_row_of_a_pass(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "kind"),
+    ("backend", "scope", "kind"),
     [
-        *(("gather", kind) for kind in KINDS),
+        *(("gather", scope, kind) for scope in SCOPES for kind in KINDS),
         # Interpreted kernels take their time; these are the ones that differ.
         *(
-            pytest.param("triton", kind, marks=TRITON)
-            for kind in ("plain", "low rank", "hierarchy", "segments")
+            pytest.param("triton", scope, kind, marks=TRITON)
+            for scope, kind in (
+                ("block", "plain"), ("past", "plain"), ("past", "low rank"), ("past", "hierarchy"),
+                ("block", "segments"),
+            )
         ),
     ],
-)
-@pytest.mark.parametrize("scope", SCOPES)
+)  # fmt: skip
 @torch.no_grad()
 def test_empty_batches_and_lengths_of_zero(kind: str, scope: str, backend: str) -> None:
     layer = make(kind, scope)
