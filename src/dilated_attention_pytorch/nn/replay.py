@@ -16,7 +16,8 @@ def generator_state(device: torch.device, generator: torch.Generator | None) -> 
     if tracing() or torch._C._are_functorch_transforms_active():
         return None
     if generator is None and device.type == "cuda":
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
     elif generator is None and device.type == "cpu":
         generator = torch.default_generator
     return None if generator is None else generator.get_state()
