@@ -107,8 +107,12 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in result["rows"]] == [
-        "adapter", "sink_window", "oracle:threshold",
+        "adapter:saved", "adapter", "sink_window", "oracle:threshold",
     ]  # fmt: skip
+    saved, calibrated = result["rows"][:2]
+    # Of the training text and of this one.
+    assert saved["sparsity"] == calibrated["sparsity"] == 0.5
+    assert saved["measured_sparsity"] != calibrated["measured_sparsity"]
     assert result["rows"][0]["block_size"] == 16
     assert result["rows"][0]["tokens_per_second"] is None
     assert {"retrieval_0.1", "retrieval_0.5", "retrieval_0.9", "kept_mass", "ratio"} <= set(

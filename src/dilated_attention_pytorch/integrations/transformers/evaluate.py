@@ -41,6 +41,8 @@ from dilated_attention_pytorch.selection.bounds import most_sparse
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 ADAPTER, ALLOTTED = "adapter", "allotted"
+# With the thresholds that it was saved with, as load_adapter gives it.
+SAVED = f"{ADAPTER}:saved"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +194,28 @@ class Evaluation:
         return ([ADAPTER] if self.adapter is not None else []) + list(self.settings.rivals)
 
     def cells(self) -> list[tuple[str, int, str, float]]:
-        """All combinations of text, length, method and sparsity, in order."""
-        s = self.settings
-        return [
-            (text, length, method, sparsity)
-            for text in self.texts
-            for length in s.lengths
-            for method in self.methods()
-            for sparsity in s.sparsities
-        ]
+        """All combinations of text, length, method and sparsity, in order.
+
+        And, first, an adapter with thresholds as it was saved: calibrated on another text.
+        """
+        s, found = self.settings, []
+        for text in self.texts:
+            for length in s.lengths:
+                if (sparsity := self._saved_sparsity()) is not None:
+                    found.append((text, length, SAVED, sparsity))
+                found += [(text, length, m, x) for m in self.methods() for x in s.sparsities]
+        return found
+
+    def _saved_sparsity(self) -> float | None:
+        """What the thresholds of the adapter were calibrated for; None: it has none."""
+        if self.adapter is None:
+            return None
+        tables = [x for name, x in self.adapter.tensors.items() if name.endswith(".thresholds")]
+        # Lengths are positive; room without any is not.
+        if not tables or not all((table[:, 0] > 0).any() for table in tables):
+            return None
+        asked = [config.base_sparsity for config in self.adapter.configs.values()]
+        return sum(asked) / len(asked)
 
     def dense(self, text: str, length: int) -> dict[str, float]:
         """Perplexity and speed of the model as it is; measured once."""
@@ -219,12 +234,12 @@ class Evaluation:
         Args:
             text: Name of a text.
             length: Tokens per window.
-            method: :data:`ADAPTER` or a rival, with its budget.
+            method: :data:`ADAPTER`, :data:`SAVED` or a rival, with its budget.
             sparsity: The nominal one.
         """
         dense, windows = self.dense(text, length), self.windows(text, length)
         with self._adapted(length, method, sparsity) as adapted:
-            aim, measured, found = self._calibrated(adapted, text, length, sparsity)
+            aim, measured, found = self._calibrated(adapted, text, length, method, sparsity)
             row: dict[str, Any] = {
                 "text": text,
                 "length": length,
@@ -245,10 +260,14 @@ class Evaluation:
         return row
 
     def _calibrated(
-        self, adapted: AdaptedModel, text: str, length: int, sparsity: float
+        self, adapted: AdaptedModel, text: str, length: int, method: str, sparsity: float
     ) -> tuple[float, float, float]:
         """Leaves the model with its thresholds; the aim, the measured sparsity, the perplexity."""
         s, windows = self.settings, self.windows(text, length)
+        if method == SAVED:
+            with CountTiles(adapted) as tiles:
+                unchanged = perplexity(self.model, windows)
+            return sparsity, tiles.sparsity, unchanged
         sample = self.texts[text][: length * s.calibration_windows]
         found: dict[float, float] = {}
         latest = sparsity
@@ -293,6 +312,10 @@ class Evaluation:
     @contextmanager
     def _adapted(self, length: int, method: str, sparsity: float) -> Iterator[AdaptedModel]:
         s = self.settings
+        if method == SAVED and self.adapter is not None:
+            with self.adapter.apply(self.model) as adapted:
+                yield adapted
+            return
         name, _, rule = method.partition(":")
         if name == ADAPTER and self.adapter is not None:
             adapter = self.adapter.with_budget(*budget_named(rule)) if rule else self.adapter
