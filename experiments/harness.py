@@ -151,16 +151,16 @@ def write_results(experiment: Experiment, runs: Runs, folder: Path) -> None:
     lines += ["| setting | " + " | ".join(experiment.columns.values()) + " |"]
     lines += ["|---|" + "---|" * len(experiment.columns)]
     for name in cells:
-        shown = [
-            " ".join(_number(x) for x in values(runs, name, key)) for key in experiment.columns
-        ]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    places = {
-        f"{run['environment']['device']}, torch {run['environment']['torch']}, commit "
-        f"{run['environment']['commit']}"
-        for run in runs
-    }
-    lines += ["", "One number per seed. Ran on " + "; ".join(sorted(places)) + ".", ""]
+        row = [" ".join(_number(x) for x in values(runs, name, key)) for key in experiment.columns]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    places: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        place = run["environment"]
+        places[f"{place['device']}, torch {place['torch']}"].add(place["commit"])
+    shown = "; ".join(
+        f"{place}, commit {' '.join(sorted(commits))}" for place, commits in sorted(places.items())
+    )
+    lines += ["", f"One number per seed. Ran on {shown}.", ""]
     (folder / "README.md").write_text("\n".join(lines))
     experiment.plot(runs).savefig(folder / "plot.png", dpi=110)
 

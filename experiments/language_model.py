@@ -109,8 +109,7 @@ def finding(runs: Runs) -> str:
         if seeds > 1
         else "how far seeds differ is not known"
     )
-    words = f"{words}. Held-out loss: {_listed(runs, MAIN)}. {_large_blocks(runs)}"
-    return f"{words} {_elsewhere(runs)}".rstrip()
+    return f"{words}. {_elsewhere(runs)}".rstrip()
 
 
 def _means(runs: Runs, names: Sequence[str]) -> dict[str, float]:
@@ -136,16 +135,6 @@ def _pairs(runs: Runs, name: str, other: str) -> str:
     return " ".join(f"{second[seed] - first[seed]:+.4f}" for seed in common)
 
 
-def _large_blocks(runs: Runs) -> str:
-    """What larger blocks make of the comparison; they ran on another card."""
-    names = [cell.name for cell in CELLS if cell.name not in MAIN]
-    cards = {run["environment"]["device"] for run in runs if run["cell"] in names}
-    if not cards:
-        return ""
-    listed = _listed(runs, names).replace(LARGE_SUFFIX, "")
-    return f"With blocks of {LARGE}, on {' and '.join(sorted(cards))}: {listed}."
-
-
 def _card(run: Mapping[str, Any]) -> str:
     card: str = run["environment"]["device"]
     return card
@@ -158,21 +147,13 @@ def _same_card(runs: Runs) -> Runs:
 
 
 def _elsewhere(runs: Runs) -> str:
-    """Which runs of the comparison had another card than dense, so that speeds do not compare."""
+    """Whether runs had another card than dense, so that speeds do not compare."""
     compared = _same_card(runs)
-    found: dict[str, dict[str, list[int]]] = {}
-    for run in runs:
-        if run["cell"] in MAIN and run not in compared:
-            found.setdefault(_card(run), {}).setdefault(run["cell"], []).append(run["seed"])
-    return " ".join(
-        f"On {card}: {', '.join(_with_seeds(*item) for item in cells.items())}."
-        for card, cells in sorted(found.items())
+    if all(run in compared for run in runs if run["cell"] in MAIN):
+        return ""
+    return (
+        "What is hollow in the picture ran on another card than dense: its speed does not compare."
     )
-
-
-def _with_seeds(cell: str, seeds: Sequence[int]) -> str:
-    word = "seed" if len(seeds) == 1 else "seeds"
-    return f"{cell} ({word} {', '.join(map(str, sorted(seeds)))})"
 
 
 def plot(runs: Runs) -> Figure:

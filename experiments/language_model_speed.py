@@ -101,15 +101,15 @@ def cell_name(method: str, factor: int) -> str:
 def finding(runs: Runs) -> str:
     """Holds the ratios against 1."""
     own = ratios(runs, "adaptive 0.9")
-    words = "; ".join(
-        f"{method} " + " ".join(f"{value:.2f}" for value in ratios(runs, method).values())
-        for method in METHODS
-        if method != "dense"
-    )
-    lengths = ", ".join(f"{tokens_of(runs, factor):,}" for factor in own)
+    lengths = [f"{tokens_of(runs, factor):,}" for factor in own]
+    table = [f"| bytes of context | {' | '.join(lengths)} |", "|---" * (len(own) + 1) + "|"]
+    for method in METHODS:
+        if method != "dense":
+            found = " | ".join(f"{value:.2f}" for value in ratios(runs, method).values())
+            table.append(f"| {method} | {found} |")
     return verdict(min(own.values()) > 1) + (
-        f"training steps per second relative to dense's (cuDNN on a GPU), with the choice of "
-        f"blocks, the rest of the model and the optimiser, at {lengths} bytes of context: {words}."
+        "training steps per second relative to dense's (cuDNN on a GPU), with the choice of "
+        "blocks, the rest of the model and the optimiser:\n\n" + "\n".join(table)
     )
 
 

@@ -74,7 +74,10 @@ def test_what_fits_chooses_half_of_what_is_read(length: int, forced: tuple[int, 
     always = 1 - most_sparse(length, size, *forced)
     if sparsity:
         assert 1 - sparsity >= 2 * always - 1e-9
-        assert nothing_to_choose(sparsity, length, size, *forced) is None
+        config = AdaptiveConfig(
+            block_size=size, num_sink_blocks=forced[0], num_local_blocks=forced[1]
+        )
+        assert nothing_to_choose(config, sparsity, length) is None
 
 
 def test_shares_of_forced_blocks_equal_those_of_a_layer() -> None:

@@ -18,10 +18,10 @@ from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_err
 from dilated_attention_pytorch.cli.pretrained_options import (
     add_model_and_text,
     check_model_folder,
-    no_choice,
     require_transformers,
 )
 from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 
 
 def add_parser(commands: Any) -> None:
@@ -75,7 +75,7 @@ def run(parsed: argparse.Namespace) -> int:
         allotment = Allotment(job, parsed.out)
         config = next(iter(allotment.source.configs.values()))
         for length in job.lengths:
-            if words := no_choice(config, allotment.sparsity(), length):
+            if words := nothing_to_choose(config, allotment.sparsity(), length):
                 console.print(words, soft_wrap=True)
         with StopRequest() as stop:
             finished = _measure(allotment, console, stop)

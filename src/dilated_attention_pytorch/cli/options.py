@@ -174,17 +174,7 @@ def build_settings(
         run = LanguageModelRun(**changes)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    words = None
-    if (
-        attention == "adaptive"
-        and run.segment_lengths is None
-        and not run.config.num_selected_blocks
-    ):
-        words = nothing_to_choose(
-            run.config.base_sparsity, run.seq_len, run.config.block_size,
-            run.config.num_sink_blocks, run.config.num_local_blocks,
-        )  # fmt: skip
-    if words:
+    if words := _no_choice(run):
         raise UsageError(words)
     return run, text, loop
 
@@ -195,10 +185,7 @@ def _no_choice(run: LanguageModelRun) -> str | None:
     by_share = config.num_selected_blocks is None and run.segment_lengths is None
     if run.attention != "adaptive" or not by_share:
         return None
-    return nothing_to_choose(
-        config.base_sparsity, run.seq_len, config.block_size, config.num_sink_blocks,
-        config.num_local_blocks,
-    )  # fmt: skip
+    return nothing_to_choose(config, config.base_sparsity, run.seq_len)
 
 
 def _fitting_config(named: Mapping[str, Any], seq_len: int) -> AdaptiveConfig:

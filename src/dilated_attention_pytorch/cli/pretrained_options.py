@@ -10,7 +10,6 @@ from typing import Any
 
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.config import BUDGETS, POOLINGS, SCORERS, AdaptiveConfig
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 
 _NEEDS = "this command needs transformers: pip install 'dilated-attention-pytorch[hf]'"
@@ -32,15 +31,6 @@ def require_transformers() -> None:
     except ImportError as error:
         raise CommandError(f"{_NEEDS} ({error})") from error
     quieten()
-
-
-def no_choice(
-    config: AdaptiveConfig | TrainingFreeConfig, sparsity: float, length: int
-) -> str | None:
-    """What to tell where the blocks that are always read prevent a sparsity; None where not."""
-    return nothing_to_choose(
-        sparsity, length, config.block_size, config.num_sink_blocks, config.num_local_blocks
-    )
 
 
 def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -184,7 +174,7 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
         check_model_folder(model)
         run = settings(config=distilled_config(**config), **values)
         sparsity = getattr(run, "base_sparsity", run.config.base_sparsity)
-        if words := no_choice(run.config, sparsity, run.seq_len):
+        if words := nothing_to_choose(run.config, sparsity, run.seq_len):
             raise UsageError(words)
         return PretrainedJob(run=run, model=model, text=text, intervals=intervals, **job)
     except (TypeError, ValueError) as error:

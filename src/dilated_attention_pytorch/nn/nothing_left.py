@@ -36,10 +36,7 @@ def warn_if_nothing_is_left(layer: BlockSparseAdaptive, inputs: SelectionInputs)
     whole = mask.q_len == mask.kv_len and not mask.per_sample and layer.segment_lengths is None
     if not (by_share and whole and inputs.rows.has_diagonal and mask.q_len):
         return
-    words = nothing_to_choose(
-        1 - layer.densest, mask.kv_len, config.block_size, config.num_sink_blocks,
-        config.num_local_blocks, causal=mask.causal,
-    )  # fmt: skip
+    words = nothing_to_choose(config, 1 - layer.densest, mask.kv_len, causal=mask.causal)
     if words:
         layer.told_of_nothing = True
         warnings.warn(words, NothingToChooseWarning, stacklevel=2)

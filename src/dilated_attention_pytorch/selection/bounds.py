@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -117,29 +118,38 @@ def fitting_sparsity(
     return min(goal, max(math.floor(20 * limit + 1e-9), 0) / 20)
 
 
+class BlockSettings(Protocol):
+    """What forces blocks, of any kind of settings."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+
+    @property
+    def num_sink_blocks(self) -> int:
+        """Forced at the start."""
+
+    @property
+    def num_local_blocks(self) -> int:
+        """Forced beside a row's own block."""
+
+
 @lru_cache(maxsize=1024)
 def nothing_to_choose(
-    sparsity: float,
-    num_tokens: int,
-    block_size: int,
-    num_sink_blocks: int = 0,
-    num_local_blocks: int = 0,
-    *,
-    causal: bool = True,
+    config: BlockSettings, sparsity: float, num_tokens: int, *, causal: bool = True
 ) -> str | None:
     """What to say where forced blocks use up a sparsity's budget; None where a choice is left.
 
     Args:
+        config: Settings of a selector.
         sparsity: Share of the tiles to leave out.
         num_tokens: Length.
-        block_size: Tokens per block.
-        num_sink_blocks: As in :func:`most_sparse`.
-        num_local_blocks: As in :func:`most_sparse`.
         causal: As in :func:`most_sparse`.
     """
+    block_size, forced = config.block_size, (config.num_sink_blocks, config.num_local_blocks)
 
     def limit(size: int) -> float:
-        return most_sparse(num_tokens, size, num_sink_blocks, num_local_blocks, causal=causal)
+        return most_sparse(num_tokens, size, *forced, causal=causal)
 
     most = limit(block_size)
     if sparsity <= most:
