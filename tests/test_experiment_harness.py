@@ -234,7 +234,8 @@ def test_language_model_speed_can_say_no(rates: tuple[float, ...], holds: bool) 
             run["steps_per_second"] /= 2
     words = module.finding(runs)
     assert words.startswith("The promise holds here") is holds
-    assert "adaptive 0.9 " + " ".join(f"{rate:.2f}" for rate in rates) in words
+    row = " | ".join(("adaptive 0.9", *(f"{rate:.2f}" for rate in rates)))
+    assert f"| {row} |" in words
     assert ("32,768" in words) is holds
 
 
