@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 
 FOLDER = Path(__file__).parent / "results" / "pretrained"
 # Both at 8,192 tokens and blocks of 64.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 
 
 def price(costs: SparsityCosts, shares: dict[int, float]) -> float:

@@ -31,8 +31,8 @@ from dilated_attention_pytorch.nn.training_free import (
     BlockSparseTrainingFree,
     TrainingFreeConfig,
 )
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
+from dilated_attention_pytorch.selection.top_k import gumbel_noise
 from dilated_attention_pytorch.tasks.needle import NeedleTask
 from dilated_attention_pytorch.tasks.text import TextWindows
 

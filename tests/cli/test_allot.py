@@ -22,7 +22,7 @@ from dilated_attention_pytorch.integrations.transformers import SelectorAdapter,
 from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
 from dilated_attention_pytorch.integrations.transformers.sensitivity import SPARSITIES
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model
-from dilated_attention_pytorch.selection import cost_noise
+from dilated_attention_pytorch.selection import layer_shares
 from tiny_models import tokens
 
 
@@ -119,7 +119,7 @@ def test_says_how_far_costs_are_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
-    monkeypatch.setattr(cost_noise, "FEWEST", 2)
+    monkeypatch.setattr(layer_shares, "FEWEST", 2)
     found = command(folder, out)
     found[found.index("512") : found.index("256") + 1] = ["256"]
     assert main(found) == 0

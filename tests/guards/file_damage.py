@@ -366,7 +366,7 @@ def adapter_kinds() -> list[Kind]:
         adapt,
     )
     from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-    from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+    from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
     from dilated_attention_pytorch.selection.threshold import ThresholdTable
     from tiny_models import tiny_model
 

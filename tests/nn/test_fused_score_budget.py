@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn import fused_selection, host_values, row_budgets
+from dilated_attention_pytorch.nn import buffers, fused_selection, row_budgets
 from dilated_attention_pytorch.nn.decoding import budgets
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 
@@ -109,7 +109,7 @@ def test_evaluation_counts_nothing_where_no_score_can_win(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU, where values are read when they have changed.
-    monkeypatch.setattr(host_values, "_counts_writes", lambda tensor: True)
+    monkeypatch.setattr(buffers, "_counts_writes", lambda tensor: True)
     layer = make({}).eval()
     layer.backend = backend
     query, key, value = inputs(1)

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn import host_values
-from dilated_attention_pytorch.nn.host_values import HostValues
+from dilated_attention_pytorch.nn import buffers
+from dilated_attention_pytorch.nn.buffers import HostValues
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import (
@@ -44,7 +44,7 @@ def tokens(length: int = 96) -> list[Tensor]:
 def test_a_device_is_read_when_the_tensor_has_changed_and_only_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_values, "_counts_writes", lambda tensor: True)
+    monkeypatch.setattr(buffers, "_counts_writes", lambda tensor: True)
     values, reads = HostValues(), []
 
     def read(tensor: Tensor) -> float:
@@ -81,7 +81,7 @@ def test_a_device_is_read_when_the_tensor_has_changed_and_only_then(
 
 
 def test_setters_spare_the_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_values, "_counts_writes", lambda tensor: True)
+    monkeypatch.setattr(buffers, "_counts_writes", lambda tensor: True)
     layer = make(budget="threshold")
     layer.set_base_sparsity(0.9)
     layer.set_thresholds(TABLE)

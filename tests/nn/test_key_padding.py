@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilated_attention_pytorch.nn.key_padding import KeyPadding, is_causal_mask
+from dilated_attention_pytorch.nn.multihead import KeyPadding, is_causal_mask
 
 
 def plan(hidden: list[bool]) -> KeyPadding:

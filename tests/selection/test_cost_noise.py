@@ -10,8 +10,7 @@ from statistics import mean
 import pytest
 
 from cost_lines import price
-from dilated_attention_pytorch.selection.cost_noise import noise_of
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts, noise_of
 
 GRID = (0.5, 0.7, 0.8, 0.86, 0.9, 0.93, 0.95, 0.96)
 # Much as of a layer of SmolLM2 (nats per token).

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from cost_lines import price
-from dilated_attention_pytorch.selection.cost_shares import (
+from dilated_attention_pytorch.selection.layer_shares import (
     SparsityCosts,
     costs_near,
 )

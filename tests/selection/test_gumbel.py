@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import gumbel_softmax_topk
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise
-from dilated_attention_pytorch.selection.relaxed_top_k import _op, relaxed_top_k
+from dilated_attention_pytorch.selection.top_k import _op, gumbel_noise, relaxed_top_k
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.selection.running_budget import (
+from dilated_attention_pytorch.selection.budget import (
     next_budget,
     running_budget,
     share_units,

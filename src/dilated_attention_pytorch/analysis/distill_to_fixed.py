@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.analysis.recording import Recording
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.distilled import BlockSparseDistilled
+from dilated_attention_pytorch.nn.fixed import BlockSparseDistilled
 from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.tensor_file import read_tensor_file, write_tensor_file
 

@@ -30,9 +30,8 @@ from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal
 from dilated_attention_pytorch.nn.token_selection import score_tokens, select_by_tokens
 from dilated_attention_pytorch.ops.block_selection.interface import low_rank_refusal
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.selection.top_k import choose_top_k, gumbel_noise
 
 
 class BlockSparseAdaptive(ScheduledLayer):

@@ -23,9 +23,12 @@ from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.nn.autograd import (
+    generator_state,
+    reach_all_parameters,
+    watch_replay,
+)
 from dilated_attention_pytorch.nn.held_budget import mark_pass
-from dilated_attention_pytorch.nn.replay import generator_state, watch_replay
-from dilated_attention_pytorch.nn.unused_parameters import reach_all_parameters
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,

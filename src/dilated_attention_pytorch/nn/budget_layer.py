@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.exact_buffers import ExactBuffers
-from dilated_attention_pytorch.nn.host_values import HostValues, host_property, readable
+from dilated_attention_pytorch.nn.buffers import ExactBuffers, HostValues, host_property, readable
 from dilated_attention_pytorch.selection.bounds import halvings
 from dilated_attention_pytorch.selection.threshold import (
     MOST_LENGTHS,

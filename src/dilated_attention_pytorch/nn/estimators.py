@@ -11,10 +11,8 @@ from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.held_budget import MarginEvidence
 from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes
 from dilated_attention_pytorch.pattern import BlockPattern
-from dilated_attention_pytorch.selection.gumbel import uniform_noise
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
-from dilated_attention_pytorch.selection.relaxed_top_k import relaxed_top_k
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.selection.top_k import choose_top_k, relaxed_top_k, uniform_noise
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive

@@ -21,13 +21,14 @@ from dilated_attention_pytorch.selection.bounds import (
 from dilated_attention_pytorch.selection.budget import (
     LEAST_FACTOR,
     MOST_FACTOR,
+    blocks_above,
     content_complexity,
+    most_by_score,
     round_budget,
+    running_budget,
     share_by_content,
     water_level_budget,
 )
-from dilated_attention_pytorch.selection.running_budget import running_budget
-from dilated_attention_pytorch.selection.score_budget import blocks_above, most_by_score
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdTable,
     floor_budget,

@@ -16,8 +16,8 @@ from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.former_scalars import FormerScalars
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
+from dilated_attention_pytorch.nn.buffers import host_property, readable
 from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state, scores_may_decide
-from dilated_attention_pytorch.nn.host_values import host_property, readable
 from dilated_attention_pytorch.nn.row_budgets import (
     DensityRecord,
     row_lengths,

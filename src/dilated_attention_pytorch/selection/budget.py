@@ -1,7 +1,13 @@
-"""How many blocks each row may read."""
+"""How many blocks each row may read.
+
+Three ways: a water level over all rows; a running share of what a row sees, which depends on
+nothing later (a level falls when a sequence grows, and generation cannot know by how much); and
+the blocks that a row expects to attend to by its scores.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -245,3 +251,151 @@ def round_budget(budget: Tensor, rows: RowRange) -> Tensor:
     upper = (running[..., 1:] - before + phase) >> FRACTION_BITS
     lower = (running[..., :-1] - before + phase) >> FRACTION_BITS
     return (upper - lower).int()
+
+
+# Keeps the running sums of one document above those of the documents before it.
+_DOCUMENT_STEP = 1 << 40
+
+
+def share_units(
+    keep: Tensor, allowed: Tensor, forced: Tensor, limit: Tensor, even: Tensor | None = None
+) -> Tensor:
+    """What each row may spend, ``min(keep * allowed, limit)``, in units of ``2**-16`` blocks.
+
+    Args:
+        keep: Share κ of the visible blocks, ``(batch, heads, i)`` in [0, 1].
+        allowed: Visible blocks per row, integers that broadcast to the same shape.
+        forced: Forced blocks per row, likewise.
+        limit: Forced and candidate blocks per row, likewise.
+        even: 0-dim in [0, 1]: so much of what lies above the forced blocks. None: all of it.
+
+    Returns:
+        int64 ``(batch, heads, i)``, so that every device adds up alike.
+    """
+    share = keep.detach().double() * allowed
+    if even is not None:
+        share = even.double() * share + (1 - even.double()) * forced
+    share = torch.minimum(share, limit.double())
+    return (share * (1 << FRACTION_BITS)).round().long()
+
+
+def next_budget(earned: Tensor, given: Tensor, forced: Tensor, limit: Tensor) -> Tensor:
+    """The budget of one row from what the rows before it did.
+
+    Args:
+        earned: Sum of :func:`share_units` up to this row, ``(batch, heads, 1)``.
+        given: Blocks that the rows before it got.
+        forced: The row's forced blocks.
+        limit: Its forced and candidate blocks.
+
+    Returns:
+        Blocks, int64: what was earned and not given (rounded), within [forced, limit].
+    """
+    whole = (earned + rounding_phases(earned.shape[1], earned.device)) >> FRACTION_BITS
+    return torch.minimum(torch.maximum(whole - given, forced.long()), limit.long())
+
+
+def running_budget(
+    keep: Tensor, forced: Tensor, limit: Tensor, rows: RowRange, even: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Budgets of all rows of a causal sequence, equal to one :func:`next_budget` after another.
+
+    :math:`b_i = \max(f_i, \lfloor \sum_{r \le i} \kappa_r a_r + \phi_h \rfloor - \sum_{r < i} b_r)`
+    with the head's rounding phase φ: the share κ of the visible blocks is met by every beginning of
+    the sequence, once it is long enough to pay for the forced blocks f. Rows whose candidates are
+    fewer than their share (with segments) do not pass the rest on.
+
+    Args:
+        keep: κ, ``(batch, heads, i)`` in [0, 1].
+        forced: Forced blocks per row, integers that broadcast to the same shape.
+        limit: Forced and candidate blocks per row.
+        rows: Visible ranges; its documents are budgeted separately.
+        even: As in :func:`share_units`; of the whole budgets alone.
+
+    Returns:
+        The real-valued budgets, differentiable in ``keep``, and int32 whole ones, both
+        ``(batch, heads, i)``.
+    """
+    shape = torch.broadcast_shapes(keep.shape, forced.shape, limit.shape, rows.low.shape)
+    keep, forced, limit = keep.expand(shape), forced.expand(shape), limit.expand(shape)
+    allowed, document = rows.num_allowed.expand(shape), rows.document.expand(shape)
+    exact = torch.minimum(torch.maximum(keep * allowed, forced.float()), limit.float())
+    earned = _running(share_units(keep, allowed, forced, limit, even), document)
+    whole = (earned + rounding_phases(shape[1], earned.device)) >> FRACTION_BITS
+    demanded = _running(forced.long(), document)
+    # given = demanded + the largest surplus so far, which unrolls the recursion.
+    lift = document * _DOCUMENT_STEP
+    surplus = ((whole - demanded).clamp(min=0) + lift).cummax(-1).values - lift
+    given = demanded + surplus
+    before = torch.zeros_like(given)
+    before[..., 1:] = torch.where(document[..., 1:] == document[..., :-1], given[..., :-1], 0)
+    return exact, torch.minimum(given - before, limit.long()).int()
+
+
+def _running(values: Tensor, document: Tensor) -> Tensor:
+    """Running sums that start anew with each document."""
+    total = values.cumsum(-1)
+    position = torch.arange(values.shape[-1], device=values.device)
+    fresh = torch.ones_like(document, dtype=torch.bool)
+    fresh[..., 1:] = document[..., 1:] != document[..., :-1]
+    first = torch.where(fresh, position, 0).cummax(-1).values
+    return total - (total - values).gather(-1, first)
+
+
+# What a block's expected mass loses with each other head that expects more of it: heads that all
+# want one block then cost less than their number, and the budget reaches more rows.
+_CLAIMED = math.exp(-1.0)
+
+
+def blocks_above(
+    scores: Tensor, scored: Tensor, threshold: Tensor, most: Tensor, *, heads_compete: bool
+) -> Tensor:
+    """Scored blocks of each row whose softmaxed score reaches a threshold.
+
+    Args:
+        scores: ``(batch, heads, i, c)``.
+        scored: Booleans that broadcast to it: which may be chosen; the softmax is over these.
+        threshold: 0-dim.
+        most: The most that a row may get, integers that broadcast to ``(batch, heads, i)``.
+        heads_compete: Whether column c is the same block in all heads; a block then counts
+            ``e**-n`` times its mass for a head with n others above it.
+
+    Returns:
+        int32 ``(batch, heads, i)``. No gradient.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log().view(1, 2, 1, 2)
+        >>> count = [torch.ones(2, dtype=torch.bool), torch.tensor(0.5), torch.tensor(2)]
+        >>> blocks_above(scores, *count, heads_compete=False).tolist()
+        [[[1], [1]]]
+        >>> blocks_above(scores, *count, heads_compete=True).tolist()
+        [[[1], [0]]]
+    """
+    low = torch.finfo(torch.float32).min
+    logits = scores.detach().float().nan_to_num(low, torch.inf, low)
+    expected = logits.masked_fill(~scored, -torch.inf).softmax(-1).nan_to_num(0.0)
+    heads = expected.shape[1]
+    if heads_compete and heads > 1:
+        above = torch.zeros_like(expected)
+        for head in range(heads):
+            above += expected[:, head : head + 1] > expected
+        expected = expected * _CLAIMED**above
+    count = ((expected >= threshold) & scored).sum(-1, dtype=torch.int32)
+    return torch.minimum(count, most.to(torch.int32))
+
+
+def most_by_score(keep: Tensor, allowed: Tensor, factor: float) -> Tensor:
+    """The most scored blocks that scores can win a row: a multiple of its share, rounded up.
+
+    Forced blocks do not count, so that rows that see few blocks can win one.
+
+    Args:
+        keep: Share of the visible blocks, 0-dim.
+        allowed: Visible blocks per row, integers.
+        factor: Of the share.
+
+    Returns:
+        int32.
+    """
+    # In float64 share times blocks is exact.
+    return (keep.double() * factor * allowed).ceil().int()

@@ -16,10 +16,10 @@ from dilated_attention_pytorch.selection.budget import (
     FRACTION_BITS,
     content_complexity,
     round_budget,
+    running_budget,
     share_by_content,
     water_level_budget,
 )
-from dilated_attention_pytorch.selection.running_budget import running_budget
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 pytest.importorskip("triton", reason="the triton package is not installed")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.candidates import CandidateRule, RowRange, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.selection.score_budget import blocks_above
+from dilated_attention_pytorch.selection.budget import blocks_above
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 

@@ -21,7 +21,7 @@ from dilated_attention_pytorch.integrations.transformers.register import registe
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
-from dilated_attention_pytorch.selection.cost_shares import (
+from dilated_attention_pytorch.selection.layer_shares import (
     SparsityCosts,
     costs_near,
 )

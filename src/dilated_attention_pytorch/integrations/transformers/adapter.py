@@ -38,7 +38,7 @@ from dilated_attention_pytorch.integrations.transformers.base_identity import (
 )
 from dilated_attention_pytorch.integrations.transformers.families import find_attention
 from dilated_attention_pytorch.integrations.transformers.offloaded import real_values
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 
 __all__ = [
     "CONFIG_NAME",

@@ -20,7 +20,7 @@ from dilated_attention_pytorch.integrations.transformers.adapt import SelectorCo
 from dilated_attention_pytorch.integrations.transformers.base_identity import check_identity
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,

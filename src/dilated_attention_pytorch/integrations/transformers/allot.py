@@ -33,7 +33,7 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_tokenizer,
     load_tokens,
 )
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.strict_json import (
     MAX_BYTES,
     parse_json,

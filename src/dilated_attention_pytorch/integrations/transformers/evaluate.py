@@ -38,7 +38,7 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
 from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
 from dilated_attention_pytorch.selection.bounds import most_sparse
-from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 
 ADAPTER, ALLOTTED = "adapter", "allotted"
 # With the thresholds that it was saved with, as load_adapter gives it.

@@ -19,12 +19,13 @@ from dilated_attention_pytorch.nn.row_budgets import (
 )
 from dilated_attention_pytorch.nn.selector_state import Memory
 from dilated_attention_pytorch.selection.budget import (
+    blocks_above,
+    next_budget,
     round_budget,
     share_by_content,
+    share_units,
     water_level_budget,
 )
-from dilated_attention_pytorch.selection.running_budget import next_budget, share_units
-from dilated_attention_pytorch.selection.score_budget import blocks_above
 from dilated_attention_pytorch.selection.threshold import floor_budget, thresholds_at
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from dilated_attention_pytorch.nn.decoding.settings import (
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.nn.selector_state import RING_BLOCKS, Memory, SelectorState
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_lengths, make_mask
-from dilated_attention_pytorch.selection.budget import share_by_content
-from dilated_attention_pytorch.selection.running_budget import running_budget, share_units
+from dilated_attention_pytorch.selection.budget import running_budget, share_by_content, share_units
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.pattern import pack_ascending
-from dilated_attention_pytorch.selection.gumbel import gumbel_noise, uniform_noise
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.selection.top_k import choose_top_k, gumbel_noise, uniform_noise
 
 
 def choose_reference(

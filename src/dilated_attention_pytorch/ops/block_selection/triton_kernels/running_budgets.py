@@ -1,4 +1,4 @@
-"""Kernels of budgets that depend on nothing later; see ``selection/running_budget.py``."""
+"""Kernels of budgets that depend on nothing later; see ``selection/budget.py``."""
 
 from __future__ import annotations
 

@@ -8,14 +8,42 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from statistics import mean, pstdev
 from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
-from dilated_attention_pytorch.selection.cost_noise import noise_of
 from dilated_attention_pytorch.strict_json import short_repr
+
+# With fewer layers their spread says too little about noise.
+FEWEST = 8
+
+
+def noise_of(costs: Collection[tuple[float, ...]]) -> float:
+    """The standard deviation of the error of a single cost, estimated from all of them.
+
+    Sparsity costs every layer about the same curve times a factor of its own, next to
+    nothing at the lowest sparsity that was measured. What the costs there have beyond that is taken
+    for noise, real differences of single layers too: the estimate is rather too high than too low.
+
+    Args:
+        costs: One curve per layer, by ascending sparsity.
+
+    Returns:
+        The estimate; 0 for fewer than eight layers.
+    """
+    if len(costs) < FEWEST:
+        return 0.0
+    common = [mean(column) for column in zip(*costs, strict=True)]
+    square = sum(x * x for x in common)
+    rest = []
+    for own in costs:
+        factor = sum(x * y for x, y in zip(common, own, strict=True)) / square if square else 0.0
+        rest.append(own[0] - factor * common[0])
+    return pstdev(rest)
+
 
 _LONGEST = 2**40
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
@@ -68,7 +96,7 @@ class SparsityCosts:
     def noise(self) -> float:
         """Standard deviation of the error of a single cost, as far as the costs themselves show it.
 
-        See :func:`~dilated_attention_pytorch.selection.cost_noise.noise_of`.
+        See :func:`~dilated_attention_pytorch.selection.layer_shares.noise_of`.
         """
         return noise_of(self.costs.values())
 
