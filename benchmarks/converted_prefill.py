@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, block_sparse_attention
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
 

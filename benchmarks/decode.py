@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_setups import Recorded

@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, block_sparse_attention
-from dilated_attention_pytorch.nn import fused_selection as fused
-from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import RowBudgets
+from dilated_attention_pytorch.nn.budget_layer import Scored
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.select import choose_with_kernels
 from dilated_attention_pytorch.ops.block_selection.interface import find_candidates
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 from dilated_attention_pytorch.pattern import BlockPattern
@@ -82,34 +82,17 @@ def selection_inputs(layer: Any, q: Tensor, k: Tensor) -> SelectionInputs:
 
 def stages(layer: Any, q: Tensor, k: Tensor) -> tuple[Calls, BlockPattern]:
     """Every stage as a call of its own, on what the stage before it made."""
-    inputs = selection_inputs(layer, q, k)
-    rule, rows = inputs.rule, inputs.rows
-    intervals = rule.intervals(rows)
-    queries, keys, *_ = fused.summarise_blocks(layer, inputs, intervals)
-    candidates, forced, limit = find_candidates(rule, rows, intervals)
-    _, scores = fused.score_candidates(layer, queries, keys, candidates)
-
-    def allot() -> RowBudgets | None:
-        return fused.allot_budget(layer, inputs, intervals, forced, limit, keys, candidates, scores)
-
-    budget = allot()
-
-    def choose() -> tuple[Tensor, ...]:
-        return fused.choose_blocks(
-            layer, inputs, intervals, candidates, scores, budget, False, False
-        )
-
-    counts, indices, *_ = choose()
-    pattern = BlockPattern(
-        counts, indices, q.shape[1], k.shape[1], (layer.block_size,) * 2, rows.num_allowed,
-        check_values=False,
-    )  # fmt: skip
+    inputs, scoring = selection_inputs(layer, q, k), layer.scoring
+    queries, keys, *_ = scoring.summarise(layer, inputs)
+    scored: Scored = scoring.score(layer, inputs, kernels=True)
+    budgets = layer.budget.rows(layer, scored)
+    pattern = choose_with_kernels(layer, scored, budgets).pattern
     calls: Calls = {
-        "summaries": lambda: fused.summarise_blocks(layer, inputs, intervals),
-        "candidates": lambda: find_candidates(rule, rows, intervals),
-        "scores": lambda: fused.score_candidates(layer, queries, keys, candidates),
-        "budget": allot,
-        "choose": choose,
+        "candidates": lambda: find_candidates(inputs.rule, inputs.rows, inputs.intervals),
+        "summaries": lambda: scoring.summarise(layer, inputs),
+        "scores": lambda: scoring.products(layer, queries, keys, scored.numbers),
+        "budget": lambda: layer.budget.rows(layer, scored),
+        "choose": lambda: choose_with_kernels(layer, scored, budgets),
         "transpose": lambda: fresh(pattern).transpose(),
         "selection": lambda: select(layer, q, k).pattern.transpose(),
         "selection without transpose": lambda: select(layer, q, k),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import BlockSparseAdaptive
-from dilated_attention_pytorch.nn import adaptive, estimators
+from dilated_attention_pytorch.nn import estimators, select
 
 _LOW = 0xFFFFFFFF
 
@@ -55,5 +55,5 @@ def share_noise(monkeypatch: Any, seed: int, layer: BlockSparseAdaptive) -> None
             torch.rand(1, device=like.device, generator=generator)
         return draw(generator, like)
 
-    monkeypatch.setattr(adaptive, "gumbel_noise", lambda like, _: drawn(like)[0])
+    monkeypatch.setattr(select, "gumbel_noise", lambda like, _: drawn(like)[0])
     monkeypatch.setattr(estimators, "uniform_noise", lambda like, _: drawn(like)[1])

@@ -25,7 +25,7 @@ from dilated_attention_pytorch import (
 from dilated_attention_pytorch.analysis import HeadStatistics, head_statistics, record
 from dilated_attention_pytorch.config import ESTIMATORS, SCORERS
 from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.nn.training_free import (
     METHODS,
     BlockSparseTrainingFree,

@@ -25,7 +25,7 @@ from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed
 from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.nn.training_free import (
     METHODS,
     BlockSparseTrainingFree,

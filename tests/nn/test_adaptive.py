@@ -12,7 +12,7 @@ from dilated_attention_pytorch import (
     create_adaptive_block_sparse,
 )
 from dilated_attention_pytorch.models.transformer import DenseAttention
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
 
 

@@ -21,8 +21,7 @@ from dilated_attention_pytorch import (
     BlockSparseAdaptive,
     create_adaptive_block_sparse,
 )
-from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
-from dilated_attention_pytorch.nn.row_budgets import row_budgets, scored_bound
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import make_mask
 
 HEADS, DIM, SIZE = 4, 8, 16
@@ -406,10 +405,9 @@ def test_the_bound_without_looking_at_values_is_never_exceeded(
         x = tokens(1, length, 2)[..., :4]
         mask = make_mask(1, length, length, device=x.device, causal=causal)
         inputs: SelectionInputs = layer._inputs(x, x, mask, None, True, None)
-        scores, means = layer.score(inputs)
-        wanted = row_budgets(layer, inputs, scores, means)
+        wanted = layer.budget.rows(layer, layer.scoring.score(layer, inputs, kernels=False))
         count = (wanted.whole - inputs.candidates.forced.sum(-1)).clamp(min=0)
-        assert scored_bound(layer, inputs, count.to("meta")) >= int(count.max())
+        assert layer.budget.most(layer, inputs) >= int(count.max())
 
 
 def test_numbers_of_numpy_become_pythons() -> None:

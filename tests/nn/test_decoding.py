@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.decoding import choice
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn import decode
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 SIZE, HEADS, KV_HEADS, DIM = 8, 4, 2, 8
@@ -437,8 +437,8 @@ def test_a_compiled_choice_is_the_same(
     name: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph, traced once; the compiler's own back end would take half a minute here."""
-    traced = torch.compile(choice.list_blocks, fullgraph=True, dynamic=False, backend="aot_eager")
-    monkeypatch.setattr(choice, "_compiled_list_blocks", lambda: traced)
+    traced = torch.compile(decode.list_blocks, fullgraph=True, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(decode, "_compiled_list_blocks", lambda: traced)
     layer, (q, k, v) = make_layer(name, scope), tokens(120)
     outs = []
     for compiled in (False, True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 pytest.importorskip("triton", reason="the triton package is not installed")

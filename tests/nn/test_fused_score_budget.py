@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn import buffers, fused_selection, row_budgets
-from dilated_attention_pytorch.nn.decoding import budgets
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn import budgets, buffers
+from dilated_attention_pytorch.nn.state import SelectorState
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -98,9 +97,8 @@ def no_counting(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> Tensor:
         raise CountedError
 
-    monkeypatch.setattr(row_budgets, "blocks_above", refuse)
     monkeypatch.setattr(budgets, "blocks_above", refuse)
-    monkeypatch.setattr(fused_selection, "count_above", refuse)
+    monkeypatch.setattr(budgets, "count_above", refuse)
 
 
 @pytest.mark.parametrize("backend", ["gather", "triton"])

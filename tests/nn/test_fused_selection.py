@@ -114,7 +114,7 @@ def refusal(backend: str, **settings: Any) -> str:
     layer.backend = backend
     x = torch.randn(1, 32, 4, 16, device=DEVICE)
     mask = AttentionMask(32, 32)
-    return str(layer.selection_refusal(layer._inputs(x, x[:, :, :2], mask, None, True, None)))
+    return str(layer.unsupported_reason(layer._inputs(x, x[:, :, :2], mask, None, True, None)))
 
 
 def test_which_path_runs_and_why() -> None:

@@ -147,8 +147,9 @@ def all_scores(case: dict[str, Any], layer: BlockSparseAdaptive, inputs: list[Te
     mask = AttentionMask(case["q_len"], case["kv_len"], case["causal"], offset, lengths)
     diagonal = case["causal"] or case["q_len"] == case["kv_len"]
     given = layer._inputs(inputs[0], inputs[1], mask, None, diagonal, None)
-    queries, keys, _ = layer.summaries(given)
-    return layer.scorer(queries, keys)
+    return layer.scorer(
+        layer.pool_queries(*layer.scope(given)), layer.pool_keys(given.key, given.key_valid)
+    )
 
 
 @settings(max_examples=150)

@@ -23,8 +23,7 @@ from brute_force import (
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.held_budget import initial_state
-from dilated_attention_pytorch.nn.row_budgets import most_scored, row_budgets
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from guards import alone_equals_together
 
 SIZE, HEADS, KV_HEADS, DIM, TOKENS = 16, 4, 2, 16, 90
@@ -398,7 +397,6 @@ def test_the_bound_by_lengths_is_never_exceeded(scope: str, segments: Any, causa
         layer.budget_state[0, :3] = torch.tensor([level, even, threshold])
         x = torch.randn(1, length, 2, 4)
         inputs = layer._inputs(x, x, AttentionMask(length, length, causal), None, True, None)
-        scores, means = layer.scores_of(inputs)
-        whole = row_budgets(layer, inputs, scores, means).whole
+        whole = layer.budget.rows(layer, layer.scoring.score(layer, inputs, kernels=False)).whole
         count = whole - inputs.candidates.forced.sum(-1)
-        assert int(count.max()) <= most_scored(layer, inputs), (length, sparsity, level)
+        assert int(count.max()) <= layer.budget.most(layer, inputs), (length, sparsity, level)

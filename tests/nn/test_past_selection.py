@@ -12,7 +12,7 @@ from torch import Tensor
 from choice_noise import share_noise
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -69,7 +69,7 @@ def test_choices_and_gradients_equal_those_in_float64(
 ) -> None:
     settings, call = CASES[case]
     layer, tensors = make(settings), inputs()
-    assert layer.selection_refusal(layer._inputs(*tensors[:2], MASK, None, True, None)) is None
+    assert layer.unsupported_reason(layer._inputs(*tensors[:2], MASK, None, True, None)) is None
     share_noise(monkeypatch, 3, layer)
     wide = copy.deepcopy(layer).double()
     wide.backend = "reference"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from choice_noise import share_noise
 from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
-from dilated_attention_pytorch.nn import adaptive
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn import select
+from dilated_attention_pytorch.nn.budgets import ShareBudget
+from dilated_attention_pytorch.nn.state import SelectorState
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -104,9 +105,9 @@ def test_gradients_lose_what_pytorch_loses_in_bfloat16(
     near = torch.arange(scored.shape[2], device=DEVICE)
     # The diagonal is forced; the rest was chosen.
     scored[:, :, near, near] = False
-    monkeypatch.setattr(adaptive, "choose_top_k", lambda *_: scored)
-    monkeypatch.setattr(adaptive, "explore_blocks", lambda *_: torch.zeros_like(scored))
-    monkeypatch.setattr(adaptive, "scored_bound", lambda *_: int(scored.sum(-1).max()))
+    monkeypatch.setattr(select, "choose_top_k", lambda *_: scored)
+    monkeypatch.setattr(select, "explore_blocks", lambda *_: torch.zeros_like(scored))
+    monkeypatch.setattr(ShareBudget, "most", lambda *_: int(scored.sum(-1).max()))
     layer.backend = wide.backend = "gather"
     same, plain = step(layer, tensors)
     assert torch.equal(same.to_dense(), pattern.to_dense())

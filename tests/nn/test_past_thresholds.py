@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 SIZE, TOKENS = 8, 61

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
-from dilated_attention_pytorch.nn.decoding import token_scores
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn import scorings
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
 
@@ -80,7 +81,7 @@ def choices(
 
 
 def refusal(layer: BlockSparseAdaptive) -> str | None:
-    return layer.selection_refusal(inputs_of(layer, *tokens()))
+    return layer.unsupported_reason(inputs_of(layer, *tokens()))
 
 
 @pytest.mark.parametrize("scope", ["block", "past"])
@@ -92,13 +93,13 @@ def test_decoding_rates_a_row_with_the_kernel_as_in_pytorch(
     layer, outs, kernels = adaptive(query_scope=scope), [], []
     query, key = tokens()
     starts = torch.tensor([0, 7], device=DEVICE)
-    counted = token_scores.low_rank_scores
+    counted = scorings.low_rank_scores
 
     def count(*args: Any, **options: Any) -> Tensor:
         kernels.append(1)
         return counted(*args, **options)
 
-    monkeypatch.setattr(token_scores, "low_rank_scores", count)
+    monkeypatch.setattr(scorings, "low_rank_scores", count)
     compact = [torch.stack([x[0, :60], x[1, 7:67]]) for x in (query, key)]
     for backend in ("triton", "gather"):
         layer.backend, state = backend, SelectorState()

@@ -10,12 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.nn.block_sparse import (
-    BlockSparseLayer,
-    SelectionInputs,
-    observe_passes,
-)
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_passes
 from dilated_attention_pytorch.nn.block_sparse import LayerPass as ObservedPass
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.pattern import BlockPattern
 
 

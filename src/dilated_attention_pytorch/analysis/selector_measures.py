@@ -19,9 +19,10 @@ from dilated_attention_pytorch.analysis.probe import (
 )
 from dilated_attention_pytorch.analysis.recorder import layer_mass, to_tiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.budgets import content_factor
 from dilated_attention_pytorch.nn.held_budget import HeldBudget
-from dilated_attention_pytorch.nn.row_budgets import budget_factor
 from dilated_attention_pytorch.scoring.summaries import block_summaries
+from dilated_attention_pytorch.selection.budget import content_complexity
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -231,10 +232,11 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
     if held is not None and layer.training:
         held = HeldBudget.latest(layer.budget_state)
     if held is not None:
+        past = layer.looks_back(inputs.mask)
+        complexity = content_complexity(key_means, inputs.rows, past_only=past)
         factors = layer.called(
-            lambda *_: budget_factor(layer, held, inputs.rows, key_means, inputs.mask.causal),
-            seen.query, seen.key, seen.key,
-        )  # fmt: skip
+            lambda *_: content_factor(layer, held, complexity), seen.query, seen.key, seen.key
+        )
     norms = [
         parameter.grad.norm()
         for name, parameter in layer.named_parameters()

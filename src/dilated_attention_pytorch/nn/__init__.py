@@ -1,11 +1,10 @@
 """Layers."""
 
-from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.factory import create_adaptive_block_sparse
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive, create_adaptive_block_sparse
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed, fixed_pattern
 from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
 from dilated_attention_pytorch.nn.nothing_left import NothingToChooseWarning
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 
 __all__ = [
     "BlockSparseAdaptive",

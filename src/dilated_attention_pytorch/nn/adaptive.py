@@ -9,32 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.nn import decoding
-from dilated_attention_pytorch.nn.block_sparse import (
-    Selection,
-    SelectionInputs,
-    stand_in,
-)
-from dilated_attention_pytorch.nn.estimators import (
-    explore_blocks,
-    hard_selection,
-    soft_selection,
-)
-from dilated_attention_pytorch.nn.fused_selection import select_with_kernels
-from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, narrow
+from dilated_attention_pytorch.config import AdaptiveConfig, as_int
+from dilated_attention_pytorch.nn import decode
+from dilated_attention_pytorch.nn.block_sparse import stand_in
+from dilated_attention_pytorch.nn.budgets import threshold_sample
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.nothing_left import warn_if_nothing_is_left
-from dilated_attention_pytorch.nn.row_budgets import row_budgets, scored_bound
-from dilated_attention_pytorch.nn.scheduled_layer import ScheduledLayer
-from dilated_attention_pytorch.nn.selector_state import SelectorState
-from dilated_attention_pytorch.nn.threshold_selection import place_refusal
-from dilated_attention_pytorch.nn.token_selection import score_tokens, select_by_tokens
-from dilated_attention_pytorch.ops.block_selection.interface import low_rank_refusal
+from dilated_attention_pytorch.nn.scorings import scoring_of
+from dilated_attention_pytorch.nn.select import select
+from dilated_attention_pytorch.nn.selector import SelectorLayer
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
-from dilated_attention_pytorch.selection.top_k import choose_top_k, gumbel_noise
 
 
-class BlockSparseAdaptive(ScheduledLayer):
+class BlockSparseAdaptive(SelectorLayer):
     """Block-sparse attention whose pattern is chosen from the content.
 
     Blocks of queries and keys are summarised, a small scorer rates the pairs, every row keeps its
@@ -89,6 +77,7 @@ class BlockSparseAdaptive(ScheduledLayer):
             )
         super().__init__(
             config,
+            scoring_of(config.scorer),
             segment_lengths=segment_lengths,
             dilation_rates=dilation_rates,
             num_heads=num_heads,
@@ -97,8 +86,6 @@ class BlockSparseAdaptive(ScheduledLayer):
             scale=scale,
             backend=backend,
         )
-        self.told_of_nothing = False
-        self.add_settings()
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
@@ -123,75 +110,17 @@ class BlockSparseAdaptive(ScheduledLayer):
             # Nothing is chosen yet, and what the selector asks of queries and keys would keep
             # attention from finding where to look (docs/log.md, "Where learning starts").
             inputs = inputs.without_gradient()
-        with self.exactly(inputs.query.device):
-            if self.selection_refusal(inputs) is not None:
-                found = self._select_with_pytorch(inputs)
-            elif self.config.scorer == "low_rank":
-                found = select_by_tokens(self, inputs)
-            else:
-                found = select_with_kernels(self, inputs)
+        found = select(self, inputs)
         return replace(found, query=None, key=None) if apart else found
-
-    def _select_with_pytorch(self, inputs: SelectionInputs) -> Selection:
-        config = self.config
-        explore = self.explores
-        levels: list[ChosenLevel] = []
-        if config.hierarchy:
-            queries, keys, key_means = self.summaries(inputs)
-            intervals = inputs.rule.intervals(inputs.rows)
-            found, levels = narrow(
-                self, inputs, intervals, queries, keys, explore=explore, kernels=False
-            )
-            inputs = inputs.limited_to(found)
-            scores = self.scorer(queries, keys, inputs.candidates.indices)
-        else:
-            scores, key_means = self.scores_of(inputs)
-        candidates = inputs.candidates
-        budgets = row_budgets(self, inputs, scores, key_means)
-        forced = candidates.forced.sum(-1, dtype=torch.int32)
-        count = (budgets.whole - forced).clamp(min=0)
-        bound = scored_bound(self, inputs, count)
-        ranked = scores.detach()
-        if explore:
-            noise = gumbel_noise(scores, inputs.generator)
-            ranked = ranked + noise * self.effective_temperature().detach()
-        chosen = choose_top_k(ranked, candidates.scored, count, bound)
-        if explore and config.estimator == "soft":
-            selection = soft_selection(self, inputs, scores, noise, count, bound)
-        else:
-            if explore and config.num_explore_blocks:
-                chosen = chosen | explore_blocks(self, inputs, chosen)
-            evidence = budgets.evidence(self, forced)
-            selection = hard_selection(self, inputs, scores, chosen, bound, levels, evidence)
-        budgets.hand_on()
-        return selection
-
-    def selection_refusal(self, inputs: SelectionInputs) -> str | None:
-        """Why this selection takes the PyTorch path, or None if the fused kernels run it."""
-        config = self.config
-        place = place_refusal(self, inputs)
-        if place is not None:
-            return place
-        if config.estimator != "mass":
-            return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
-        if config.scorer != "low_rank":
-            if config.budget == "threshold":
-                return f"budget 'threshold' has no kernel for scorer {config.scorer!r}"
-            return None
-        if self.training:
-            return f"scorer {config.scorer!r} learns from the scores of all candidates"
-        if self.segment_lengths is not None:
-            return f"scorer {config.scorer!r} scores all blocks, and segments limit them"
-        return low_rank_refusal(inputs.query.dtype, self.block_size, self.head_dim)
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""
-        if self.selection_refusal(inputs) is not None:
-            return super().threshold_sample(inputs)
-        return self.called(
-            lambda *_: self._sample(inputs, score_tokens(self, inputs)),
-            inputs.query, inputs.key, inputs.key,
-        )  # fmt: skip
+        kernels = self.unsupported_reason(inputs) is None
+
+        def sample(*_: Tensor) -> ThresholdSample:
+            return threshold_sample(self, self.scoring.score(self, inputs, kernels=kernels))
+
+        return self.called(sample, inputs.query, inputs.key, inputs.key)
 
     @torch.no_grad()
     def prefill(
@@ -229,7 +158,7 @@ class BlockSparseAdaptive(ScheduledLayer):
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self.check_inputs(query, key, value)
-            decoding.remember(
+            decode.remember(
                 self,
                 stand_in("selector_query", selector_query, query),
                 stand_in("selector_key", selector_key, key),
@@ -273,7 +202,7 @@ class BlockSparseAdaptive(ScheduledLayer):
         """
 
         def run(query: Tensor, key: Tensor, _: Tensor) -> Tensor:
-            decoding.remember(
+            decode.remember(
                 self, query, key, state, key_lengths=key_lengths, starts=starts,
                 query_offset=query_offset,
             )  # fmt: skip
@@ -333,9 +262,57 @@ class BlockSparseAdaptive(ScheduledLayer):
             ValueError: If shapes do not fit, or the state is full.
         """
         return self.called(
-            lambda query, key, value: decoding.decode(
+            lambda query, key, value: decode.decode(
                 self, query, key, value, state, selector_query=selector_query,
                 selector_key=selector_key, choose=choose,
             ),
             query, key_cache, value_cache,
         )  # fmt: skip
+
+
+def create_adaptive_block_sparse(
+    embed_dim: int,
+    num_heads: int,
+    segment_lengths: Sequence[int] | None = (2048, 4096, 8192),
+    dilation_rates: Sequence[int] | None = (1, 2, 4),
+    adaptive_config: AdaptiveConfig | None = None,
+    *,
+    num_kv_heads: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> BlockSparseAdaptive:
+    """Builds a :class:`BlockSparseAdaptive` for a model dimension.
+
+    Args:
+        embed_dim: Model dimension; ``head_dim = embed_dim // num_heads``.
+        num_heads: Query heads; must divide ``embed_dim``.
+        segment_lengths: As in the class; None: choose from all blocks.
+        dilation_rates: As in the class.
+        adaptive_config: As in the class.
+        num_kv_heads: As in the class.
+        scale: As in the class.
+        backend: As in the class.
+
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``embed_dim``.
+
+    Example:
+        >>> layer = create_adaptive_block_sparse(embed_dim=768, num_heads=12)
+        >>> layer.head_dim
+        64
+    """
+    embed_dim, num_heads = as_int("embed_dim", embed_dim), as_int("num_heads", num_heads)
+    if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        raise ValueError(
+            f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}."
+        )
+    return BlockSparseAdaptive(
+        segment_lengths,
+        dilation_rates,
+        num_heads,
+        embed_dim // num_heads,
+        adaptive_config,
+        num_kv_heads=num_kv_heads,
+        scale=scale,
+        backend=backend,
+    )

@@ -5,20 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.called_module import CalledModule
-from dilated_attention_pytorch.candidates import (
-    CandidateRule,
-    Candidates,
-    RowRange,
-    list_candidates,
-    row_ranges,
-)
+from dilated_attention_pytorch.candidates import CandidateRule, row_ranges
 from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
 from dilated_attention_pytorch.dtypes import check_floating
@@ -29,6 +23,7 @@ from dilated_attention_pytorch.nn.autograd import (
     watch_replay,
 )
 from dilated_attention_pytorch.nn.held_budget import mark_pass
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,
@@ -36,72 +31,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     make_mask,
     readable,
 )
-from dilated_attention_pytorch.pattern import BlockPattern, pack_ascending
-
-
-@dataclass(frozen=True, eq=False)
-class SelectionInputs:
-    """What a layer may look at when it chooses blocks.
-
-    Attributes:
-        query: ``(batch, q_len, num_heads, head_dim)``, documents aligned to blocks: what blocks are
-            chosen by (``selector_query`` if the caller gave one).
-        key: ``(batch, kv_len, num_kv_heads, head_dim)``, likewise.
-        mask: The token rule, for this layout.
-        rows: Visible key blocks of each query block.
-        rule: Which blocks there are to choose from.
-        query_valid: ``(1 or batch, q_len)`` booleans or None: tokens that are not padding.
-        key_valid: The same for keys.
-        generator: Source of randomness, None for torch's default.
-        mark: By what a pass in training is known where activation checkpointing runs it again, from
-            :func:`mark_pass`; None where no other pass could differ.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: AttentionMask
-    rows: RowRange
-    rule: CandidateRule
-    query_valid: Tensor | None
-    key_valid: Tensor | None
-    generator: torch.Generator | None
-    mark: Tensor | None = None
-    _enumerated: list[Candidates] = field(default_factory=list, repr=False)
-
-    @property
-    def candidates(self) -> Candidates:
-        """The blocks to choose from, enumerated on first use."""
-        if not self._enumerated:
-            self._enumerated.append(self.rule.build(self.rows))
-        return self._enumerated[0]
-
-    def without_gradient(self) -> SelectionInputs:
-        """The same, so that what is chosen by them asks nothing of queries and keys."""
-        return replace(self, query=self.query.detach(), key=self.key.detach())
-
-    def limited_to(self, indices: Tensor) -> SelectionInputs:
-        """The same with other candidates: ``(b, p, i, c)`` ascending, negative where none."""
-        return replace(self, _enumerated=[list_candidates(indices.long(), self.rule, self.rows)])
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The chosen blocks, and what ties them to the scores.
-
-    Attributes:
-        pattern: The chosen blocks.
-        block_bias: Logit bias per kept tile, or None.
-        mass_probe: Takes the tile mass in the backward pass, or None.
-        query: The queries that blocks were chosen by, for attention to read in their place if it
-            would read the same: their gradients then meet in one pass. None: no matter.
-        key: The same of the keys.
-    """
-
-    pattern: BlockPattern
-    block_bias: Tensor | None = None
-    mass_probe: Tensor | None = None
-    query: Tensor | None = None
-    key: Tensor | None = None
+from dilated_attention_pytorch.pattern import BlockPattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -518,43 +448,6 @@ class BlockSparseLayer(CalledModule, ABC):
         return SelectionInputs(
             query, key, mask, rows, rule, query_valid, key_valid, generator, mark
         )
-
-    def _all_are_candidates(self, inputs: SelectionInputs) -> bool:
-        """Whether every allowed tile is a candidate, and of the same ones in every sample."""
-        return self.segment_lengths is None and not inputs.mask.per_sample
-
-    def build_pattern(
-        self, inputs: SelectionInputs, chosen: Tensor, width: int, *, complete: bool = False
-    ) -> tuple[BlockPattern, Tensor]:
-        """Packs chosen candidates into a pattern.
-
-        Args:
-            inputs: What :meth:`select` got.
-            chosen: Booleans ``(b, h, i, c)``.
-            width: Length of the lists, at least the most that a row chose.
-            complete: Whether every candidate is certainly chosen.
-
-        Returns:
-            The pattern, and the candidate ``(b, h, i, width)`` that each of its slots came from.
-        """
-        indices = inputs.candidates.indices
-        slots = pack_ascending(chosen, width)
-        numbers = slots
-        if indices is not None:
-            numbers = indices.expand(chosen.shape).gather(-1, slots.long()).int()
-        count = chosen.sum(-1, dtype=torch.int32)
-        used = torch.arange(width, device=chosen.device) < count[..., None]
-        pattern = BlockPattern(
-            count,
-            torch.where(used, numbers, 0),
-            inputs.mask.q_len,
-            inputs.mask.kv_len,
-            (self.block_size, self.block_size),
-            inputs.rows.num_allowed,
-            check_values=False,
-            complete_for=inputs.mask if complete and self._all_are_candidates(inputs) else None,
-        )
-        return pattern, slots.long()
 
 
 @contextmanager

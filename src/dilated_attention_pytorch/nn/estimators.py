@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
+from dilated_attention_pytorch.nn.budget_layer import Scored
 from dilated_attention_pytorch.nn.held_budget import MarginEvidence
-from dilated_attention_pytorch.nn.hierarchical_selection import ChosenLevel, coarse_probes
+from dilated_attention_pytorch.nn.hierarchy import coarse_probes
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs, bound_of
+from dilated_attention_pytorch.nn.selector import SelectorLayer
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 from dilated_attention_pytorch.selection.top_k import choose_top_k, relaxed_top_k, uniform_noise
 
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-
 
 def soft_selection(
-    layer: BlockSparseAdaptive,
+    layer: SelectorLayer,
     inputs: SelectionInputs,
     scores: Tensor,
     noise: Tensor,
@@ -33,31 +30,27 @@ def soft_selection(
     weights = relaxed_top_k(logits, count, bound, layer.effective_temperature())
     gate = weights.clamp(min=1e-8).log().masked_fill(~scored, 0)
     everything = scored | inputs.candidates.forced
-    pattern, slots = layer.build_pattern(inputs, everything, inputs.candidates.width)
+    pattern, slots = inputs.pattern(everything, inputs.candidates.width)
     return Selection(pattern, block_bias=gate.gather(-1, slots))
 
 
 def hard_selection(
-    layer: BlockSparseAdaptive,
-    inputs: SelectionInputs,
-    scores: Tensor,
+    layer: SelectorLayer,
+    chosen_from: Scored,
     chosen: Tensor,
     bound: int,
-    levels: list[ChosenLevel],
     evidence: MarginEvidence | None,
 ) -> Selection:
     """Only the chosen blocks; the estimator decides how the scores hear of it."""
-    config, candidates = layer.config, inputs.candidates
+    config, inputs, scores = layer.config, chosen_from.inputs, chosen_from.scores
+    candidates = inputs.candidates
     everything = chosen | candidates.forced
-    if everything.device.type == "cpu" and not torch.compiler.is_compiling():
-        width = int(everything.sum(-1).max()) if everything.numel() else 0
-    else:
-        most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
-        width = min(candidates.width, bound + config.num_explore_blocks + most_forced)
-    complete = config.budget in ("adaptive", "fixed") and config.num_selected_blocks is None
+    most_forced = config.num_sink_blocks + 2 * config.num_local_blocks + 2
+    most = min(candidates.width, bound + config.num_explore_blocks + most_forced)
+    width = bound_of(everything.sum(-1), most)
     # A hierarchy leaves blocks unscored even where the budget would take all.
-    complete = complete and layer.keeps_all and not config.hierarchy
-    pattern, slots = layer.build_pattern(inputs, everything, width, complete=complete)
+    complete = layer.budget.by_share and layer.keeps_all and not config.hierarchy
+    pattern, slots = inputs.pattern(everything, width, complete=complete)
     learning = layer.training and torch.is_grad_enabled()
     used = pattern.slot_used()
     scored = candidates.scored.expand(scores.shape).gather(-1, slots) & used
@@ -65,7 +58,7 @@ def hard_selection(
         if not learning or config.selector_weight == 0:
             return Selection(pattern)
         kept = scores.gather(-1, slots) / layer.temperature_factor()
-        probe = mass_probe(layer, inputs, kept, scored, pattern, levels, evidence)
+        probe = mass_probe(layer, chosen_from, kept, scored, pattern, evidence)
         return Selection(pattern, mass_probe=probe)
     passes_through = config.estimator == "straight_through" or config.hard_sparsity
     if config.estimator == "soft" and not (layer.training and config.hard_sparsity):
@@ -79,12 +72,11 @@ def hard_selection(
 
 
 def mass_probe(
-    layer: BlockSparseAdaptive,
-    inputs: SelectionInputs,
+    layer: SelectorLayer,
+    chosen_from: Scored,
     kept: Tensor,
     scored: Tensor,
     pattern: BlockPattern,
-    levels: list[ChosenLevel],
     evidence: MarginEvidence | None,
 ) -> Tensor:
     """What takes the tile mass to the scores of the kept tiles and of the coarse levels.
@@ -94,13 +86,13 @@ def mass_probe(
 
     Args:
         layer: Whose scores.
-        inputs: What it chose by.
+        chosen_from: What it chose by.
         kept: ``(b, p, i, k)`` scores of the kept tiles over the learned temperature factor.
         scored: Booleans: tiles that are not forced.
         pattern: The kept tiles.
-        levels: Of the hierarchy; empty without.
         evidence: What the mass says of the budgets; None: nothing is asked.
     """
+    inputs, levels = chosen_from.inputs, chosen_from.levels
     weight, rows = layer.config.selector_weight, kept.shape[0] * kept.shape[2]
     ask = () if evidence is None else evidence.ask()
     probe = mass_target_probe(kept, scored, weight, rows, *ask)
@@ -123,7 +115,7 @@ def _real_rows(inputs: SelectionInputs, batch: int) -> Tensor:
 
 
 def slot_bias(
-    layer: BlockSparseAdaptive, scores: Tensor, allowed: Tensor, slots: Tensor, scored: Tensor
+    layer: SelectorLayer, scores: Tensor, allowed: Tensor, slots: Tensor, scored: Tensor
 ) -> Tensor:
     """Logit bias of the kept blocks, by how far their scores lie above the row's mean.
 
@@ -139,7 +131,7 @@ def slot_bias(
     return bias / layer.temperature_factor()
 
 
-def explore_blocks(layer: BlockSparseAdaptive, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
+def explore_blocks(layer: SelectorLayer, inputs: SelectionInputs, chosen: Tensor) -> Tensor:
     """Uniformly random blocks that were not chosen."""
     lottery = uniform_noise(chosen, inputs.generator)
     extra = layer.config.num_explore_blocks

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS, TileGrid
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.buffers import ExactBuffers
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs, bound_of, even_budget
 from dilated_attention_pytorch.pattern import BlockPattern
-from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.selection.budget import round_budget
 
 
 class BlockSparseFixed(BlockSparseLayer):
@@ -110,49 +110,21 @@ class BlockSparseFixed(BlockSparseLayer):
 
     def select(self, inputs: SelectionInputs) -> Selection:
         """Ranks by the fixed rule and keeps the best within the budget."""
-        pattern = fixed_selection(
-            self, inputs, self.pattern, self.base_sparsity, self.num_selected_blocks
+        candidates, ranking = inputs.candidates, FIXED_PATTERNS[self.pattern]
+        shape = torch.broadcast_shapes(
+            candidates.scored.shape, (1, self.pattern_heads, 1, 1), (*inputs.rows.low.shape, 1)
         )
-        return Selection(pattern)
-
-
-def fixed_selection(
-    layer: BlockSparseLayer,
-    inputs: SelectionInputs,
-    name: str,
-    base_sparsity: float,
-    num_selected_blocks: int | None,
-) -> BlockPattern:
-    """Chooses the blocks of a fixed pattern for the inputs of a layer; values are not looked at."""
-    rows, candidates = inputs.rows, inputs.candidates
-    ranking = FIXED_PATTERNS[name]
-    shape = torch.broadcast_shapes(
-        candidates.scored.shape, (1, layer.pattern_heads, 1, 1), (*rows.low.shape, 1)
-    )
-    forced = candidates.forced.sum(-1)
-    limit = (forced + candidates.scored.sum(-1)).expand(shape[:3])
-    if ranking is None:
-        chosen = (candidates.scored | candidates.forced).expand(shape)
-    else:
-        scores = ranking(_grid(inputs, layer.pattern_heads)).float().expand(shape)
-        if num_selected_blocks is not None:
-            exact = torch.minimum(forced + num_selected_blocks, limit).float()
+        if ranking is None:
+            everything = (candidates.scored | candidates.forced).expand(shape)
+            width = bound_of(everything.sum(-1), candidates.width)
+            return Selection(inputs.pattern(everything, width, complete=True)[0])
+        scores = ranking(_grid(inputs, self.pattern_heads)).float().expand(shape)
+        if self.num_selected_blocks is None:
+            count = even_budget(inputs, scores, self.base_sparsity)
         else:
-            keep = scores.new_full(shape[:3], 1 - base_sparsity)
-            exact = water_level_budget(keep, forced, limit, rows, candidates.width)
-        count = (round_budget(exact, rows) - forced).clamp(min=0)
-        most = _most(count, candidates.width)
-        chosen = choose_top_k(scores, candidates.scored.expand(shape), count, most)
-        chosen = chosen | candidates.forced
-    width = _most(chosen.sum(-1), candidates.width)
-    complete = ranking is None or (num_selected_blocks is None and base_sparsity == 0)
-    return layer.build_pattern(inputs, chosen, width, complete=complete)[0]
-
-
-def _most(count: Tensor, width: int) -> int:
-    if count.device.type == "cpu" and not torch.compiler.is_compiling():
-        return int(count.max()) if count.numel() else 0
-    return width
+            count = candidates.scored.sum(-1).clamp(max=self.num_selected_blocks)
+        complete = self.num_selected_blocks is None and self.base_sparsity == 0
+        return Selection(inputs.best(scores, count, complete=complete))
 
 
 def _grid(inputs: SelectionInputs, heads: int) -> TileGrid:
@@ -319,14 +291,9 @@ class BlockSparseDistilled(ExactBuffers, BlockSparseLayer):
             )
         distance = (rows.diagonal_first[..., None] - torch.arange(j, device=rows.low.device)).abs()
         scores = self.frequency[:, :i, :j] - _NEARER * distance
-        shape = torch.broadcast_shapes(scores.shape, candidates.scored.shape)
         forced = candidates.forced.sum(-1)
-        budget = self.mean_count[:, :i].expand(shape[:3])
-        limit = forced + candidates.scored.sum(-1)
-        count = (round_budget(torch.minimum(budget, limit.float()), rows) - forced).clamp(min=0)
-        chosen = choose_top_k(scores.expand(shape), candidates.scored.expand(shape), count, j)
-        kept = chosen | candidates.forced
-        width = j
-        if kept.device.type == "cpu" and not torch.compiler.is_compiling():
-            width = int(kept.sum(-1).max()) if kept.numel() else 0
-        return Selection(self.build_pattern(inputs, kept, width)[0])
+        shape = torch.broadcast_shapes(scores.shape[:3], candidates.scored.shape[:3])
+        budget = self.mean_count[:, :i].expand(shape)
+        limit = (forced + candidates.scored.sum(-1)).float()
+        count = (round_budget(torch.minimum(budget, limit), rows) - forced).clamp(min=0)
+        return Selection(inputs.best(scores, count))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.dtypes import FLOATS, check_floating
-from dilated_attention_pytorch.nn.factory import create_adaptive_block_sparse
+from dilated_attention_pytorch.nn.adaptive import create_adaptive_block_sparse
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
-from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
+from dilated_attention_pytorch.nn.selector import SelectorLayer
 from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 from dilated_attention_pytorch.tracing import tracing
-
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 
 
 class NothingToChooseWarning(UserWarning):
@@ -27,14 +24,13 @@ class NothingToChooseWarning(UserWarning):
     """
 
 
-def warn_if_nothing_is_left(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> None:
+def warn_if_nothing_is_left(layer: SelectorLayer, inputs: SelectionInputs) -> None:
     """Warns of a training pass in which no row can choose, once per layer."""
     config, mask = layer.config, inputs.mask
     if layer.told_of_nothing or not layer.training or tracing() or layer.keeps_all:
         return
-    by_share = config.budget != "threshold" and config.num_selected_blocks is None
     whole = mask.q_len == mask.kv_len and not mask.per_sample and layer.segment_lengths is None
-    if not (by_share and whole and inputs.rows.has_diagonal and mask.q_len):
+    if not (layer.budget.by_share and whole and inputs.rows.has_diagonal and mask.q_len):
         return
     words = nothing_to_choose(config, 1 - layer.densest, mask.kv_len, causal=mask.causal)
     if words:

@@ -16,27 +16,16 @@ from dilated_attention_pytorch.config import (
     check_types,
     from_plain,
 )
-from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
-from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
-from dilated_attention_pytorch.nn.row_budgets import (
-    sample_lengths,
-    threshold_floor,
-    thresholds_for,
-    unread_thresholds,
-)
-from dilated_attention_pytorch.nn.threshold_selection import place_refusal, select_above
+from dilated_attention_pytorch.nn.budget_layer import BudgetLayer, Scored
+from dilated_attention_pytorch.nn.budgets import budget_of, threshold_sample
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.scoring.training_free import (
     antidiagonal_scores,
     mean_pool_scores,
     min_max_scores,
 )
-from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
-from dilated_attention_pytorch.selection.threshold import (
-    ThresholdSample,
-    threshold_budget,
-)
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.selection.threshold import ThresholdSample
 from dilated_attention_pytorch.strict_json import short_repr
 
 METHODS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
@@ -159,7 +148,8 @@ class BlockSparseTrainingFree(BudgetLayer):
             backend=backend,
         )
         self.config = config
-        self.add_budget(config.base_sparsity, config.budget)
+        self.threshold_floor = config.threshold_floor
+        self.add_budget(budget_of(config.budget), config.base_sparsity)
 
     def extra_repr(self) -> str:
         """Shown by ``print(layer)``."""
@@ -195,45 +185,17 @@ class BlockSparseTrainingFree(BudgetLayer):
     @torch.no_grad()
     def select(self, inputs: SelectionInputs) -> Selection:
         """Ranks by the rule and keeps the best within the budget."""
-        scores = self.score(inputs)
-        if self.config.budget == "threshold":
-            table, lengths = self.threshold_table(), sample_lengths(inputs, self.block_size)
-            if table is None:
-                threshold: float | Tensor = unread_thresholds(self, lengths)
-            else:
-                threshold = thresholds_for(table, lengths, inputs.query.device)
-            least = self._floor(inputs)
-            if place_refusal(self, inputs) is None:
-                return select_above(inputs, scores, threshold, self.block_size, least)
-        candidates = inputs.candidates
-        if self.config.budget == "threshold":
-            each = threshold[..., None] if isinstance(threshold, Tensor) else threshold
-            count = threshold_budget(scores, candidates.scored, candidates.forced, each)
-            if least is not None:
-                count = torch.maximum(count, least - candidates.forced.sum(-1))
-        else:
-            count = even_budget(inputs, scores, self.base_sparsity)
-        shape = torch.broadcast_shapes(scores.shape, candidates.scored.shape)
-        chosen = choose_top_k(
-            scores.expand(shape), candidates.scored.expand(shape), count, candidates.width
-        )
-        chosen = chosen | candidates.forced
-        width = candidates.width
-        if chosen.device.type == "cpu" and not torch.compiler.is_compiling():
-            width = int(chosen.sum(-1).max()) if chosen.numel() else 0
-        return Selection(self.build_pattern(inputs, chosen, width)[0])
+        kernels = self.budget.calibrated and self.place_refusal(inputs) is None
+        scored = Scored.of(inputs, self.score(inputs), kernels=kernels)
+        pattern = self.budget.lists(self, scored)
+        if pattern is None:
+            count = (self.budget.rows(self, scored).whole - scored.forced).clamp(min=0)
+            pattern = inputs.best(scored.scores, count)
+        return Selection(pattern)
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration needs of these inputs."""
-        candidates, lengths = inputs.candidates, sample_lengths(inputs, self.block_size)
-        share = lengths / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
-        return ThresholdSample.of(
-            self.score(inputs), candidates.scored, candidates.forced, inputs.rows.num_allowed,
-            self._floor(inputs), share=share,
-        )  # fmt: skip
-
-    def _floor(self, inputs: SelectionInputs) -> Tensor | None:
-        return threshold_floor(inputs, self.config.threshold_floor, 1 - self.densest)
+        return threshold_sample(self, Scored.of(inputs, self.score(inputs)))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -243,20 +205,3 @@ class BlockSparseTrainingFree(BudgetLayer):
             # Weights of dense attention, or files of before: the settings stay.
             state_dict = {**state_dict, **own}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float | Tensor) -> Tensor:
-    """Scored blocks per row, int32 ``(b, h, i)``: the same for every head at a mean sparsity.
-
-    Args:
-        inputs: What a layer chooses by.
-        scores: ``(b, h, i, c)``, for its shape.
-        sparsity: Mean sparsity to meet, forced blocks included; a 0-dim tensor or a number.
-    """
-    candidates, rows = inputs.candidates, inputs.rows
-    forced = candidates.forced.sum(-1)
-    limit = forced + candidates.scored.sum(-1)
-    shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
-    keep = torch.ones(shape, dtype=torch.float32, device=scores.device) - sparsity
-    exact = water_level_budget(keep, forced, limit, rows, candidates.width)
-    return (round_budget(exact, rows) - forced).clamp(min=0)

@@ -68,6 +68,12 @@ def share_by_content(keep: Tensor, factor: Tensor) -> Tensor:
     return 1 / (1 + (1 - keep) / (keep * factor))
 
 
+def unit_means(means: Tensor) -> Tensor:
+    """Unit-norm means ``(b, g, j, d)`` float32 of means ``(b, j, g, d)``; zeros stay zeros."""
+    unit = F.normalize(means.detach().float().transpose(1, 2), dim=-1)
+    return unit.nan_to_num(0.0, 0.0, 0.0)
+
+
 def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = False) -> Tensor:
     r"""How unlike a row's own block is to the other blocks that it can see.
 
@@ -87,8 +93,7 @@ def content_complexity(key_means: Tensor, rows: RowRange, *, past_only: bool = F
     Returns:
         ``(batch, num_kv_heads, i)`` float32. A row that sees no other block gives 1.
     """
-    unit = key_means.detach().float().transpose(1, 2)
-    unit = F.normalize(unit, dim=-1).nan_to_num(0.0, 0.0, 0.0)
+    unit = unit_means(key_means)
     if unit.shape[2] == 0:
         # Rows that see nothing.
         unit = F.pad(unit, (0, 0, 0, 1))

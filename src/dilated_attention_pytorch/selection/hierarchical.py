@@ -80,6 +80,25 @@ class SuperBlocks:
         return self.inside()[1].any(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class ChosenLevel:
+    """Super-blocks that one level kept.
+
+    Attributes:
+        owner: ``(1 or b, j)`` int64: the super-block of each block.
+        counts: ``(b, p, i)`` int32.
+        indices: ``(b, p, i, k)`` int32, ascending.
+        scores: ``(b, p, i, k)``: theirs, differentiable.
+        scored: Booleans: not forced.
+    """
+
+    owner: Tensor
+    counts: Tensor
+    indices: Tensor
+    scores: Tensor
+    scored: Tensor
+
+
 def look_up(table: Tensor, index: Tensor) -> Tensor:
     """Entries ``(b, ...)`` of ``(1 or b, n)`` at ``index``, clamped to the table."""
     if table.shape[1] == 0 or index.numel() == 0:

@@ -38,7 +38,7 @@ from dilated_attention_pytorch.integrations.transformers.selection_quality impor
     measure_selection,
 )
 from dilated_attention_pytorch.integrations.transformers.tune import mean_loss
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from tiny_models import byte_pair_tokenizer, tiny_model, tokens
 

@@ -209,7 +209,7 @@ def test_between_the_steps_of_the_selectors_the_kernels_choose() -> None:
         choose = selector.select
 
         def select(inputs: Any, layer: Any = selector, choose: Any = choose) -> Any:
-            refusals[-1].add(layer.selection_refusal(inputs))
+            refusals[-1].add(layer.unsupported_reason(inputs))
             return choose(inputs)
 
         selector.select = select

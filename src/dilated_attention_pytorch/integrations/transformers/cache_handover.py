@@ -12,7 +12,7 @@ from dilated_attention_pytorch.integrations.transformers.attention import CACHE,
 from dilated_attention_pytorch.integrations.transformers.followed_cache import CacheHandle
 from dilated_attention_pytorch.integrations.transformers.register import ATTENTION_NAME, register
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.decoding import decoding_refusal
+from dilated_attention_pytorch.nn.decode import decoding_refusal
 from dilated_attention_pytorch.tracing import tracing
 
 

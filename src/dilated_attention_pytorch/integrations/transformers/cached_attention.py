@@ -10,7 +10,7 @@ from torch import Tensor
 from dilated_attention_pytorch.integrations.transformers.cache_step import CacheStep, Part
 from dilated_attention_pytorch.integrations.transformers.followed_cache import CacheHandle
 from dilated_attention_pytorch.integrations.transformers.padding import CompactTokens
-from dilated_attention_pytorch.nn.selector_state import SelectorState
+from dilated_attention_pytorch.nn.state import SelectorState
 
 # With query_scope="block" every token chooses for itself: of more tokens at once the layer looks at
 # the whole cache. With 8,192 tokens cached (9 heads, one busy CPU thread) 4, 16 and 64 tokens took

@@ -16,7 +16,8 @@ from dilated_attention_pytorch.integrations.transformers.observer import (
 )
 from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,

@@ -29,7 +29,8 @@ from dilated_attention_pytorch.integrations.transformers.selection_quality impor
     selector_scores,
     true_mass,
 )
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
 
 TARGETS = ("mass", "gradient")
 

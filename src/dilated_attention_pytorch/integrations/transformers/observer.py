@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.analysis.probe import evaluation_mode
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 
 # Called with the layer's number, its selector and what the selector would choose by. In a dense run
@@ -63,9 +64,9 @@ class SelectionObserver(BlockSparseLayer):
         candidates = inputs.candidates
         visible = candidates.scored | candidates.forced
         if scores is None:
-            return Selection(self.build_pattern(inputs, visible, candidates.width)[0])
+            return Selection(inputs.pattern(visible, candidates.width)[0])
         visible = visible.expand(scores.shape)
-        pattern, slots = self.build_pattern(inputs, visible, candidates.width)
+        pattern, slots = inputs.pattern(visible, candidates.width)
         batch, _, rows, _ = scores.shape
         kept = scores.gather(-1, slots)
         probe = mass_target_probe(kept, pattern.slot_used(), 1.0, batch * rows)

@@ -14,8 +14,9 @@ from dilated_attention_pytorch.integrations.transformers.observer import (
 )
 from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, even_budget
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.inputs import SelectionInputs, even_budget
+from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
-from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
+from dilated_attention_pytorch.nn.selector import SelectorLayer
 from dilated_attention_pytorch.ops.block_selection.reference import choose_reference
 from dilated_attention_pytorch.selection.hierarchical import (
+    ChosenLevel,
     SuperBlocks,
     children,
     coarse_intervals,
@@ -23,55 +25,24 @@ from dilated_attention_pytorch.selection.hierarchical import (
     parent_slots,
 )
 
-if TYPE_CHECKING:
-    from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 
-
-@dataclass(frozen=True, eq=False)
-class ChosenLevel:
-    """Super-blocks that one level kept.
-
-    Attributes:
-        owner: ``(1 or b, j)`` int64: the super-block of each block.
-        counts: ``(b, p, i)`` int32.
-        indices: ``(b, p, i, k)`` int32, ascending.
-        scores: ``(b, p, i, k)``: theirs, differentiable.
-        scored: Booleans: not forced.
-    """
-
-    owner: Tensor
-    counts: Tensor
-    indices: Tensor
-    scores: Tensor
-    scored: Tensor
-
-
-def narrow(
-    layer: BlockSparseAdaptive,
-    inputs: SelectionInputs,
-    intervals: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    *,
-    explore: bool,
-    kernels: bool,
+def narrow_down(
+    layer: SelectorLayer, inputs: SelectionInputs, queries: Tensor, keys: Tensor, *, kernels: bool
 ) -> tuple[Tensor, list[ChosenLevel]]:
     """Chooses super-blocks from the coarsest level down.
 
     Args:
         layer: For its configuration and coarse scorers.
         inputs: What is chosen from.
-        intervals: ``inputs.rule.intervals(inputs.rows)``.
         queries: Query block summaries.
         keys: Key block summaries.
-        explore: Add noise and random super-blocks.
         kernels: Choose with the fused kernel.
 
     Returns:
         The blocks inside the kept super-blocks, int32 ``(b, p, i, c)`` (-1: none), and the levels
         from the coarsest down.
     """
-    config, below = layer.config, [keys]
+    config, explore, below = layer.config, layer.explores, [keys]
     groups = inputs.rows.remember(
         ("super-blocks", config.hierarchy), lambda: group_blocks(inputs, config.hierarchy)
     )
@@ -84,7 +55,7 @@ def narrow(
     candidates: Tensor | None = None
     for number in reversed(range(len(groups))):
         scores = layer.coarse_scorers[number](queries, below[number + 1], candidates)
-        spans = coarse_intervals(intervals, owners[number])
+        spans = coarse_intervals(inputs.intervals, owners[number])
         size = math.prod(config.hierarchy[: number + 1])
         width = _width(layer, inputs, size, scores.shape[-1], explore)
         counts, indices, scored = _choose(
@@ -125,7 +96,7 @@ def group_blocks(inputs: SelectionInputs, hierarchy: tuple[int, ...]) -> list[Su
 
 
 def _width(
-    layer: BlockSparseAdaptive, inputs: SelectionInputs, size: int, most: int, explore: bool
+    layer: SelectorLayer, inputs: SelectionInputs, size: int, most: int, explore: bool
 ) -> int:
     """The most super-blocks that a row keeps."""
     config, rule = layer.config, inputs.rule
@@ -138,7 +109,7 @@ def _width(
 
 
 def _choose(
-    layer: BlockSparseAdaptive,
+    layer: SelectorLayer,
     inputs: SelectionInputs,
     scores: Tensor,
     candidates: Tensor | None,
@@ -158,11 +129,7 @@ def _choose(
         )  # fmt: skip
     from dilated_attention_pytorch.ops.block_selection.operators import choose_op
 
-    seed = None
-    if explore:
-        seed = torch.randint(
-            2**62, (), device=scores.device, generator=inputs.generator, dtype=torch.int64
-        )
+    seed = layer.seed(inputs) if explore else None
     counts, indices, _, scored = choose_op(
         scores.detach(), candidates, spans, None, seed, temperature, config.hierarchy_keep, extra,
         width, True,
@@ -171,7 +138,7 @@ def _choose(
 
 
 def coarse_probes(
-    levels: list[ChosenLevel],
+    levels: Sequence[ChosenLevel],
     indices: Tensor,
     scored: Tensor,
     weight: float,
@@ -180,7 +147,7 @@ def coarse_probes(
     """The coarse levels' share of the mass probe.
 
     Args:
-        levels: From :func:`narrow`.
+        levels: From :func:`narrow_down`.
         indices: ``(b, p, i, k)``: the kept blocks.
         scored: Booleans: not forced, and in use.
         weight: λ over the rows.

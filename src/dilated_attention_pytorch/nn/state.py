@@ -1,4 +1,4 @@
-"""SelectorState: what a layer remembers of the tokens so far to choose blocks for the next ones."""
+"""What a layer remembers of the tokens so far to choose blocks for the next ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.candidates import RowRange
 from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.ops.token_rings import append_tokens
 
@@ -76,6 +77,70 @@ class Memory:
         slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
         begin = self.known[:, None] if name == "queries" else 0
         return ring.gather(1, slots), (token >= begin) & (token < self.lengths[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class NewestRow:
+    """The newest rows, and their places in the tables of a state.
+
+    Attributes:
+        number: ``(b,)`` int64.
+        first: ``(b,)`` int64: their first tokens.
+        rows: What it sees.
+    """
+
+    number: Tensor
+    first: Tensor
+    rows: RowRange
+
+    @classmethod
+    def of(cls, memory: Memory, block_size: int) -> NewestRow:
+        """The rows of the newest tokens that a memory counts."""
+        number = (memory.lengths - 1).clamp(min=0).div(block_size, rounding_mode="floor")
+        own = number.view(-1, 1, 1)
+        rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
+        return cls(number, number * block_size, rows)
+
+    def so_far(self, blocks: int) -> RowRange:
+        """All rows of a forward pass up to the newest one; those behind it see nothing."""
+        number = torch.arange(blocks, device=self.number.device).view(1, 1, -1)
+        end = torch.where(number <= self.number.view(-1, 1, 1), number + 1, 0)
+        return RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
+
+    def newest(self, budgets: Tensor, heads: int) -> Tensor:
+        """The row's entry of ``(b, 1 or heads, blocks)``: ``(b, heads, 1)``."""
+        place = self.number.view(-1, 1, 1).expand(-1, heads, 1)
+        return budgets.expand(-1, heads, -1).gather(2, place).long()
+
+    def asks(self, start: Tensor, count: int, known: Tensor, step: int = 1) -> Tensor:
+        """Which queries choose with ``query_scope="past"``, whichever token of the row is newest.
+
+        Those up to the row's first token, or the first known one if none of these is.
+
+        Args:
+            start: ``(b,)`` the first query in question.
+            count: Queries in question.
+            known: ``(b,)`` the first query that is known.
+            step: Tokens from one to the next.
+
+        Returns:
+            Booleans ``(b, count)``.
+        """
+        token = start[:, None] + step * torch.arange(count, device=start.device)
+        return token <= torch.maximum(known, self.first)[:, None]
+
+    def at(self, table: Tensor, step: int) -> Tensor:
+        """Entries ``(b, heads, 1, ...)`` of a table by block, ``step`` after the row's own."""
+        return table.gather(2, self._place(table, step))
+
+    def put(self, table: Tensor, step: int, values: Tensor) -> None:
+        """Writes them."""
+        table.scatter_(2, self._place(table, step), values.to(table.dtype))
+
+    def _place(self, table: Tensor, step: int) -> Tensor:
+        index = (self.number + 1 + step).clamp(min=0)
+        index = index.view(-1, 1, 1, *(1,) * (table.dim() - 3))
+        return index.expand(-1, table.shape[1], 1, *table.shape[3:])
 
 
 # The axis along which each tensor grows with the blocks.
