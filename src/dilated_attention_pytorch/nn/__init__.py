@@ -1,9 +1,12 @@
 """Layers."""
 
-from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive, create_adaptive_block_sparse
+from dilated_attention_pytorch.nn.adaptive import (
+    BlockSparseAdaptive,
+    NothingToChooseWarning,
+    create_adaptive_block_sparse,
+)
 from dilated_attention_pytorch.nn.fixed import BlockSparseFixed, fixed_pattern
 from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
-from dilated_attention_pytorch.nn.nothing_left import NothingToChooseWarning
 from dilated_attention_pytorch.nn.state import SelectorState
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,12 +15,27 @@ from dilated_attention_pytorch.nn import decode
 from dilated_attention_pytorch.nn.block_sparse import stand_in
 from dilated_attention_pytorch.nn.budgets import threshold_sample
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
-from dilated_attention_pytorch.nn.nothing_left import warn_if_nothing_is_left
 from dilated_attention_pytorch.nn.scorings import scoring_of
 from dilated_attention_pytorch.nn.select import select
 from dilated_attention_pytorch.nn.selector import SelectorLayer
 from dilated_attention_pytorch.nn.state import SelectorState
+from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
+from dilated_attention_pytorch.tracing import tracing
+
+
+class NothingToChooseWarning(UserWarning):
+    """A layer trains where the blocks that are always read use up its budget.
+
+    Example:
+        >>> import warnings
+        >>> import torch
+        >>> from dilated_attention_pytorch import BlockSparseAdaptive
+        >>> warnings.simplefilter("ignore", NothingToChooseWarning)  # where it is meant to be so
+        >>> x = torch.randn(1, 256, 2, 16)
+        >>> BlockSparseAdaptive(num_heads=2, head_dim=16)(x, x, x, is_causal=True).shape
+        torch.Size([1, 256, 2, 16])
+    """
 
 
 class BlockSparseAdaptive(SelectorLayer):
@@ -104,7 +120,7 @@ class BlockSparseAdaptive(SelectorLayer):
 
     def select(self, inputs: SelectionInputs) -> Selection:
         """Scores, budgets and chooses; see the class."""
-        warn_if_nothing_is_left(self, inputs)
+        _warn_if_nothing_is_left(self, inputs)
         apart = self.training and self.keeps_all
         if apart:
             # Nothing is chosen yet, and what the selector asks of queries and keys would keep
@@ -145,8 +161,9 @@ class BlockSparseAdaptive(SelectorLayer):
             key_lengths: ``(batch,)`` integers: tokens of each sample. None: all n.
             starts: ``(batch,)`` integers: where the cache handed to :meth:`decode` keeps token 0
                 of each sample (left padding). None: 0.
-            selector_query: As in :meth:`forward`.
-            selector_key: As in :meth:`forward`.
+            selector_query: Shaped like ``query``: what blocks are chosen by in place of it. None:
+                ``query``.
+            selector_key: The same for ``key``.
 
         Returns:
             The output, shaped like ``query``.
@@ -186,19 +203,24 @@ class BlockSparseAdaptive(SelectorLayer):
     ) -> None:
         """Fills an empty ``state`` with a prompt whose attention somebody else computed.
 
-        Such as a dense pass over the prompt that sparse decoding follows. Arguments and errors as
-        for :meth:`prefill`; ``query`` and ``key`` are what blocks are chosen by.
+        Such as a dense pass over the prompt that sparse decoding follows.
 
         Args:
-            query: As there, or with ``query_offset`` fewer.
-            key: As there.
-            state: As there. With ``query_offset`` it may hold tokens: all are taken anew from
-                ``key``, and its latest queries stay known if ``query`` follows them.
-            key_lengths: As there.
-            starts: As there.
+            query: ``(batch, n, num_heads, head_dim)``: what blocks are chosen by, padding after
+                the tokens; with ``query_offset`` fewer than the keys.
+            key: ``(batch, n, num_kv_heads, head_dim)``, of the whole prompt.
+            state: An empty one; is filled. With ``query_offset`` it may hold tokens: all are taken
+                anew from ``key``, and its latest queries stay known if ``query`` follows them.
+            key_lengths: ``(batch,)`` integers: tokens of each sample. None: all n.
+            starts: ``(batch,)`` integers: where the cache handed to :meth:`decode` keeps token 0
+                of each sample (left padding). None: 0.
             query_offset: ``(batch,)`` integers: the token of the first query, where a cache gives
                 the keys of a past whose queries are gone. Until a whole window of queries has
                 come, blocks are chosen by those that there are. None: ``query`` is the prompt.
+
+        Raises:
+            RuntimeError: In training mode.
+            ValueError: If shapes do not fit, or ``state`` is not empty.
         """
 
         def run(query: Tensor, key: Tensor, _: Tensor) -> Tensor:
@@ -245,9 +267,10 @@ class BlockSparseAdaptive(SelectorLayer):
                 the new keys behind the others. It may be another tensor at every call.
             value_cache: Shaped like ``key_cache``.
             state: From :meth:`prefill`, or empty; the new tokens are added.
-            selector_query: Shaped like ``query``: as in :meth:`forward`.
-            selector_key: ``(batch, n, num_kv_heads, head_dim)``, of the new tokens: as in
-                :meth:`forward`. None: read from ``key_cache``, as ``scorer="low_rank"`` must.
+            selector_query: Shaped like ``query``: what blocks are chosen by in place of it. None:
+                ``query``.
+            selector_key: ``(batch, n, num_kv_heads, head_dim)``, the same of the new tokens' keys.
+                None: read from ``key_cache``, as ``scorer="low_rank"`` must.
             choose: None: choose where necessary. True or False: whether this call chooses, for
                 ``n = 1``; a CUDA graph records one or the other. False is right as long as no
                 sample begins a block, with ``query_scope="past"``; with ``"block"`` and
@@ -286,12 +309,13 @@ def create_adaptive_block_sparse(
     Args:
         embed_dim: Model dimension; ``head_dim = embed_dim // num_heads``.
         num_heads: Query heads; must divide ``embed_dim``.
-        segment_lengths: As in the class; None: choose from all blocks.
-        dilation_rates: As in the class.
-        adaptive_config: As in the class.
-        num_kv_heads: As in the class.
-        scale: As in the class.
-        backend: As in the class.
+        segment_lengths: Tokens per segment of each dilation group; blocks outside a common segment
+            cannot be chosen. None: choose from all blocks.
+        dilation_rates: Rate of each group; None without segments.
+        adaptive_config: Settings; None: ``AdaptiveConfig()``.
+        num_kv_heads: Key and value heads; None: ``num_heads``.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+        backend: Of :func:`block_sparse_attention`.
 
     Raises:
         ValueError: If ``num_heads`` does not divide ``embed_dim``.
@@ -316,3 +340,17 @@ def create_adaptive_block_sparse(
         scale=scale,
         backend=backend,
     )
+
+
+def _warn_if_nothing_is_left(layer: SelectorLayer, inputs: SelectionInputs) -> None:
+    """Warns of a training pass in which no row can choose, once per layer."""
+    config, mask = layer.config, inputs.mask
+    if layer.told_of_nothing or not layer.training or tracing() or layer.keeps_all:
+        return
+    whole = mask.q_len == mask.kv_len and not mask.per_sample and layer.segment_lengths is None
+    if not (layer.budget.by_share and whole and inputs.rows.has_diagonal and mask.q_len):
+        return
+    words = nothing_to_choose(config, 1 - layer.densest, mask.kv_len, causal=mask.causal)
+    if words:
+        layer.told_of_nothing = True
+        warnings.warn(words, NothingToChooseWarning, stacklevel=2)

@@ -40,8 +40,8 @@ class LayerPass:
 
     Attributes:
         layer: The layer.
-        query: As it was given.
-        key: Likewise.
+        query: As it was given to the layer.
+        key: As it was given to the layer.
         inputs: What the layer chose by; None: the pattern was given.
         pattern: What it chose, or was given.
         output: What it returns, inside the autograd graph if there is one.
@@ -79,8 +79,8 @@ class BlockSparseLayer(CalledModule, ABC):
     forward pass alone; see :class:`CalledModule`.
 
     Args:
-        segment_lengths: See :class:`BlockSparseAdaptive`.
-        dilation_rates: See :class:`BlockSparseAdaptive`.
+        segment_lengths: Tokens per segment of each dilation group; None: choose from all blocks.
+        dilation_rates: Rate of each group; None without segments.
         num_heads: Query heads.
         head_dim: Size of a head.
         num_kv_heads: Key and value heads; None: ``num_heads``.
@@ -385,9 +385,9 @@ class BlockSparseLayer(CalledModule, ABC):
         """Checks the three inputs against each other and the layer.
 
         Args:
-            query: As in :meth:`forward`.
-            key: Likewise.
-            value: Likewise.
+            query: ``(batch, q_len, num_heads, head_dim)``.
+            key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+            value: Shaped like ``key``.
             cached: Call keys and values ``key_cache`` and ``value_cache`` in errors.
 
         Raises:

@@ -164,12 +164,12 @@ def fixed_pattern(
         q_len: Query tokens.
         kv_len: Key tokens; None: ``q_len``.
         num_heads: Heads of the pattern.
-        base_sparsity: As in :class:`BlockSparseFixed`; ignored by ``"dense"``.
-        num_selected_blocks: As in :class:`BlockSparseFixed`.
+        base_sparsity: Sparsity to meet; ignored by ``"dense"``.
+        num_selected_blocks: Blocks per row besides the forced ones, in place of ``base_sparsity``.
         block_size: Tokens per block.
         causal: Hide later blocks.
-        num_local_blocks: As in :class:`BlockSparseFixed`.
-        num_sink_blocks: As in :class:`BlockSparseFixed`.
+        num_local_blocks: Forced neighbours of the diagonal.
+        num_sink_blocks: Forced first blocks.
         device: Where to build it.
 
     Returns:

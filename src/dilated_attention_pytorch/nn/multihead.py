@@ -230,9 +230,10 @@ class MultiheadAdaptiveAttention(nn.Module):
         dtype: Of the parameters.
         num_kv_heads: Key and value heads; None: ``num_heads``. Fewer give the projections of
             ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` instead of one packed weight.
-        segment_lengths: As in :class:`BlockSparseAdaptive`; None: choose from all blocks.
-        dilation_rates: As in :class:`BlockSparseAdaptive`.
-        adaptive_config: As in :class:`BlockSparseAdaptive`.
+        segment_lengths: Tokens per segment of each dilation group; blocks outside a common segment
+            cannot be chosen. None: choose from all blocks.
+        dilation_rates: Rate of each group; None without segments.
+        adaptive_config: Settings of the selector; None: ``AdaptiveConfig()``.
         backend: Of :func:`block_sparse_attention`.
         cross_attention: Of calls that do not say; None: see :meth:`forward`.
 
@@ -358,7 +359,9 @@ class MultiheadAdaptiveAttention(nn.Module):
                 cross-attention, which has to be said: by ``cross_attention=True``, or by ``kdim``
                 other than ``embed_dim``. A sample's output, choice and gradients are then those of
                 its real tokens alone. None: all queries are real.
-            cu_seqlens: Packed documents, as in :class:`BlockSparseAdaptive`.
+            cu_seqlens: ``(documents + 1,)`` with batch 1, or ``(batch, documents + 1)``: cumulative
+                lengths of packed documents, each of which is treated as if it were alone. None:
+                one document.
             cross_attention: Whether queries and keys are two sequences. None: what the layer was
                 made with; None there, too: if they differ in length or size.
             return_pattern: Return the dict of :class:`BlockSparseAdaptive` in the place of the

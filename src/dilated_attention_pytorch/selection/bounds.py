@@ -144,7 +144,7 @@ def nothing_to_choose(
         config: Settings of a selector.
         sparsity: Share of the tiles to leave out.
         num_tokens: Length.
-        causal: As in :func:`most_sparse`.
+        causal: Whether rows see their past alone.
     """
     block_size, forced = config.block_size, (config.num_sink_blocks, config.num_local_blocks)
 
