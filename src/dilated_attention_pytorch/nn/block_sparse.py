@@ -19,6 +19,7 @@ from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.autograd import (
     generator_state,
+    is_distributed,
     reach_all_parameters,
     watch_replay,
 )
@@ -367,11 +368,7 @@ class BlockSparseLayer(CalledModule, ABC):
         )  # fmt: skip
         if not isinstance(out, Tensor):
             out = out[0]
-        if (
-            self.training
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-        ):
+        if self.training and is_distributed():
             out = reach_all_parameters(out, self)
         if documents is not None:
             out = documents.restore(out)
