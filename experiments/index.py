@@ -103,7 +103,7 @@ content beats an even one of the same sparsity.
 second holds where needs differ (*uneven*: a quarter of the blocks ask). Where all ask alike it is
 level, and with room for less than one block a row (*tighter*) it does not hold. Made before
 contents moved the odds of being read and before scores began with a fifth of the budget
-([the log](log.md)).
+([the log](log.md#factors-on-the-odds-of-being-read-2026-11-29-kept)).
 
 LEARNING_MAP
 
@@ -119,9 +119,10 @@ TRAIN_DEFAULTS
 
 ## A pretrained model
 
-`experiments/pretrained.py`, with SmolLM2-135M-Instruct. Its log: [the shares of the
-layers](log.md#shares-of-the-layers), [tuning](log.md#tuning-with-shares), [all lengths and
-blocks](log.md#both-block-sizes).
+`experiments/pretrained.py`, with SmolLM2-135M-Instruct. From the log: [shares of the
+layers](log.md#shares-of-the-layers-2026-11-28-kept),
+[tuning](log.md#tuning-with-shares-of-the-layers-2026-11-28-open), [all lengths and
+blocks](log.md#all-lengths-with-both-sizes-of-blocks-2026-11-28-kept).
 
 **Promise.** Selectors distilled onto a frozen language model beat every training-free choice and
 close most of the distance to the true tile mass.

@@ -93,6 +93,27 @@ def test_pictures_are_there(page: Path) -> None:
         assert (DOCS / name).is_file(), name
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_every_entry_of_the_log_has_a_date_and_a_verdict_and_is_in_its_index() -> None:
+    page = (DOCS / "log.md").read_text()
+    verdict = "kept|refuted|dropped|open|fixed"
+    heading = re.compile(rf"## (.+) \((\d{{4}}-\d\d-\d\d), ({verdict})\)")
+    entries = []
+    for line in re.findall(r"^##.*", page, re.MULTILINE):
+        match = heading.fullmatch(line)
+        assert match, line
+        title, day, kind = match.groups()
+        anchor = re.sub(r"[^\w\s-]", "", line.lower()).strip().replace(" ", "-")
+        entries.append((day, kind, title, anchor))
+    rows = re.findall(
+        rf"^\| (\S+) \| .+ \| ({verdict}) \| \[(.+)\]\(#(.+)\) \|$", page, re.MULTILINE
+    )
+    assert rows == entries
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (DOCS.parent / "mkdocs.yml").read_text()
     for page in PAGES:
