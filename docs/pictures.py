@@ -105,6 +105,46 @@ def pipeline(model: NeedleModel) -> Figure:
     return figure
 
 
+@torch.no_grad()
+def beside(model: NeedleModel) -> Figure:
+    """What one trained head reads, beside dense attention and a window of as many tiles."""
+    batch = TASK.batch(1, torch.Generator().manual_seed(2))
+    passes = []
+    with evaluation_mode(model), watch_layers(model, passes.append):
+        model(batch)
+    kept = passes[0].pattern.to_dense()[0, 0]
+    blocks = len(kept)
+    every = torch.ones_like(kept).tril()
+    sparsity = 1 - float(kept.sum() / every.sum())
+    local = fixed_pattern(
+        "local", TASK.seq_len, base_sparsity=sparsity, block_size=TASK.block_size, causal=True
+    )
+    rows = torch.arange(1, blocks)
+    answers = batch.target[0, 1:]
+    figure = Figure(figsize=(11, 4.1), layout="constrained")
+    panels = (("dense", every), ("window", local.to_dense()[0, 0]), ("adaptive", kept))
+    for axis, (name, read) in zip(figure.subplots(1, 3), panels, strict=True):
+        found = read[rows, answers]
+        axis.set_facecolor("#eceff2")
+        axis.imshow(
+            torch.where(read, 1.0, torch.nan).numpy(), cmap="Blues", vmin=0, vmax=1.6,
+            interpolation="nearest",
+        )  # fmt: skip
+        for hit, marker, color in ((found, "o", "white"), (~found, "X", "#d55e00")):
+            axis.plot(
+                answers[hit].tolist(), rows[hit].tolist(), marker, mfc=color, mec="#333333", ms=7
+            )
+        axis.set_title(
+            f"{name}: {100 * float(read.sum() / every.sum()):.0f} % of the tiles,\n"
+            f"{int(found.sum())} of {len(found)} answers read",
+            fontsize=11,
+        )
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("key block")
+        axis.set_ylabel("query block")
+    return figure
+
+
 def fixed_patterns() -> Figure:
     """One head of every fixed pattern."""
     figure = Figure(figsize=(11, 2.4), layout="constrained")
@@ -128,6 +168,7 @@ def main() -> int:
     model, learning = train()
     save(learning, "learning")
     save(pipeline(model), "pipeline")
+    save(beside(model), "beside")
     batch = TASK.batch(8, torch.Generator().manual_seed(3))
     save(plots.plot_kept_mass(record(model, [batch])), "kept_mass")
     return 0

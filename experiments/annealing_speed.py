@@ -20,11 +20,12 @@ def finding(runs: Runs) -> str:
     margin = max(0.01, spread(runs, list(SHARES), "accuracy"))
     best, (first, *_, last) = max(means.values()), SHARES
     holds = max(means[first], means[last]) < best - margin
-    numbers = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    words = f"accuracy by the share of the training over which the temperature falls: {numbers}."
     if best - min(means.values()) <= margin:
-        words += " The speed makes no difference at the end."
-    return verdict(holds) + words
+        return verdict(holds) + "the speed makes no difference at the end."
+    return verdict(holds) + (
+        f"a fall at once ends with an accuracy of {means[first]:.3f}, one over the whole training "
+        f"with {means[last]:.3f}, the best with {best:.3f}."
+    )
 
 
 EXPERIMENT = Experiment(

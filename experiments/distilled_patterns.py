@@ -66,14 +66,19 @@ def _text(seed: int, quick: bool, device: str) -> dict[str, Any]:
 
 
 def finding(runs: Runs) -> str:
-    """What each model loses, in its own unit."""
-    words, kept = [], []
+    """Which models lose by it, each in its own unit."""
+    kept, lost = [], []
     for cell in CELLS:
         before, after = (average(runs, cell.name, key) for key in ("before", "after"))
         worse = after - before if cell.settings.get("text") else before - after
-        kept.append(worse <= max(0.02, spread(runs, [cell.name], "before")))
-        words.append(f"{cell.name}: {before:.3f} before, {after:.3f} after")
-    return verdict(all(kept)) + "; ".join(words) + "."
+        if worse <= max(0.02, spread(runs, [cell.name], "before")):
+            kept.append(cell.name)
+        else:
+            lost.append(f"{cell.name} ({before:.3f} before, {after:.3f} after)")
+    return verdict(not lost) + (
+        f"fixed patterns lose {'; '.join(lost) or 'nothing'}, and keep "
+        f"{'; '.join(kept) or 'nothing'}."
+    )
 
 
 CELLS = [

@@ -36,15 +36,12 @@ def execute(settings: Mapping[str, Any], seed: int, quick: bool, device: str) ->
 
 
 def finding(runs: Runs) -> str:
-    """Lists the kinds; heads specialise if most mixed models have heads of several kinds."""
-    kinds = {target: values(runs, target, "kinds") for target in TARGETS}
-    several = [found for found in kinds["mixed"] if "," in found]
-    words = [f"{target}: {'; '.join(found)}" for target, found in kinds.items()]
-    return (
-        verdict(2 * len(several) > len(kinds["mixed"]))
-        + f"with mixed questions, heads of {len(several)} of {len(kinds['mixed'])} models are of "
-        f"several kinds, and share {average(runs, 'mixed', 'similarity'):.2f} of their blocks. "
-        f"Kinds of the four heads, by seed: {'. '.join(words).capitalize()}."
+    """Heads specialise if most models with mixed questions have heads of several kinds."""
+    kinds = values(runs, "mixed", "kinds")
+    several = sum("," in found for found in kinds)
+    return verdict(2 * several > len(kinds)) + (
+        f"with mixed questions {several} of {len(kinds)} models have heads of several kinds. Two "
+        f"heads share {average(runs, 'mixed', 'similarity'):.2f} of their blocks."
     )
 
 

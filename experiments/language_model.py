@@ -98,18 +98,20 @@ def finding(runs: Runs) -> str:
     gap, lead = means["adaptive 0.9"] - means["dense"], means[best] - means["adaptive 0.9"]
     speed = rates["adaptive 0.9"] / rates["dense"]
     seeds = min(len(values(runs, name, "loss")) for name in ("adaptive 0.9", best))
-    words = verdict(gap <= 0.01 and lead > noise and speed > 1 and seeds > 1) + (
-        f"adaptive at 0.9 is {gap:+.4f} nats per byte from dense (bar: +0.01; seed by seed "
-        f"{_pairs(runs, 'dense', 'adaptive 0.9')}) and makes {speed:.2f} times as many steps per "
-        f"second. The best method without a learned choice, {best}, is {lead:+.4f} from adaptive "
-        f"0.9 (seed by seed {_pairs(runs, 'adaptive 0.9', best)}); "
-    )
-    words += (
-        f"the spread of the two over {seeds} seeds is {noise:.4f}"
-        if seeds > 1
-        else "how far seeds differ is not known"
-    )
-    return f"{words}. {_elsewhere(runs)}".rstrip()
+    met = gap <= 0.01, lead > noise and seeds > 1, speed > 1
+    words = f"{verdict(all(met))}{sum(met)} of 3 bars are met. {_elsewhere(runs)}".rstrip()
+    spreads = f"more than the spread of the two over {seeds} seeds, {noise:.4f}"
+    table = [
+        "| bar | measured | asked | seed by seed |",
+        "|---|---|---|---|",
+        f"| adaptive 0.9 behind dense, nats per byte | {gap:+.4f} | at most +0.01 | "
+        f"{_pairs(runs, 'dense', 'adaptive 0.9')} |",
+        f"| the best without a learned choice, {best}, behind adaptive 0.9 | {lead:+.4f} | "
+        f"{spreads if seeds > 1 else 'how far seeds differ is not known'} | "
+        f"{_pairs(runs, 'adaptive 0.9', best)} |",
+        f"| adaptive 0.9's steps per second / dense's | {speed:.2f} | more than 1 | |",
+    ]
+    return words + "\n\n" + "\n".join(table)
 
 
 def _means(runs: Runs, names: Sequence[str]) -> dict[str, float]:

@@ -53,16 +53,9 @@ def finding(runs: Runs) -> str:
     """Whether some weight brings the sparsity closer to the target than none, and close."""
     away = {w: average(runs, f"{w:g}", "distance") for w in WEIGHTS}
     best = min(away, key=away.__getitem__)
-    numbers = [
-        f"weight {w:g}: sparsity {average(runs, f'{w:g}', 'sparsity'):.3f}, "
-        f"{average(runs, f'{w:g}', 'loss'):.3f} nats per byte"
-        for w in WEIGHTS
-    ]
-    return (
-        verdict(best > 0 and away[best] < min(0.01, away[0.0] / 2))
-        + f"with a target of {SPARSITY}, "
-        + "; ".join(numbers)
-        + "."
+    return verdict(best > 0 and away[best] < min(0.01, away[0.0] / 2)) + (
+        f"the sparsity is {away[0.0]:.3f} from a target of {SPARSITY} without that loss, and "
+        f"{away[best]:.3f} with a weight of {best:g}."
     )
 
 

@@ -23,21 +23,18 @@ def finding(runs: Runs) -> str:
 
     Where some seeds do not learn at all, how far they differ would hide any loss.
     """
-    words = [
-        f"{rule}: "
-        + ", ".join(f"{average(runs, f'{n} tokens, {rule}', 'accuracy'):.3f}" for n in LENGTHS)
-        for rule in RULES
-    ]
     same, by_length = RULES
     learned = [n for n in LENGTHS if min(values(runs, f"{n} tokens, {same}", "accuracy")) > LEARNED]
-    numbers = f"Accuracy at {', '.join(f'{n:,}' for n in LENGTHS)} tokens, {'; '.join(words)}."
     if not learned:
-        return f"{verdict(False)}nothing to compare: some seed fails at every length. {numbers}"
+        return f"{verdict(False)}nothing to compare: some seed fails at every length."
     cells = [f"{learned[-1]} tokens, {rule}" for rule in (same, by_length)]
     margin = max(0.01, spread(runs, cells, "accuracy"))
     loss = average(runs, cells[0], "accuracy") - average(runs, cells[1], "accuracy")
     place = f"at {learned[-1]:,} tokens, the longest that all seeds learn at 0.8, the sparser rule "
-    return f"{verdict(loss <= margin)}{place}loses {loss:.3f}. {numbers}"
+    words = f"{verdict(loss <= margin)}{place}loses {loss:.3f}."
+    if learned[-1] < LENGTHS[-1]:
+        words += " Beyond it some seeds learn nothing."
+    return words
 
 
 def settings(length: int, rule: str) -> dict[str, object]:

@@ -25,8 +25,8 @@ def finding(runs: Runs) -> str:
         gains[kind] = means["adaptive"] - means[best]
         margins[kind] = max(0.01, spread(runs, pair, "accuracy"))
         words.append(
-            f"{kind} input: adaptive {means['adaptive']:.3f}, the best fixed pattern ({best}) "
-            f"{means[best]:.3f}"
+            f"on {kind} input adaptive has {means['adaptive']:.3f}, the best fixed pattern "
+            f"({best}) {means[best]:.3f}"
         )
     holds = gains["varied"] > margins["varied"] and gains["uniform"] > -margins["uniform"]
     return verdict(holds) + "; ".join(words) + "."

@@ -93,6 +93,44 @@ def test_pictures_are_there(page: Path) -> None:
         assert (DOCS / name).is_file(), name
 
 
+def anchors(page: Path) -> set[str]:
+    """The names that links to the headings of a page have, here and on the site."""
+    heads = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_pages_outside_the_site(name: str) -> None:
+    page = DOCS.parent / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            target, _, anchor = link.partition("#")
+            assert (page.parent / target).is_file(), link
+            assert not anchor or anchor in anchors(page.parent / target), link
+
+
+def test_every_entry_of_the_log_has_a_date_and_a_verdict_and_is_in_its_index() -> None:
+    page = (DOCS / "log.md").read_text()
+    verdict = "kept|refuted|dropped|open|fixed"
+    heading = re.compile(rf"## (.+) \((\d{{4}}-\d\d-\d\d), ({verdict})\)")
+    entries = []
+    for line in re.findall(r"^##.*", page, re.MULTILINE):
+        match = heading.fullmatch(line)
+        assert match, line
+        title, day, kind = match.groups()
+        entries.append((day, kind, title))
+    rows = re.findall(
+        rf"^\| (\S+) \| .+ \| ({verdict}) \| \[(.+)\]\(#(.+)\) \|$", page, re.MULTILINE
+    )
+    assert [row[:3] for row in rows] == entries
+    assert {row[3] for row in rows} <= anchors(DOCS / "log.md")
+    assert len({row[3] for row in rows}) == len(rows)
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (DOCS.parent / "mkdocs.yml").read_text()
     for page in PAGES:

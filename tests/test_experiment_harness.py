@@ -202,7 +202,8 @@ def test_language_model_says_how_far_it_has_come() -> None:
     words = module.EXPERIMENT.says(runs)
     assert words.startswith("Not finished: no run of mean-pooled 0.9, ")
     assert " So far: The promise holds" in words
-    assert "strided 0.9, is +0.0410 from adaptive 0.9 (seed by seed +0.0410 +0.0410)" in words
+    assert "strided 0.9, behind adaptive 0.9 | +0.0410 | more than the spread" in words
+    assert " | +0.0410 +0.0410 |" in words
     assert "nan" not in words
     assert "blocks of 64, on" not in words
     without_dense = [run for run in runs if run["cell"] != "dense"]
