@@ -27,7 +27,7 @@ import torch
 from dilated_attention_pytorch.cli.options import build_settings
 from dilated_attention_pytorch.nn.block_sparse import LayerPass, observe_passes
 from dilated_attention_pytorch.tasks.text import TextData
-from dilated_attention_pytorch.training.language_model import LanguageModelTraining
+from dilated_attention_pytorch.train.language_model import LanguageModelTraining
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.tracing import tracing
+from dilated_attention_pytorch.runtime import tracing
 
 _T = TypeVar("_T")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeVar
 
-from dilated_attention_pytorch.strict_json import short_repr
+from dilated_attention_pytorch.foreign_text import short_repr
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
 SCORERS = ("bilinear", "mlp", "low_rank")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import check_booleans, check_integers
+from dilated_attention_pytorch.files import read_tensor_file, write_tensor_file
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.tensor_file import read_tensor_file, write_tensor_file
+from dilated_attention_pytorch.runtime import check_booleans, check_integers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

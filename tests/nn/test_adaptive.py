@@ -11,9 +11,9 @@ from dilated_attention_pytorch import (
     BlockSparseFixed,
     create_adaptive_block_sparse,
 )
-from dilated_attention_pytorch.models.transformer import DenseAttention
+from dilated_attention_pytorch.models import DenseAttention
 from dilated_attention_pytorch.nn.selector_state import SelectorState
-from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer
 
 
 def small(**changes):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import FLOATS
+from dilated_attention_pytorch.runtime import FLOATS
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.nn.factory import create_adaptive_block_sparse
 from dilated_attention_pytorch.nn.key_padding import KeyPadding, check_mask, is_causal_mask
+from dilated_attention_pytorch.runtime import check_floating
 
 
 class MultiheadAdaptiveAttention(nn.Module):

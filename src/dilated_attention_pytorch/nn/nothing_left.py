@@ -6,8 +6,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
+from dilated_attention_pytorch.runtime import tracing
 from dilated_attention_pytorch.selection.bounds import nothing_to_choose
-from dilated_attention_pytorch.tracing import tracing
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive

@@ -13,6 +13,7 @@ from dilated_attention_pytorch.candidates import Candidates, RowRange
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.held_budget import HeldBudget, MarginEvidence
+from dilated_attention_pytorch.runtime import recording, tracing
 from dilated_attention_pytorch.selection.bounds import (
     most_scored_blocks,
     most_visible_blocks,
@@ -34,7 +35,6 @@ from dilated_attention_pytorch.selection.threshold import (
     threshold_budget,
     thresholds_at,
 )
-from dilated_attention_pytorch.tracing import recording, tracing
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import check_sparsity
-from dilated_attention_pytorch.former_scalars import FormerScalars
 from dilated_attention_pytorch.nn.block_sparse import SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import setting
 from dilated_attention_pytorch.nn.held_budget import HeldBudget, initial_state, scores_may_decide
@@ -24,8 +23,8 @@ from dilated_attention_pytorch.nn.row_budgets import (
     threshold_floor,
 )
 from dilated_attention_pytorch.nn.scoring_layer import ScoringLayer
+from dilated_attention_pytorch.runtime import FormerScalars, tracing
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
-from dilated_attention_pytorch.tracing import tracing
 
 # Factors on the odds at which repeated and unrelated contents are kept: a base of 0.9 becomes 0.95
 # and 0.85.

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.config import (
     check_types,
     from_plain,
 )
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.nn.block_sparse import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
 from dilated_attention_pytorch.nn.row_budgets import (
@@ -37,7 +38,6 @@ from dilated_attention_pytorch.selection.threshold import (
     threshold_budget,
 )
 from dilated_attention_pytorch.selection.top_k import choose_top_k
-from dilated_attention_pytorch.strict_json import short_repr
 
 METHODS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 BUDGETS = ("fixed", "threshold")

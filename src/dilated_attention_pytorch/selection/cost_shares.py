@@ -14,8 +14,8 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.selection.cost_noise import noise_of
-from dilated_attention_pytorch.strict_json import short_repr
 
 _LONGEST = 2**40
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")

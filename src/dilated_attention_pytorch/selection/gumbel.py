@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import as_int
-from dilated_attention_pytorch.dtypes import check_booleans, check_floating, check_integers
+from dilated_attention_pytorch.runtime import check_booleans, check_floating, check_integers
 from dilated_attention_pytorch.selection.relaxed_top_k import relaxed_top_k
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 

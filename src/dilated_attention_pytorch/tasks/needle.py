@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.models.transformer import (
+from dilated_attention_pytorch.models import (
     Transformer,
     build_attention,
     scorer_parameters,
 )
-from dilated_attention_pytorch.training.parameter_groups import parameter_groups
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer, parameter_groups
 
 _NOISE_TOKENS = 16
 TARGETS = ("anywhere", "previous", "periodic", "mixed")

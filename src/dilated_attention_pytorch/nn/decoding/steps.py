@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.nn.decoding.choice import choose as choose_blocks
 from dilated_attention_pytorch.nn.decoding.prompt import allocate
 from dilated_attention_pytorch.nn.decoding.settings import check_layer, sums_mass
@@ -16,6 +15,7 @@ from dilated_attention_pytorch.nn.decoding.token_scores import CachedKeys
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
+from dilated_attention_pytorch.runtime import check_floating
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive

@@ -4,20 +4,124 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.analysis.probe import call_model, evaluation_mode
 from dilated_attention_pytorch.analysis.statistics import PatternStatistics
 from dilated_attention_pytorch.config import as_int, check_sparsity
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import observe_patterns
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.nn.held_budget import PEAKED, peak_of
-from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.training.schedules import SCHEDULES
+from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
+
+Schedule = Callable[[float, float, float], float]
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """A straight line."""
+    return start + (end - start) * progress
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine: slow at both ends."""
+    return linear(start, end, 0.5 * (1 - math.cos(math.pi * progress)))
+
+
+def exponential(start: float, end: float, progress: float) -> float:
+    """A constant factor per step; both ends must be positive."""
+    # Not by their quotient, which need not be a finite number.
+    return math.exp(linear(math.log(start), math.log(end), progress))
+
+
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "exponential": exponential}
+
+
+def get_sparsity_loss(model: nn.Module) -> Tensor:
+    """Mean of :meth:`BlockSparseAdaptive.get_sparsity_loss` over the layers of a model.
+
+    Raises:
+        RuntimeError: If a layer has run no forward pass.
+        ValueError: If the model holds no adaptive layer.
+
+    Example:
+        >>> import torch
+        >>> model = nn.ModuleList([BlockSparseAdaptive(num_heads=2, head_dim=16)])
+        >>> x = torch.randn(1, 512, 2, 16)
+        >>> loss = model[0](x, x, x).square().mean() + 0.01 * get_sparsity_loss(model)
+        >>> loss.requires_grad
+        True
+    """
+    losses = [m.get_sparsity_loss() for m in model.modules() if isinstance(m, BlockSparseAdaptive)]
+    if not losses:
+        raise ValueError("model holds no BlockSparseAdaptive layer.")
+    return torch.stack(losses).mean()
+
+
+# By name: sharding flattens parameters, so that all of them would look like vectors.
+_KEPT = ("budget_gain", "budget_offset", "gain", "log_temperature")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.01,
+    groups: Iterable[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Splits parameters for an optimiser: gains, offsets and temperatures do not decay.
+
+    Their neutral value is not 0: decay makes an adaptive budget smaller and flatter, and a
+    temperature forget. It shows where nothing else moves them. Under ``torch.distributed`` every
+    parameter of a layer gets a gradient, of zeros if need be, and what has a gradient decays: in
+    200 steps of AdamW at a rate of 3e-3 and a decay of 0.1 a gain of 1 becomes 0.942.
+
+    Args:
+        model: Holds adaptive layers or scorers; any other model gives a group that decays.
+        weight_decay: Of all other parameters, unless their group names its own; not negative.
+        groups: As for an optimiser: dicts of ``"params"`` and options, which both parts of a group
+            keep. None: one group of all parameters of ``model``.
+
+    Returns:
+        Per group the part that decays and the part that does not, without empty ones.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        ValueError: If a weight decay is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import MultiheadAdaptiveAttention
+        >>> layer = MultiheadAdaptiveAttention(embed_dim=64, num_heads=4)
+        >>> optimizer = torch.optim.AdamW(parameter_groups(layer, weight_decay=0.1), lr=1e-3)
+        >>> [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
+        [(6, 0.1), (4, 0.0)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BlockSparseLayer | ImportanceScorer)
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] in _KEPT
+    }
+    found: list[dict[str, Any]] = []
+    given_groups: Iterable[Mapping[str, Any]] = groups or [{"params": model.parameters()}]
+    for group in given_groups:
+        decay, given = group.get("weight_decay", weight_decay), list(group["params"])
+        if not (math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"weight_decay must be finite and not negative, got {decay}.")
+        parts = (
+            ([p for p in given if id(p) not in kept], decay),
+            ([p for p in given if id(p) in kept], 0.0),
+        )
+        found += [{**group, "params": own, "weight_decay": rate} for own, rate in parts if own]
+    return found
+
 
 # How often starts are looked for: the host waits for the device then.
 _LOOK_EVERY = 10

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
-from dilated_attention_pytorch.models.transformer import (
+from dilated_attention_pytorch.models import (
     ATTENTION_NAMES,
     Transformer,
     build_attention,
@@ -22,11 +22,13 @@ from dilated_attention_pytorch.models.transformer import (
 )
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
-from dilated_attention_pytorch.training.checked_state import check_training_state
-from dilated_attention_pytorch.training.losses import get_sparsity_loss
-from dilated_attention_pytorch.training.parameter_groups import parameter_groups
-from dilated_attention_pytorch.training.tile_count import TileCount
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.checkpoint import check_training_state
+from dilated_attention_pytorch.train.monitor import TileCount
+from dilated_attention_pytorch.train.trainer import (
+    AdaptiveSparsityTrainer,
+    get_sparsity_loss,
+    parameter_groups,
+)
 
 
 class TrainingError(RuntimeError):

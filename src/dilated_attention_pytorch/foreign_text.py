@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: bounded, and nothing in it means two things."""
+"""Text that somebody else wrote: JSON, read strictly, and values and names made safe to show."""
 
 from __future__ import annotations
 
@@ -152,3 +152,28 @@ def _check_string(text: str, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{name} holds the string {short_repr(text)}, which is no text.") from None
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""Text as one line in which everything that does not print is escaped, as ``repr`` does.
+
+    A file's name may hold line ends, the escape sequences by which terminals are steered, marks
+    that reverse the direction of what follows, or bytes that are no UTF-8 and cannot be written.
+
+    Args:
+        text: Anything; its ``str`` is shown.
+        keep: Characters to leave as they are.
+
+    Example:
+        >>> printable("runs/\x1b[31mred\n")
+        'runs/\\x1b[31mred\\n'
+    """
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    # How Python holds a byte of a file's name that is no UTF-8.
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
