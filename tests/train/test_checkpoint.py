@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, BlockSparseAdaptive
+from dilated_attention_pytorch.config import from_plain
 from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.train.checkpoint import (
     CheckpointError,
@@ -353,11 +354,11 @@ def test_schedules_are_taken_up_whole_or_not_at_all(name: str, value: Any) -> No
 
 
 def test_settings_take_plain_values_alone() -> None:
-    assert TextSettings.from_dict({"paths": ["a"]}).paths == ("a",)
+    assert from_plain(TextSettings, {"paths": ["a"]}).paths == ("a",)
     for values in ([], None, "x", 3):
         with pytest.raises(TypeError, match="mapping"):
-            TextSettings.from_dict(values)  # type: ignore[arg-type]
+            from_plain(TextSettings, values)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown keys"):
-        TextSettings.from_dict({3: 1, "x": 2})  # type: ignore[dict-item]
+        from_plain(TextSettings, {3: 1, "x": 2})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="an entry of paths must be a string"):
-        TextSettings.from_dict({"paths": [3]})
+        from_plain(TextSettings, {"paths": [3]})

@@ -294,24 +294,15 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         return build_attention(
-            run.attention,
-            num_heads,
-            head_dim,
-            run.config,
-            num_kv_heads=run.num_kv_heads,
-            segment_lengths=run.segment_lengths,
-            dilation_rates=run.dilation_rates,
+            run.attention, num_heads, head_dim, run.config, num_kv_heads=run.num_kv_heads,
+            segment_lengths=run.segment_lengths, dilation_rates=run.dilation_rates,
             backend=run.backend,
-        )
+        )  # fmt: skip
 
     model = NeedleModel(
-        run.task,
-        make,
-        num_heads=run.num_heads,
-        num_kv_heads=run.num_kv_heads,
-        num_layers=run.num_layers,
-        layers_per_selection=run.layers_per_selection,
-    )
+        run.task, make, num_heads=run.num_heads, num_kv_heads=run.num_kv_heads,
+        num_layers=run.num_layers, layers_per_selection=run.layers_per_selection,
+    )  # fmt: skip
     return model.to(run.device)
 
 

@@ -154,17 +154,8 @@ def _damaged(path: Path, reason: str) -> str:
     return f"the checkpoint {path} is damaged ({reason}). {remedy}"
 
 
-_LOOP_KEYS = ("fingerprint", "latest", "losses", "loss_seconds", "training")
-
-
 def check_loop_state(state: Mapping[str, Any], key: str, path: Path) -> None:
-    """Raises CheckpointError unless a folder's loop could have written this.
-
-    Args:
-        state: Of the checkpoint.
-        key: Under which the settings are.
-        path: Of the checkpoint.
-    """
+    """Raises CheckpointError unless a folder's loop, whose settings are at a key, wrote this."""
 
     def refuse(name: str, expected: str) -> None:
         raise CheckpointError(
@@ -172,7 +163,7 @@ def check_loop_state(state: Mapping[str, Any], key: str, path: Path) -> None:
             f"{_shown(state.get(name))}. Go on from an earlier one, or start a new run."
         )
 
-    for name in (key, *_LOOP_KEYS):
+    for name in (key, "fingerprint", "latest", "losses", "loss_seconds", "training"):
         if name not in state:
             raise CheckpointError(f"the checkpoint {path} has no {name}: start a new run.")
     for name in (key, "latest", "training"):
@@ -211,62 +202,51 @@ def checkpoint_settings(place: Path) -> Iterator[None]:
 def check_training_state(
     own: Mapping[str, Any], saved: Any, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Raises CheckpointError unless a state has the form of a training's own.
+    """Raises CheckpointError unless a state has the form of a training's own ``state_dict()``.
 
     Same names, kinds, shapes and dtypes, finite numbers, random states that are such: after that
     taking it up cannot fail half way.
-
-    Args:
-        own: ``state_dict()`` of the training that is to take it up.
-        saved: The state.
-        optimizer: The optimiser of that training.
     """
     if not isinstance(saved, Mapping) or set(saved) != set(own):
         raise CheckpointError(
             f"the state of a training must hold {sorted(own)}, got "
             f"{short_repr(sorted(map(str, saved)) if isinstance(saved, Mapping) else saved)}."
         )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in own.items():
         if name == "optimizer":
-            _check_optimizer(value, saved[name], parameters)
-        elif name == "trainer" and isinstance(value, Mapping):
+            _check_optimizer(value, saved[name], optimizer)
+            continue
+        check_form(name, value, saved[name])
+        if name == "trainer" and value is not None:
             _check_equal(name, value, saved[name], {"current_step": 0, "arrivals": -1})
-        elif name.startswith("random"):
-            _check_random(name, value, saved[name])
-        else:
-            _check_form(name, value, saved[name])
+    try:
+        torch.Generator().set_state(saved["random"])
+    except RuntimeError as error:
+        raise CheckpointError(f"random of the checkpoint is no state: {error}.") from error
     for name in ("step_count", "data_position", "seconds"):
         if saved[name] < 0:
             raise CheckpointError(f"{name} of a training must not be negative, got {saved[name]}.")
 
 
-def check_shapes(own: Mapping[str, Tensor], saved: Any, name: str) -> None:
-    """Raises CheckpointError unless tensors are those of a model, which may be without memory."""
-    _check_form(name, dict(own), saved)
-
-
-def _check_form(name: str, own: Any, saved: Any) -> None:
+def check_form(name: str, own: Any, saved: Any) -> None:
+    """Raises CheckpointError unless a value has the form of one's own, which may have no memory."""
     if isinstance(own, Tensor):
         _check_tensor(name, own, saved)
     elif isinstance(own, Mapping):
-        if not isinstance(saved, Mapping) or set(saved) != set(own):
-            missing = set(own) - set(saved) if isinstance(saved, Mapping) else set(own)
-            unknown = set(saved) - set(own) if isinstance(saved, Mapping) else set()
+        found = set(saved) if isinstance(saved, Mapping) else set()
+        if not isinstance(saved, Mapping) or found != set(own):
             raise CheckpointError(
                 f"{name} of the checkpoint does not fit: it lacks "
-                f"{short_repr(sorted(missing, key=str))} and holds the unknown "
-                f"{short_repr(sorted(unknown, key=str))}."
+                f"{short_repr(sorted(set(own) - found, key=str))} and holds the unknown "
+                f"{short_repr(sorted(found - set(own), key=str))}."
             )
         for key, value in own.items():
-            _check_form(f"{name}.{key}", value, saved[key])
+            check_form(f"{name}.{key}", value, saved[key])
     elif isinstance(own, list | tuple):
-        if not isinstance(saved, list | tuple) or len(saved) != len(own):
-            raise CheckpointError(
-                f"{name} of the checkpoint must hold {len(own)} entries, got {short_repr(saved)}."
-            )
+        if type(saved) is not type(own) or len(saved) != len(own):
+            raise _other(name, f"a {type(own).__name__} of {len(own)} entries", saved)
         for place, (a, b) in enumerate(zip(own, saved, strict=True)):
-            _check_form(f"{name}[{place}]", a, b)
+            check_form(f"{name}[{place}]", a, b)
     elif isinstance(own, float):
         if not _finite(saved):
             raise _other(name, "a finite number", saved)
@@ -298,65 +278,35 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
         raise _other(name, "level, even share and threshold in [0, 8], [0, 1] and [0, 2]", saved)
 
 
-def _check_optimizer(own: Mapping[str, Any], saved: Any, parameters: list[Any]) -> None:
-    name = "optimizer"
-    if not isinstance(saved, Mapping) or set(saved) != {"state", "param_groups"}:
-        raise _other(name, "the state of an optimiser", saved)
-    groups, state = saved["param_groups"], saved["state"]
-    own_groups = own["param_groups"]
-    if not isinstance(groups, list) or len(groups) != len(own_groups):
-        raise _other(f"{name}.param_groups", f"{len(own_groups)} groups", groups)
-    for own_group, group in zip(own_groups, groups, strict=True):
-        _check_equal(f"{name}.param_groups", own_group, group, {"lr": 0})
-    if not isinstance(state, Mapping):
-        raise _other(f"{name}.state", "a mapping", state)
-    for number, values in state.items():
-        if type(number) is not int or not 0 <= number < len(parameters):
-            raise _other(f"{name}.state", "by number of a parameter", number)
-        if not isinstance(values, Mapping):
-            raise _other(f"{name}.state[{number}]", "a mapping", values)
-        expected = {"step", "exp_avg", "exp_avg_sq"}
-        if set(values) != expected:
-            raise _other(f"{name}.state[{number}]", f"{sorted(expected)}", sorted(map(str, values)))
-        for key, value in values.items():
-            shape = () if key == "step" else tuple(parameters[number].shape)
-            dtype = torch.float32 if key == "step" else parameters[number].dtype
-            wanted = torch.empty(shape, dtype=dtype, device="meta")
-            _check_tensor(f"{name}.state[{number}].{key}", wanted, value)
-            # Of its squares and its steps.
-            if key != "exp_avg" and bool((value < 0).any()):
-                raise _other(f"{name}.state[{number}].{key}", "not negative", value.flatten()[:4])
+def _check_optimizer(own: Mapping[str, Any], saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Of Adam's kind; parameters that never had a gradient have no state."""
+    state = saved.get("state") if isinstance(saved, Mapping) else None
+    numbers = [n for n in state if type(n) is int] if isinstance(state, Mapping) else []
+    parameters = enumerate(p for group in optimizer.param_groups for p in group["params"])
+    step = torch.empty((), dtype=torch.float32, device="meta")
+    moments = {
+        number: {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
+        for number, parameter in parameters
+        if number in numbers
+    }
+    check_form("optimizer", {**own, "state": moments}, saved)
+    for own_group, group in zip(own["param_groups"], saved["param_groups"], strict=True):
+        _check_equal("optimizer.param_groups", own_group, group, {"lr": 0})
+    for number, values in saved["state"].items():
+        for key in ("step", "exp_avg_sq"):
+            if bool((values[key] < 0).any()):
+                raise _other(f"optimizer.state[{number}].{key}", "not negative", values[key])
 
 
 def _check_equal(name: str, own: Mapping[str, Any], saved: Any, moving: Mapping[str, int]) -> None:
     """Settings follow from the run's own; but those that move are only not below their least."""
-    if not isinstance(saved, Mapping) or set(saved) != set(own):
-        raise _other(name, f"settings named {sorted(own)}", saved)
     for key, value in own.items():
         found = saved[key]
         if key not in moving:
             if not _is_equal(value, found):
                 raise _other(f"{name}.{key}", f"{value!r}", found)
-            continue
-        _check_form(f"{name}.{key}", value, found)
-        least, several = moving[key], isinstance(value, list)
-        if isinstance(found, tuple) or min(found if several else [found], default=least) < least:
-            kind = "a list of numbers from" if several else "a number from"
-            raise _other(f"{name}.{key}", f"{kind} {least}", found)
-
-
-def _check_random(name: str, own: Tensor | None, saved: Any) -> None:
-    if own is None and saved is None:
-        return
-    if own is None or not isinstance(saved, Tensor) or saved.dtype != torch.uint8:
-        raise _other(name, "a state of random numbers", saved)
-    if saved.shape != own.shape:
-        raise CheckpointError(f"{name} of the checkpoint must have {len(own)} bytes.")
-    if name == "random":
-        try:
-            torch.Generator().set_state(saved)
-        except RuntimeError as error:
-            raise CheckpointError(f"{name} of the checkpoint is no state: {error}.") from error
+        elif min(found if isinstance(found, list) else [found], default=0) < moving[key]:
+            raise _other(f"{name}.{key}", f"from {moving[key]}", found)
 
 
 def _shown(value: Any) -> str:
@@ -364,10 +314,9 @@ def _shown(value: Any) -> str:
 
 
 def _is_equal(own: Any, saved: Any) -> bool:
+    """Equal in kind, too: 1 is neither 1.0 nor True."""
     if isinstance(own, list | tuple):
-        return (
-            type(saved) is type(own) and len(saved) == len(own) and all(map(_is_equal, own, saved))
-        )
+        return len(saved) == len(own) and all(map(_is_equal, own, saved))
     return type(saved) is type(own) and bool(saved == own)
 
 

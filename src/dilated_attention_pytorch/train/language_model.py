@@ -321,13 +321,10 @@ def build_language_model(run: LanguageModelRun) -> Transformer:
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         return build_attention(
-            run.attention,
-            num_heads,
-            head_dim,
-            run.config,
+            run.attention, num_heads, head_dim, run.config,
             segment_lengths=run.segment_lengths if sparse else None,
             dilation_rates=run.dilation_rates if sparse else None,
-        )
+        )  # fmt: skip
 
     model = Transformer(run.dim, run.num_heads, run.num_layers, make, feed_forward=4 * run.dim)
     return model.to(run.device)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from dilated_attention_pytorch.tasks.text import (
 )
 from dilated_attention_pytorch.train.checkpoint import (
     CheckpointError,
+    check_form,
     check_loop_state,
-    check_shapes,
     checkpoint_settings,
     list_checkpoints,
     load_checkpoint,
@@ -66,43 +66,9 @@ class LoopSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-class Text(Protocol):
-    """What is trained on."""
-
-    @property
-    def source(self) -> str:
-        """Where it comes from, in words."""
-
-    def fingerprint(self) -> str:
-        """Changes with every byte."""
-
-
-class Training(Protocol):
-    """What is trained: model, optimiser and all else that :meth:`state_dict` holds."""
-
-    step_count: int
-    seconds: float
-
-    @property
-    def run(self) -> Any:
-        """Settings; ``batch_size`` and ``seq_len`` among them."""
-
-    @property
-    def done(self) -> bool:
-        """Whether all steps are done."""
-
-    def step(self) -> Any:
-        """Does one optimiser step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of the state."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`'s result."""
-
-
-Model = TypeVar("Model", bound=Training)
-Data = TypeVar("Data", bound=Text)
+# What is trained, and on what; FolderLoop says what it asks of them.
+Model = TypeVar("Model", bound=Any)
+Data = TypeVar("Data", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -131,8 +97,11 @@ class FolderLoop(ABC, Generic[Model, Data]):
     Args:
         folder: Where metrics and checkpoints go.
         intervals: How often to log, to measure and to save.
-        text: What is trained on.
-        training: Model and optimiser.
+        text: What is trained on: its ``source`` in words, and a ``fingerprint()`` that changes with
+            every byte.
+        training: Model, optimiser and all else that its ``state_dict()`` holds and its
+            ``load_state_dict()`` takes up. It has its settings ``run`` (``batch_size`` and
+            ``seq_len`` among them), ``step()``, ``done``, ``step_count`` and ``seconds``.
 
     Attributes:
         metrics: Lines with ``step``, ``loss`` (mean of the steps since the line before),
@@ -176,7 +145,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
+        """Their folder."""
         return self.folder / CHECKPOINTS_NAME
 
     @property
@@ -277,15 +246,11 @@ class FolderLoop(ABC, Generic[Model, Data]):
         self.metrics.sync()
         settings = self.settings()
         state = {
-            self.KEY: settings,
-            MARK: make_mark(settings),
-            "inputs": self.inputs(),
-            "fingerprint": self.text.fingerprint(),
-            "latest": self.latest,
-            "losses": list(self._losses),
-            "loss_seconds": self._seconds,
+            self.KEY: settings, MARK: make_mark(settings), "inputs": self.inputs(),
+            "fingerprint": self.text.fingerprint(), "latest": self.latest,
+            "losses": list(self._losses), "loss_seconds": self._seconds,
             "training": self.training.state_dict(),
-        }
+        }  # fmt: skip
         return save_checkpoint(self.checkpoints, self.training.step_count, state)
 
     def _remove_unfinished(self) -> None:
@@ -326,18 +291,11 @@ class TextSettings:
         check_types(self)
 
     def load(self, seq_len: int) -> TextData:
-        """Reads the text."""
+        """Reads the text, which must hold sequences of this length."""
         return load_text(
-            self.paths,
-            validation_share=self.validation_share,
-            max_bytes=self.max_bytes,
+            self.paths, validation_share=self.validation_share, max_bytes=self.max_bytes,
             seq_len=seq_len,
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TextSettings:
-        """Builds settings from what a checkpoint holds of them."""
-        return from_plain(cls, values)
+        )  # fmt: skip
 
 
 class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
@@ -351,24 +309,18 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
     KEY, COMMAND = "loop", "dilated-attention train"
 
     def __init__(
-        self,
-        folder: Path,
-        run: LanguageModelRun,
-        text_settings: TextSettings,
+        self, folder: Path, run: LanguageModelRun, text_settings: TextSettings,
         intervals: LoopSettings,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.text_settings = text_settings
         text = text_settings.load(run.seq_len)
         super().__init__(folder, intervals, text, LanguageModelTraining(run, text))
 
     @classmethod
     def start(
-        cls,
-        folder: Path,
-        run: LanguageModelRun,
-        text_settings: TextSettings,
+        cls, folder: Path, run: LanguageModelRun, text_settings: TextSettings,
         intervals: LoopSettings,
-    ) -> TrainingLoop:
+    ) -> TrainingLoop:  # fmt: skip
         """A new run; writes the first line of metrics and the checkpoint of step 0.
 
         Raises:
@@ -405,9 +357,9 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
         saved = state[cls.KEY]
         with checkpoint_settings(folder):
             run = LanguageModelRun.from_dict(saved["run"])
-            text_settings = TextSettings.from_dict(saved["text"])
+            text_settings = from_plain(TextSettings, saved["text"])
             intervals = from_plain(LoopSettings, saved["intervals"])
-            settings = flat_settings(saved)
+            settings = _flat_settings(saved)
         changes = changes or {}
         _check_same(settings, changes)
         unnamed = text_settings.paths is not None and "paths" not in changes
@@ -469,10 +421,10 @@ def check_model_state(run: LanguageModelRun, state: Mapping[str, Any]) -> None:
     """
     with torch.device("meta"):
         model = build_language_model(replace(run, device="meta"))
-    check_shapes(model.state_dict(), state["training"].get("model"), "model")
+    check_form("model", model.state_dict(), state["training"].get("model"))
 
 
-def flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a saved run in one dict, those of the attention beside the others.
 
     The scorer's ``num_layers`` is ``config.num_layers``; the plain name is the model's.
@@ -505,33 +457,32 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """What a run's folder holds.
+    """A finished or stopped run, read back from its folder.
 
     Attributes:
         folder: The folder.
-        step: Optimiser steps of the checkpoint.
+        state: What the checkpoint holds.
         run: The settings.
         model: With the checkpoint's weights, on the CPU, in evaluation mode.
         text_settings: What it trained on.
-        fingerprint: Of the text that it trained on.
-        settings: As the checkpoint holds them.
-        mark: Whose run it is.
         history: The lines of its metrics, up to the checkpoint.
         earlier: Checkpoints before this one, oldest first.
         note: Which lines of its metrics are left out, in words; None: all are there.
     """
 
     folder: Path
-    step: int
+    state: Mapping[str, Any]
     run: LanguageModelRun
     model: Transformer
     text_settings: TextSettings
-    fingerprint: object
-    settings: Mapping[str, Any]
-    mark: object
     history: list[dict[str, Any]]
     earlier: list[Path]
     note: str | None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps of the checkpoint."""
+        return int(self.state["step"])
 
     def held_out_windows(self, count: int, text: Path | None = None) -> Tensor:
         """Windows to look at, ``(up to count, seq_len + 1)`` int64.
@@ -544,20 +495,20 @@ class SavedRun:
             TextError: If the text cannot be read, has changed, or is too short.
             CheckpointError: If the run is somebody else's and names files of its own.
         """
-        seq_len = self.run.seq_len
-        if text is None:
-            named = self.text_settings.paths is not None
-            check_named(self.folder, self.settings, self.mark, ["text"] if named else [])
-            own = self.text_settings.load(seq_len)
-            if own.fingerprint() != self.fingerprint:
-                raise TextError(
-                    f"the text of the run ({own.source}) has changed since; name one: --text FILE."
-                )
-            data = own.validation
-        else:
+        seq_len, state = self.run.seq_len, self.state
+        if text is not None:
             # All of a given file is shown; it was not trained on.
-            data = read_bytes(text, seq_len)
-        return validation_windows(data, seq_len, count)
+            return validation_windows(read_bytes(text, seq_len), seq_len, count)
+        named = self.text_settings.paths is not None
+        check_named(
+            self.folder, state[TrainingLoop.KEY], state.get(MARK), ["text"] if named else []
+        )
+        own = self.text_settings.load(seq_len)
+        if own.fingerprint() != state["fingerprint"]:
+            raise TextError(
+                f"the text of the run ({own.source}) has changed since; name one: --text FILE."
+            )
+        return validation_windows(own.validation, seq_len, count)
 
 
 def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
@@ -581,22 +532,11 @@ def load_saved_run(folder: Path, checkpoint: Path | None = None) -> SavedRun:
     saved = state[TrainingLoop.KEY]
     with checkpoint_settings(folder):
         run = LanguageModelRun.from_dict({**saved["run"], "device": "cpu"})
-        text_settings = TextSettings.from_dict(saved["text"])
+        text_settings = from_plain(TextSettings, saved["text"])
     check_model_state(run, state)
     model = build_language_model(run)
     model.load_state_dict(state["training"]["model"])
     metrics = MetricsFile(folder / METRICS_NAME)
-    lines = metrics.read()
-    return SavedRun(
-        folder,
-        state["step"],
-        run,
-        model.eval(),
-        text_settings,
-        state["fingerprint"],
-        saved,
-        state.get(MARK),
-        [line for line in lines if line["step"] <= state["step"]],
-        [p for p in list_checkpoints(path.parent) if p.name < path.name],
-        metrics.note,
-    )
+    history = [line for line in metrics.read() if line["step"] <= state["step"]]
+    earlier = [p for p in list_checkpoints(path.parent) if p.name < path.name]
+    return SavedRun(folder, state, run, model.eval(), text_settings, history, earlier, metrics.note)

@@ -125,6 +125,11 @@ def parameter_groups(
 
 # How often starts are looked for: the host waits for the device then.
 _LOOK_EVERY = 10
+# What a state holds besides the arrivals.
+_SETTINGS = (
+    "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
+    "sparsity_warmup_steps", "dense_steps", "initial_sparsity", "explore_steps",
+)  # fmt: skip
 
 
 class AdaptiveSparsityTrainer:
@@ -227,9 +232,7 @@ class AdaptiveSparsityTrainer:
 
     def _temperature(self, layer: BlockSparseAdaptive) -> float:
         config, first, last = layer.config, self.initial_temperature, self.final_temperature
-        exploring = self.explore_steps
-        if exploring is None:
-            exploring = 3 * self.annealing_steps
+        exploring = 3 * self.annealing_steps if self.explore_steps is None else self.explore_steps
         if layer.learns_by_mass and self.current_step >= exploring:
             return 0.0
         last = config.min_temperature if last is None else last
@@ -293,18 +296,7 @@ class AdaptiveSparsityTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: the step and the schedule's settings."""
-        return {
-            "current_step": self.current_step,
-            "initial_temperature": self.initial_temperature,
-            "final_temperature": self.final_temperature,
-            "annealing_steps": self.annealing_steps,
-            "schedule": self.schedule,
-            "sparsity_warmup_steps": self.sparsity_warmup_steps,
-            "dense_steps": self.dense_steps,
-            "initial_sparsity": self.initial_sparsity,
-            "explore_steps": self.explore_steps,
-            "arrivals": list(self.arrivals),
-        }
+        return {name: getattr(self, name) for name in _SETTINGS} | {"arrivals": list(self.arrivals)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict`'s result.
@@ -353,14 +345,12 @@ class AdaptiveSparsityTrainer:
         layers = self._layers()
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        model = self.model
-        if model is None:
-            raise RuntimeError("no model is attached; call attach(model) first.")
+        assert self.model is not None
         statistics = PatternStatistics(num_samples)
         watch = observe_patterns(layers, statistics.add)
-        with evaluation_mode(model), torch.no_grad(), watch:
+        with evaluation_mode(self.model), torch.no_grad(), watch:
             for batch in dataloader:
-                call_model(model, batch)
+                call_model(self.model, batch)
                 if statistics.finish_batch():
                     break
         return statistics.summary()
@@ -373,21 +363,23 @@ class AdaptiveSparsityTrainer:
         return _adaptive_layers(self.model)
 
     def _arrival(self, layer: BlockSparseAdaptive) -> int:
-        """When a layer has its sparsity, as far as that is known before the first step."""
+        """When a layer has its sparsity; -1: it waits for its start; 0: it is left as it is."""
         if self.dense_steps is not None or self.sparsity_warmup_steps:
             return (self.dense_steps or 0) + self._warmup
-        if not _has_start(layer):
-            return 0
         keep, dense = layer.densest, 1 - self.initial_sparsity
         goal = 1 - layer.config.base_sparsity
+        if not _has_start(layer):
+            return 0
         if math.isclose(keep, dense, rel_tol=1e-6):
             return -1
         if math.isclose(keep, goal, rel_tol=1e-6):
-            # Trained weights whose schedules were not saved hold how far their layer had come.
             return 0 if self.current_step else -1
-        left = math.log(keep / goal) / math.log(dense / goal) if dense != goal else 0.0
-        moving = self.current_step > 0 and 0 < left < 1
-        return self.current_step + round(left * self._warmup) if moving else 0
+        # Trained weights whose schedules were not saved hold how far their layer had come.
+        if self.current_step and min(dense, goal) < keep < max(dense, goal):
+            left = math.log(keep / goal) / math.log(dense / goal)
+            return self.current_step + round(left * self._warmup)
+        # A sparsity of its own.
+        return 0
 
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
@@ -432,9 +424,8 @@ def _check(state: Mapping[str, Any]) -> None:
                 f"{name} must be positive and finite in float32, got {short_repr(state[name])}."
             )
     optional = ("sparsity_warmup_steps", "dense_steps", "explore_steps")
-    for name in ("annealing_steps", "current_step", *optional):
-        if state[name] is None and name in optional:
-            continue
+    named = [name for name in optional if state[name] is not None]
+    for name in ("annealing_steps", "current_step", *named):
         smallest, steps = 1 if name == "annealing_steps" else 0, as_int(name, state[name])
         if steps < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {short_repr(steps)}.")
