@@ -96,15 +96,19 @@ def sync_folder(folder: Path) -> None:
     if os.name != "posix":
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        _flush(folder)
     except PermissionError:
         # One may be allowed to write into a folder and not to read it.
         return
-    try:
-        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_FLUSH:
             raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -210,7 +214,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield new
         for path in sorted(new.rglob("*")):
             if path.is_file():
-                _sync(path)
+                _flush(path)
         exists = os.path.lexists(folder)
         if exists:
             os.replace(folder, old)
@@ -237,14 +241,6 @@ def _kept(path: Path) -> Path | None:
         # Not every file system has second names.
         shutil.copy2(path, other, follow_symlinks=False)
     return other
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # More than any selector or pattern needs.
@@ -379,9 +375,8 @@ def _split(content: bytes, name: str) -> tuple[dict[str, Any], memoryview]:
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(f"the metadata in the header of {name} must be strings.")
     tensors = [(own, about) for own, about in header.items() if own != "__metadata__"]
-    ranges = sorted(_range(own, about, name) for own, about in tensors)
     place = 0
-    for begin, end in ranges:
+    for begin, end in sorted(_range(own, about, name) for own, about in tensors):
         if begin != place:
             raise ValueError(f"the header of {name} leaves gaps between tensors, or overlaps them.")
         place = end
@@ -399,19 +394,19 @@ def _range(tensor: str, about: Any, name: str) -> tuple[int, int]:
     if not isinstance(about, dict) or set(about) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} dtype, shape and data_offsets.")
     shape, place, dtype = about["shape"], about["data_offsets"], about["dtype"]
+
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise ValueError(f"{where} a dtype of {sorted(_ITEM_BYTES)}, got {short_repr(dtype)}.")
-    if not _sizes(shape) or len(shape) > 8 or math.prod(max(x, 1) for x in shape) > _LARGEST_SIZE:
+    if not sizes(shape) or len(shape) > 8 or math.prod(max(x, 1) for x in shape) > _LARGEST_SIZE:
         raise ValueError(f"{where} a shape of at most 8 sizes, got {short_repr(shape)}.")
-    if not _sizes(place) or len(place) != 2:
+    if not sizes(place) or len(place) != 2:
         raise ValueError(f"{where} two offsets, got {short_repr(place)}.")
     if place[1] - place[0] != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise ValueError(f"{where} as many bytes as its shape {shape} takes, got {place}.")
     return place[0], place[1]
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
 def _digest(header: Mapping[str, Any], data: memoryview) -> str:

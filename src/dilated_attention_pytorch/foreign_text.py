@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 MAX_DEPTH = 32
 # What a file of settings and tables may have.
 MAX_BYTES = 8 * 2**20
-_LARGEST_INT = 2**63 - 1
 _DIGITS, _MOST_DIGITS = 25, 400
 
 
@@ -112,7 +111,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def _integer(digits: str) -> int:
     # Python takes quadratic time for long ones.
-    if len(digits) > _DIGITS or abs(int(digits)) > _LARGEST_INT:
+    if len(digits) > _DIGITS or abs(int(digits)) >= 2**63:
         raise ValueError(f"the integer {digits[:_DIGITS]}... has more than 64 bits")
     return int(digits)
 
@@ -139,19 +138,16 @@ def _check(value: Any, name: str) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, str):
-                _check_string(item, name)
+                try:
+                    item.encode()
+                except UnicodeEncodeError:
+                    what = short_repr(item)
+                    raise ValueError(f"{name} holds the string {what}, which is no text.") from None
             elif isinstance(item, list):
                 inner += item
             elif isinstance(item, dict):
                 inner += [*item.keys(), *item.values()]
         level, depth = inner, depth + 1
-
-
-def _check_string(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds the string {short_repr(text)}, which is no text.") from None
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -168,12 +164,11 @@ def printable(text: object, keep: str = "") -> str:
         >>> printable("runs/\x1b[31mred\n")
         'runs/\\x1b[31mred\\n'
     """
-    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in str(text))
 
+    def escaped(character: str) -> str:
+        # How Python holds a byte of a file's name that is no UTF-8.
+        if "\udc80" <= character <= "\udcff":
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode("ascii")
 
-def _escaped(character: str) -> str:
-    code = ord(character)
-    # How Python holds a byte of a file's name that is no UTF-8.
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode("ascii")
+    return "".join(c if c.isprintable() or c in keep else escaped(c) for c in str(text))

@@ -323,12 +323,11 @@ def train_needle(
     )
     trainer = None
     if selectors:
+        warmup = int(run.sparsity_warmup * run.steps)
         trainer = AdaptiveSparsityTrainer(
-            model,
-            annealing_steps=max(int(run.annealing_share * run.steps), 1),
-            sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
-            dense_steps=int(run.sparsity_warmup * run.steps),
-        )
+            model, annealing_steps=max(int(run.annealing_share * run.steps), 1),
+            sparsity_warmup_steps=warmup, dense_steps=warmup,
+        )  # fmt: skip
     start = time.perf_counter()
     for step in range(run.steps):
         rate = min(1.0, (step + 1) / 50)

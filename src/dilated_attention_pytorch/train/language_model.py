@@ -204,9 +204,7 @@ class LanguageModelTraining:
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self._selectors:
             self.trainer = AdaptiveSparsityTrainer(
-                self.model,
-                annealing_steps=run.annealing_steps,
-                schedule=run.schedule,
+                self.model, annealing_steps=run.annealing_steps, schedule=run.schedule
             )
         self.step_count = 0
         self.seconds = 0.0
@@ -250,9 +248,8 @@ class LanguageModelTraining:
         self.step_count += 1
         seconds = max(time.perf_counter() - start, 0.0)
         self.seconds += seconds
-        return StepResult(
-            self.step_count, value, tiles.sparsity, temperature, seconds, tiles.layer_sparsity
-        )
+        sparsity, by_layer = tiles.sparsity, tiles.layer_sparsity
+        return StepResult(self.step_count, value, sparsity, temperature, seconds, by_layer)
 
     @torch.no_grad()
     def validate(self) -> ValidationResult:
@@ -317,13 +314,11 @@ def check_device(name: str) -> None:
 
 def build_language_model(run: LanguageModelRun) -> Transformer:
     """The untrained model of a run, from torch's random state."""
-    sparse = run.attention != "dense"
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         return build_attention(
-            run.attention, num_heads, head_dim, run.config,
-            segment_lengths=run.segment_lengths if sparse else None,
-            dilation_rates=run.dilation_rates if sparse else None,
+            run.attention, num_heads, head_dim, run.config, segment_lengths=run.segment_lengths,
+            dilation_rates=run.dilation_rates,
         )  # fmt: skip
 
     model = Transformer(run.dim, run.num_heads, run.num_layers, make, feed_forward=4 * run.dim)

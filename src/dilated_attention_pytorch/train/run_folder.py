@@ -117,28 +117,20 @@ def _open(path: Path) -> int:
 def _lock(descriptor: int) -> bool | None:
     """Whether the lock is ours now; None: the file system has no locks."""
     try:
-        import fcntl
-    except ImportError:
-        return _lock_bytes(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if os.name == "nt" or isinstance(error, BlockingIOError):
+            return False
         if error.errno in _NO_LOCKS:
             return None
         raise
-    return True
-
-
-def _lock_bytes(descriptor: int) -> bool:
-    """The same on Windows."""
-    import msvcrt
-
-    try:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError:
-        return False
     return True
 
 
@@ -155,7 +147,13 @@ _BYTES = 32
 
 
 def make_mark(settings: Mapping[str, Any]) -> str | None:
-    """The mark of a run with these settings; None where no key can be kept."""
+    """The mark of a run with these settings; None where no key can be kept.
+
+    A run names files: the text that it learns from, the model that it starts from. A folder that
+    was fetched from elsewhere could name any file here. So every checkpoint carries a mark, made of
+    the settings with a key that never leaves this account, and what an unmarked run names is read
+    only if the command line names it, too.
+    """
     key = _key()
     return None if key is None else _mark(key, settings)
 
@@ -163,11 +161,17 @@ def make_mark(settings: Mapping[str, Any]) -> str | None:
 def is_own(folder: Path, settings: Mapping[str, Any], mark: object) -> bool:
     """Whether this account made a run: the folder is its own, and so is the mark."""
     key = _key(make=False)
-    if key is None or not isinstance(mark, str) or not _belongs_here(folder):
+    if key is None or not isinstance(mark, str):
         return False
     try:
+        # Without accounts, every folder is one's own; a folder of everybody's is nobody's.
+        found = os.stat(folder)
+        if hasattr(os, "geteuid") and (
+            found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH
+        ):
+            return False
         own = _mark(key, settings)
-    except (TypeError, ValueError, RecursionError):
+    except (OSError, TypeError, ValueError, RecursionError):
         # Settings that JSON cannot hold are not ours.
         return False
     return hmac.compare_digest(own.encode(), mark.encode("utf-8", "replace"))
@@ -195,17 +199,6 @@ def check_named(
 def _mark(key: bytes, settings: Mapping[str, Any]) -> str:
     words = json.dumps(settings, sort_keys=True)
     return hmac.new(key, words.encode(), hashlib.sha256).hexdigest()
-
-
-def _belongs_here(folder: Path) -> bool:
-    """Whether the folder is this account's and not everybody's; without accounts, it is."""
-    if not hasattr(os, "geteuid"):
-        return True
-    try:
-        found = os.stat(folder)
-    except OSError:
-        return False
-    return found.st_uid == os.geteuid() and not found.st_mode & stat.S_IWOTH
 
 
 def _key_path() -> Path | None:
@@ -295,8 +288,8 @@ class MetricsFile:
             self.start()
             return 0
         with open(self.path, "rb") as file:
-            lines = list(_lines(file))
-        kept = [line for line in lines if line.endswith(b"\n") and _is_up_to(line, step)]
+            lines = [(line, parse_line(line)) for line in _lines(file)]
+        kept = [x for x, own in lines if x.endswith(b"\n") and own and own["step"] <= step]
         write_atomically(self.path, b"".join(kept))
         return len(lines) - len(kept)
 
@@ -345,31 +338,20 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         values = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict):
-        return None
-    step = values.get("step")
+    step = values.get("step") if isinstance(values, dict) else None
     if type(step) is not int or not 0 <= step <= _LARGEST_STEP:
         return None
-    if all(_is_value(name, value) for name, value in values.items()):
-        return values
-    return None
-
-
-def _is_value(name: str, value: object) -> bool:
-    if name == PER_LAYER:
-        return value is None or (isinstance(value, list) and all(map(_is_number, value)))
-    return value is None or _is_number(value)
+    for name, value in values.items():
+        numbers = value if name == PER_LAYER else [value]
+        if value is not None and not (isinstance(numbers, list) and all(map(_is_number, numbers))):
+            return None
+    return dict(values)
 
 
 def _is_number(value: object) -> bool:
     if type(value) is int:
         return abs(value) <= _LARGEST_STEP
     return type(value) is float and math.isfinite(value)
-
-
-def _is_up_to(line: bytes, step: int) -> bool:
-    values = parse_line(line)
-    return values is not None and values["step"] <= step
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
