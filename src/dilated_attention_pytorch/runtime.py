@@ -14,26 +14,18 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_floating(name: str, x: object) -> None:
-    """Checks that an argument is a tensor of one of :data:`FLOATS`.
-
-    Args:
-        name: Of the argument, for the error.
-        x: The argument.
-
-    Raises:
-        TypeError: If it is not.
-    """
+    """Raises TypeError unless an argument of this name is a tensor of one of :data:`FLOATS`."""
     wanted = "be floating point (float16, bfloat16, float32 or float64)"
     _check(name, x, FLOATS, wanted, "cast it to one of them")
 
 
 def check_integers(name: str, x: object) -> None:
-    """The same with :data:`INTEGERS`; booleans are none."""
+    """Raises TypeError unless an argument is a tensor of one of :data:`INTEGERS`."""
     _check(name, x, INTEGERS, "hold integers", "call .long() on it")
 
 
 def check_booleans(name: str, x: object) -> None:
-    """The same with booleans."""
+    """Raises TypeError unless an argument is a tensor of booleans."""
     _check(name, x, (torch.bool,), "hold booleans", "call .bool() on it")
 
 
@@ -50,17 +42,17 @@ def tracing() -> bool:
     A tensor that is made then is no good for later calls either: it is a symbol, or its memory
     belongs to a graph.
     """
-    return torch.compiler.is_compiling() or recording() or _faking()
+    return (
+        torch.compiler.is_compiling()
+        or recording()
+        # Tensors of a FakeTensorMode have shapes alone.
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
 
 
 def recording() -> bool:
     """Whether the current stream is recorded as a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _faking() -> bool:
-    """Whether tensors that are made now have shapes alone, as in a ``FakeTensorMode``."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 Result = TypeVar("Result")

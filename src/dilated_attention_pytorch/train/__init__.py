@@ -1,6 +1,6 @@
 """Training the selector: schedules, measurements while training, and runs in a folder."""
 
-from dilated_attention_pytorch.train.monitor import SparsityMonitor
+from dilated_attention_pytorch.train.monitor import ScalarWriter, SparsityMonitor
 from dilated_attention_pytorch.train.run_folder import FolderInUseError, lock_folder
 from dilated_attention_pytorch.train.trainer import (
     AdaptiveSparsityTrainer,
@@ -11,6 +11,7 @@ from dilated_attention_pytorch.train.trainer import (
 __all__ = [
     "AdaptiveSparsityTrainer",
     "FolderInUseError",
+    "ScalarWriter",
     "SparsityMonitor",
     "get_sparsity_loss",
     "lock_folder",

@@ -44,8 +44,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Writes a checkpoint atomically and removes all but the newest ``keep``.
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint atomically, removes all but the newest two, and returns its path.
 
     The file appears under its name only when all of it is on the disk, so a run that is killed at
     any moment leaves the previous checkpoint or the new one, never half of one.
@@ -54,17 +54,13 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         folder: Where checkpoints lie; created if needed.
         step: Optimiser steps done.
         state: Tensors, numbers, strings, and dicts and lists of them.
-        keep: Checkpoints to keep, at least 1.
-
-    Returns:
-        The path of the new checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     payload = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, "step": step, **state}, payload)
     path = checkpoint_path(folder, step)
     write_atomically(path, payload.getvalue())
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in list_checkpoints(folder)[:-2]:
         old.unlink(missing_ok=True)
     return path
 
@@ -78,9 +74,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}.")
     try:
-        # torch does not verify the sums that it writes.
         with zipfile.ZipFile(path) as archive:
             _check_sizes(archive, path.stat().st_size)
+            # torch does not verify the sums that it writes.
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(_damaged(path, f"{damaged} fails its checksum"))

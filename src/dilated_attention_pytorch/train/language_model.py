@@ -206,8 +206,7 @@ class LanguageModelTraining:
             self.trainer = AdaptiveSparsityTrainer(
                 self.model, annealing_steps=run.annealing_steps, schedule=run.schedule
             )
-        self.step_count = 0
-        self.seconds = 0.0
+        self.step_count, self.seconds = 0, 0.0
 
     @property
     def done(self) -> bool:
@@ -239,9 +238,8 @@ class LanguageModelTraining:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         # Apart, so that a large gradient of the one does not silence the other.
-        for parameters in (self._rest, self._selectors):
-            if parameters:
-                nn.utils.clip_grad_norm_(parameters, 1.0)
+        for parameters in filter(None, (self._rest, self._selectors)):
+            nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         if self.trainer is not None:
             self.trainer.step()
