@@ -193,9 +193,7 @@ class AdaptiveConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""
-        out = dataclasses.asdict(self)
-        out["pooling"], out["hierarchy"] = list(self.pooling), list(self.hierarchy)
-        return out
+        return dict(to_plain(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaptiveConfig:
@@ -206,6 +204,15 @@ class AdaptiveConfig:
             ValueError: If a key is unknown, or a field out of range.
         """
         return from_plain(cls, values)
+
+
+def to_plain(value: Any) -> Any:
+    """Settings, or one of them, as plain values such as JSON holds; tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: to_plain(own) for name, own in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_plain(cls: type[Settings], values: Mapping[str, Any], **made: Any) -> Settings:

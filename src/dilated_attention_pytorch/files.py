@@ -118,11 +118,7 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def read_file(path: str | Path, *, limit: int) -> bytes:
-    """All bytes of an ordinary file, whose size is looked at first; never waits for a pipe.
-
-    Args:
-        path: The file.
-        limit: Bytes that it may have.
+    """All bytes of an ordinary file of at most ``limit``; never waits for a pipe.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -191,16 +187,9 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of another one when all went well.
+    """Yields an empty folder to fill, which takes a folder's place when the block ends well.
 
-    Args:
-        folder: Where it goes. Until the block ends without an error it stays as it is.
-
-    Yields:
-        An empty folder beside it.
-
-    Raises:
-        OSError: If it cannot be made or put there; the old one is then in its place.
+    Until then, and after every error, the old folder is in its place.
     """
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "before"))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -255,9 +244,7 @@ _ITEM_BYTES = {
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The content of a safetensors file whose metadata hold a digest of everything in it.
 
-    Args:
-        tensors: On any device; parts of others, and the same one twice, are written as copies.
-        metadata: Strings, without a ``"digest"``.
+    Tensors may be on any device; parts of others, and the same one twice, are written as copies.
     """
     from safetensors.torch import save
 
@@ -275,11 +262,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 def write_tensor_file(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes such a file: whole, or not at all.
-
-    Raises:
-        OSError: If it cannot be written; a file that was there is as before.
-    """
+    """Writes a file of :func:`tensor_bytes` whole, or not at all."""
     replace_files({Path(path): tensor_bytes(tensors, metadata)})
 
 

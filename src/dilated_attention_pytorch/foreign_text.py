@@ -66,12 +66,12 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(value: Any, name: str, *, required: bool) -> dict[str, Any]:
-    """The object without its digest, which is compared.
+    """What :func:`sealed` made, read back, without its digest, which is compared.
 
     Args:
-        value: What :func:`sealed` made, read back.
+        value: The object.
         name: Of the file, for errors.
-        required: Whether there must be one; files of earlier versions have none.
+        required: Whether there must be a digest; files of earlier versions have none.
 
     Raises:
         ValueError: If it is no object, or has another digest than its content.

@@ -230,15 +230,14 @@ class Transformer(nn.Module):
 
     def patterns(self, x: Tensor) -> list[dict[str, Any]]:
         """What every sparse layer chose for an input: one ``pattern_info`` per layer."""
-        infos = self._run(x, None, {"return_pattern": True})[1]
-        return [info for info in infos if info is not None]
+        return self._run(x, None, {"return_pattern": True})[1]
 
     def _run(
         self, x: Tensor, keep: Tensor | None, options: dict[str, Any]
-    ) -> tuple[Tensor, list[dict[str, Any] | None]]:
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
         x = x if self.embedding is None else self.embedding(x)
         table = rotary_table(x.shape[1], self.head_dim, x.device) if self.rope else None
-        infos: list[dict[str, Any] | None] = []
+        infos: list[dict[str, Any]] = []
         pattern: BlockPattern | None = None
         for number, block in enumerate(self.blocks):
             layer = block.attention
@@ -246,14 +245,13 @@ class Transformer(nn.Module):
                 x, info = block(x, table)
             elif number % self.layers_per_selection:
                 x, info = block(x, table, **options, pattern=pattern)
-            elif self.layers_per_selection == 1 or options:
-                x, info = block(x, table, **options)
-                pattern = None if info is None else info["pattern"]
             else:
                 # Returned, not observed: observers also see the passes of other threads.
-                x, info = block(x, table, with_pattern=True)
-                pattern = info["pattern"]
-            infos.append(info)
+                shared = {"with_pattern": self.layers_per_selection > 1}
+                x, info = block(x, table, **(options or shared))
+                pattern = None if info is None else info["pattern"]
+            if info is not None:
+                infos.append(info)
         x = self.norm(x if keep is None else x[keep])
         return self.head(x), infos
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -13,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
+from dilated_attention_pytorch.config import (
+    AdaptiveConfig,
+    check_largest,
+    check_types,
+    from_plain,
+    to_plain,
+)
 from dilated_attention_pytorch.models import (
     ATTENTION_NAMES,
     Transformer,
@@ -124,11 +129,7 @@ class LanguageModelRun:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["config"] = self.config.to_dict()
-        for name in ("segment_lengths", "dilation_rates"):
-            out[name] = None if out[name] is None else list(out[name])
-        return out
+        return dict(to_plain(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelRun:

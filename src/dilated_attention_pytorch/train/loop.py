@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.config import check_types, from_plain
+from dilated_attention_pytorch.config import check_types, from_plain, to_plain
 from dilated_attention_pytorch.models import Transformer
 from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED
 from dilated_attention_pytorch.tasks.text import (
@@ -375,7 +375,7 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
         """Run, text and intervals."""
         return {
             "run": self.training.run.to_dict(),
-            "text": _plain(asdict(self.text_settings)),
+            "text": to_plain(self.text_settings),
             "intervals": asdict(self.intervals),
         }
 
@@ -437,22 +437,15 @@ def _flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_same(saved: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     differing = [
-        f"{name} is {saved[name]!r} there and {_plain(value)!r} here"
-        for name, value in changes.items()
-        if saved[name] != _plain(value)
+        f"{name} is {saved[name]!r} there and {value!r} here"
+        for name, value in to_plain(dict(changes)).items()
+        if saved[name] != value
     ]
     if differing:
         raise ValueError(
             f"the run to resume has other settings: {'; '.join(differing)}. Leave these options "
             "out, or start a new run with another --out."
         )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as a checkpoint holds them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, eq=False)

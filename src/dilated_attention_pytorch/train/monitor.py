@@ -31,14 +31,12 @@ class TileCount:
     """
 
     def __init__(self, layers: Sequence[BlockSparseLayer]) -> None:
-        self._layers = layers
-        self._kept: list[Tensor] = []
-        self._allowed: list[Tensor] = []
-        self._stack = ExitStack()
+        self._layers, self._stack = layers, ExitStack()
+        # Of every pass: kept tiles, and those of dense attention.
+        self._counts: list[tuple[Tensor, Tensor]] = []
 
     def _add(self, layer: BlockSparseLayer, pattern: BlockPattern) -> None:
-        self._kept.append(pattern.kv_num_blocks.sum())
-        self._allowed.append(pattern.allowed_tiles.sum())
+        self._counts.append((pattern.kv_num_blocks.sum(), pattern.allowed_tiles.sum()))
 
     def __enter__(self) -> Self:
         self._stack.enter_context(observe_patterns(self._layers, self._add))
@@ -50,16 +48,18 @@ class TileCount:
     @property
     def sparsity(self) -> float | None:
         """``1 - tiles computed / tiles of dense attention``; None if nothing was counted."""
-        if not self._kept:
+        if not self._counts:
             return None
-        return 1 - int(torch.stack(self._kept).sum()) / int(torch.stack(self._allowed).sum())
+        kept, allowed = (int(torch.stack(x).sum()) for x in zip(*self._counts, strict=True))
+        return 1 - kept / allowed
 
     @property
     def layer_sparsity(self) -> tuple[float, ...]:
-        """The same for every forward pass of a layer, in their order."""
-        if not self._kept:
+        """The sparsity of every forward pass of a layer, in their order."""
+        if not self._counts:
             return ()
-        return tuple((1 - torch.stack(self._kept).double() / torch.stack(self._allowed)).tolist())
+        kept, allowed = (torch.stack(x) for x in zip(*self._counts, strict=True))
+        return tuple((1 - kept.double() / allowed).tolist())
 
 
 class ScalarWriter(Protocol):
