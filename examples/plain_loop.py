@@ -20,7 +20,7 @@ from dilated_attention_pytorch import (
     get_sparsity_loss,
     parameter_groups,
 )
-from dilated_attention_pytorch.training.monitor import ScalarWriter, SparsityMonitor
+from dilated_attention_pytorch.train import ScalarWriter, SparsityMonitor
 
 
 class Model(nn.Module):

@@ -18,7 +18,7 @@ from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.analysis import distill_to_fixed, record
 from dilated_attention_pytorch.tasks.needle import evaluate_needle
 from dilated_attention_pytorch.tasks.text import load_text
-from dilated_attention_pytorch.training.language_model import (
+from dilated_attention_pytorch.train.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
     next_byte_loss,

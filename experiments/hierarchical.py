@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, parameter_groups
-from dilated_attention_pytorch.models.transformer import build_attention, scorer_parameters
+from dilated_attention_pytorch.models import build_attention, scorer_parameters
 from dilated_attention_pytorch.selection.hierarchical import pairs_per_row
 from dilated_attention_pytorch.tasks.needle import NeedleModel, NeedleTask
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, parameter_groups
-from dilated_attention_pytorch.models.transformer import (
+from dilated_attention_pytorch.models import (
     DenseAttention,
     Transformer,
     build_attention,
@@ -23,7 +23,7 @@ from dilated_attention_pytorch.models.transformer import (
 )
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows
-from dilated_attention_pytorch.training.tile_count import TileCount
+from dilated_attention_pytorch.train.monitor import TileCount
 from language_model_layers import FlexWindow, MeanPooled
 
 

@@ -33,11 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.models.transformer import build_attention
+from dilated_attention_pytorch.models import build_attention
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.tasks.needle import NeedleBatch, NeedleTask, needle_config
-from dilated_attention_pytorch.training.parameter_groups import parameter_groups
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer, parameter_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment

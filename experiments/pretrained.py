@@ -67,7 +67,7 @@ TOLERANCE = 0.0005
 def train(job: Any, folder: Path, stop: Callable[[], bool], about: dict[str, Any]) -> None:
     """Runs a job, or goes on with it, and saves what it made so far."""
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
-    from dilated_attention_pytorch.training.checkpoint import list_checkpoints
+    from dilated_attention_pytorch.train.checkpoint import list_checkpoints
 
     if list_checkpoints(folder / "checkpoints"):
         loop = PretrainedLoop.resume(folder)
@@ -120,7 +120,7 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
         distilled_config,
     )
-    from dilated_attention_pytorch.training.folder_loop import LoopSettings
+    from dilated_attention_pytorch.train.loop import LoopSettings
 
     folder = RUNS / f"distill-{options.block_size}{options.name}"
     if is_done(folder):
@@ -181,7 +181,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Tunes selectors and weights at one sparsity, or the dense baseline."""
     from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
     from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
-    from dilated_attention_pytorch.training.folder_loop import LoopSettings
+    from dilated_attention_pytorch.train.loop import LoopSettings
 
     dense = options.attention == "dense"
     folder = RUNS / tuned_name(options)

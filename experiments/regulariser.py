@@ -13,7 +13,7 @@ from typing import Any
 
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.tasks.text import load_text
-from dilated_attention_pytorch.training.language_model import (
+from dilated_attention_pytorch.train.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
 )

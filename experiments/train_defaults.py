@@ -2,9 +2,10 @@
 
 Trains the command's byte-level language model on text at several lengths, adaptive as it comes and
 dense, three seeds each. ``results/train_defaults/`` holds ``runs.jsonl`` (one line a run) and
-``README.md`` (the table).
+``README.md`` (the table). Runs on a CPU and on a GPU are different runs, with a row each.
 
     python experiments/train_defaults.py                  # what is not there yet, at 512 bytes
+    python experiments/train_defaults.py --lengths 1024 2048 --device cuda
     python experiments/train_defaults.py --lengths 1024 --text FILE_OR_FOLDER
     python experiments/train_defaults.py --quick          # seconds; nothing kept
 """
@@ -27,7 +28,7 @@ import torch
 from dilated_attention_pytorch.cli.options import build_settings
 from dilated_attention_pytorch.nn.block_sparse import LayerPass, observe_passes
 from dilated_attention_pytorch.tasks.text import TextData
-from dilated_attention_pytorch.training.language_model import LanguageModelTraining
+from dilated_attention_pytorch.train.language_model import LanguageModelTraining
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment
@@ -37,9 +38,13 @@ METHODS = ("dense", "adaptive")
 SEEDS = (0, 1, 2)
 
 
-def train(length: int, attention: str, seed: int, paths: Sequence[str], quick: bool) -> dict:
+def train(
+    length: int, attention: str, seed: int, paths: Sequence[str], device: str, quick: bool
+) -> dict:
     """One run of the command, and what it gave on held-out text."""
-    options: dict[str, Any] = {"attention": attention, "seq_len": length, "seed": seed}
+    options: dict[str, Any] = {
+        "attention": attention, "seq_len": length, "seed": seed, "device": device,
+    }  # fmt: skip
     if paths:
         options["paths"] = tuple(paths)
     if attention == "adaptive":
@@ -54,14 +59,20 @@ def train(length: int, attention: str, seed: int, paths: Sequence[str], quick: b
         last = training.step()
     found, chosen = training.validate(), chosen_share(training)
     return {
-        "length": length, "method": attention, "seed": seed, "steps": run.steps,
+        "length": length, "method": attention, "seed": seed, "on": kind(device),
+        "steps": run.steps,
         "loss": found.loss, "sparsity": found.sparsity, "training_sparsity": last.sparsity,
         "asked": run.config.base_sparsity if attention == "adaptive" else None,
         "block_size": run.config.block_size if attention == "adaptive" else None,
         "chosen": chosen, "text": text.source,
         "seconds": round(time.perf_counter() - start, 1),
-        "environment": environment("cpu"),
+        "environment": environment(kind(device)),
     }  # fmt: skip
+
+
+def kind(device: str) -> str:
+    """``"cpu"`` or ``"cuda"``, whichever of them it is."""
+    return torch.device(device).type
 
 
 def chosen_share(training: LanguageModelTraining) -> float | None:
@@ -82,10 +93,11 @@ def chosen_share(training: LanguageModelTraining) -> float | None:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
+    """The finished runs; lines that do not say on what were written on a CPU."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = (line for line in path.read_text().splitlines() if line.strip())
+    return [{"on": "cpu", **json.loads(line)} for line in lines]
 
 
 def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -96,8 +108,9 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         "| bytes | blocks of | asked | held out | chosen of what is read | adaptive | dense |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for length in sorted({run["length"] for run in runs}):
-        own = {m: [r for r in runs if r["length"] == length and r["method"] == m] for m in METHODS}
+    for length, on in sorted({(run["length"], run["on"]) for run in runs}):
+        here = [r for r in runs if (r["length"], r["on"]) == (length, on)]
+        own = {method: [r for r in here if r["method"] == method] for method in METHODS}
         if not all(own.values()):
             continue
         losses = []
@@ -107,7 +120,8 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
             losses.append(f"{statistics.mean(found):.3f} ({each})")
         sparse = own["adaptive"]
         lines.append(
-            f"| {length:,} | {sparse[0]['block_size']} | {sparse[0]['asked']:g} | "
+            f"| {length:,}{' on a GPU' if on == 'cuda' else ''} | {sparse[0]['block_size']} | "
+            f"{sparse[0]['asked']:g} | "
             f"{statistics.mean(r['sparsity'] for r in sparse):.3f} | "
             f"{statistics.mean(r['chosen'] for r in sparse):.2f} | {' | '.join(losses)} |"
         )
@@ -128,6 +142,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--only", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--text", nargs="+", default=[], help="default: Python's own sources")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="two steps, nothing kept")
     parsed = parser.parse_args()
@@ -138,10 +153,11 @@ def main() -> None:
         for length in parsed.lengths:
             for seed in parsed.seeds[:1] if parsed.quick else parsed.seeds:
                 for method in parsed.only:
-                    key = {"length": length, "method": method, "seed": seed}
+                    on = kind(parsed.device)
+                    key = {"length": length, "method": method, "seed": seed, "on": on}
                     if any(all(run[k] == v for k, v in key.items()) for run in load(path)):
                         continue
-                    found = train(length, method, seed, parsed.text, parsed.quick)
+                    found = train(length, method, seed, parsed.text, parsed.device, parsed.quick)
                     with path.open("a") as file:
                         file.write(json.dumps(found) + "\n")
                     print(f"{length} {method} {seed}: {found['loss']:.4f}", flush=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brute_force import forced_blocks, lattice_blocks, visible_blocks
-from dilated_attention_pytorch.candidates import Candidates, build_candidates, row_ranges
+from dilated_attention_pytorch.candidates import CandidateRule, Candidates, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
 
 SIZE = 8
@@ -32,11 +32,10 @@ def build(
     tokens = None if lengths is None else torch.tensor(lengths)
     mask = AttentionMask(q_len, kv_len, causal, kv_len - q_len, tokens)
     rows = row_ranges(mask, (SIZE, SIZE), has_diagonal=diagonal, device=torch.device("cpu"))
-    return build_candidates(
-        rows, num_heads=heads, num_key_blocks=-(-kv_len // SIZE), block_size=SIZE, causal=causal,
-        segment_lengths=segments, dilation_rates=rates, num_local_blocks=local,
-        num_sink_blocks=sink,
-    )  # fmt: skip
+    return CandidateRule(
+        heads, -(-kv_len // SIZE), SIZE, causal, None if segments is None else tuple(segments),
+        None if rates is None else tuple(rates), local, sink,
+    ).build(rows)  # fmt: skip
 
 
 @pytest.mark.parametrize("segments", [None, [32], [32, 64, 100], [20, 1000]])
@@ -102,10 +101,7 @@ def test_documents_are_counted_from_their_own_start() -> None:
     mask = AttentionMask(80, 80, False, 0, None, ids)
     rows = row_ranges(mask, (SIZE, SIZE), has_diagonal=True, device=torch.device("cpu"))
     assert rows.num_allowed[0, 0].tolist() == [5] * 5 + [3] * 3 + [0] * 2
-    built = build_candidates(
-        rows, num_heads=2, num_key_blocks=10, block_size=SIZE, causal=False, segment_lengths=[16],
-        dilation_rates=[2], num_sink_blocks=1,
-    )  # fmt: skip
+    built = CandidateRule(2, 10, SIZE, False, (16,), (2,), num_sink_blocks=1).build(rows)
     # Row 7 is block 2 of the second document (blocks 5 to 7): alone in its segment of 2 blocks.
     assert listed(built, "forced", 0, 0, 7) == [5, 7]
     assert listed(built, "scored", 0, 0, 6) == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer
-from dilated_attention_pytorch.training.language_model import LanguageModelRun
+from dilated_attention_pytorch.train.language_model import LanguageModelRun
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "defaults.md").read_text()

@@ -24,8 +24,8 @@ from dilated_attention_pytorch import (
     explain_backend,
     gumbel_softmax_topk,
 )
-from dilated_attention_pytorch.dtypes import FLOATS, INTEGERS
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.runtime import FLOATS, INTEGERS
 
 SIZE, N = 8, 24
 FLOAT8 = [getattr(torch, x) for x in dir(torch) if x.startswith("float8")]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dilated_attention_pytorch.models.transformer import rotary_table
+from dilated_attention_pytorch.models import rotary_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 METHODS = ("adaptive", "local", "dilated", "strided", "hierarchical", "sink_local", "random",

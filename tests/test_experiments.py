@@ -76,3 +76,26 @@ def test_the_command_with_nothing_set_is_measured(
     assert "512 dense 0: " in shown
     assert "512 adaptive 0: " in shown
     assert sorted((EXPERIMENTS / "results").rglob("*")) == before
+
+
+def test_runs_on_a_gpu_have_a_row_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = importlib.import_module("train_defaults")
+    runs = module.load(module.RESULTS / "runs.jsonl")
+    module.write_page(runs, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert page == (module.RESULTS / "README.md").read_text()
+    module.write_page([*runs, *({**run, "on": "cuda", "loss": 1.0} for run in runs)], tmp_path)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert set(page.splitlines()) < set(lines)
+    assert sum(line.startswith("| 512 on a GPU | 16 | 0.8 |") for line in lines) == 1
+    # What ran on a CPU is still to be run on a GPU.
+    tried: list[str] = []
+    monkeypatch.setattr(module, "train", lambda *given: tried.append(given[4]) or runs[0])
+    (tmp_path / "runs.jsonl").write_text((module.RESULTS / "runs.jsonl").read_text())
+    for device in ("cpu", "cuda:0"):
+        words = ["x", "--out", str(tmp_path), "--seeds", "0", "--device", device]
+        monkeypatch.setattr(sys, "argv", words)
+        module.main()
+    assert tried == ["cuda:0", "cuda:0"]

@@ -17,26 +17,14 @@ PACKAGE = "dilated_attention_pytorch"
 ROOT = Path(dilated_attention_pytorch.__file__).parent
 # Later rooms may import earlier ones and their own.
 ROOMS = [
-    (
-        "called_module",
-        "mask",
-        "config",
-        "dtypes",
-        "former_scalars",
-        "atomic_file",
-        "file_access",
-        "printable",
-        "strict_json",
-        "tensor_file",
-        "tracing",
-    ),
+    ("config", "files", "foreign_text", "mask", "runtime"),
     ("pattern",),
     ("candidates", "fixed_patterns", "scoring", "selection"),
     ("ops",),
     ("documents",),
     ("nn",),
     ("models",),
-    ("analysis", "integrations", "tasks", "training"),
+    ("analysis", "integrations", "tasks", "train"),
     ("cli",),
 ]
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
@@ -69,7 +57,7 @@ OPTIONAL = {
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("tensor_file", "integrations.transformers.tokens"),
+    "safetensors": ("files", "integrations.transformers.tokens"),
 }
 
 

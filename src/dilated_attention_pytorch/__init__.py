@@ -18,7 +18,7 @@ from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decod
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.scoring import ImportanceScorer, block_summaries
 from dilated_attention_pytorch.selection import get_adaptive_sparsity, gumbel_softmax_topk
-from dilated_attention_pytorch.training import (
+from dilated_attention_pytorch.train import (
     AdaptiveSparsityTrainer,
     get_sparsity_loss,
     parameter_groups,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.tracing import tracing
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div, document_bounds
+from dilated_attention_pytorch.runtime import tracing
 
 _T = TypeVar("_T")
 
@@ -83,7 +83,29 @@ class Candidates:
 
 @dataclass(frozen=True)
 class CandidateRule:
-    """What :func:`build_candidates` takes besides the rows: see there."""
+    """Which of the blocks that a row sees may be chosen, and which are read in any case.
+
+    With segments, key block j is a candidate of row i and head h if for some group g both lie in
+    the same segment of ``segment_lengths[g]`` tokens and j's number inside its segment is
+    ``≡ h (mod dilation_rates[g])``: LongNet's lattice (arXiv 2307.02486) at block level, shifted
+    per head so that the heads together cover everything. Two heads, one group of 8 blocks with
+    rate 2::
+
+        head 0   x . x . x . x .        head 1   . x . x . x . x
+
+    Differs from the paper: the lattice limits what can be *chosen*; it is not itself the pattern.
+
+    Attributes:
+        num_heads: Heads of the pattern.
+        num_key_blocks: Key blocks in all.
+        block_size: Tokens per key block.
+        causal: Whether local blocks lie before the diagonal only.
+        segment_lengths: Tokens per segment, one for each group, rounded up to whole blocks,
+            counted from the start of the document. None: all visible blocks are candidates.
+        dilation_rates: One rate for each group.
+        num_local_blocks: Forced neighbours of the diagonal.
+        num_sink_blocks: Forced blocks at the start of the sequence or document.
+    """
 
     num_heads: int
     num_key_blocks: int
@@ -94,14 +116,20 @@ class CandidateRule:
     num_local_blocks: int = 0
     num_sink_blocks: int = 0
 
+    @property
+    def _after(self) -> int:
+        """Forced neighbours behind the diagonal."""
+        return 0 if self.causal else self.num_local_blocks
+
     def build(self, rows: RowRange) -> Candidates:
-        """Enumerates the candidates."""
-        return build_candidates(
-            rows, num_heads=self.num_heads, num_key_blocks=self.num_key_blocks,
-            block_size=self.block_size, causal=self.causal, segment_lengths=self.segment_lengths,
-            dilation_rates=self.dilation_rates, num_local_blocks=self.num_local_blocks,
-            num_sink_blocks=self.num_sink_blocks,
-        )  # fmt: skip
+        """Enumerates the candidates of every row."""
+        if self.segment_lengths is None or self.dilation_rates is None:
+            columns = torch.arange(self.num_key_blocks, device=rows.low.device).view(1, 1, 1, -1)
+            return Candidates(None, *self._told_apart(columns, rows))
+        columns = self._lattice(rows).sort(-1).values
+        fresh = torch.ones_like(columns, dtype=torch.bool)
+        fresh[..., 1:] = columns[..., 1:] != columns[..., :-1]
+        return Candidates(columns, *self._told_apart(columns, rows, fresh))
 
     def groups(self) -> list[tuple[int, int]]:
         """Blocks of a segment and rate of each group; empty without segments."""
@@ -112,10 +140,8 @@ class CandidateRule:
 
     def near_width(self, rows: RowRange) -> int:
         """The most blocks at and around the diagonal that a row is forced to read."""
-        if not rows.has_diagonal:
-            return 0
         # Two diagonal blocks at most when query and key blocks have one size.
-        return self.num_local_blocks * (1 if self.causal else 2) + 2
+        return self.num_local_blocks + 2 + self._after if rows.has_diagonal else 0
 
     def width(self, rows: RowRange) -> int:
         """Columns of the enumeration, c."""
@@ -130,13 +156,58 @@ class CandidateRule:
         Visible key blocks are ``[low, end)``; of these ``[low, sink_end)`` and
         ``[near_first, near_end)`` are forced.
         """
-        after = 0 if self.causal else self.num_local_blocks
         if rows.has_diagonal:
-            near = (rows.diagonal_first - self.num_local_blocks, rows.diagonal_last + after + 1)
+            near = self._near(rows)
         else:
             near = (torch.zeros_like(rows.low), torch.zeros_like(rows.low))
         parts = (rows.low, rows.end, rows.low + self.num_sink_blocks, *near)
         return torch.cat(torch.broadcast_tensors(*parts), 1).int().contiguous()
+
+    def _near(self, rows: RowRange) -> tuple[Tensor, Tensor]:
+        """First forced block at the diagonal, and one past the last."""
+        first = rows.diagonal_first - self.num_local_blocks
+        return first, rows.diagonal_last + self._after + 1
+
+    def _told_apart(
+        self, columns: Tensor, rows: RowRange, fresh: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Which numbers are scored and which forced; ``fresh``: those that stand there first."""
+        visible = (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
+        visible = visible if fresh is None else fresh & visible
+        forced = columns < rows.low[..., None] + self.num_sink_blocks
+        if rows.has_diagonal:
+            first, end = (x[..., None] for x in self._near(rows))
+            forced = forced | ((columns >= first) & (columns < end))
+        forced = visible & forced
+        return visible & ~forced, forced
+
+    def _lattice(self, rows: RowRange) -> Tensor:
+        """Lists lattice, local and sink blocks; -1 stands for none. ``(b, heads, i, c)``."""
+        device = rows.low.device
+        low, own = rows.low[..., None], rows.diagonal_first[..., None]
+        head = torch.arange(self.num_heads, device=device).view(1, -1, 1, 1)
+
+        def span(count: int) -> Tensor:
+            return torch.arange(count, device=device).view(1, 1, 1, -1)
+
+        parts = []
+        for segment, rate in self.groups():
+            inside = span(ceil_div(segment, rate)) * rate + head % rate
+            start = (own - low).div(segment, rounding_mode="floor") * segment
+            parts.append(torch.where(inside < segment, low + start + inside, -1))
+        parts.append(low + span(self.num_sink_blocks))
+        if rows.has_diagonal:
+            first, end = (x[..., None] for x in self._near(rows))
+            near = first + span(self.near_width(rows))
+            # With one diagonal block the last entry is no neighbour and must not slip in.
+            parts.append(torch.where(near < end, near, -1))
+        shape = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
+        return torch.cat([p.expand(*shape, -1) for p in parts], -1)
+
+
+def list_candidates(columns: Tensor, rule: CandidateRule, rows: RowRange) -> Candidates:
+    """Candidates with given numbers: int64 ``(b, heads, i, c)``, ascending, negative: none."""
+    return Candidates(columns, *rule._told_apart(columns, rows))
 
 
 def count_forced(intervals: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,123 +308,8 @@ def _row_ranges(
     if mask.document_ids is not None:
         document = mask.document_ids[:, None, ::size_q].long()
         num_documents = int(rows.shape[-1])
-        fresh = torch.ones_like(document, dtype=torch.bool)
-        fresh[..., 1:] = document[..., 1:] != document[..., :-1]
-        low = torch.where(fresh, rows, 0).cummax(-1).values
-        final = torch.ones_like(fresh)
-        final[..., :-1] = fresh[..., 1:]
-        stop = torch.where(final, rows + 1, blocks_k).flip(-1).cummin(-1).values.flip(-1)
+        low, stop = (x[:, None] for x in document_bounds(document[:, 0]))
         end = torch.where(document >= 0, torch.minimum(end, stop), low)
         # Ranks instead of the given numbers, so that a table per document is bounded by rows.
-        document = fresh.long().cumsum(-1) - 1
+        document = (low == rows).long().cumsum(-1) - 1
     return RowRange(low, end, diagonal_first, diagonal_last, has_diagonal, document, num_documents)
-
-
-def build_candidates(
-    rows: RowRange,
-    *,
-    num_heads: int,
-    num_key_blocks: int,
-    block_size: int,
-    causal: bool,
-    segment_lengths: Sequence[int] | None = None,
-    dilation_rates: Sequence[int] | None = None,
-    num_local_blocks: int = 0,
-    num_sink_blocks: int = 0,
-) -> Candidates:
-    """Enumerates the candidates of every row.
-
-    With segments, key block j is a candidate of row i and head h if for some group g both lie in
-    the same segment of ``segment_lengths[g]`` tokens and j's number inside its segment is
-    ``≡ h (mod dilation_rates[g])``: LongNet's lattice (arXiv 2307.02486) at block level, shifted
-    per head so that the heads together cover everything. Two heads, one group of 8 blocks with
-    rate 2::
-
-        head 0   x . x . x . x .        head 1   . x . x . x . x
-
-    Differs from the paper: the lattice limits what can be *chosen*; it is not itself the pattern.
-
-    Args:
-        rows: From :func:`row_ranges`.
-        num_heads: Heads of the pattern.
-        num_key_blocks: Key blocks in all.
-        block_size: Tokens per key block.
-        causal: Whether local blocks lie before the diagonal only.
-        segment_lengths: Tokens per segment, one for each group, rounded up to whole blocks,
-            counted from the start of the document. None: all visible blocks are candidates.
-        dilation_rates: One rate for each group.
-        num_local_blocks: Forced neighbours of the diagonal.
-        num_sink_blocks: Forced blocks at the start of the sequence or document.
-    """
-    if segment_lengths is None or dilation_rates is None:
-        columns = torch.arange(num_key_blocks, device=rows.low.device).view(1, 1, 1, -1)
-        visible = (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
-        forced = visible & _forced(rows, columns, causal, num_local_blocks, num_sink_blocks)
-        return Candidates(None, visible & ~forced, forced)
-    columns = _enumerate(
-        rows, num_heads, block_size, causal, segment_lengths, dilation_rates,
-        num_local_blocks, num_sink_blocks,
-    )  # fmt: skip
-    columns = columns.sort(-1).values
-    fresh = torch.ones_like(columns, dtype=torch.bool)
-    fresh[..., 1:] = columns[..., 1:] != columns[..., :-1]
-    visible = fresh & (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
-    forced = visible & _forced(rows, columns, causal, num_local_blocks, num_sink_blocks)
-    return Candidates(columns, visible & ~forced, forced)
-
-
-def list_candidates(columns: Tensor, rule: CandidateRule, rows: RowRange) -> Candidates:
-    """Candidates with given numbers: int64 ``(b, heads, i, c)``, ascending, negative: none."""
-    visible = (columns >= rows.low[..., None]) & (columns < rows.end[..., None])
-    forced = visible & _forced(
-        rows, columns, rule.causal, rule.num_local_blocks, rule.num_sink_blocks
-    )
-    return Candidates(columns, visible & ~forced, forced)
-
-
-def _enumerate(
-    rows: RowRange,
-    num_heads: int,
-    block_size: int,
-    causal: bool,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    num_local_blocks: int,
-    num_sink_blocks: int,
-) -> Tensor:
-    """Lists lattice, local and sink blocks; -1 stands for none. ``(b, heads, i, c)``."""
-    device = rows.low.device
-    low, own = rows.low[..., None], rows.diagonal_first[..., None]
-    head = torch.arange(num_heads, device=device).view(1, -1, 1, 1)
-
-    def span(count: int) -> Tensor:
-        return torch.arange(count, device=device).view(1, 1, 1, -1)
-
-    parts = []
-    for length, rate in zip(segment_lengths, dilation_rates, strict=True):
-        segment = ceil_div(length, block_size)
-        inside = span(ceil_div(segment, rate)) * rate + head % rate
-        start = (own - low).div(segment, rounding_mode="floor") * segment
-        parts.append(torch.where(inside < segment, low + start + inside, -1))
-    parts.append(torch.where(span(num_sink_blocks) >= 0, low + span(num_sink_blocks), -1))
-    if rows.has_diagonal:
-        # Two diagonal blocks at most when query and key blocks have one size.
-        after = 0 if causal else num_local_blocks
-        near = own + span(num_local_blocks + 2 + after) - num_local_blocks
-        # With one diagonal block the last entry is no neighbour and must not slip in.
-        parts.append(torch.where(near <= rows.diagonal_last[..., None] + after, near, -1))
-    shape = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
-    return torch.cat([p.expand(*shape, -1) for p in parts], -1)
-
-
-def _forced(
-    rows: RowRange, columns: Tensor, causal: bool, num_local_blocks: int, num_sink_blocks: int
-) -> Tensor:
-    forced = columns < rows.low[..., None] + num_sink_blocks
-    if rows.has_diagonal:
-        after = 0 if causal else num_local_blocks
-        near = (columns >= rows.diagonal_first[..., None] - num_local_blocks) & (
-            columns <= rows.diagonal_last[..., None] + after
-        )
-        forced = forced | near
-    return forced

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeVar
 
-from dilated_attention_pytorch.strict_json import short_repr
+from dilated_attention_pytorch.foreign_text import short_repr
 
 ESTIMATORS = ("mass", "gumbel", "soft", "straight_through")
 SCORERS = ("bilinear", "mlp", "low_rank")
@@ -156,12 +156,11 @@ class AdaptiveConfig:
         _check_ranges(self)
         check_largest(self)
         _check_hierarchy(self)
-        for name, valid in (
-            ("estimator", ESTIMATORS),
-            ("scorer", SCORERS),
-            ("budget", BUDGETS),
-            ("query_scope", QUERY_SCOPES),
-        ):
+        names = {
+            "estimator": ESTIMATORS, "scorer": SCORERS, "budget": BUDGETS,
+            "query_scope": QUERY_SCOPES,
+        }  # fmt: skip
+        for name, valid in names.items():
             if getattr(self, name) not in valid:
                 raise ValueError(
                     f"{name} must be one of {valid}, got {short_repr(getattr(self, name))}."
@@ -194,9 +193,7 @@ class AdaptiveConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""
-        out = dataclasses.asdict(self)
-        out["pooling"], out["hierarchy"] = list(self.pooling), list(self.hierarchy)
-        return out
+        return dict(to_plain(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaptiveConfig:
@@ -207,6 +204,15 @@ class AdaptiveConfig:
             ValueError: If a key is unknown, or a field out of range.
         """
         return from_plain(cls, values)
+
+
+def to_plain(value: Any) -> Any:
+    """Settings, or one of them, as plain values such as JSON holds; tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: to_plain(own) for name, own in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_plain(cls: type[Settings], values: Mapping[str, Any], **made: Any) -> Settings:
@@ -224,19 +230,14 @@ def from_plain(cls: type[Settings], values: Mapping[str, Any], **made: Any) -> S
     if not isinstance(values, Mapping):
         raise TypeError(f"values must be a mapping of settings, got {type(values).__name__}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = [name for name in values if name not in fields]
-    if unknown:
+    if unknown := [name for name in values if name not in fields]:
         raise ValueError(
             f"values has unknown keys {short_repr(sorted(unknown, key=str))}; {cls.__name__} knows "
             f"{sorted(fields)}."
         )
-    nothing = dataclasses.MISSING
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in {*values, *made} and f.default is nothing and f.default_factory is nothing
-    ]
-    if missing:
+    nothing = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [n for n, f in fields.items() if (f.default, f.default_factory) == nothing]
+    if missing := [name for name in needed if name not in {*values, *made}]:
         raise ValueError(f"values must hold {missing} too, to make a {cls.__name__}.")
     tuples = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
@@ -302,23 +303,15 @@ def _check_ranges(config: AdaptiveConfig) -> None:
             raise ValueError(f"{field.name} must be finite, got {value}.")
     check_sparsity("base_sparsity", config.base_sparsity)
     for name in (
-        "temperature",
-        "min_temperature",
-        "hidden_dim",
-        "num_layers",
-        "block_size",
-        "hierarchy_keep",
-        "query_stride",
-    ):
+        "temperature", "min_temperature", "hidden_dim", "num_layers", "block_size",
+        "hierarchy_keep", "query_stride",
+    ):  # fmt: skip
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
     for name in (
-        "selector_weight",
-        "num_local_blocks",
-        "num_sink_blocks",
-        "num_explore_blocks",
+        "selector_weight", "num_local_blocks", "num_sink_blocks", "num_explore_blocks",
         "num_selected_blocks",
-    ):
+    ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")

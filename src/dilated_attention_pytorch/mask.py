@@ -70,7 +70,7 @@ class AttentionMask:
         return x.view((-1,) + (1,) * (rank - 1)).long() if isinstance(x, Tensor) else x
 
     def offset_column(self) -> int | Tensor:
-        """Returns the query offset as an int or ``(batch, 1, 1)``, ready to broadcast."""
+        """The query offset as an int or ``(batch, 1, 1)``, ready to broadcast."""
         return self._column(self.query_offset, 3)
 
     def real_keys(self) -> Tensor | None:
@@ -222,28 +222,20 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of ``(batch, n)`` at token numbers that may lie outside."""
+    batch, length = table.shape
+    index = index.clamp(0, length - 1).expand(batch, *index.shape[1:])
+    return table.gather(1, index.flatten(1).long()).view(index.shape)
+
+
 def _same_document(ids: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-    length = ids.shape[1]
-    batch = ids.shape[0]
-
-    def look_up(index: Tensor) -> Tensor:
-        index = index.clamp(0, length - 1)
-        index = index.expand(batch, *index.shape[1:])
-        return ids.gather(1, index.flatten(1).long()).view(index.shape)
-
-    of_query, of_key = look_up(query_index), look_up(key_index)
+    of_query, of_key = _look_up(ids, query_index), _look_up(ids, key_index)
     return (of_query == of_key) & (of_query >= 0)
 
 
 def _block_range(ids: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest document number in ``[first, last]``; (big, -1) if all padding."""
-    batch, length = ids.shape
-
-    def look_up(table: Tensor, index: Tensor) -> Tensor:
-        index = index.clamp(0, length - 1).expand(batch, *index.shape[1:])
-        return table.gather(1, index.flatten(1).long()).view(index.shape)
-
-    highest = ids.cummax(-1).values
-    low = look_up(ids, first)
-    high = torch.where(low >= 0, look_up(highest, last), -1)
+    low = _look_up(ids, first)
+    high = torch.where(low >= 0, _look_up(ids.cummax(-1).values, last), -1)
     return torch.where(low >= 0, low, torch.iinfo(torch.int32).max), high

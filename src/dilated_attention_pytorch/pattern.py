@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import check_booleans, check_integers
+from dilated_attention_pytorch.files import read_tensor_file, write_tensor_file
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.tensor_file import read_tensor_file, write_tensor_file
+from dilated_attention_pytorch.runtime import check_booleans, check_integers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -89,11 +89,6 @@ class BlockPattern:
 
     def __post_init__(self, check_values: bool) -> None:
         """Checks the fields."""
-        self._check_shapes()
-        if check_values:
-            self.validate()
-
-    def _check_shapes(self) -> None:
         for name in ("kv_num_blocks", "kv_indices"):
             value = getattr(self, name)
             if not isinstance(value, Tensor):
@@ -119,6 +114,8 @@ class BlockPattern:
                 f"kv_indices has {self.num_query_blocks} query blocks, but q_len={self.q_len} in "
                 f"blocks of {self.block_size[0]} makes {ceil_div(self.q_len, self.block_size[0])}."
             )
+        if check_values:
+            self.validate()
 
     def validate(self) -> None:
         """Checks the values: counts and indices in range, lists strictly ascending.
@@ -172,28 +169,30 @@ class BlockPattern:
     @property
     def sparsity_per_head(self) -> Tensor:
         """``1 - tiles computed / tiles of dense attention under the same mask``, ``(b, h)``."""
-        allowed = self.allowed_tiles
-        return 1 - self.kv_num_blocks.sum(-1).double() / allowed.clamp(min=1)
+        return 1 - self.kv_num_blocks.sum(-1).double() / self.allowed_tiles.clamp(min=1)
 
     @property
     def sparsity(self) -> Tensor:
-        """The same over all samples and heads together: a 0-dim float64 tensor."""
+        """The share of tiles left out, of all samples and heads together: 0-dim float64."""
         return 1 - self.kv_num_blocks.sum().double() / self.allowed_tiles.sum().clamp(min=1)
 
     def head(self, index: int) -> BlockPattern:
         """The pattern of one head, with ``h == 1``."""
         if not 0 <= index < self.num_heads:
             raise ValueError(f"head must lie in [0, {self.num_heads - 1}], got {index}.")
+        one = slice(index, index + 1)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:, one] if x.dim() >= 3 and x.shape[1] > 1 else x
+
+        return self._changed(cut)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> BlockPattern:
         allowed = self.kv_num_allowed
-        if allowed is not None and allowed.dim() == 3 and allowed.shape[1] > 1:
-            allowed = allowed[:, index : index + 1]
         return replace(
-            self,
-            kv_num_blocks=self.kv_num_blocks[:, index : index + 1],
-            kv_indices=self.kv_indices[:, index : index + 1],
-            kv_num_allowed=allowed,
-            check_values=False,
-        )
+            self, kv_num_blocks=change(self.kv_num_blocks), kv_indices=change(self.kv_indices),
+            kv_num_allowed=None if allowed is None else change(allowed), check_values=False,
+        )  # fmt: skip
 
     def heads(self, num_heads: int) -> list[BlockPattern]:
         """One pattern per query head; heads that share a pattern share the tensors."""
@@ -206,13 +205,7 @@ class BlockPattern:
 
     def to(self, device: torch.device | str) -> BlockPattern:
         """The same pattern on another device."""
-        return replace(
-            self,
-            kv_num_blocks=self.kv_num_blocks.to(device),
-            kv_indices=self.kv_indices.to(device),
-            kv_num_allowed=None if self.kv_num_allowed is None else self.kv_num_allowed.to(device),
-            check_values=False,
-        )
+        return self._changed(lambda x: x.to(device))
 
     def to_dense(self) -> Tensor:
         """Booleans ``(b, h, i, j)``: which tiles are kept."""
@@ -261,7 +254,8 @@ class BlockPattern:
             q_len: Query tokens.
             kv_len: Key tokens.
             block_size: Tokens per block, or per query block and per key block.
-            kv_num_allowed: See the class.
+            kv_num_allowed: int32 that broadcasts to ``(b, h, i)``: how many key blocks dense
+                attention under the same mask would read. None: all of them.
 
         Raises:
             TypeError: If ``dense`` is not boolean.
@@ -287,25 +281,9 @@ class BlockPattern:
     def transpose(self) -> PatternTranspose:
         """Lists the tiles by key block; built once and kept. Does not wait for the device."""
         if not self._transposed:
-            self._transposed.append(self._build_transpose())
+            build = TRANSPOSERS.get(self.device.type, _transpose)
+            self._transposed.append(build(self))
         return self._transposed[0]
-
-    def _build_transpose(self) -> PatternTranspose:
-        fast = TRANSPOSERS.get(self.device.type)
-        if fast is not None:
-            return fast(self)
-        b, h, i, k = self.kv_indices.shape
-        columns = self.num_key_blocks
-        key = torch.where(self.slot_used(), self.kv_indices, columns).view(b, h, i * k)
-        # Stable: within a key block the slots stay ascending in the query block. A radix sort
-        # takes half as many passes over 16-bit numbers.
-        narrow = key.short() if columns < 2**15 else key
-        slots = narrow.sort(dim=-1, stable=True).indices.int()
-        count = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=self.device)
-        count.scatter_add_(-1, key.long(), torch.ones_like(key))
-        offsets = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=self.device)
-        offsets[..., 1:] = count[..., :-1].cumsum(-1)
-        return PatternTranspose(offsets, slots)
 
     def to_block_mask(self, mask_mod: object = None) -> BlockMask:
         """Converts to FlexAttention's ``BlockMask``.
@@ -362,7 +340,6 @@ class BlockPattern:
         )
         missing = {"kv_num_blocks", "kv_indices"} - set(tensors)
         unknown = set(tensors) - {"kv_num_blocks", "kv_indices", "kv_num_allowed"}
-        sizes = (about.get("q_len"), about.get("kv_len"), about.get("block_size"))
         if missing or unknown or set(about) != {"q_len", "kv_len", "block_size"}:
             raise ValueError(
                 f"{path} must hold kv_num_blocks, kv_indices and the lengths and block sizes that "
@@ -370,12 +347,10 @@ class BlockPattern:
                 f"missing are {sorted(missing)}, unknown {short_repr(sorted(unknown))}, and it "
                 f"says {short_repr(about)}."
             )
-        q_len, kv_len, block_size = _file_sizes(path, *sizes)
+        sizes = _file_sizes(path, **about)
         allowed = tensors.get("kv_num_allowed")
         try:
-            pattern = cls(
-                tensors["kv_num_blocks"], tensors["kv_indices"], q_len, kv_len, block_size, allowed
-            )
+            pattern = cls(tensors["kv_num_blocks"], tensors["kv_indices"], *sizes, allowed)
             if allowed is not None:
                 _check_allowed(allowed, pattern)
         except (TypeError, ValueError) as error:
@@ -418,6 +393,21 @@ def _check_allowed(allowed: Tensor, pattern: BlockPattern) -> None:
             f"kv_num_allowed must lie in [0, {pattern.num_key_blocks}], got values from "
             f"{int(allowed.min())} to {int(allowed.max())}."
         )
+
+
+def _transpose(pattern: BlockPattern) -> PatternTranspose:
+    b, h, i, k = pattern.kv_indices.shape
+    columns = pattern.num_key_blocks
+    key = torch.where(pattern.slot_used(), pattern.kv_indices, columns).view(b, h, i * k)
+    # Stable: within a key block the slots stay ascending in the query block. A radix sort takes
+    # half as many passes over 16-bit numbers.
+    narrow = key.short() if columns < 2**15 else key
+    slots = narrow.sort(dim=-1, stable=True).indices.int()
+    count = torch.zeros(b, h, columns + 1, dtype=torch.int32, device=pattern.device)
+    count.scatter_add_(-1, key.long(), torch.ones_like(key))
+    offsets = torch.zeros_like(count)
+    offsets[..., 1:] = count[..., :-1].cumsum(-1)
+    return PatternTranspose(offsets, slots)
 
 
 # By device type: a faster way to build the transpose, which ``ops`` enters where it has one.

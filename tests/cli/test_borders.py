@@ -19,8 +19,8 @@ pytest.importorskip("rich", reason="needs the extra [cli]")
 from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
 from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.main import main
-from dilated_attention_pytorch.printable import printable
-from dilated_attention_pytorch.training.folder_lock import lock_folder
+from dilated_attention_pytorch.foreign_text import printable
+from dilated_attention_pytorch.train.run_folder import lock_folder
 
 TEXT = "Each word of this sentence is as good as any other word of it. " * 200
 SMALL = [

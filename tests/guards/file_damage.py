@@ -221,8 +221,8 @@ def damage_json(rng: random.Random, content: bytes) -> bytes:
 
 def forge_json(rng: random.Random, content: bytes) -> bytes:
     """By structure, with a digest that fits where one can be made."""
+    from dilated_attention_pytorch.foreign_text import sealed
     from dilated_attention_pytorch.integrations.transformers.adapter_file import _digest
-    from dilated_attention_pytorch.strict_json import sealed
 
     tree = json.loads(content)
     tree.pop("digest", None)
@@ -257,7 +257,7 @@ def forge_tensors(rng: random.Random, content: bytes) -> bytes:
     """Other tensors in a valid file: shapes, dtypes, values, names."""
     from safetensors.torch import load
 
-    from dilated_attention_pytorch.tensor_file import tensor_bytes
+    from dilated_attention_pytorch.files import tensor_bytes
 
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
@@ -422,14 +422,14 @@ def checkpoint_kinds() -> list[Kind]:
     """Checkpoints, read, and where they are forged taken up by a training."""
     from dilated_attention_pytorch import AdaptiveConfig
     from dilated_attention_pytorch.tasks.text import TextData
-    from dilated_attention_pytorch.training.checked_state import check_loop_state
-    from dilated_attention_pytorch.training.checkpoint import (
+    from dilated_attention_pytorch.train.checkpoint import (
         CheckpointError,
+        check_loop_state,
         checkpoint_path,
         load_checkpoint,
         save_checkpoint,
     )
-    from dilated_attention_pytorch.training.language_model import (
+    from dilated_attention_pytorch.train.language_model import (
         LanguageModelRun,
         LanguageModelTraining,
     )
@@ -509,13 +509,13 @@ def folder_kinds() -> list[Kind]:
 def table_kinds() -> list[Kind]:
     """Costs of an allotment, settings, and metrics."""
     from dilated_attention_pytorch import AdaptiveConfig
+    from dilated_attention_pytorch.foreign_text import parse_json
     from dilated_attention_pytorch.integrations.transformers.allot import (
         AllotJob,
         costs_bytes,
         read_costs,
     )
-    from dilated_attention_pytorch.strict_json import parse_json
-    from dilated_attention_pytorch.training.metrics import MetricsFile
+    from dilated_attention_pytorch.train.run_folder import MetricsFile
 
     job = AllotJob(model="m", adapter="a", text=("t",), lengths=(64, 128), sparsities=(0.5, 0.9))
     identity = {"job": {"model": "m"}, "model": "ab", "text": "cd", "adapter": "ef"}

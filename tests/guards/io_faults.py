@@ -234,7 +234,7 @@ def kept_output(log: Path) -> Iterator[None]:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything that must not depend on faults: state, metrics and results, without times."""
-    from dilated_attention_pytorch.training.checkpoint import list_checkpoints, load_checkpoint
+    from dilated_attention_pytorch.train.checkpoint import list_checkpoints, load_checkpoint
 
     state = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     state["training"].pop("seconds")

@@ -24,7 +24,7 @@ from dilated_attention_pytorch import (
     BlockSparseFixed,
     MultiheadAdaptiveAttention,
 )
-from dilated_attention_pytorch.models.transformer import Transformer, build_attention
+from dilated_attention_pytorch.models import Transformer, build_attention
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
 from dilated_attention_pytorch.nn.fixed import BlockSparseDistilled
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig

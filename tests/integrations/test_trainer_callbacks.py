@@ -19,7 +19,7 @@ from dilated_attention_pytorch import (
     AdaptiveSparsityTrainer,
     BlockSparseAdaptive,
 )
-from dilated_attention_pytorch.training.monitor import SparsityMonitor, default_schedules
+from dilated_attention_pytorch.train.monitor import SparsityMonitor, default_schedules
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from dilated_attention_pytorch.train import AdaptiveSparsityTrainer
 
 from dilated_attention_pytorch import (
     AdaptiveConfig,
@@ -11,9 +12,8 @@ from dilated_attention_pytorch import (
     BlockSparseFixed,
     create_adaptive_block_sparse,
 )
-from dilated_attention_pytorch.models.transformer import DenseAttention
+from dilated_attention_pytorch.models import DenseAttention
 from dilated_attention_pytorch.nn.state import SelectorState
-from dilated_attention_pytorch.training import AdaptiveSparsityTrainer
 
 
 def small(**changes):

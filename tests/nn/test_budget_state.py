@@ -28,11 +28,11 @@ from dilated_attention_pytorch.nn.held_budget import (
     peak_of,
 )
 from dilated_attention_pytorch.tasks.text import TextData
-from dilated_attention_pytorch.training.language_model import (
+from dilated_attention_pytorch.train.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
 )
-from dilated_attention_pytorch.training.monitor import SparsityMonitor
+from dilated_attention_pytorch.train.monitor import SparsityMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 HEADS, DIM, BLOCK, LENGTH = 2, 8, 8, 192

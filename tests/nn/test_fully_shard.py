@@ -15,7 +15,7 @@ from dilated_attention_pytorch import (
     MultiheadAdaptiveAttention,
     get_sparsity_loss,
 )
-from dilated_attention_pytorch.models.transformer import Transformer, build_attention
+from dilated_attention_pytorch.models import Transformer, build_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",

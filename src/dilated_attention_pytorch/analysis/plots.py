@@ -18,7 +18,7 @@ from dilated_attention_pytorch.analysis.head_statistics import (
     head_statistics,
 )
 from dilated_attention_pytorch.analysis.recording import Recording, block_texts
-from dilated_attention_pytorch.training.schedules import SCHEDULES
+from dilated_attention_pytorch.train.trainer import SCHEDULES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.foreign_text import printable
 
 # What is drawn of a level of sparsity, and how its name reads.
 _DRAWN = ("recall", "kept_mass", "best_mass")

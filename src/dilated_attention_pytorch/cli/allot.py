@@ -20,7 +20,7 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     check_model_folder,
     require_transformers,
 )
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.foreign_text import printable
 from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import Progress, ProgressColumn, TaskID, TextColumn
 
 from dilated_attention_pytorch.cli.console import PlainConsole
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.foreign_text import printable
 
 # Seconds between two lines.
 INTERVAL = 10.0

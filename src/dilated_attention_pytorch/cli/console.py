@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.foreign_text import printable
 
 
 class PlainConsole(Console):

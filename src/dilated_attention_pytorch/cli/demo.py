@@ -14,7 +14,6 @@ import torch
 from rich.progress import BarColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
 
-from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
 from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.demo_jobs import QUICK, DemoSize, needle_job, text_job
@@ -22,7 +21,8 @@ from dilated_attention_pytorch.cli.demo_page import render_page
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.workers import Event, Job, run_jobs
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.files import write_atomically
+from dilated_attention_pytorch.foreign_text import printable
 
 METHODS = ("dense", "adaptive", "local", "strided", "dilated")
 DEFAULT_OUT = "demo-report"

@@ -17,7 +17,7 @@ from dilated_attention_pytorch.tasks.needle import (
     train_needle,
 )
 from dilated_attention_pytorch.tasks.text import load_text
-from dilated_attention_pytorch.training.language_model import (
+from dilated_attention_pytorch.train.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
 )

@@ -12,7 +12,6 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import OK, UsageError
 from dilated_attention_pytorch.cli.folder_command import named_options
@@ -25,7 +24,8 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     require_transformers,
 )
 from dilated_attention_pytorch.cli.write_figure import write_figure
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.files import write_atomically
+from dilated_attention_pytorch.foreign_text import printable
 
 _NO_CHOICE = (
     "* The blocks that are always read leave out no more: nothing was chosen, and all methods with "

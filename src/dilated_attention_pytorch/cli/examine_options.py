@@ -13,9 +13,9 @@ from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import CommandError, UsageError
 from dilated_attention_pytorch.cli.examined import Examined
 from dilated_attention_pytorch.cli.examined_run import ExaminedRun
-from dilated_attention_pytorch.printable import printable
-from dilated_attention_pytorch.training.checkpoint import list_checkpoints
-from dilated_attention_pytorch.training.folder_loop import CHECKPOINTS_NAME
+from dilated_attention_pytorch.foreign_text import printable
+from dilated_attention_pytorch.train.checkpoint import list_checkpoints
+from dilated_attention_pytorch.train.loop import CHECKPOINTS_NAME
 
 
 def add_options(parser: argparse.ArgumentParser, samples: int) -> None:

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     require_transformers,
 )
 from dilated_attention_pytorch.tasks.text import TextError, read_text, validation_windows
-from dilated_attention_pytorch.training.checkpoint import CheckpointError
+from dilated_attention_pytorch.train.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel

@@ -20,9 +20,9 @@ from dilated_attention_pytorch.analysis.recording import byte_tokens
 from dilated_attention_pytorch.analysis.report import Chart
 from dilated_attention_pytorch.cli.errors import CommandError
 from dilated_attention_pytorch.cli.examined import Examined, line_chart
-from dilated_attention_pytorch.training.language_model import next_byte_loss
-from dilated_attention_pytorch.training.metrics import PER_LAYER
-from dilated_attention_pytorch.training.saved_run import SavedRun, load_saved_run
+from dilated_attention_pytorch.train.language_model import next_byte_loss
+from dilated_attention_pytorch.train.loop import SavedRun, load_saved_run
+from dilated_attention_pytorch.train.run_folder import PER_LAYER
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ from dilated_attention_pytorch.cli.console import PlainConsole, shell_word
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.interrupt import StopRequest
-from dilated_attention_pytorch.printable import printable
-from dilated_attention_pytorch.training.folder_loop import FolderLoop, Progress
-from dilated_attention_pytorch.training.language_model import TrainingError
+from dilated_attention_pytorch.foreign_text import printable
+from dilated_attention_pytorch.train.language_model import TrainingError
+from dilated_attention_pytorch.train.loop import FolderLoop, Progress
 
 
 def add_run_folder(parser: argparse.ArgumentParser, default: str) -> None:

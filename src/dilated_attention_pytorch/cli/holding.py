@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import CommandError
-from dilated_attention_pytorch.training.folder_lock import FolderInUseError, lock_folder
+from dilated_attention_pytorch.train.run_folder import FolderInUseError, lock_folder
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dilated_attention_pytorch.cli.errors import (
     CommandError,
     UsageError,
 )
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.foreign_text import printable
 
 _NEEDS_RICH = "the command line needs rich: pip install 'dilated-attention-pytorch[cli]'"
 

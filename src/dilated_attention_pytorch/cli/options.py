@@ -16,16 +16,15 @@ from dilated_attention_pytorch.config import (
     SCORERS,
     AdaptiveConfig,
 )
-from dilated_attention_pytorch.models.transformer import ATTENTION_NAMES
+from dilated_attention_pytorch.models import ATTENTION_NAMES
 from dilated_attention_pytorch.selection.bounds import (
     fitting_block_size,
     fitting_sparsity,
     nothing_to_choose,
 )
-from dilated_attention_pytorch.training.folder_loop import LoopSettings
-from dilated_attention_pytorch.training.language_model import LanguageModelRun
-from dilated_attention_pytorch.training.loop import TextSettings
-from dilated_attention_pytorch.training.schedules import SCHEDULES
+from dilated_attention_pytorch.train.language_model import LanguageModelRun
+from dilated_attention_pytorch.train.loop import LoopSettings, TextSettings
+from dilated_attention_pytorch.train.trainer import SCHEDULES
 
 _RUN = LanguageModelRun()
 

@@ -22,8 +22,8 @@ from dilated_attention_pytorch.cli.pretrained_options import (
     build_job,
     require_transformers,
 )
-from dilated_attention_pytorch.printable import printable
-from dilated_attention_pytorch.training.folder_loop import Progress
+from dilated_attention_pytorch.foreign_text import printable
+from dilated_attention_pytorch.train.loop import Progress
 
 # Options that say what a run reads: naming them for --resume says that they may be read.
 _FILES = frozenset({"model", "text", "adapter"})

@@ -151,7 +151,7 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
         distilled_config,
     )
     from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
-    from dilated_attention_pytorch.training.folder_loop import LoopSettings
+    from dilated_attention_pytorch.train.loop import LoopSettings
 
     settings: type[DistillRun | TuneRun] = DistillRun if kind == "distill" else TuneRun
     values = dict(options)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dilated_attention_pytorch.analysis.report import render_report
-from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.examine_options import add_options, at_work, open_examined
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.files import write_atomically
+from dilated_attention_pytorch.foreign_text import printable
 
 DEFAULT_OUT = "report.html"
 

@@ -16,12 +16,11 @@ from dilated_attention_pytorch.cli.folder_command import (
     summary_table,
 )
 from dilated_attention_pytorch.cli.options import add_run_options, build_settings
-from dilated_attention_pytorch.printable import printable
+from dilated_attention_pytorch.foreign_text import printable
 from dilated_attention_pytorch.tasks.text import TextError
-from dilated_attention_pytorch.training.checkpoint import CheckpointError, checkpoint_path
-from dilated_attention_pytorch.training.folder_loop import Progress, per_second
-from dilated_attention_pytorch.training.language_model import LanguageModelRun
-from dilated_attention_pytorch.training.loop import TrainingLoop
+from dilated_attention_pytorch.train.checkpoint import CheckpointError, checkpoint_path
+from dilated_attention_pytorch.train.language_model import LanguageModelRun
+from dilated_attention_pytorch.train.loop import Progress, TrainingLoop, per_second
 
 
 def add_parser(commands: Any) -> None:

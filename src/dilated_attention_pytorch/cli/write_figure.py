@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.atomic_file import write_atomically
+from dilated_attention_pytorch.files import write_atomically
 
 
 def write_figure(figure: Any, path: Path) -> None:

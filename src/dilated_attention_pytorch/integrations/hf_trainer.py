@@ -12,12 +12,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from dilated_attention_pytorch.training.monitor import (
+from dilated_attention_pytorch.train.monitor import (
     ScalarWriter,
     SparsityMonitor,
     default_schedules,
 )
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer
 
 
 class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dilated_attention_pytorch.training.monitor import SparsityMonitor, default_schedules
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.monitor import SparsityMonitor, default_schedules
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer
 
 
 class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]

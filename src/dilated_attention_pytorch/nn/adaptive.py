@@ -19,9 +19,9 @@ from dilated_attention_pytorch.nn.scorings import scoring_of
 from dilated_attention_pytorch.nn.select import select
 from dilated_attention_pytorch.nn.selector import SelectorLayer
 from dilated_attention_pytorch.nn.state import SelectorState
+from dilated_attention_pytorch.runtime import tracing
 from dilated_attention_pytorch.selection.bounds import nothing_to_choose
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
-from dilated_attention_pytorch.tracing import tracing
 
 
 class NothingToChooseWarning(UserWarning):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dilated_attention_pytorch.tracing import tracing
+from dilated_attention_pytorch.runtime import tracing
 
 
 def generator_state(device: torch.device, generator: torch.Generator | None) -> Tensor | None:

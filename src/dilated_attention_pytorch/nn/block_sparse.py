@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.called_module import CalledModule
 from dilated_attention_pytorch.candidates import CandidateRule, row_ranges
 from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.documents import AlignedDocuments, align_documents
-from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.autograd import (
     generator_state,
@@ -33,6 +31,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     readable,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.runtime import CalledModule, check_floating
 
 
 @dataclass(frozen=True, eq=False)

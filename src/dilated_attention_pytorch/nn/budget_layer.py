@@ -29,6 +29,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     summarise,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.runtime import tracing
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype
 from dilated_attention_pytorch.selection.bounds import halvings
 from dilated_attention_pytorch.selection.hierarchical import ChosenLevel
@@ -39,7 +40,6 @@ from dilated_attention_pytorch.selection.threshold import (
     fits_buffer,
     padded_buffer,
 )
-from dilated_attention_pytorch.tracing import tracing
 
 # Factors on the odds at which repeated and unrelated contents are kept: a base of 0.9 becomes 0.95
 # and 0.85.

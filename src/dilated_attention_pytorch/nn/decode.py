@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.candidates import row_ranges
-from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.budgets import newest_thresholds, rule_of
 from dilated_attention_pytorch.nn.estimators import slot_bias
@@ -26,6 +25,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
 from dilated_attention_pytorch.pattern import pack_ascending
+from dilated_attention_pytorch.runtime import check_floating
 from dilated_attention_pytorch.selection.budget import unit_means
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 

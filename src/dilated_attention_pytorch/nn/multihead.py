@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.dtypes import FLOATS, check_floating
 from dilated_attention_pytorch.nn.adaptive import create_adaptive_block_sparse
+from dilated_attention_pytorch.runtime import FLOATS, check_floating
 
 
 @dataclass(frozen=True, eq=False)

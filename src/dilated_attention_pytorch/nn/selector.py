@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
-from dilated_attention_pytorch.former_scalars import FormerScalars
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer, Scored, setting
 from dilated_attention_pytorch.nn.budgets import budget_of
 from dilated_attention_pytorch.nn.buffers import host_property, readable
 from dilated_attention_pytorch.nn.held_budget import initial_state
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import Memory, NewestRow, SelectorState
+from dilated_attention_pytorch.runtime import FormerScalars
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype, past_windows

@@ -16,6 +16,7 @@ from dilated_attention_pytorch.config import (
     check_types,
     from_plain,
 )
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer, Scored
 from dilated_attention_pytorch.nn.budgets import budget_of, threshold_sample
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
@@ -26,7 +27,6 @@ from dilated_attention_pytorch.scoring.training_free import (
     min_max_scores,
 )
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
-from dilated_attention_pytorch.strict_json import short_repr
 
 METHODS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 BUDGETS = ("fixed", "threshold")

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_attention_pytorch.called_module import CalledModule
-from dilated_attention_pytorch.dtypes import check_floating, check_integers
-from dilated_attention_pytorch.former_scalars import FormerScalars
+from dilated_attention_pytorch.runtime import (
+    CalledModule,
+    FormerScalars,
+    check_floating,
+    check_integers,
+)
 from dilated_attention_pytorch.scoring.products import (
     finite_rows,
     score_products,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dilated_attention_pytorch.config import POOLINGS
-from dilated_attention_pytorch.dtypes import FLOATS, check_booleans, check_floating
 from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.runtime import FLOATS, check_booleans, check_floating
 
 
 def block_summaries(

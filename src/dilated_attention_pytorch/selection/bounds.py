@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from dilated_attention_pytorch.candidates import build_candidates, row_ranges
+from dilated_attention_pytorch.candidates import CandidateRule, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.selection.budget import water_level_budget
 
@@ -200,12 +200,10 @@ def most_scored_blocks(
         forced, limit = torch.zeros_like(rows.low), rows.num_allowed.long()
         width = ceil_div(kv_len, block_size)
     else:
-        candidates = build_candidates(
-            rows, num_heads=num_heads, num_key_blocks=ceil_div(kv_len, block_size),
-            block_size=block_size, causal=causal, segment_lengths=segment_lengths,
-            dilation_rates=dilation_rates, num_local_blocks=num_local_blocks,
-            num_sink_blocks=num_sink_blocks,
-        )  # fmt: skip
+        candidates = CandidateRule(
+            num_heads, ceil_div(kv_len, block_size), block_size, causal, segment_lengths,
+            dilation_rates, num_local_blocks, num_sink_blocks,
+        ).build(rows)  # fmt: skip
         forced = candidates.forced.sum(-1)
         limit = forced + candidates.scored.sum(-1)
         width = candidates.width

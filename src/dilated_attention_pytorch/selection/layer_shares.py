@@ -15,7 +15,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 from dilated_attention_pytorch.config import check_sparsity
-from dilated_attention_pytorch.strict_json import short_repr
+from dilated_attention_pytorch.foreign_text import short_repr
 
 # With fewer layers their spread says too little about noise.
 FEWEST = 8

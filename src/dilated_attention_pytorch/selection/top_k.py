@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import as_int
-from dilated_attention_pytorch.dtypes import check_booleans, check_floating, check_integers
+from dilated_attention_pytorch.runtime import check_booleans, check_floating, check_integers
 
 
 def choose_top_k(scores: Tensor, allowed: Tensor, count: Tensor, max_count: int) -> Tensor:

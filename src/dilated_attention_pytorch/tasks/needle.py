@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.models.transformer import (
+from dilated_attention_pytorch.models import (
     Transformer,
     build_attention,
     scorer_parameters,
 )
-from dilated_attention_pytorch.training.parameter_groups import parameter_groups
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer, parameter_groups
 
 _NOISE_TOKENS = 16
 TARGETS = ("anywhere", "previous", "periodic", "mixed")
@@ -105,19 +104,18 @@ class NeedleTask:
         # Block 0 has nothing before it; its query is not asked.
         row = torch.arange(blocks, device=device)
         target = (rand(size, blocks) * row.clamp(min=1)).long()
-        if self.target != "anywhere":
-            places = [target, *((row - d).clamp(min=0) for d in (1, _PERIOD))]
-            kinds = torch.stack([place.expand(size, -1) for place in places])
-            pick = torch.full_like(target, TARGETS.index(self.target))
-            if self.target == "mixed":
-                pick = randint(len(places), size, blocks)
-            target = kinds.gather(0, pick[None])[0]
+        previous, periodic = ((row - d).clamp(min=0).expand(size, -1) for d in (1, _PERIOD))
+        if self.target == "mixed":
+            pick = randint(3, size, blocks)
+            target = torch.stack([target, previous, periodic]).gather(0, pick[None])[0]
+        elif self.target != "anywhere":
+            target = previous if self.target == "previous" else periodic
         which = randint(keys, size, blocks)
-        sample = torch.arange(size, device=device)[:, None]
+        asked = torch.arange(size, device=device)[:, None], target, which
         query = place[..., keys:]
         kind.scatter_(-1, query, 2)
-        key.scatter_(-1, query, names[sample, target, which][..., None])
-        answer.scatter_(-1, query, values[sample, target, which][..., None])
+        key.scatter_(-1, query, names[asked][..., None])
+        answer.scatter_(-1, query, values[asked][..., None])
         answer[:, 0] = -100
         if self.asking < 1:
             silent = (rand(size, blocks) >= self.asking)[..., None].expand_as(kind) & (kind == 2)
@@ -295,24 +293,15 @@ def build_needle_model(run: NeedleRun) -> NeedleModel:
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         return build_attention(
-            run.attention,
-            num_heads,
-            head_dim,
-            run.config,
-            num_kv_heads=run.num_kv_heads,
-            segment_lengths=run.segment_lengths,
-            dilation_rates=run.dilation_rates,
+            run.attention, num_heads, head_dim, run.config, num_kv_heads=run.num_kv_heads,
+            segment_lengths=run.segment_lengths, dilation_rates=run.dilation_rates,
             backend=run.backend,
-        )
+        )  # fmt: skip
 
     model = NeedleModel(
-        run.task,
-        make,
-        num_heads=run.num_heads,
-        num_kv_heads=run.num_kv_heads,
-        num_layers=run.num_layers,
-        layers_per_selection=run.layers_per_selection,
-    )
+        run.task, make, num_heads=run.num_heads, num_kv_heads=run.num_kv_heads,
+        num_layers=run.num_layers, layers_per_selection=run.layers_per_selection,
+    )  # fmt: skip
     return model.to(run.device)
 
 
@@ -333,12 +322,11 @@ def train_needle(
     )
     trainer = None
     if selectors:
+        warmup = int(run.sparsity_warmup * run.steps)
         trainer = AdaptiveSparsityTrainer(
-            model,
-            annealing_steps=max(int(run.annealing_share * run.steps), 1),
-            sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
-            dense_steps=int(run.sparsity_warmup * run.steps),
-        )
+            model, annealing_steps=max(int(run.annealing_share * run.steps), 1),
+            sparsity_warmup_steps=warmup, dense_steps=warmup,
+        )  # fmt: skip
     start = time.perf_counter()
     for step in range(run.steps):
         rate = min(1.0, (step + 1) / 50)
@@ -351,9 +339,8 @@ def train_needle(
         loss = F.cross_entropy(logits.float(), answers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
-        if selectors:
-            nn.utils.clip_grad_norm_(selectors, 1.0)
+        for parameters in filter(None, (rest, selectors)):
+            nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if trainer is not None:
             trainer.step()
@@ -377,7 +364,8 @@ def evaluate_needle(
     generator = torch.Generator().manual_seed(123)
     device = torch.device(run.device)
     right = total = 0
-    recalls, sparsities = [], []
+    recalls: list[float] = []
+    sparsities: list[float] = []
     for _ in range(batches):
         batch = run.task.batch(batch_size, generator).to(device)
         with run.autocast():
@@ -385,15 +373,13 @@ def evaluate_needle(
             infos = model.transformer.patterns(model.embed(batch))
         right += int((logits.argmax(-1) == answers).sum())
         total += answers.numel()
-        if infos:
-            sparsities.append(float(infos[-1]["sparsity"].mean()))
+        if not infos:
+            continue
+        sparsities.append(float(infos[-1]["sparsity"].mean()))
         # Only blocks of the task's own size hold an answer or not.
-        if infos and infos[-1]["pattern"].block_size == (run.task.block_size,) * 2:
-            kept = infos[-1]["pattern"].to_dense()[:, :, 1:]
+        if infos[-1]["pattern"].block_size == (run.task.block_size,) * 2:
+            kept = infos[-1]["pattern"].to_dense()[:, :, 1:].expand(batch_size, -1, -1, -1)
             index = batch.target[:, None, 1:, None].expand(-1, kept.shape[1], -1, -1)
-            index = index.expand(len(batch.target), -1, -1, -1)
-            kept = kept.expand(len(batch.target), -1, -1, -1)
             recalls.append(float(kept.gather(-1, index).float().mean()))
-    accuracy = right / total
-    recall = sum(recalls) / batches if recalls else None
-    return accuracy, recall, sum(sparsities) / batches if sparsities else None
+    recall, sparsity = (sum(x) / batches if x else None for x in (recalls, sparsities))
+    return right / total, recall, sparsity

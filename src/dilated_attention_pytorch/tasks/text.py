@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ class TextData:
 
     Attributes:
         train: ``(bytes,)`` uint8: the training files one after another.
-        validation: Likewise, from other files (of a single file: its last part).
+        validation: ``(bytes,)`` uint8 from other files (of a single file: its last part).
         train_files: Names of the training files, in order.
         validation_files: Names of the held-out files.
         source: What the text is, in words.
@@ -47,7 +47,7 @@ class TextData:
 
     def fingerprint(self) -> str:
         """SHA-256 of both parts: the same text gives the same one."""
-        digest = hashlib.sha256()
+        digest = sha256()
         for part in (self.train, self.validation):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part.numpy().data)
@@ -96,7 +96,8 @@ def load_text(
         source = ", ".join(str(path) for path in paths)
     # A hash spreads the choice over the alphabet. It depends on the names alone, and on the place
     # where files of several folders have one name.
-    named.sort(key=lambda item: (_digest(item[0]), os.fsencode(item[1])))
+    # By the file system's own bytes: a name need not be UTF-8.
+    named.sort(key=lambda item: (sha256(os.fsencode(item[0])).digest(), os.fsencode(item[1])))
     content, starts = _join(named, max_bytes)
     if not starts:
         raise TextError(f"no text in {source}: all files are empty. Name files with content.")
@@ -187,13 +188,10 @@ def validation_windows(data: Tensor, seq_len: int, count: int) -> Tensor:
 
 def _files_below(folder: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
     found = []
+    left_out = {"__pycache__", *skipped}
     for place, folders, names in os.walk(folder):
         # In place: os.walk then does not go down there.
-        folders[:] = [
-            name
-            for name in folders
-            if name != "__pycache__" and name not in skipped and not name.startswith(".")
-        ]
+        folders[:] = [x for x in folders if x not in left_out and not x.startswith(".")]
         found += [Path(place, name) for name in names if not name.startswith(".")]
     files = [path for path in found if path.is_file()]
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
@@ -267,11 +265,6 @@ def _chunks(path: Path, limit: int | None = None) -> Iterator[bytes]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise TextError(f"cannot read the text {path}: {reason}. Check its permissions.") from error
-
-
-def _digest(name: str) -> bytes:
-    # The file system's own bytes: a name need not be UTF-8.
-    return hashlib.sha256(os.fsencode(name)).digest()
 
 
 def _join(

@@ -15,6 +15,7 @@ from tiny_models import save_tiny, tiny_model, tokens
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
+from dilated_attention_pytorch.files import tensor_bytes
 from dilated_attention_pytorch.integrations.transformers import (
     AdapterError,
     SelectorAdapter,
@@ -26,7 +27,6 @@ from dilated_attention_pytorch.integrations.transformers import (
 )
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.tensor_file import tensor_bytes
 
 CONFIG = AdaptiveConfig(block_size=16, base_sparsity=0.5, hidden_dim=4)
 COMMITTED = Path(__file__).parents[3] / "experiments" / "results" / "pretrained"

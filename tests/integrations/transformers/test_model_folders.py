@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.integrations.transformers.job import folder_digest
 from dilated_attention_pytorch.integrations.transformers.tokens import load_model, load_tokenizer
-from dilated_attention_pytorch.training.checkpoint import load_checkpoint, save_checkpoint
+from dilated_attention_pytorch.train.checkpoint import load_checkpoint, save_checkpoint
 
 DISTILL = ["--steps", "2", "--seq-len", "64", "--block-size", "16", "--base-sparsity", "0.5",
            "--validation-windows", "1", "--checkpoint-every", "1", "--log-every", "1"]  # fmt: skip

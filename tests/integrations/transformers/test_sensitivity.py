@@ -28,7 +28,7 @@ from dilated_attention_pytorch.integrations.transformers.sensitivity import (
 )
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
-from dilated_attention_pytorch.training.tile_count import TileCount
+from dilated_attention_pytorch.train.monitor import TileCount
 from tiny_models import tiny_model, tokens
 
 BLOCK = 8

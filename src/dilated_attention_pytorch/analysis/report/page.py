@@ -25,8 +25,8 @@ from dilated_attention_pytorch.analysis.recording import (
     visible_tiles,
 )
 from dilated_attention_pytorch.analysis.report.packing import GRID, pack_recording
+from dilated_attention_pytorch.foreign_text import printable
 from dilated_attention_pytorch.pattern import BlockPattern
-from dilated_attention_pytorch.printable import printable
 
 # Name on the page, field of HeadStatistics, what it says, whether higher is drawn darker from 0.
 _STATISTICS = (

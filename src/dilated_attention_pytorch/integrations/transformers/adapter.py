@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from dilated_attention_pytorch.file_access import replace_files
+from dilated_attention_pytorch.files import replace_files
 from dilated_attention_pytorch.integrations.transformers.adapt import (
     AdaptedModel,
     SelectorConfig,

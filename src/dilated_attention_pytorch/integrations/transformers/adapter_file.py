@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.file_access import read_file, replace_files
-from dilated_attention_pytorch.former_scalars import with_dimension
-from dilated_attention_pytorch.integrations.transformers.adapt import SelectorConfig, make_selector
-from dilated_attention_pytorch.integrations.transformers.base_identity import check_identity
-from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
-from dilated_attention_pytorch.selection.threshold import ThresholdTable
-from dilated_attention_pytorch.strict_json import (
+from dilated_attention_pytorch.files import (
+    MAX_FILE,
+    parse_tensors,
+    read_file,
+    replace_files,
+    tensor_bytes,
+)
+from dilated_attention_pytorch.foreign_text import (
     MAX_BYTES,
     json_digest,
     parse_json,
     short_repr,
 )
-from dilated_attention_pytorch.tensor_file import MAX_FILE, parse_tensors, tensor_bytes
+from dilated_attention_pytorch.integrations.transformers.adapt import SelectorConfig, make_selector
+from dilated_attention_pytorch.integrations.transformers.base_identity import check_identity
+from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
+from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.runtime import with_dimension
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 FORMAT = "dilated_attention_pytorch.adapter"
 # Version 2 may hold costs of the layers, version 3 holds signatures of all weights of the base.

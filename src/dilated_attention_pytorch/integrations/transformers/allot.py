@@ -9,9 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.config import check_types
-from dilated_attention_pytorch.file_access import read_file
+from dilated_attention_pytorch.files import read_file, write_atomically
+from dilated_attention_pytorch.foreign_text import (
+    MAX_BYTES,
+    parse_json,
+    sealed,
+    short_repr,
+    unsealed,
+)
 from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
 from dilated_attention_pytorch.integrations.transformers.adapter_file import (
     CONFIG_NAME,
@@ -34,13 +40,6 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_tokens,
 )
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
-from dilated_attention_pytorch.strict_json import (
-    MAX_BYTES,
-    parse_json,
-    sealed,
-    short_repr,
-    unsealed,
-)
 
 STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
 

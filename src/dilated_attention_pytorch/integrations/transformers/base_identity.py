@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.integrations.transformers.attention import SELECTOR
 from dilated_attention_pytorch.integrations.transformers.families import AttentionSite
 from dilated_attention_pytorch.integrations.transformers.offloaded import real_values
-from dilated_attention_pytorch.strict_json import short_repr
 
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",

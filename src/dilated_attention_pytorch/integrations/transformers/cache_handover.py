@@ -13,7 +13,7 @@ from dilated_attention_pytorch.integrations.transformers.followed_cache import C
 from dilated_attention_pytorch.integrations.transformers.register import ATTENTION_NAME, register
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.decode import decoding_refusal
-from dilated_attention_pytorch.tracing import tracing
+from dilated_attention_pytorch.runtime import tracing
 
 
 class CacheHandover:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
-from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
@@ -19,6 +18,7 @@ from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
+from dilated_attention_pytorch.runtime import check_integers
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
     ThresholdTable,

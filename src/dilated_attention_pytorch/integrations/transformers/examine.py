@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
 from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
-from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.offloaded import input_device
 from dilated_attention_pytorch.integrations.transformers.token_texts import token_texts
 from dilated_attention_pytorch.integrations.transformers.tune import next_token_loss
+from dilated_attention_pytorch.runtime import check_integers
 
 # Neither distilling nor tuning lowers a temperature: the one ranks nothing at random, the other
 # keeps it at its end.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.observer import (
     evaluating,
@@ -15,6 +14,7 @@ from dilated_attention_pytorch.integrations.transformers.offloaded import input_
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
+from dilated_attention_pytorch.runtime import check_integers
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 
 # A dense pass over more tokens takes minutes on a CPU.

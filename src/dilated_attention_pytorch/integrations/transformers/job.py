@@ -18,9 +18,9 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
     load_tokens,
 )
 from dilated_attention_pytorch.integrations.transformers.tune import MODEL_NAME, TuneRun, Tuning
-from dilated_attention_pytorch.training.checked_state import checkpoint_settings
-from dilated_attention_pytorch.training.folder_loop import FolderLoop, LoopSettings
-from dilated_attention_pytorch.training.own_mark import MARK, check_named
+from dilated_attention_pytorch.train.checkpoint import checkpoint_settings
+from dilated_attention_pytorch.train.loop import FolderLoop, LoopSettings
+from dilated_attention_pytorch.train.run_folder import MARK, check_named
 
 # Files that decide what a model computes.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.file_access import read_file
+from dilated_attention_pytorch.files import MAX_FILE, parse_tensors, read_file
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
     check_sealed,
     local_settings,
 )
-from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.tensor_file import MAX_FILE, parse_tensors
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WEIGHTS_NAME = "adapter_model.safetensors"

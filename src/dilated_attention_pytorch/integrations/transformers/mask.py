@@ -28,7 +28,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import document_numbers
-from dilated_attention_pytorch.tracing import recording, tracing
+from dilated_attention_pytorch.runtime import recording, tracing
 
 PLAIN, OFFSET, PADDED, PACKED = 0, 1, 2, 3
 

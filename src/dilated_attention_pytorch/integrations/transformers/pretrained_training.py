@@ -19,9 +19,9 @@ from dilated_attention_pytorch.integrations.transformers.selection_quality impor
 from dilated_attention_pytorch.integrations.transformers.tokens import TokenText
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
-from dilated_attention_pytorch.training.checked_state import check_training_state
-from dilated_attention_pytorch.training.language_model import TrainingError, check_device
-from dilated_attention_pytorch.training.parameter_groups import parameter_groups
+from dilated_attention_pytorch.train.checkpoint import check_training_state
+from dilated_attention_pytorch.train.language_model import TrainingError, check_device
+from dilated_attention_pytorch.train.trainer import parameter_groups
 
 DTYPES = ("float32", "bfloat16")
 

@@ -22,10 +22,9 @@ from dilated_attention_pytorch.integrations.transformers.tokens import (
 from dilated_attention_pytorch.integrations.transformers.tune import LORA_NAME, MODEL_NAME
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.tasks.text import TextError
-from dilated_attention_pytorch.training.checked_state import checkpoint_settings
-from dilated_attention_pytorch.training.folder_loop import METRICS_NAME
-from dilated_attention_pytorch.training.metrics import MetricsFile
-from dilated_attention_pytorch.training.own_mark import MARK, check_named
+from dilated_attention_pytorch.train.checkpoint import checkpoint_settings
+from dilated_attention_pytorch.train.loop import METRICS_NAME
+from dilated_attention_pytorch.train.run_folder import MARK, MetricsFile, check_named
 
 
 @dataclass(frozen=True, eq=False)

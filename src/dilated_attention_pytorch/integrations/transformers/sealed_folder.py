@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.file_access import read_file, replace_files
-from dilated_attention_pytorch.strict_json import (
+from dilated_attention_pytorch.files import read_file, replace_files
+from dilated_attention_pytorch.foreign_text import (
     MAX_BYTES,
     parse_json,
     sealed,

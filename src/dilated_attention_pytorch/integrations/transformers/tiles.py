@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-from dilated_attention_pytorch.training.tile_count import TileCount
+from dilated_attention_pytorch.train.monitor import TileCount
 
 
 class CountTiles(TileCount):

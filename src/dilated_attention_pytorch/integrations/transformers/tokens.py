@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
     check_sealed,
     local_settings,
 )
-from dilated_attention_pytorch.strict_json import short_repr
 from dilated_attention_pytorch.tasks.text import (
     TextData,
     TextError,

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dilated_attention_pytorch.file_access import replaced_folder
+from dilated_attention_pytorch.files import replaced_folder
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.integrations.transformers.adapter import (
     SelectorAdapter,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.runtime import check_floating
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from dilated_attention_pytorch.atomic_file import write_atomically
+from dilated_attention_pytorch.files import write_atomically
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (

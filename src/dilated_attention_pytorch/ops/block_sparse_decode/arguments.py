@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.dtypes import check_floating
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,
@@ -16,6 +15,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     readable,
 )
 from dilated_attention_pytorch.pattern import check_list_values
+from dilated_attention_pytorch.runtime import check_floating
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -13,8 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
-from dilated_attention_pytorch.models.transformer import (
+from dilated_attention_pytorch.config import (
+    AdaptiveConfig,
+    check_largest,
+    check_types,
+    from_plain,
+    to_plain,
+)
+from dilated_attention_pytorch.models import (
     ATTENTION_NAMES,
     Transformer,
     build_attention,
@@ -22,11 +27,13 @@ from dilated_attention_pytorch.models.transformer import (
 )
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validation_windows
-from dilated_attention_pytorch.training.checked_state import check_training_state
-from dilated_attention_pytorch.training.losses import get_sparsity_loss
-from dilated_attention_pytorch.training.parameter_groups import parameter_groups
-from dilated_attention_pytorch.training.tile_count import TileCount
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.checkpoint import check_training_state
+from dilated_attention_pytorch.train.monitor import TileCount
+from dilated_attention_pytorch.train.trainer import (
+    AdaptiveSparsityTrainer,
+    get_sparsity_loss,
+    parameter_groups,
+)
 
 
 class TrainingError(RuntimeError):
@@ -122,11 +129,7 @@ class LanguageModelRun:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["config"] = self.config.to_dict()
-        for name in ("segment_lengths", "dilation_rates"):
-            out[name] = None if out[name] is None else list(out[name])
-        return out
+        return dict(to_plain(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LanguageModelRun:
@@ -202,12 +205,9 @@ class LanguageModelTraining:
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self._selectors:
             self.trainer = AdaptiveSparsityTrainer(
-                self.model,
-                annealing_steps=run.annealing_steps,
-                schedule=run.schedule,
+                self.model, annealing_steps=run.annealing_steps, schedule=run.schedule
             )
-        self.step_count = 0
-        self.seconds = 0.0
+        self.step_count, self.seconds = 0, 0.0
 
     @property
     def done(self) -> bool:
@@ -239,18 +239,16 @@ class LanguageModelTraining:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         # Apart, so that a large gradient of the one does not silence the other.
-        for parameters in (self._rest, self._selectors):
-            if parameters:
-                nn.utils.clip_grad_norm_(parameters, 1.0)
+        for parameters in filter(None, (self._rest, self._selectors)):
+            nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         if self.trainer is not None:
             self.trainer.step()
         self.step_count += 1
         seconds = max(time.perf_counter() - start, 0.0)
         self.seconds += seconds
-        return StepResult(
-            self.step_count, value, tiles.sparsity, temperature, seconds, tiles.layer_sparsity
-        )
+        sparsity, by_layer = tiles.sparsity, tiles.layer_sparsity
+        return StepResult(self.step_count, value, sparsity, temperature, seconds, by_layer)
 
     @torch.no_grad()
     def validate(self) -> ValidationResult:
@@ -315,17 +313,12 @@ def check_device(name: str) -> None:
 
 def build_language_model(run: LanguageModelRun) -> Transformer:
     """The untrained model of a run, from torch's random state."""
-    sparse = run.attention != "dense"
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         return build_attention(
-            run.attention,
-            num_heads,
-            head_dim,
-            run.config,
-            segment_lengths=run.segment_lengths if sparse else None,
-            dilation_rates=run.dilation_rates if sparse else None,
-        )
+            run.attention, num_heads, head_dim, run.config, segment_lengths=run.segment_lengths,
+            dilation_rates=run.dilation_rates,
+        )  # fmt: skip
 
     model = Transformer(run.dim, run.num_heads, run.num_layers, make, feed_forward=4 * run.dim)
     return model.to(run.device)

@@ -1,15 +1,65 @@
-"""SparsityMonitor: schedules and metrics of the adaptive layers inside anybody's training loop."""
+"""What layers compute while they train: counts of tiles, and a monitor for any training loop."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, LayerPass, observe_passes
-from dilated_attention_pytorch.training.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.nn.block_sparse import (
+    BlockSparseLayer,
+    LayerPass,
+    observe_passes,
+    observe_patterns,
+)
+from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer
+
+
+class TileCount:
+    """While open, counts kept tiles and those of dense attention.
+
+    A pattern that heads or samples share counts once; within a layer all count alike. Counting does
+    not wait for the device, reading does.
+
+    Args:
+        layers: Whose tiles; none: nothing is counted.
+    """
+
+    def __init__(self, layers: Sequence[BlockSparseLayer]) -> None:
+        self._layers, self._stack = layers, ExitStack()
+        # Of every pass: kept tiles, and those of dense attention.
+        self._counts: list[tuple[Tensor, Tensor]] = []
+
+    def _add(self, layer: BlockSparseLayer, pattern: BlockPattern) -> None:
+        self._counts.append((pattern.kv_num_blocks.sum(), pattern.allowed_tiles.sum()))
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(observe_patterns(self._layers, self._add))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    @property
+    def sparsity(self) -> float | None:
+        """``1 - tiles computed / tiles of dense attention``; None if nothing was counted."""
+        if not self._counts:
+            return None
+        kept, allowed = (int(torch.stack(x).sum()) for x in zip(*self._counts, strict=True))
+        return 1 - kept / allowed
+
+    @property
+    def layer_sparsity(self) -> tuple[float, ...]:
+        """The sparsity of every forward pass of a layer, in their order."""
+        if not self._counts:
+            return ()
+        kept, allowed = (torch.stack(x) for x in zip(*self._counts, strict=True))
+        return tuple((1 - kept.double() / allowed).tolist())
 
 
 class ScalarWriter(Protocol):

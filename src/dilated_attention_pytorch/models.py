@@ -68,19 +68,12 @@ def build_attention(
             num_kv_heads=num_kv_heads, backend=backend,
         )  # fmt: skip
     return BlockSparseFixed(
-        name,
-        num_heads,
-        head_dim,
-        num_kv_heads=num_kv_heads,
-        base_sparsity=config.base_sparsity,
-        num_selected_blocks=config.num_selected_blocks,
-        segment_lengths=segment_lengths,
-        dilation_rates=dilation_rates,
-        block_size=config.block_size,
-        num_local_blocks=config.num_local_blocks,
+        name, num_heads, head_dim, num_kv_heads=num_kv_heads, backend=backend,
+        base_sparsity=config.base_sparsity, num_selected_blocks=config.num_selected_blocks,
+        segment_lengths=segment_lengths, dilation_rates=dilation_rates,
+        block_size=config.block_size, num_local_blocks=config.num_local_blocks,
         num_sink_blocks=config.num_sink_blocks,
-        backend=backend,
-    )
+    )  # fmt: skip
 
 
 def rotary_table(
@@ -102,14 +95,9 @@ def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 class _Block(nn.Module):
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        attention: nn.Module,
-        feed_forward: int,
-        residual_branches: int,
-    ) -> None:
+        self, dim: int, num_heads: int, num_kv_heads: int, feed_forward: int,
+        residual_branches: int, attention: nn.Module,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.attention_norm = nn.RMSNorm(dim)
@@ -153,13 +141,9 @@ class _Block(nn.Module):
         return x
 
     def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor] | None,
-        *,
-        with_pattern: bool = False,
+        self, x: Tensor, table: tuple[Tensor, Tensor] | None, *, with_pattern: bool = False,
         **options: Any,
-    ) -> tuple[Tensor, dict[str, Any] | None]:
+    ) -> tuple[Tensor, dict[str, Any] | None]:  # fmt: skip
         # Rotated summaries match by content at short distances only.
         selects = isinstance(self.attention, BlockSparseAdaptive)
         q, k, v, unrotated = self.before_attention(x, table, selects)
@@ -225,16 +209,9 @@ class Transformer(nn.Module):
         if self.embedding is not None:
             nn.init.normal_(self.embedding.weight, std=0.02)
         branches = num_layers * (2 if feed_forward else 1)
+        sizes = (dim, num_heads, kv_heads, feed_forward, branches)
         self.blocks = nn.ModuleList(
-            _Block(
-                dim,
-                num_heads,
-                kv_heads,
-                make_attention(num_heads, self.head_dim),
-                feed_forward,
-                branches,
-            )
-            for _ in range(num_layers)
+            _Block(*sizes, make_attention(num_heads, self.head_dim)) for _ in range(num_layers)
         )
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, outputs)
@@ -253,15 +230,14 @@ class Transformer(nn.Module):
 
     def patterns(self, x: Tensor) -> list[dict[str, Any]]:
         """What every sparse layer chose for an input: one ``pattern_info`` per layer."""
-        infos = self._run(x, None, {"return_pattern": True})[1]
-        return [info for info in infos if info is not None]
+        return self._run(x, None, {"return_pattern": True})[1]
 
     def _run(
         self, x: Tensor, keep: Tensor | None, options: dict[str, Any]
-    ) -> tuple[Tensor, list[dict[str, Any] | None]]:
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
         x = x if self.embedding is None else self.embedding(x)
         table = rotary_table(x.shape[1], self.head_dim, x.device) if self.rope else None
-        infos: list[dict[str, Any] | None] = []
+        infos: list[dict[str, Any]] = []
         pattern: BlockPattern | None = None
         for number, block in enumerate(self.blocks):
             layer = block.attention
@@ -269,14 +245,13 @@ class Transformer(nn.Module):
                 x, info = block(x, table)
             elif number % self.layers_per_selection:
                 x, info = block(x, table, **options, pattern=pattern)
-            elif self.layers_per_selection == 1 or options:
-                x, info = block(x, table, **options)
-                pattern = None if info is None else info["pattern"]
             else:
                 # Returned, not observed: observers also see the passes of other threads.
-                x, info = block(x, table, with_pattern=True)
-                pattern = info["pattern"]
-            infos.append(info)
+                shared = {"with_pattern": self.layers_per_selection > 1}
+                x, info = block(x, table, **(options or shared))
+                pattern = None if info is None else info["pattern"]
+            if info is not None:
+                infos.append(info)
         x = self.norm(x if keep is None else x[keep])
         return self.head(x), infos
 

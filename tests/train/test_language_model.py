@@ -10,14 +10,13 @@ import torch
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.tasks.text import TextData
-from dilated_attention_pytorch.training.checkpoint import list_checkpoints, load_checkpoint
-from dilated_attention_pytorch.training.folder_loop import LoopSettings
-from dilated_attention_pytorch.training.language_model import (
+from dilated_attention_pytorch.train.checkpoint import list_checkpoints, load_checkpoint
+from dilated_attention_pytorch.train.language_model import (
     LanguageModelRun,
     LanguageModelTraining,
     TrainingError,
 )
-from dilated_attention_pytorch.training.loop import TextSettings, TrainingLoop
+from dilated_attention_pytorch.train.loop import LoopSettings, TextSettings, TrainingLoop
 
 CONFIG = AdaptiveConfig(block_size=8, base_sparsity=0.5, query_scope="past", hidden_dim=4)
 RUN = LanguageModelRun(
@@ -114,8 +113,8 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from test_language_model import EVERY, RUN
-from dilated_attention_pytorch.training import language_model
-from dilated_attention_pytorch.training.loop import TextSettings, TrainingLoop
+from dilated_attention_pytorch.train import language_model
+from dilated_attention_pytorch.train.loop import TextSettings, TrainingLoop
 
 def killing(function, calls):
     count = 0

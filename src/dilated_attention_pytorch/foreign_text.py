@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: bounded, and nothing in it means two things."""
+"""Text that somebody else wrote: JSON, read strictly, and values and names made safe to show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 MAX_DEPTH = 32
 # What a file of settings and tables may have.
 MAX_BYTES = 8 * 2**20
-_LARGEST_INT = 2**63 - 1
 _DIGITS, _MOST_DIGITS = 25, 400
 
 
@@ -67,12 +66,12 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(value: Any, name: str, *, required: bool) -> dict[str, Any]:
-    """The object without its digest, which is compared.
+    """What :func:`sealed` made, read back, without its digest, which is compared.
 
     Args:
-        value: What :func:`sealed` made, read back.
+        value: The object.
         name: Of the file, for errors.
-        required: Whether there must be one; files of earlier versions have none.
+        required: Whether there must be a digest; files of earlier versions have none.
 
     Raises:
         ValueError: If it is no object, or has another digest than its content.
@@ -112,7 +111,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def _integer(digits: str) -> int:
     # Python takes quadratic time for long ones.
-    if len(digits) > _DIGITS or abs(int(digits)) > _LARGEST_INT:
+    if len(digits) > _DIGITS or abs(int(digits)) >= 2**63:
         raise ValueError(f"the integer {digits[:_DIGITS]}... has more than 64 bits")
     return int(digits)
 
@@ -139,7 +138,11 @@ def _check(value: Any, name: str) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, str):
-                _check_string(item, name)
+                try:
+                    item.encode()
+                except UnicodeEncodeError:
+                    what = short_repr(item)
+                    raise ValueError(f"{name} holds the string {what}, which is no text.") from None
             elif isinstance(item, list):
                 inner += item
             elif isinstance(item, dict):
@@ -147,8 +150,25 @@ def _check(value: Any, name: str) -> None:
         level, depth = inner, depth + 1
 
 
-def _check_string(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds the string {short_repr(text)}, which is no text.") from None
+def printable(text: object, keep: str = "") -> str:
+    r"""Text as one line in which everything that does not print is escaped, as ``repr`` does.
+
+    A file's name may hold line ends, the escape sequences by which terminals are steered, marks
+    that reverse the direction of what follows, or bytes that are no UTF-8 and cannot be written.
+
+    Args:
+        text: Anything; its ``str`` is shown.
+        keep: Characters to leave as they are.
+
+    Example:
+        >>> printable("runs/\x1b[31mred\n")
+        'runs/\\x1b[31mred\\n'
+    """
+
+    def escaped(character: str) -> str:
+        # How Python holds a byte of a file's name that is no UTF-8.
+        if "\udc80" <= character <= "\udcff":
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode("ascii")
+
+    return "".join(c if c.isprintable() or c in keep else escaped(c) for c in str(text))

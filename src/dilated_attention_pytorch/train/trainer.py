@@ -4,23 +4,132 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.analysis.probe import call_model, evaluation_mode
 from dilated_attention_pytorch.analysis.statistics import PatternStatistics
 from dilated_attention_pytorch.config import as_int, check_sparsity
+from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import observe_patterns
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.nn.held_budget import PEAKED, peak_of
-from dilated_attention_pytorch.strict_json import short_repr
-from dilated_attention_pytorch.training.schedules import SCHEDULES
+from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
+
+Schedule = Callable[[float, float, float], float]
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """A straight line."""
+    return start + (end - start) * progress
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine: slow at both ends."""
+    return linear(start, end, 0.5 * (1 - math.cos(math.pi * progress)))
+
+
+def exponential(start: float, end: float, progress: float) -> float:
+    """A constant factor per step; both ends must be positive."""
+    # Not by their quotient, which need not be a finite number.
+    return math.exp(linear(math.log(start), math.log(end), progress))
+
+
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "exponential": exponential}
+
+
+def get_sparsity_loss(model: nn.Module) -> Tensor:
+    """Mean of :meth:`BlockSparseAdaptive.get_sparsity_loss` over the layers of a model.
+
+    Raises:
+        RuntimeError: If a layer has run no forward pass.
+        ValueError: If the model holds no adaptive layer.
+
+    Example:
+        >>> import torch
+        >>> model = nn.ModuleList([BlockSparseAdaptive(num_heads=2, head_dim=16)])
+        >>> x = torch.randn(1, 512, 2, 16)
+        >>> loss = model[0](x, x, x).square().mean() + 0.01 * get_sparsity_loss(model)
+        >>> loss.requires_grad
+        True
+    """
+    losses = [m.get_sparsity_loss() for m in model.modules() if isinstance(m, BlockSparseAdaptive)]
+    if not losses:
+        raise ValueError("model holds no BlockSparseAdaptive layer.")
+    return torch.stack(losses).mean()
+
+
+# By name: sharding flattens parameters, so that all of them would look like vectors.
+_KEPT = ("budget_gain", "budget_offset", "gain", "log_temperature")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.01,
+    groups: Iterable[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Splits parameters for an optimiser: gains, offsets and temperatures do not decay.
+
+    Their neutral value is not 0: decay makes an adaptive budget smaller and flatter, and a
+    temperature forget. It shows where nothing else moves them. Under ``torch.distributed`` every
+    parameter of a layer gets a gradient, of zeros if need be, and what has a gradient decays: in
+    200 steps of AdamW at a rate of 3e-3 and a decay of 0.1 a gain of 1 becomes 0.942.
+
+    Args:
+        model: Holds adaptive layers or scorers; any other model gives a group that decays.
+        weight_decay: Of all other parameters, unless their group names its own; not negative.
+        groups: As for an optimiser: dicts of ``"params"`` and options, which both parts of a group
+            keep. None: one group of all parameters of ``model``.
+
+    Returns:
+        Per group the part that decays and the part that does not, without empty ones.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        ValueError: If a weight decay is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from dilated_attention_pytorch import MultiheadAdaptiveAttention
+        >>> layer = MultiheadAdaptiveAttention(embed_dim=64, num_heads=4)
+        >>> optimizer = torch.optim.AdamW(parameter_groups(layer, weight_decay=0.1), lr=1e-3)
+        >>> [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
+        [(6, 0.1), (4, 0.0)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BlockSparseLayer | ImportanceScorer)
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] in _KEPT
+    }
+    found: list[dict[str, Any]] = []
+    given_groups: Iterable[Mapping[str, Any]] = groups or [{"params": model.parameters()}]
+    for group in given_groups:
+        decay, given = group.get("weight_decay", weight_decay), list(group["params"])
+        if not (math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"weight_decay must be finite and not negative, got {decay}.")
+        parts = (
+            ([p for p in given if id(p) not in kept], decay),
+            ([p for p in given if id(p) in kept], 0.0),
+        )
+        found += [{**group, "params": own, "weight_decay": rate} for own, rate in parts if own]
+    return found
+
 
 # How often starts are looked for: the host waits for the device then.
 _LOOK_EVERY = 10
+# What a state holds besides the arrivals.
+_SETTINGS = (
+    "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
+    "sparsity_warmup_steps", "dense_steps", "initial_sparsity", "explore_steps",
+)  # fmt: skip
 
 
 class AdaptiveSparsityTrainer:
@@ -123,9 +232,7 @@ class AdaptiveSparsityTrainer:
 
     def _temperature(self, layer: BlockSparseAdaptive) -> float:
         config, first, last = layer.config, self.initial_temperature, self.final_temperature
-        exploring = self.explore_steps
-        if exploring is None:
-            exploring = 3 * self.annealing_steps
+        exploring = 3 * self.annealing_steps if self.explore_steps is None else self.explore_steps
         if layer.learns_by_mass and self.current_step >= exploring:
             return 0.0
         last = config.min_temperature if last is None else last
@@ -189,18 +296,7 @@ class AdaptiveSparsityTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: the step and the schedule's settings."""
-        return {
-            "current_step": self.current_step,
-            "initial_temperature": self.initial_temperature,
-            "final_temperature": self.final_temperature,
-            "annealing_steps": self.annealing_steps,
-            "schedule": self.schedule,
-            "sparsity_warmup_steps": self.sparsity_warmup_steps,
-            "dense_steps": self.dense_steps,
-            "initial_sparsity": self.initial_sparsity,
-            "explore_steps": self.explore_steps,
-            "arrivals": list(self.arrivals),
-        }
+        return {name: getattr(self, name) for name in _SETTINGS} | {"arrivals": list(self.arrivals)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict`'s result.
@@ -249,14 +345,12 @@ class AdaptiveSparsityTrainer:
         layers = self._layers()
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        model = self.model
-        if model is None:
-            raise RuntimeError("no model is attached; call attach(model) first.")
+        assert self.model is not None
         statistics = PatternStatistics(num_samples)
         watch = observe_patterns(layers, statistics.add)
-        with evaluation_mode(model), torch.no_grad(), watch:
+        with evaluation_mode(self.model), torch.no_grad(), watch:
             for batch in dataloader:
-                call_model(model, batch)
+                call_model(self.model, batch)
                 if statistics.finish_batch():
                     break
         return statistics.summary()
@@ -269,21 +363,23 @@ class AdaptiveSparsityTrainer:
         return _adaptive_layers(self.model)
 
     def _arrival(self, layer: BlockSparseAdaptive) -> int:
-        """When a layer has its sparsity, as far as that is known before the first step."""
+        """When a layer has its sparsity; -1: it waits for its start; 0: it is left as it is."""
         if self.dense_steps is not None or self.sparsity_warmup_steps:
             return (self.dense_steps or 0) + self._warmup
-        if not _has_start(layer):
-            return 0
         keep, dense = layer.densest, 1 - self.initial_sparsity
         goal = 1 - layer.config.base_sparsity
+        if not _has_start(layer):
+            return 0
         if math.isclose(keep, dense, rel_tol=1e-6):
             return -1
         if math.isclose(keep, goal, rel_tol=1e-6):
-            # Trained weights whose schedules were not saved hold how far their layer had come.
             return 0 if self.current_step else -1
-        left = math.log(keep / goal) / math.log(dense / goal) if dense != goal else 0.0
-        moving = self.current_step > 0 and 0 < left < 1
-        return self.current_step + round(left * self._warmup) if moving else 0
+        # Trained weights whose schedules were not saved hold how far their layer had come.
+        if self.current_step and min(dense, goal) < keep < max(dense, goal):
+            left = math.log(keep / goal) / math.log(dense / goal)
+            return self.current_step + round(left * self._warmup)
+        # A sparsity of its own.
+        return 0
 
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
@@ -309,6 +405,7 @@ class AdaptiveSparsityTrainer:
 
 
 def _has_start(layer: BlockSparseAdaptive) -> bool:
+    """Whether a layer may begin dense and move by itself."""
     by_share = layer.config.budget in ("adaptive", "fixed")
     return by_share and layer.config.num_selected_blocks is None and layer.learns_by_mass
 
@@ -328,9 +425,8 @@ def _check(state: Mapping[str, Any]) -> None:
                 f"{name} must be positive and finite in float32, got {short_repr(state[name])}."
             )
     optional = ("sparsity_warmup_steps", "dense_steps", "explore_steps")
-    for name in ("annealing_steps", "current_step", *optional):
-        if state[name] is None and name in optional:
-            continue
+    named = [name for name in optional if state[name] is not None]
+    for name in ("annealing_steps", "current_step", *named):
         smallest, steps = 1 if name == "annealing_steps" else 0, as_int(name, state[name])
         if steps < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {short_repr(steps)}.")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.models.transformer import Transformer, build_attention
+from dilated_attention_pytorch.models import Transformer, build_attention
 
 
 def make(layers_per_selection: int, name: str = "adaptive") -> Transformer:
