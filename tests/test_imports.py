@@ -36,7 +36,7 @@ ROOMS = [
     ("documents",),
     ("nn",),
     ("models",),
-    ("analysis", "integrations", "tasks", "training"),
+    ("analysis", "hf", "integrations", "tasks", "training"),
     ("cli",),
 ]
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
@@ -62,14 +62,14 @@ OPTIONAL = {
         "ops.token_rings.triton_kernels",
     ),
     "flash_attn": ("ops",),
-    "transformers": ("integrations",),
-    "huggingface_hub": ("integrations",),
-    "peft": ("integrations",),
-    "lightning": ("integrations",),
+    "transformers": ("hf", "integrations"),
+    "huggingface_hub": ("hf",),
+    "peft": ("hf",),
+    "lightning": ("integrations.lightning",),
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("tensor_file", "integrations.transformers.tokens"),
+    "safetensors": ("tensor_file", "hf.model_folder"),
 }
 
 

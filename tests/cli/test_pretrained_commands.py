@@ -74,7 +74,7 @@ def test_a_killed_distillation_goes_on_exactly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from dilated_attention_pytorch.integrations.transformers.distill import Distillation
+    from dilated_attention_pytorch.hf.train_selectors import Distillation
 
     step = Distillation.step
     arguments = ["distill", "--model", str(model), "--text", str(texts), "--out", str(tmp_path)]
@@ -152,9 +152,7 @@ def test_tune_starts_from_the_adapter(
 
 
 # Python shows it once; the tests otherwise make errors of warnings.
-@pytest.mark.filterwarnings(
-    "always::dilated_attention_pytorch.integrations.transformers.AdapterWarning"
-)
+@pytest.mark.filterwarnings("always::dilated_attention_pytorch.hf.AdapterWarning")
 def test_low_rank_changes_are_evaluated(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,12 +244,12 @@ def test_help_needs_no_transformers_and_lists_the_commands(
 def test_defaults_shown_are_those_of_the_dataclasses() -> None:
     from dilated_attention_pytorch.cli.pretrained_options import RUN_DEFAULTS, SELECTOR_DEFAULTS
     from dilated_attention_pytorch.config import AdaptiveConfig
-    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
-        PretrainedRun,
+    from dilated_attention_pytorch.hf.train_selectors import (
+        DistillRun,
         distilled_config,
     )
 
-    run = PretrainedRun()
+    run = DistillRun()
     for name, value in RUN_DEFAULTS.items():
         assert getattr(run, name) == value, name
     shown = AdaptiveConfig(**SELECTOR_DEFAULTS)

@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Measures and writes; returns the exit code."""
     require_transformers()
-    from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
+    from dilated_attention_pytorch.hf.layer_shares import AllotJob, Allotment
 
     console = PlainConsole(stderr=True)
     check_model_folder(parsed.model)

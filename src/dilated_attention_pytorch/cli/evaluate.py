@@ -116,14 +116,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _build(parsed: argparse.Namespace) -> Any:
-    from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
-    from dilated_attention_pytorch.integrations.transformers.evaluate import (
+    from dilated_attention_pytorch.hf.adapter import SelectorAdapter
+    from dilated_attention_pytorch.hf.evaluate import (
         Evaluation,
         block_size_of,
         settings_from,
     )
-    from dilated_attention_pytorch.integrations.transformers.lora import load_lora
-    from dilated_attention_pytorch.integrations.transformers.tokens import (
+    from dilated_attention_pytorch.hf.model_folder import (
+        load_lora,
         load_model,
         load_tokenizer,
         tokenize,
