@@ -1,4 +1,4 @@
-"""A real pretrained model made sparse: distilled, evaluated against rivals, tuned end to end.
+"""A real pretrained model made sparse: distilled, evaluated against baselines, tuned end to end.
 
 The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on prose (three
 books that Debian packages, seven novels, the Jargon File, addresses of American presidents) and on
@@ -50,10 +50,10 @@ from pretrained_texts import (
     unpack,
 )
 
-RIVALS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
+BASELINES = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 # The selectors with their thresholds, and with the same number of blocks for every head.
 OWN = ("adapter", "adapter:fixed")
-BY_THRESHOLD = tuple(f"{name}:threshold" for name in RIVALS[1:])
+BY_THRESHOLD = tuple(f"{name}:threshold" for name in BASELINES[1:])
 # Thresholds above a share of the even budget.
 WITH_FLOOR = ("adapter", "oracle", "antidiagonal")
 # Thresholds with shares of the layers by what sparsity costs in each, and the selectors without.
@@ -227,7 +227,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     """Cells ``(text, length, method, sparsity)``, the ones that the bars need first."""
     longest, *shorter = lengths_of(options)
     floors = tuple(f"{name}:floor{options.floor or 0.5:g}" for name in WITH_FLOOR)
-    every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors, *ALLOTTED)
+    every = (*OWN, *BASELINES, *BY_THRESHOLD, *floors, *ALLOTTED)
     grid = [
         ((longest,), (0.8, 0.9)),
         (shorter, (0.9, 0.8)),
@@ -272,16 +272,16 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
     from dilated_attention_pytorch.hf.evaluate import EvaluationSettings
 
     settings: dict[str, Any] = {
-        "lengths": lengths_of(options), "sparsities": (0.9,), "rivals": RIVALS,
+        "lengths": lengths_of(options), "sparsities": (0.9,), "baselines": BASELINES,
         "windows": options.windows, "needles": 4,
-        "block_size": options.block_size, "depths": (), "kept_mass": False, "repeats": 0,
-        "tolerance": TOLERANCE,
+        "block_size": options.block_size, "depths": (), "kept_mass": False, "prefixes": 0,
+        "repeats": 0, "tolerance": TOLERANCE,
     }  # fmt: skip
     return EvaluationSettings(**(settings | changes))
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Measures distilled selectors and rivals, one line per cell."""
+    """Measures distilled selectors and baselines, one line per cell."""
     from dilated_attention_pytorch.hf.adapter import SelectorAdapter
     from dilated_attention_pytorch.hf.evaluate import Evaluation
     from dilated_attention_pytorch.hf.model_folder import (

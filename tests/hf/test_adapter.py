@@ -1,4 +1,4 @@
-"""Adapters survive the way to the disk, and know their base."""
+"""Adapters: round trips, bases, damage, and other budgets."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import torch
 from tiny_models import tiny_model, tokens
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
+pytest.importorskip("transformers", reason="the transformers package is not installed")
 
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter, load_adapter, save_adapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError
+from dilated_attention_pytorch.hf.calibration import calibrate
+from dilated_attention_pytorch.hf.observe import CountTiles
+from dilated_attention_pytorch.hf.train_selectors import distilled_config
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 
 CONFIGS: dict[int, Any] = {
@@ -125,3 +129,39 @@ def test_selectors_without_weights_are_saved_and_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
     with load_adapter(model, tmp_path), torch.no_grad():
         assert torch.equal(model(tokens()).logits, logits)
+
+
+def test_the_same_scores_give_every_row_the_same_share():
+    model = tiny_model("llama")
+    tokens = torch.randint(0, model.config.vocab_size, (256,))
+    with adapt(model, distilled_config(block_size=16, base_sparsity=0.5)) as adapted:
+        calibrate(adapted, tokens, 0.5, lengths=(128, 256), windows=1)
+        adapter = SelectorAdapter.of(adapted)
+    with adapter.with_budget("fixed").apply(model) as adapted:
+        assert {config.budget for config in adapted.configs.values()} == {"fixed"}
+        with CountTiles(adapted) as tiles:
+            model(tokens[None])
+    assert tiles.sparsity == pytest.approx(0.5, abs=0.02)
+    assert {config.budget for config in adapter.configs.values()} == {"threshold"}
+
+
+def test_a_floor_evens_the_rows_out_at_the_same_sparsity():
+    model = tiny_model("llama")
+    tokens = torch.randint(0, model.config.vocab_size, (1024,))
+    with adapt(model, distilled_config(block_size=16, base_sparsity=0.6)) as adapted:
+        adapter = SelectorAdapter.of(adapted)
+    fewest = {}
+    for floor in (0.0, 0.9):
+        with adapter.with_budget("threshold", floor).apply(model) as adapted:
+            calibrate(adapted, tokens, 0.6, lengths=(256,), windows=4)
+            counts = []
+            for selector in adapted.selectors.values():
+                selector.observers.append(
+                    lambda _, pattern, kept=counts: kept.append(pattern.kv_num_blocks[..., -4:])
+                )
+            with CountTiles(adapted) as tiles, torch.no_grad():
+                for window in tokens.split(256):
+                    model(window[None])
+        assert tiles.sparsity == pytest.approx(0.6, abs=0.01)
+        fewest[floor] = int(torch.cat(counts).min())
+    assert fewest[0.0] < fewest[0.9]

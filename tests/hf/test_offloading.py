@@ -237,7 +237,7 @@ def _measures(adapted: AdaptedModel) -> dict[str, Any]:
     prefix = KeptPrefix(adapted, windows)
     prefix.move_to(1)
     settings = EvaluationSettings(
-        lengths=(64,), sparsities=(0.5,), rivals=("antidiagonal",), block_size=16, windows=2,
+        lengths=(64,), sparsities=(0.5,), baselines=("antidiagonal",), block_size=16, windows=2,
         repeats=1,
     )  # fmt: skip
     recording = record_adapted(adapted, windows[:, :64], byte_pair_tokenizer("", 256))

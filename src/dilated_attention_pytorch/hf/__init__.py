@@ -12,6 +12,8 @@ from dilated_attention_pytorch.hf.mask import plain_mask
 from dilated_attention_pytorch.hf.model_folder import load_lora, tokenize
 from dilated_attention_pytorch.hf.observe import CountTiles, diagnose_adapted, record_adapted
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
+from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +24,8 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "SelectorAdapter",
+    "SparsityCosts",
+    "TrainingFreeConfig",
     "adapt",
     "calibrate",
     "diagnose_adapted",

@@ -188,7 +188,7 @@ def adapt(
             them. None: ``AdaptiveConfig()``.
         layers: Numbers of the layers to make sparse, counted from 0; None: all without a sliding
             window. Not with a mapping, which names its layers.
-        backend: Of :func:`block_sparse_attention`.
+        backend: What computes attention: ``"auto"``, or a name in ``BACKENDS``.
 
     Returns:
         A handle; ``handle.undo()``, or leaving it as a context manager, restores the model.

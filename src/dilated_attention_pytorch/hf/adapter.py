@@ -31,6 +31,7 @@ from dilated_attention_pytorch.hf.adapter_file import (
 )
 from dilated_attention_pytorch.hf.families import find_attention, real_values
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 # The name of a repository on the Hub: owner and name.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -75,13 +76,29 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         base = base_identity(adapted.model, adapted.sites)
         return cls(dict(adapted.configs), tensors, base, versions, adapted.costs)
 
+    @property
+    def base_sparsity(self) -> float:
+        """The sparsity that it was made for, the mean over its layers."""
+        values = [config.base_sparsity for config in self.configs.values()]
+        return sum(values) / len(values)
+
+    def thresholds(self) -> dict[int, ThresholdTable | None]:
+        """Of every layer whose budget is thresholds; None: it was not calibrated."""
+        found = {}
+        for number, config in self.configs.items():
+            if config.budget == "threshold":
+                rows = self.tensors.get(f"{number}.thresholds")
+                found[number] = None if rows is None else ThresholdTable.from_buffer(rows)
+        return found
+
     def with_budget(self, budget: str, threshold_floor: float = 0.0) -> SelectorAdapter:
         """The same selectors under another rule for how many blocks each row reads.
 
         Args:
-            budget: As in :class:`AdaptiveConfig`, such as ``"fixed"``.
-            threshold_floor: As there. Thresholds that were calibrated with another floor miss
-                their sparsity until they are calibrated again.
+            budget: ``"fixed"``, ``"threshold"``, or ``"adaptive"`` of learned selectors.
+            threshold_floor: Share of an even budget that every row keeps at least, in [0, 1), with
+                thresholds. Those that were calibrated with another floor miss their sparsity until
+                they are calibrated again.
         """
         configs: dict[int, SelectorConfig] = {
             n: replace(config, budget=budget, threshold_floor=threshold_floor)
@@ -133,7 +150,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
 
         Args:
             model: The base model that the adapter was made for; the precision may differ.
-            backend: Of :func:`block_sparse_attention`.
+            backend: What computes attention: ``"auto"``, or a name in ``BACKENDS``.
 
         Raises:
             AdapterError: If the model is another one.
@@ -282,7 +299,7 @@ def load_adapter(model: Any, folder: str | Path, *, backend: str = "auto") -> Ad
         model: The base model that they were made for.
         folder: What :func:`save_adapter` wrote. Of the Hub:
             ``SelectorAdapter.from_pretrained("owner/name").apply(model)``.
-        backend: Of :func:`block_sparse_attention`.
+        backend: What computes attention: ``"auto"``, or a name in ``BACKENDS``.
 
     Raises:
         AdapterError: If there is no adapter, it is damaged, or the base is another one.

@@ -268,7 +268,19 @@ def write_adapter(folder: Path, content: AdapterContent) -> None:
     Raises:
         OSError: If they cannot be written.
     """
-    weights, about = _written(content)
+    weights = tensor_bytes(content.tensors, {"format": FORMAT})
+    _, metadata = parse_tensors(weights, WEIGHTS_NAME)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": content.versions,
+        "base": content.base,
+        "layers": {str(number): _plain(config) for number, config in content.configs.items()},
+        # Two files cannot be put in place at once: by this they know each other.
+        "weights": metadata["digest"],
+    }
+    if content.costs:
+        about["costs"] = [costs.to_dict() for costs in content.costs]
     about["digest"] = _digest(about)
     text = json.dumps(about, indent=2, allow_nan=False) + "\n"
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -329,24 +341,6 @@ def check_fit(content: AdapterContent, sites: list[AttentionSite]) -> None:
                     f"the adapter's weights do not fit its settings: layer {site.number} needs "
                     f"{short_repr(name)} of shape {shape}, got {tuple(value.shape)}."
                 )
-
-
-def _written(content: AdapterContent) -> tuple[bytes, dict[str, Any]]:
-    """What the files are to hold."""
-    weights = tensor_bytes(content.tensors, {"format": FORMAT})
-    _, metadata = parse_tensors(weights, WEIGHTS_NAME)
-    about: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "versions": content.versions,
-        "base": content.base,
-        "layers": {str(number): _plain(config) for number, config in content.configs.items()},
-        # Two files cannot be put in place at once: by this they know each other.
-        "weights": metadata["digest"],
-    }
-    if content.costs:
-        about["costs"] = [costs.to_dict() for costs in content.costs]
-    return weights, about
 
 
 def _parse(folder: Path, config: bytes, weights: bytes) -> AdapterContent:
@@ -438,9 +432,11 @@ def _check_tensor(name: str, value: Tensor, configs: Mapping[int, SelectorConfig
     part = found[2]
     if part == "thresholds":
         _check_thresholds(name, value)
-    low, high = _RANGES.get(part, (-math.inf, math.inf))
-    if part in _RANGES and (value.dim() or not low <= float(value) <= high):
-        raise ValueError(f"{name} must be one number in [{low:g}, {high:g}], got {_shown(value)}.")
+    if part in _RANGES:
+        low, high = _RANGES[part]
+        if value.dim() or not low <= float(value) <= high:
+            shown = short_repr(value.flatten()[:8].tolist())
+            raise ValueError(f"{name} must be one number in [{low:g}, {high:g}], got {shown}.")
 
 
 _RANGES = {
@@ -463,10 +459,6 @@ def _check_thresholds(name: str, rows: Tensor) -> None:
         raise ValueError(
             f"the lengths of {name} must be at most {_LARGEST_LENGTH}, got {table.lengths[-1]}."
         )
-
-
-def _shown(value: Tensor) -> str:
-    return short_repr(value.flatten()[:8].tolist())
 
 
 def _plain(config: SelectorConfig) -> dict[str, Any]:

@@ -174,7 +174,6 @@ class CacheHandle:
         selector: The layer's selector.
 
     Attributes:
-        selector: The same.
         followed: The state that has seen all that the cache held, or None.
     """
 
@@ -196,12 +195,7 @@ class CacheHandle:
         return (kind in _FOLLOWED or issubclass(kind, FollowedLayer)) and layer.keys is keys
 
     def keep(self, state: SelectorState, seen: Tensor | None) -> None:
-        """Lets a state that has seen the updated cache follow it.
-
-        Args:
-            state: Of the selector.
-            seen: Places that hold tokens, as in :class:`FollowedState`.
-        """
+        """Lets a state that has ``seen`` the updated cache follow it."""
         layer = self._layer()
         if type(layer) in _FOLLOWED:
             # The object stays, whoever holds it; so do its copies what they are.

@@ -96,8 +96,8 @@ def calibrate(
         tokens: ``(tokens,)``: a sample of text.
         sparsity: Mean sparsity to meet, in [0, 1). A ``threshold_floor`` goes by the selectors' own
             sparsity (:meth:`AdaptedModel.set_base_sparsity`).
-        lengths: Lengths to calibrate at; see :class:`ThresholdTable` for others. None: halves of
-            what the text and the model's positions allow, down to 512.
+        lengths: Lengths to calibrate at; thresholds of others lie between or at the ends. None:
+            halves of what the text and the model's positions allow, down to 512.
         windows: Windows per length, spread over the text.
 
     Raises:

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
@@ -30,9 +31,11 @@ from dilated_attention_pytorch.hf.observe import (
     mean_loss,
     measure_kept_mass,
 )
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
 from dilated_attention_pytorch.selection.bounds import most_sparse
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 _PLACES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Dakar", "Riga", "Perth", "Lima", "Turin", "Kyoto")
 
@@ -124,32 +127,37 @@ class EvaluationSettings:
         sparsities: Nominal ones; the measured ones are reported beside.
         tolerance: By how much a budget by thresholds may exceed the nominal sparsity on the
             measured windows. Where it does by more, or falls short, thresholds are calibrated again
-            for another aim, up to six times; no perplexity has a say in it. None: as calibrated.
-        rivals: Training-free selectors to compare with, ``"<method>"``, ``"<method>:threshold"``
-            for a budget by calibrated thresholds, ``"<method>:floor0.5"`` for thresholds above a
-            floor (``threshold_floor``), or ``"<method>:allotted"`` for thresholds whose sparsity
-            differs between layers as the adapter's does (:class:`SparsityCosts`). All
-            others have the same sparsity in every layer, as has ``"adapter:threshold"``.
-        block_size: Tokens per block of the rivals; an adapter brings its own, which must agree.
+            for another target, up to six times; no perplexity has a say in it. None: as calibrated.
+        baselines: Training-free selectors to compare with, ``"<method>"`` with an even budget,
+            ``"<method>:threshold"`` for a budget by calibrated thresholds, ``"<method>:floor0.5"``
+            for thresholds above a floor (``threshold_floor``), or ``"<method>:allotted"`` for
+            thresholds whose sparsity differs between layers as the adapter's does
+            (:class:`SparsityCosts`). All others have the same sparsity in every layer, as has
+            ``"adapter:threshold"``. None: every method, by thresholds if the adapter's budget is
+            thresholds (``"sink_window"`` has no scores, and always an even budget).
+        block_size: Tokens per block of the baselines; an adapter brings its own, which must agree.
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
             thresholds are calibrated; as long as the measured ones.
         depths: Of the needles; empty: no retrieval.
         needles: Per depth, length and method.
         kept_mass: Measure it (costs as much as dense attention's logits).
+        prefixes: Random places per window at which an adapter that chooses for whole query blocks
+            (``query_scope="block"``) also predicts from the prefix alone, each a pass; 0: none.
         repeats: Timed passes per length; 0: no timing.
     """
 
     lengths: tuple[int, ...] = (1024, 2048)
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9)
     tolerance: float | None = 0.005
-    rivals: tuple[str, ...] = METHODS
+    baselines: tuple[str, ...] | None = None
     block_size: int = 32
     windows: int = 4
     calibration_windows: int = 2
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     needles: int = 4
     kept_mass: bool = True
+    prefixes: int = 32
     repeats: int = 3
 
     def __post_init__(self) -> None:
@@ -161,28 +169,20 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie in (0, 1) or be None, got {self.tolerance}.")
-        if self.repeats < 0:
-            raise ValueError(f"repeats must not be negative, got {self.repeats}.")
+        for name in ("prefixes", "repeats"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not self.lengths or min(self.lengths) < 2 * self.block_size:
             raise ValueError(
                 f"lengths must be at least two blocks of {self.block_size} tokens, got "
                 f"{self.lengths}: there would be nothing to choose."
             )
-        for rival in self.rivals:
-            rival_config(rival, self.block_size, 0.5)
+        for name in self.baselines or ():
+            baseline_config(name, self.block_size, 0.5)
 
 
-def _most_sparse(adapted: AdaptedModel, length: int) -> float:
-    """Of the forced blocks alone, the mean over the layers."""
-    limits = [
-        most_sparse(length, s.block_size, s.num_sink_blocks, s.num_local_blocks)
-        for s in adapted.selectors.values()
-    ]
-    return sum(limits) / len(limits)
-
-
-def rival_config(name: str, block_size: int, sparsity: float) -> TrainingFreeConfig:
-    """Settings of a rival named as in :class:`EvaluationSettings`.
+def baseline_config(name: str, block_size: int, sparsity: float) -> TrainingFreeConfig:
+    """Settings of a baseline named as in :class:`EvaluationSettings`.
 
     Raises:
         ValueError: If there is no such method or budget.
@@ -217,14 +217,14 @@ def budget_named(rule: str) -> tuple[str, float]:
 
 
 class Evaluation:
-    """Measures a model on texts, densely, with an adapter and with rivals.
+    """Measures a model on texts, densely, with an adapter and with training-free baselines.
 
     Args:
         model: The pretrained model, not adapted.
         tokenizer: Of the model, for retrieval; None: no retrieval.
         texts: Tokens ``(tokens,)`` by name.
         settings: What to measure.
-        adapter: Learned selectors; None: rivals alone.
+        adapter: Learned selectors; None: baselines alone.
 
     Raises:
         TextError: If a text is shorter than a window.
@@ -261,31 +261,26 @@ class Evaluation:
 
     def methods(self) -> list[str]:
         """Names of what is compared with dense attention."""
-        return ([ADAPTER] if self.adapter is not None else []) + list(self.settings.rivals)
+        baselines = METHODS if self.settings.baselines is None else self.settings.baselines
+        if self.adapter is None:
+            return list(baselines)
+        budgets = {config.budget for config in self.adapter.configs.values()}
+        if self.settings.baselines is None and budgets == {"threshold"}:
+            # sink_window has no scores that a threshold could cut.
+            baselines = tuple(m if m == "sink_window" else f"{m}:threshold" for m in METHODS)
+        return [ADAPTER, *baselines]
 
     def cells(self) -> list[tuple[str, int, str, float]]:
         """All combinations of text, length, method and sparsity, in order.
 
         And, first, an adapter with thresholds as it was saved: calibrated on another text.
         """
-        s, found = self.settings, []
-        for text in self.texts:
-            for length in s.lengths:
-                if (sparsity := self._saved_sparsity()) is not None:
-                    found.append((text, length, SAVED, sparsity))
-                found += [(text, length, m, x) for m in self.methods() for x in s.sparsities]
-        return found
-
-    def _saved_sparsity(self) -> float | None:
-        """What the thresholds of the adapter were calibrated for; None: it has none."""
-        if self.adapter is None:
-            return None
-        tables = [x for name, x in self.adapter.tensors.items() if name.endswith(".thresholds")]
-        # Lengths are positive; room without any is not.
-        if not tables or not all((table[:, 0] > 0).any() for table in tables):
-            return None
-        asked = [config.base_sparsity for config in self.adapter.configs.values()]
-        return sum(asked) / len(asked)
+        kinds = [(m, x) for m in self.methods() for x in self.settings.sparsities]
+        tables = [] if self.adapter is None else list(self.adapter.thresholds().values())
+        if self.adapter is not None and tables and all(tables):
+            kinds.insert(0, (SAVED, self.adapter.base_sparsity))
+        return [(t, length, *kind) for t in self.texts for length in self.settings.lengths
+                for kind in kinds]  # fmt: skip
 
     def dense(self, text: str, length: int) -> dict[str, float]:
         """Perplexity and speed of the model as it is; measured once."""
@@ -299,17 +294,21 @@ class Evaluation:
         return self._dense[text, length]
 
     def measure(self, text: str, length: int, method: str, sparsity: float) -> dict[str, Any]:
-        """One row: see :meth:`rows`.
+        """Measures one cell; the values of the row are described in :meth:`rows`.
 
         Args:
             text: Name of a text.
             length: Tokens per window.
-            method: :data:`ADAPTER`, :data:`SAVED` or a rival, with its budget.
+            method: :data:`ADAPTER`, :data:`SAVED` or a baseline, with its budget.
             sparsity: The nominal one.
         """
         dense, windows = self.dense(text, length), self.windows(text, length)
         with self._adapted(length, method, sparsity) as adapted:
-            aim, measured, found = self._calibrated(adapted, text, length, method, sparsity)
+            target, measured, found = self._calibrated(adapted, text, length, method, sparsity)
+            limits = [
+                most_sparse(length, x.block_size, x.num_sink_blocks, x.num_local_blocks)
+                for x in adapted.selectors.values()
+            ]
             row: dict[str, Any] = {
                 "text": text,
                 "length": length,
@@ -321,42 +320,43 @@ class Evaluation:
                 "ratio": found / dense["perplexity"],
                 "tokens_per_second": self._speed(windows),
                 **self._retrieval(text, length),
-                "most_sparse": _most_sparse(adapted, length),
+                "most_sparse": sum(limits) / len(limits),
             }
-            if aim != sparsity:
-                row["aim"] = aim
+            if target != sparsity:
+                row["aim"] = target
             if self.settings.kept_mass:
                 row["kept_mass"] = measure_kept_mass(adapted, windows[:1, :-1])
+            if self.settings.prefixes and block_choosers(adapted):
+                row |= prefix_losses(adapted, windows, self.settings.prefixes)
         return row
 
     def _calibrated(
         self, adapted: AdaptedModel, text: str, length: int, method: str, sparsity: float
     ) -> tuple[float, float, float]:
-        """Leaves the model with its thresholds; the aim, the measured sparsity, the perplexity."""
+        """Leaves the model with its thresholds; their target, the measured sparsity, perplexity."""
         s, windows = self.settings, self.windows(text, length)
-        if method == SAVED:
-            with CountTiles(adapted) as tiles:
-                unchanged = perplexity(self.model, windows)
-            return sparsity, tiles.sparsity, unchanged
         sample = self.texts[text][: length * s.calibration_windows]
         found: dict[float, float] = {}
         latest = sparsity
 
-        def measure(aim: float) -> float:
+        def calibrate_for(target: float) -> None:
             nonlocal latest
-            latest = aim
-            calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
+            latest = target
+            if method != SAVED:
+                calibrate(adapted, sample, target, lengths=(length,), windows=s.calibration_windows)
+
+        def measure(target: float) -> float:
+            calibrate_for(target)
             with CountTiles(adapted) as tiles:
-                found[aim] = perplexity(self.model, windows)
+                found[target] = perplexity(self.model, windows)
             return tiles.sparsity
 
-        if s.tolerance is None or not calibrated_selectors(adapted):
-            aim, measured = sparsity, measure(sparsity)
-        else:
-            aim, measured = find_calibration_target(measure, sparsity, s.tolerance)
-        if latest != aim:
-            calibrate(adapted, sample, aim, lengths=(length,), windows=s.calibration_windows)
-        return aim, measured, found[aim]
+        if method == SAVED or s.tolerance is None or not calibrated_selectors(adapted):
+            return sparsity, measure(sparsity), found[sparsity]
+        target, measured = find_calibration_target(measure, sparsity, s.tolerance)
+        if latest != target:
+            calibrate_for(target)
+        return target, measured, found[target]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measures every cell.
@@ -366,7 +366,8 @@ class Evaluation:
             ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``tokens_per_second`` and
             ``retrieval_<depth>``; ``most_sparse``, the sparsity above which the blocks that are
             always read leave nothing to choose; ``aim``, what thresholds were calibrated for, if it
-            is not ``sparsity``.
+            is not ``sparsity``. Of adapters with ``query_scope="block"`` also ``prefix_loss``,
+            ``teacher_forced_loss`` and ``prefix_positions`` (:func:`prefix_losses`).
         """
         for cell in self.cells():
             yield self.measure(*cell)
@@ -381,31 +382,29 @@ class Evaluation:
 
     @contextmanager
     def _adapted(self, length: int, method: str, sparsity: float) -> Iterator[AdaptedModel]:
-        s = self.settings
-        if method == SAVED and self.adapter is not None:
-            with self.adapter.apply(self.model) as adapted:
-                yield adapted
-            return
         name, _, rule = method.partition(":")
         if name == ADAPTER and self.adapter is not None:
-            adapter = self.adapter.with_budget(*budget_named(rule)) if rule else self.adapter
-            if rule and rule != ALLOTTED:
-                adapter = adapter.with_costs(())
+            adapter = self.adapter
+            if rule and method != SAVED:
+                adapter = adapter.with_budget(*budget_named(rule))
+                if rule != ALLOTTED:
+                    adapter = adapter.with_costs(())
             adapted = adapter.apply(self.model)
         else:
             layers = None if self.adapter is None else self.adapter.configs
-            config = rival_config(method, s.block_size, sparsity)
+            config = baseline_config(method, self.settings.block_size, sparsity)
             adapted = adapt(self.model, config, layers=layers)
             if rule == ALLOTTED:
                 adapted.costs = self._costs()
         with adapted:
-            adapted.set_base_sparsity(sparsity, length)
+            if method != SAVED:
+                adapted.set_base_sparsity(sparsity, length)
             yield adapted
 
     def _costs(self) -> tuple[SparsityCosts, ...]:
         if self.adapter is None or not self.adapter.costs:
             raise ValueError(
-                f"rivals named ':{ALLOTTED}' need an adapter with costs of its layers, which "
+                f"baselines named ':{ALLOTTED}' need an adapter with costs of its layers, which "
                 "`dilated-attention allot` measures."
             )
         return self.adapter.costs
@@ -450,6 +449,71 @@ class Evaluation:
         seconds = statistics.median(times[1:])
         # A clock may stand still.
         return tokens.shape[1] / seconds if seconds > 0 else math.nan
+
+
+def block_choosers(adapted: AdaptedModel) -> list[BlockSparseAdaptive]:
+    """The selectors whose rows choose for a whole query block (``query_scope="block"``)."""
+    return [
+        selector
+        for selector in adapted.selectors.values()
+        if isinstance(selector, BlockSparseAdaptive) and selector.config.query_scope == "block"
+    ]
+
+
+def prefix_losses(adapted: AdaptedModel, windows: Tensor, positions: int) -> dict[str, float]:
+    """Mean loss of the next token at random places, from the prefix alone and in the whole pass.
+
+    Where the rows of a query block choose together (``query_scope="block"``), a pass over a whole
+    window chooses with tokens in sight that are still to be predicted, which flatters. A prefix
+    ends where its prediction is made. Its thresholds are those of the whole window, so that nothing
+    else differs; budgets without thresholds are shared out among the rows of the prefix.
+
+    Args:
+        adapted: The model.
+        windows: Tokens ``(windows, length + 1)``.
+        positions: Of each window, the same in every call.
+
+    Returns:
+        ``prefix_loss``, ``teacher_forced_loss`` at the same places, both in nats, and
+        ``prefix_positions``, their number.
+    """
+    length, model = windows.shape[1] - 1, adapted.model
+    tables = [
+        (selector, table)
+        for selector in block_choosers(adapted)
+        if selector.config.budget == "threshold" and (table := selector.threshold_table())
+    ]
+    generator = torch.Generator("cpu").manual_seed(length)
+    texts = [window[None].to(input_device(model)).long() for window in windows]
+    places = [
+        torch.randperm(length, generator=generator, device="cpu")[:positions].tolist()
+        for _ in texts
+    ]
+    whole = [x for pair in zip(texts, places, strict=True) for x in _losses_at(model, *pair)]
+    alone: list[float] = []
+    try:
+        for tokens, own in zip(texts, places, strict=True):
+            for place in own:
+                for selector, table in tables:
+                    selector.set_thresholds(ThresholdTable((place + 1,), (table.at(length),)))
+                alone += _losses_at(model, tokens[:, : place + 2], [place])
+    finally:
+        for selector, table in tables:
+            selector.set_thresholds(table)
+    return {
+        "prefix_loss": statistics.fmean(alone),
+        "teacher_forced_loss": statistics.fmean(whole),
+        "prefix_positions": len(alone),
+    }
+
+
+def _losses_at(model: Any, tokens: Tensor, places: list[int]) -> list[float]:
+    """Losses of the tokens behind some places of ``(1, tokens)``, in one pass."""
+    first, inputs = min(places), tokens[:, :-1]
+    with evaluating(model):
+        kept = model(inputs, use_cache=False, logits_to_keep=inputs.shape[1] - first).logits[0]
+    logits = kept[[place - first for place in places]].float()
+    return F.cross_entropy(logits, tokens[0, 1:][places], reduction="none").tolist()
 
 
 def perplexity(model: Any, windows: Tensor) -> float:

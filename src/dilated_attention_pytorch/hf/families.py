@@ -136,7 +136,7 @@ class AttentionSite:
 
     @property
     def key_weight(self) -> Tensor:
-        """Weights of the key projection, likewise."""
+        """Weights of the key projection, without what LoRA adds; as stored if quantised."""
         return _weight(self.module.k_proj)
 
 

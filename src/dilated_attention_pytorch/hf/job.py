@@ -31,7 +31,6 @@ from dilated_attention_pytorch.hf.train_selectors import (
     TuneRun,
     Tuning,
 )
-from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.tasks.text import TextError
 from dilated_attention_pytorch.training.checked_state import checkpoint_settings
 from dilated_attention_pytorch.training.folder_loop import METRICS_NAME, FolderLoop, LoopSettings
@@ -262,11 +261,8 @@ class SavedAdapter:
             ValueError: If the settings of the base that it names cannot be read.
         """
         adapter = SelectorAdapter.read(folder)
-        for number, config in adapter.configs.items():
-            if config.budget != "threshold":
-                continue
-            rows = adapter.tensors.get(f"{number}.thresholds")
-            if rows is None or ThresholdTable.from_buffer(rows) is None:
+        for number, table in adapter.thresholds().items():
+            if table is None:
                 raise AdapterError(
                     f"layer {number} of the adapter in {folder} has no thresholds: call "
                     "dilated_attention_pytorch.hf.calibrate before save_adapter."
@@ -326,11 +322,7 @@ class SavedAdapter:
     @property
     def seq_len(self) -> int | None:
         """The longest window that thresholds were calibrated at; None: there are none."""
-        tables = [
-            ThresholdTable.from_buffer(rows)
-            for name, rows in self.adapter.tensors.items()
-            if name.endswith(".thresholds")
-        ]
+        tables = self.adapter.thresholds().values()
         return max((table.lengths[-1] for table in tables if table is not None), default=None)
 
 

@@ -349,17 +349,12 @@ class Allotment:
     def _save(self) -> None:
         adapted = self.adapted
         adapted.costs = self.costs()
-        sparsity = self.sparsity()
+        sparsity = self.source.base_sparsity
         longest = max(self.job.lengths)
         adapted.set_base_sparsity(sparsity, longest)
         lengths = sorted({*default_lengths(longest), *self.job.lengths})
         calibrate(adapted, self.train, sparsity, lengths=lengths)
         SelectorAdapter.of(adapted).save_pretrained(self.folder / ADAPTER_NAME)
-
-    def sparsity(self) -> float:
-        """The mean sparsity that the adapter was made for."""
-        values = [config.base_sparsity for config in self.source.configs.values()]
-        return sum(values) / len(values)
 
 
 def costs_bytes(

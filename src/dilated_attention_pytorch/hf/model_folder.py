@@ -22,7 +22,7 @@ from dilated_attention_pytorch.strict_json import (
     short_repr,
     unsealed,
 )
-from dilated_attention_pytorch.tasks.text import TextData, TextError, byte_parts, decode, load_text
+from dilated_attention_pytorch.tasks.text import TextError, byte_parts, decode, load_text
 from dilated_attention_pytorch.tensor_file import MAX_FILE, parse_tensors
 
 DIGESTS_NAME = "digests.json"
@@ -65,11 +65,7 @@ def check_sealed(folder: Path) -> None:
 
 
 def local_settings(folder: str | Path, name: str) -> dict[str, Any]:
-    """Settings of a folder, which must be here; the Hub is never asked, and no code is run.
-
-    Args:
-        folder: A folder of transformers or peft.
-        name: Of the JSON file, such as ``"config.json"``.
+    """What a JSON file of a folder on this machine holds, such as ``"config.json"``.
 
     Raises:
         ValueError: If there is no such folder or file, it is damaged, or names code to run.
@@ -156,8 +152,7 @@ def load_lora(model: Any, folder: str | Path) -> None:
         OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError,
     ) as error:  # fmt: skip
         _take_out(model, modules, flags)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load low-rank changes from {folder}: {reason}") from error
+        raise ValueError(f"cannot load low-rank changes from {folder}: {_first(error)}") from error
 
 
 def _check_folder(folder: Path) -> set[str]:
@@ -216,6 +211,8 @@ def _take_out(model: Any, modules: dict[Any, dict[str, Any]], flags: dict[Any, b
 
 # Where a model or a tokenizer names code of its own.
 _NAMES_CODE = ("config.json", "tokenizer_config.json")
+# Nothing is looked for on the Hub, and no code is run.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "token": False}
 # Characters that a tokenizer gets at once: pieces end at line ends, so almost no token is cut.
 _PIECE = 100_000
 # Pieces per call, for the cores: a token's number takes ten times its own size in a list.
@@ -228,7 +225,7 @@ class TokenText:
 
     Attributes:
         train: ``(tokens,)`` int32.
-        validation: Likewise, from other files (of a single file: its last part).
+        validation: ``(tokens,)`` int32, from other files (of a single file: its last part).
         source: What the text is, in words.
     """
 
@@ -265,7 +262,7 @@ def load_tokens(
     Raises:
         TextError: If a path cannot be read, or a part is shorter than a window.
     """
-    data: TextData = load_text(paths, validation_share=validation_share, max_bytes=max_bytes)
+    data = load_text(paths, validation_share=validation_share, max_bytes=max_bytes)
     train, validation = (
         tokenize(tokenizer, decode(byte_parts(part))) for part in (data.train, data.validation)
     )
@@ -350,12 +347,11 @@ def load_settings(folder: str | Path) -> Any:
     check_folder(folder)
     try:
         _check_sizes(local_settings(folder, "config.json"))
-        return AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, token=False
-        )
+        return AutoConfig.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read the settings of the model in {folder}: {reason}") from error
+        raise ValueError(
+            f"cannot read the settings of the model in {folder}: {_first(error)}"
+        ) from error
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -368,14 +364,11 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     check_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, token=False
-        )
+        return AutoTokenizer.from_pretrained(folder, **_LOCAL)
     # Its Rust part raises plain exceptions.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"no tokenizer in {folder} ({reason}). Copy the model's tokenizer.json and "
+            f"no tokenizer in {folder} ({_first(error)}). Copy the model's tokenizer.json and "
             "tokenizer_config.json there."
         ) from error
 
@@ -399,16 +392,14 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
         _check_sizes(local_settings(folder, "config.json"))
         check_sealed(Path(folder))
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False,
-            token=False, output_loading_info=True,
-        )  # fmt: skip
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, **_LOCAL
+        )
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
         # Quantised models ask for packages of their own.
         ImportError,
     ) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load a model from {folder}: {reason}") from error
+        raise ValueError(f"cannot load a model from {folder}: {_first(error)}") from error
     if found["missing_keys"]:
         # transformers would fill them with random numbers.
         raise ValueError(
@@ -416,6 +407,11 @@ def load_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32
             f"{short_repr(sorted(found['missing_keys']))}. Copy it again."
         )
     return model.to(device).eval()
+
+
+def _first(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_sizes(config: dict[str, Any]) -> None:

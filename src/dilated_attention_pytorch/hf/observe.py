@@ -253,7 +253,7 @@ def diagnose_adapted(
     Args:
         adapted: The model.
         windows: Tokens ``(windows, tokens + 1)``; with two or more, patterns are compared.
-        history: See :func:`diagnose`.
+        history: Metrics of the training, oldest first. Empty: only the present state is judged.
 
     Raises:
         TypeError: If ``windows`` does not hold integers.

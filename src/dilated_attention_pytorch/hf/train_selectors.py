@@ -81,7 +81,7 @@ class DistillRun:
         steps: Optimiser steps.
         learning_rate: Peak of the selectors' rate, reached after a twentieth of the steps, falling
             by a cosine to 5 %.
-        weight_decay: Of AdamW; see :func:`parameter_groups`.
+        weight_decay: Of AdamW; gains, offsets and temperatures do not decay.
         validation_windows: Held-out windows to measure on.
         seed: Of the selectors' weights and of the data order.
         device: Where to train.

@@ -1,10 +1,7 @@
-"""Distilling, tuning and evaluating a tiny model: what is learned, kept and resumed."""
+"""Distilling and tuning a tiny model: what is learned, kept and resumed."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,21 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import byte_pair_tokenizer, tiny_model
+from tiny_models import tiny_model
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
-from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf import model_folder
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 from dilated_attention_pytorch.hf.calibration import calibrate
-from dilated_attention_pytorch.hf.evaluate import (
-    Evaluation,
-    EvaluationSettings,
-    build_needles,
-    perplexity,
-)
 from dilated_attention_pytorch.hf.model_folder import (
     TokenText,
     load_tokens,
@@ -51,7 +41,6 @@ from dilated_attention_pytorch.hf.train_selectors import (
     mass_cross_entropy,
 )
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
-from dilated_attention_pytorch.tasks.text import TextError
 
 # They start from nothing, so that training shows.
 CONFIG = distilled_config(
@@ -136,6 +125,13 @@ def test_distillation_moves_the_selectors_and_them_alone() -> None:
     moved = [not torch.equal(a, b) for a, b in zip(before, training.trained(), strict=True)]
     assert all(moved)
     assert training.model.model.embed_tokens.weight.grad is None
+
+
+def test_runs_of_versions_with_a_target_are_read_unless_it_was_the_gradient() -> None:
+    run = DistillRun(config=CONFIG, seq_len=128)
+    assert DistillRun.from_dict({**run.to_dict(), "target": "mass"}) == run
+    with pytest.raises(ValueError, match=r"target must be 'mass', got 'gradient': .* dropped"):
+        DistillRun.from_dict({**run.to_dict(), "target": "gradient"})
 
 
 @pytest.mark.parametrize("kind", ["distill", "tune", "tune seldom", "tune batches"])
@@ -296,104 +292,6 @@ def test_selection_quality_of_the_oracle_is_perfect() -> None:
     assert quality["oracle"].kept_mass == pytest.approx(quality["oracle"].best_mass)
     assert quality["min_max"].recall < 1
     assert quality["min_max"].kept_mass < quality["min_max"].best_mass
-
-
-def test_evaluation_of_an_adapter_and_rivals() -> None:
-    model = tiny_model()
-    with adapt(model, CONFIG) as adapted:
-        adapter = SelectorAdapter.of(adapted)
-    settings = EvaluationSettings(
-        lengths=(128,), sparsities=(0.0, 0.5), rivals=("oracle", "antidiagonal:threshold"),
-        block_size=16, windows=2, repeats=1,
-    )  # fmt: skip
-    evaluation = Evaluation(model, None, {"random": text()}, settings, adapter)
-    rows = list(evaluation.rows())
-    assert [(row["method"], row["sparsity"]) for row in rows] == [
-        (method, s)
-        for method in ("adapter", "oracle", "antidiagonal:threshold")
-        for s in (0.0, 0.5)
-    ]
-    for row in rows:
-        assert row["measured_sparsity"] == pytest.approx(row["sparsity"], abs=0.08)
-        assert row["tokens_per_second"] > 0
-        if row["sparsity"] == 0:
-            assert row["ratio"] == pytest.approx(1, abs=1e-4)
-            assert row["kept_mass"] == pytest.approx(1, abs=1e-5)
-        else:
-            assert row["kept_mass"] < 1
-    # Nothing stays behind.
-    windows = evaluation.windows("random", 128)
-    assert perplexity(model, windows) == evaluation.dense("random", 128)["perplexity"]
-
-
-def test_evaluation_refuses_short_texts_and_other_blocks() -> None:
-    settings = EvaluationSettings(lengths=(128,), block_size=32)
-    with pytest.raises(TextError, match="too little text: short"):
-        Evaluation(tiny_model(), None, {"short": text(200)}, settings)
-    model = tiny_model()
-    with adapt(model, AdaptiveConfig(block_size=16)) as adapted:
-        adapter = SelectorAdapter.of(adapted)
-    with pytest.raises(ValueError, match=r"block_size must be the adapter's, \[16\], got 32"):
-        Evaluation(model, None, {"random": text()}, settings, adapter)
-    with pytest.raises(ValueError, match="at least two blocks"):
-        EvaluationSettings(lengths=(64,), block_size=64)
-    with pytest.raises(ValueError, match="method must be one of"):
-        EvaluationSettings(rivals=("best",))
-
-
-def test_perplexity_is_that_of_the_next_token() -> None:
-    model, window = tiny_model(), text(65)[None].long()
-    with torch.no_grad():
-        log_p = model(window[:, :-1]).logits.log_softmax(-1)
-    wanted = -log_p.gather(-1, window[:, 1:, None]).mean()
-    assert perplexity(model, window) == pytest.approx(math.exp(float(wanted)), rel=1e-5)
-    json.dumps(perplexity(model, window))
-
-
-def evaluation_with(tokenizer: Any, **changes: Any) -> Evaluation:
-    settings = {
-        "lengths": (128,), "sparsities": (0.5,), "rivals": ("mean_pool",), "block_size": 16,
-        "windows": 1, "repeats": 0, "needles": 2, "kept_mass": False,
-    }  # fmt: skip
-    model = tiny_model(vocab_size=256)
-    return Evaluation(
-        model, tokenizer, {"random": text()}, EvaluationSettings(**settings | changes)
-    )
-
-
-def test_needles_fit_into_their_windows_or_are_refused_before_anything_is_measured() -> None:
-    bytewise = byte_pair_tokenizer("", 256)
-    (needle, *_) = build_needles(bytewise, text(), 128, 0.5, 2)
-    assert len(needle.tokens) == 128
-    fact = tokenize(bytewise, "\nThe secret number of Lisbon is 12345.\n")
-    # Fact, its first words again, and the answer: not one token of text around them.
-    least = len(fact) + len(fact) - len(".\n")
-    (needle,) = build_needles(bytewise, text(), least, 0.5, 1)
-    assert len(needle.tokens) == least
-    assert bytes(needle.tokens.tolist()).endswith(bytes(needle.tokens[-5:].tolist()))
-    for length in (least - 1, 32):
-        with pytest.raises(ValueError, match=f"length must be at least {least}"):
-            build_needles(bytewise, text(), length, 0.5, 1)
-    with pytest.raises(ValueError, match=r"length must be at least \d+"):
-        evaluation_with(bytewise, lengths=(128, 48))
-    with pytest.raises(ValueError, match=r"depth must lie in \[0, 1\], got 1.5"):
-        evaluation_with(bytewise, depths=(0.5, 1.5))
-    with pytest.raises(ValueError, match="a needle has token 66"):
-        evaluation_with(lambda pieces, **_: {"input_ids": [[66_000] for _ in pieces]})
-    with pytest.raises(ValueError, match="no token of the answer"):
-        evaluation_with(lambda pieces, **_: {"input_ids": [[] for _ in pieces]})
-    row = evaluation_with(bytewise, depths=(0.1, 0.1000001, 1.0)).measure(
-        "random", 128, "mean_pool", 0.5
-    )
-    found = [name for name in row if name.startswith("retrieval")]
-    assert found == ["retrieval_0.1", "retrieval_0.1000001", "retrieval_1"]
-
-
-def test_a_clock_that_stands_still_measures_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
-    dense = evaluation_with(None, repeats=1).dense("random", 128)
-    assert math.isnan(dense["tokens_per_second"])
-    assert dense["perplexity"] > 1
 
 
 def test_tokens_do_not_depend_on_where_the_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Costs of sparsity per layer, and thresholds that share a sparsity among layers by them."""
+"""Costs of single layers, passes that start at one, and sparsities that differ between layers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf.adapt import adapt
-from dilated_attention_pytorch.hf.adapter import (
-    SelectorAdapter,
-    load_adapter,
-    save_adapter,
-)
-from dilated_attention_pytorch.hf.calibration import (
-    calibrate,
-)
-from dilated_attention_pytorch.hf.evaluate import (
-    Evaluation,
-    EvaluationSettings,
-)
-from dilated_attention_pytorch.hf.layer_shares import (
-    measure_costs,
-)
-from dilated_attention_pytorch.hf.observe import next_token_loss
+from dilated_attention_pytorch.hf.adapter import SelectorAdapter, load_adapter, save_adapter
+from dilated_attention_pytorch.hf.calibration import calibrate
+from dilated_attention_pytorch.hf.evaluate import Evaluation, EvaluationSettings
+from dilated_attention_pytorch.hf.layer_shares import KeptPrefix, decoder_layers, measure_costs
+from dilated_attention_pytorch.hf.observe import mean_loss, next_token_loss
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 from dilated_attention_pytorch.training.tile_count import TileCount
 from tiny_models import tiny_model, tokens
@@ -146,10 +136,10 @@ def test_costs_of_other_layers_are_refused() -> None:
             adapted.set_base_sparsity(0.5)
 
 
-def test_rivals_can_be_given_the_adapters_shares() -> None:
+def test_baselines_can_be_given_the_adapters_shares() -> None:
     model, text = tiny_model(), tokens(1, 900)[0]
     settings = EvaluationSettings(
-        lengths=(128,), sparsities=(0.6,), rivals=("oracle:threshold",), block_size=BLOCK,
+        lengths=(128,), sparsities=(0.6,), baselines=("oracle:threshold",), block_size=BLOCK,
         windows=2, depths=(), kept_mass=False, repeats=0,
     )  # fmt: skip
     with adapt(model, BY_THRESHOLD) as adapted:
@@ -169,3 +159,76 @@ def test_rivals_can_be_given_the_adapters_shares() -> None:
     assert again["ratio"] == rows["adapter:threshold"]["ratio"]
     with pytest.raises(ValueError, match="need an adapter with costs"):
         plain.measure("a", 128, "oracle:allotted", 0.6)
+
+
+ADAPTIVE = AdaptiveConfig(block_size=8, base_sparsity=0.5)
+# Gemma's first layers slide and its second reads everything.
+FOUR = {"num_hidden_layers": 4}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def deep_model(family: str) -> Any:
+    return tiny_model(family, **FOUR, **(SLIDING if family == "gemma3" else {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+def test_a_pass_from_a_layer_on_gives_the_loss_of_a_whole_one(family: str) -> None:
+    windows = tokens(3, 65)
+    with adapt(deep_model(family), ADAPTIVE) as adapted:
+        prefix = KeptPrefix(adapted, windows)
+        whole = prefix.loss()
+        assert whole == mean_loss(adapted.model, windows)
+        # Forwards, over a layer, and back.
+        for number in (1, 3, 2, 0):
+            prefix.move_to(number)
+            assert prefix.loss() == whole
+
+
+def test_the_layers_before_are_not_run_again() -> None:
+    with adapt(deep_model("llama"), ADAPTIVE) as adapted:
+        prefix = KeptPrefix(adapted, tokens(2, 65))
+        prefix.move_to(2)
+        ran: list[nn.Module] = []
+        attention = [site.module for site in adapted.sites]
+        hooks = [m.register_forward_hook(lambda m, *_: ran.append(m)) for m in attention]
+        prefix.loss()
+        assert ran == attention[2:] * 2
+        ran.clear()
+        prefix.move_to(3)
+        assert ran == attention[2:3] * 2
+        for hook in hooks:
+            hook.remove()
+
+
+def test_changes_before_the_layer_need_a_move_and_changes_behind_it_do_not() -> None:
+    windows = tokens(1, 65)
+    with adapt(deep_model("llama"), ADAPTIVE) as adapted:
+        prefix = KeptPrefix(adapted, windows)
+        prefix.move_to(2)
+        before = prefix.loss()
+        adapted.selectors[3].set_base_sparsity(0.9)
+        behind = prefix.loss()
+        assert behind == mean_loss(adapted.model, windows) != before
+        adapted.selectors[1].set_base_sparsity(0.9)
+        assert prefix.loss() == behind
+        prefix.move_to(0)
+        prefix.move_to(2)
+        assert prefix.loss() == mean_loss(adapted.model, windows) != behind
+
+
+def test_nothing_is_left_of_it() -> None:
+    with adapt(deep_model("llama"), ADAPTIVE) as adapted:
+        layers = decoder_layers(adapted)
+        assert [type(layer).__name__ for layer in layers] == ["LlamaDecoderLayer"] * 4
+        own = layers[0].__dict__["forward"] = layers[0].forward
+        states = [dict(layer.__dict__) for layer in layers]
+        hooks = [dict(layer._forward_pre_hooks) for layer in layers]
+        adapted.model.train()
+        prefix = KeptPrefix(adapted, tokens(1, 65))
+        prefix.move_to(3)
+        prefix.loss()
+        assert layers[0].__dict__["forward"] is own
+        assert [layer._forward_pre_hooks for layer in layers] == hooks
+        assert [set(layer.__dict__) for layer in layers] == [set(state) for state in states]
+        assert adapted.model.training
+        assert torch.is_grad_enabled()

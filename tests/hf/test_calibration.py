@@ -68,7 +68,7 @@ def test_an_evaluation_meets_the_sparsity_on_what_it_measures() -> None:
     torch.manual_seed(0)
     tokens = torch.cat([torch.full((256,), 7), torch.randint(2, 40, (768,))]).int()
     settings = {
-        "lengths": (128,), "sparsities": (0.5,), "rivals": ("oracle:threshold", "oracle"),
+        "lengths": (128,), "sparsities": (0.5,), "baselines": ("oracle:threshold", "oracle"),
         "block_size": 16, "windows": 2, "repeats": 0,
     }  # fmt: skip
     model = tiny_model()
