@@ -212,8 +212,8 @@ def _without_choice(row: dict[str, Any]) -> bool:
 
 def _prefix_words(row: dict[str, Any]) -> str:
     return (
-        f"{row['method']} at {row['sparsity']:g}, {row['length']:,} tokens: a row chooses for its "
-        "whole block, which a pass over a window flatters. At "
+        f"{row['method']} at {row['sparsity']:g}, {row['length']:,} tokens: the tokens of a block "
+        "choose together, which flatters a pass over a whole window. At "
         f"{row['prefix_positions']:,} places the loss is {row['prefix_loss']:.4f} nats from the "
         f"prefix alone and {row['teacher_forced_loss']:.4f} in that pass."
     )

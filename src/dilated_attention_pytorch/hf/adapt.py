@@ -18,6 +18,7 @@ from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts, costs_near
 
+Selector = BlockSparseAdaptive | BlockSparseTrainingFree
 SelectorConfig = AdaptiveConfig | TrainingFreeConfig
 
 
@@ -106,7 +107,7 @@ class AdaptedModel:
         """
         for number, sparsity in self.layer_sparsities(value, length).items():
             selector = self.selectors[number]
-            if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
+            if isinstance(selector, Selector):
                 selector.set_base_sparsity(sparsity)
 
     @contextmanager

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.dtypes import check_integers
-from dilated_attention_pytorch.hf.adapt import AdaptedModel
+from dilated_attention_pytorch.hf.adapt import AdaptedModel, Selector
 from dilated_attention_pytorch.hf.observe import observe_windows
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, SelectionInputs
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
@@ -133,13 +132,12 @@ def calibrate(
 
 def calibrated_selectors(
     adapted: AdaptedModel,
-) -> dict[int, BlockSparseAdaptive | BlockSparseTrainingFree]:
+) -> dict[int, Selector]:
     """The selectors that :func:`calibrate` sets thresholds of, by layer."""
     return {
         number: selector
         for number, selector in adapted.selectors.items()
-        if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree)
-        and selector.config.budget == "threshold"
+        if isinstance(selector, Selector) and selector.config.budget == "threshold"
     }
 
 
@@ -168,7 +166,7 @@ def threshold_samples(
     samples: dict[int, list[ThresholdSample]] = {number: [] for number in adapted.selectors}
 
     def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
-        if isinstance(selector, BlockSparseAdaptive | BlockSparseTrainingFree):
+        if isinstance(selector, Selector):
             samples[number].append(selector.threshold_sample(inputs))
 
     observe_windows(adapted, windows, look, dense=dense)

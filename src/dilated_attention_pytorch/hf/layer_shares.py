@@ -17,7 +17,7 @@ from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.config import check_sparsity, check_types
 from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.file_access import read_file
-from dilated_attention_pytorch.hf.adapt import AdaptedModel
+from dilated_attention_pytorch.hf.adapt import AdaptedModel, Selector
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 from dilated_attention_pytorch.hf.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from dilated_attention_pytorch.hf.calibration import (
@@ -35,9 +35,7 @@ from dilated_attention_pytorch.hf.model_folder import (
     load_tokens,
 )
 from dilated_attention_pytorch.hf.observe import SelectionObserver, evaluating, next_token_loss
-from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
 from dilated_attention_pytorch.selection.cost_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import (
     ThresholdSample,
@@ -204,7 +202,7 @@ def at_sparsity(
 ) -> BlockSparseLayer:
     """A copy of a layer's selector at a sparsity, calibrated on samples of ``length`` tokens."""
     own = copy.deepcopy(selector)
-    if isinstance(own, BlockSparseAdaptive | BlockSparseTrainingFree):
+    if isinstance(own, Selector):
         own.set_base_sparsity(sparsity)
         if own.config.budget == "threshold":
             found = calibrate_threshold(samples, sparsity)

@@ -366,9 +366,8 @@ class CacheStep:
     def _divide(self, before: Tensor | None) -> list[Part]:
         seen = self.seen
         if seen is None:
-            if before is None:
-                raise RuntimeError("there is no padding to go by.")
-            seen = before.new_ones(len(before), self.end)
+            # One of both is there.
+            seen = before.new_ones(len(before), self.end)  # type: ignore[union-attr, arg-type]
         old, new = seen[:, : self.place], seen[:, self.place :]
         same = old.all(1) if before is None else (old == before).all(1)
         starts = torch.where(seen.any(1), seen.int().argmax(1), self.end)
