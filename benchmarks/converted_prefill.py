@@ -200,7 +200,7 @@ def as_graph(model: Any, ids: Tensor) -> Recorded:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from dilated_attention_pytorch.integrations.transformers import plain_mask
+    from dilated_attention_pytorch.hf.mask import plain_mask
 
     mask, before = None, model.config._attn_implementation
     if before == "sdpa":
@@ -226,8 +226,8 @@ def as_graph(model: Any, ids: Tensor) -> Recorded:
 
 def model_rows(lengths: list[int], rounds: int) -> list[dict[str, Any]]:
     """Tokens a second of the dense and of the converted models."""
-    from dilated_attention_pytorch.integrations.transformers import adapt
-    from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
+    from dilated_attention_pytorch.hf.adapt import adapt
+    from dilated_attention_pytorch.hf.calibration import calibrate
 
     model = random_model()
     converted = {s: adapt(copy.deepcopy(model), config(s)) for s in SPARSITIES}

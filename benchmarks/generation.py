@@ -40,9 +40,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.integrations.transformers import adapt
-from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
-from dilated_attention_pytorch.integrations.transformers.pretrained_training import distilled_config
+from dilated_attention_pytorch.hf.adapt import adapt
+from dilated_attention_pytorch.hf.calibration import calibrate
+from dilated_attention_pytorch.hf.train_selectors import distilled_config
 from dilated_attention_pytorch.nn.block_sparse import observe_patterns
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.integrations.transformers import adapt
-from dilated_attention_pytorch.integrations.transformers.evaluate import perplexity
-from dilated_attention_pytorch.integrations.transformers.fit import fit_low_rank
-from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
-    distilled_config,
-)
-from dilated_attention_pytorch.integrations.transformers.tiles import CountTiles
-from dilated_attention_pytorch.integrations.transformers.tokens import (
+from dilated_attention_pytorch.hf.adapt import adapt
+from dilated_attention_pytorch.hf.calibration import fit_low_rank
+from dilated_attention_pytorch.hf.evaluate import perplexity
+from dilated_attention_pytorch.hf.model_folder import (
     load_model,
     load_tokenizer,
     tokenize,
+)
+from dilated_attention_pytorch.hf.observe import CountTiles
+from dilated_attention_pytorch.hf.train_selectors import (
+    distilled_config,
 )
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 from fetch_smollm2 import CACHE

@@ -92,8 +92,8 @@ def finding(runs: Runs) -> str:
     """Holds the numbers against the bars."""
     means = _means(runs, MAIN)
     rates = {name: average(runs, name, "steps_per_second") for name in NEEDED}
-    rivals = [name for name in means if not name.startswith("adaptive") and name != "dense"]
-    best = min(rivals, key=means.__getitem__)
+    baselines = [name for name in means if not name.startswith("adaptive") and name != "dense"]
+    best = min(baselines, key=means.__getitem__)
     noise = spread(runs, ["adaptive 0.9", best], "loss")
     gap, lead = means["adaptive 0.9"] - means["dense"], means[best] - means["adaptive 0.9"]
     speed = rates["adaptive 0.9"] / rates["dense"]

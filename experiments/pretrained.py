@@ -1,4 +1,4 @@
-"""A real pretrained model made sparse: distilled, evaluated against rivals, tuned end to end.
+"""A real pretrained model made sparse: distilled, evaluated against baselines, tuned end to end.
 
 The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on prose (three
 books that Debian packages, seven novels, the Jargon File, addresses of American presidents) and on
@@ -50,10 +50,10 @@ from pretrained_texts import (
     unpack,
 )
 
-RIVALS = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
+BASELINES = ("sink_window", "mean_pool", "antidiagonal", "min_max", "oracle")
 # The selectors with their thresholds, and with the same number of blocks for every head.
 OWN = ("adapter", "adapter:fixed")
-BY_THRESHOLD = tuple(f"{name}:threshold" for name in RIVALS[1:])
+BY_THRESHOLD = tuple(f"{name}:threshold" for name in BASELINES[1:])
 # Thresholds above a share of the even budget.
 WITH_FLOOR = ("adapter", "oracle", "antidiagonal")
 # Thresholds with shares of the layers by what sparsity costs in each, and the selectors without.
@@ -66,7 +66,7 @@ TOLERANCE = 0.0005
 
 def train(job: Any, folder: Path, stop: Callable[[], bool], about: dict[str, Any]) -> None:
     """Runs a job, or goes on with it, and saves what it made so far."""
-    from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
+    from dilated_attention_pytorch.hf.job import PretrainedLoop
     from dilated_attention_pytorch.train.checkpoint import list_checkpoints
 
     if list_checkpoints(folder / "checkpoints"):
@@ -115,9 +115,9 @@ def origin(options: argparse.Namespace) -> dict[str, Any]:
 
 def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Distils selectors of one block size."""
-    from dilated_attention_pytorch.integrations.transformers.distill import DistillRun
-    from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
-    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    from dilated_attention_pytorch.hf.job import PretrainedJob
+    from dilated_attention_pytorch.hf.train_selectors import (
+        DistillRun,
         distilled_config,
     )
     from dilated_attention_pytorch.train.loop import LoopSettings
@@ -129,7 +129,7 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     settings = {"block_size": options.block_size, "base_sparsity": 0.9, "num_sink_blocks": 1}
     config = distilled_config(**settings | changes)
     run = DistillRun(
-        config=config, seq_len=options.length, steps=options.steps or 1000, target=options.target,
+        config=config, seq_len=options.length, steps=options.steps or 1000,
         batch_size=options.batch, learning_rate=options.lr, device=options.device,
         dtype=options.dtype,
     )  # fmt: skip
@@ -145,8 +145,7 @@ def allot(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
     The selectors with these costs are another adapter, ``distill-<blocks><name>-allotted``.
     """
-    from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
-    from dilated_attention_pytorch.integrations.transformers.sensitivity import SPARSITIES
+    from dilated_attention_pytorch.hf.layer_shares import SPARSITIES, AllotJob, Allotment
 
     source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
     folder = RUNS / f"distill-{options.block_size}{options.name}-allotted"
@@ -179,8 +178,8 @@ def sparsities_of(options: argparse.Namespace) -> tuple[float, ...]:
 
 def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     """Tunes selectors and weights at one sparsity, or the dense baseline."""
-    from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
-    from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
+    from dilated_attention_pytorch.hf.job import PretrainedJob
+    from dilated_attention_pytorch.hf.train_selectors import TuneRun
     from dilated_attention_pytorch.train.loop import LoopSettings
 
     dense = options.attention == "dense"
@@ -204,7 +203,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
 def starting_adapter(options: argparse.Namespace, folder: Path) -> str:
     """The distilled selectors to tune from, with the floor that is asked for."""
-    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
+    from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 
     source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
     if not options.floor:
@@ -228,7 +227,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, str, float]]:
     """Cells ``(text, length, method, sparsity)``, the ones that the bars need first."""
     longest, *shorter = lengths_of(options)
     floors = tuple(f"{name}:floor{options.floor or 0.5:g}" for name in WITH_FLOOR)
-    every = (*OWN, *RIVALS, *BY_THRESHOLD, *floors, *ALLOTTED)
+    every = (*OWN, *BASELINES, *BY_THRESHOLD, *floors, *ALLOTTED)
     grid = [
         ((longest,), (0.8, 0.9)),
         (shorter, (0.9, 0.8)),
@@ -260,7 +259,7 @@ def with_needles(cell: tuple[str, int, str, float], longest: int) -> bool:
 
 def measured_texts(tokenizer: Any) -> dict[str, torch.Tensor]:
     """Tokens of the held-out texts; the first windows of each are to calibrate on."""
-    from dilated_attention_pytorch.integrations.transformers.tokens import tokenize
+    from dilated_attention_pytorch.hf.model_folder import tokenize
 
     return {
         name: tokenize(tokenizer, path.read_bytes()[: TEXT_BYTES[name]].decode("utf-8", "replace"))
@@ -270,22 +269,22 @@ def measured_texts(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
     """Lengths and windows to measure; perplexity alone if nothing else is asked for."""
-    from dilated_attention_pytorch.integrations.transformers.evaluate import EvaluationSettings
+    from dilated_attention_pytorch.hf.evaluate import EvaluationSettings
 
     settings: dict[str, Any] = {
-        "lengths": lengths_of(options), "sparsities": (0.9,), "rivals": RIVALS,
+        "lengths": lengths_of(options), "sparsities": (0.9,), "baselines": BASELINES,
         "windows": options.windows, "needles": 4,
-        "block_size": options.block_size, "depths": (), "kept_mass": False, "repeats": 0,
-        "tolerance": TOLERANCE,
+        "block_size": options.block_size, "depths": (), "kept_mass": False, "prefixes": 0,
+        "repeats": 0, "tolerance": TOLERANCE,
     }  # fmt: skip
     return EvaluationSettings(**(settings | changes))
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Measures distilled selectors and rivals, one line per cell."""
-    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
-    from dilated_attention_pytorch.integrations.transformers.evaluate import Evaluation
-    from dilated_attention_pytorch.integrations.transformers.tokens import (
+    """Measures distilled selectors and baselines, one line per cell."""
+    from dilated_attention_pytorch.hf.adapter import SelectorAdapter
+    from dilated_attention_pytorch.hf.evaluate import Evaluation
+    from dilated_attention_pytorch.hf.model_folder import (
         load_model,
         load_tokenizer,
     )
@@ -356,13 +355,13 @@ def evaluate_tuned(options: argparse.Namespace, stop: Callable[[], bool]) -> Non
 
 def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
     """An evaluation of a tuned model with its selectors, if it has any."""
-    from dilated_attention_pytorch.integrations.transformers import SelectorAdapter
-    from dilated_attention_pytorch.integrations.transformers.evaluate import (
+    from dilated_attention_pytorch.hf.adapter import SelectorAdapter
+    from dilated_attention_pytorch.hf.evaluate import (
         Evaluation,
         block_size_of,
     )
-    from dilated_attention_pytorch.integrations.transformers.lora import load_lora
-    from dilated_attention_pytorch.integrations.transformers.tokens import (
+    from dilated_attention_pytorch.hf.model_folder import (
+        load_lora,
         load_model,
         load_tokenizer,
     )
@@ -433,7 +432,6 @@ def main() -> None:
     parser.add_argument("--sparsities", default="", help="measure these alone, likewise")
     parser.add_argument("--runs", default="tune-*", help="pattern of the tuned runs to measure")
     parser.add_argument("--lr", type=float, default=1e-3, help="of distillation")
-    parser.add_argument("--target", default="mass", choices=("mass", "gradient"))
     parser.add_argument("--config", default="{}", help="JSON changes of the distilled config")
     parser.add_argument("--name", default="", help="suffix of the run's folder")
     parser.add_argument("--start", default="", help="suffix of the distillation to tune from")

@@ -96,36 +96,36 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for r in rows
             if (r["text"], r["length"], r["block_size"], r["sparsity"]) == key
         }
-        # With our shares of the layers a rival is no longer free of training.
-        rivals = {
+        # With our shares of the layers a baseline is no longer free of training.
+        baselines = {
             m: x
             for m, x in ratio.items()
             if not m.startswith(("adapter", "oracle")) and not m.endswith(":allotted")
         }
         mine = [method for method in ratio if method.startswith("adapter")]
-        if not mine or not rivals:
+        if not mine or not baselines:
             continue
-        best = min(rivals, key=rivals.__getitem__)
+        best = min(baselines, key=baselines.__getitem__)
         entry = dict(zip(("text", "length", "block_size", "sparsity"), key, strict=True))
-        entry |= {"best_rival": best, "rival": rivals[best]}
+        entry |= {"best_rival": best, "rival": baselines[best]}
         for own in mine:
             entry[own] = ratio[own]
             oracle = ORACLES.get(own, own.replace("adapter", "oracle"))
-            if oracle in ratio and rivals[best] > ratio[oracle]:
-                gap = rivals[best] - ratio[oracle]
-                entry[f"{own}_closed"] = (rivals[best] - ratio[own]) / gap
-        shared = ratio.get("oracle:allotted", rivals[best])
-        if "adapter" in mine and shared < rivals[best]:
+            if oracle in ratio and baselines[best] > ratio[oracle]:
+                gap = baselines[best] - ratio[oracle]
+                entry[f"{own}_closed"] = (baselines[best] - ratio[own]) / gap
+        shared = ratio.get("oracle:allotted", baselines[best])
+        if "adapter" in mine and shared < baselines[best]:
             # The oracle that is given the adapter's shares of the layers, too.
-            entry["adapter_closed_allotted"] = (rivals[best] - ratio["adapter"]) / (
-                rivals[best] - shared
+            entry["adapter_closed_allotted"] = (baselines[best] - ratio["adapter"]) / (
+                baselines[best] - shared
             )
         out.append(entry)
     return out
 
 
 def ahead(found: list[dict[str, Any]]) -> dict[str, int]:
-    """In how many cells with ``adapter`` it is ahead of every training-free rival.
+    """In how many cells with ``adapter`` it is ahead of every training-free baseline.
 
     ``with_best_budget`` takes the best of ``adapter`` and its other budgets.
     """

@@ -69,8 +69,8 @@ def test_every_default_has_its_evidence(heading: str, defaults: dict[str, Any], 
 
 def test_every_default_of_pretrained_runs_has_its_evidence() -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
-    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
-        PretrainedRun,
+    from dilated_attention_pytorch.hf.train_selectors import (
+        DistillRun,
     )
 
-    check("## Pretrained models", fields(PretrainedRun), OPEN["distill"])
+    check("## Pretrained models", fields(DistillRun), OPEN["distill"])

@@ -28,7 +28,7 @@ SMALLER = {
     "tune": TRAINED,
     "allot": "--lengths 256 --windows 1",
     "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --needles 1 "
-    "--repeats 0 --rivals mean_pool",
+    "--repeats 0 --baselines mean_pool",
     "report": "--samples 1",
     "diagnose": "--samples 2",
 }

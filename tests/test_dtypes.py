@@ -239,13 +239,13 @@ def test_summaries_in_a_type_without_arithmetic() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the extra [hf]")
 def test_tokens_are_integers() -> None:
-    from dilated_attention_pytorch.integrations.transformers import adapt, fit_low_rank
-    from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
-    from dilated_attention_pytorch.integrations.transformers.examine import (
+    from dilated_attention_pytorch.hf.adapt import adapt
+    from dilated_attention_pytorch.hf.calibration import calibrate, fit_low_rank
+    from dilated_attention_pytorch.hf.layer_shares import measure_costs
+    from dilated_attention_pytorch.hf.observe import (
         diagnose_adapted,
         record_adapted,
     )
-    from dilated_attention_pytorch.integrations.transformers.sensitivity import measure_costs
     from tiny_models import tiny_model
 
     with adapt(tiny_model(), AdaptiveConfig(block_size=SIZE)) as adapted:

@@ -24,7 +24,7 @@ ROOMS = [
     ("documents",),
     ("nn",),
     ("models",),
-    ("analysis", "integrations", "tasks", "train"),
+    ("analysis", "hf", "integrations", "tasks", "train"),
     ("cli",),
 ]
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
@@ -50,14 +50,14 @@ OPTIONAL = {
         "ops.token_rings.triton_kernels",
     ),
     "flash_attn": ("ops",),
-    "transformers": ("integrations",),
-    "huggingface_hub": ("integrations",),
-    "peft": ("integrations",),
-    "lightning": ("integrations",),
+    "transformers": ("hf", "integrations"),
+    "huggingface_hub": ("hf",),
+    "peft": ("hf",),
+    "lightning": ("integrations.lightning",),
     "matplotlib": ("analysis",),
     "numpy": ("analysis",),
     "rich": ("cli",),
-    "safetensors": ("files", "integrations.transformers.tokens"),
+    "safetensors": ("files", "hf.model_folder"),
 }
 
 

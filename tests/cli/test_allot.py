@@ -18,11 +18,14 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.cli.main import main
-from dilated_attention_pytorch.integrations.transformers import SelectorAdapter, adapt, save_adapter
-from dilated_attention_pytorch.integrations.transformers.calibrate import calibrate
-from dilated_attention_pytorch.integrations.transformers.sensitivity import SPARSITIES
-from dilated_attention_pytorch.integrations.transformers.tokens import load_model
-from dilated_attention_pytorch.selection import layer_shares
+from dilated_attention_pytorch.hf.adapt import adapt
+from dilated_attention_pytorch.hf.adapter import (
+    SelectorAdapter,
+    save_adapter,
+)
+from dilated_attention_pytorch.hf.calibration import calibrate
+from dilated_attention_pytorch.hf.layer_shares import SPARSITIES
+from dilated_attention_pytorch.hf.model_folder import load_model
 from tiny_models import tokens
 
 
@@ -74,9 +77,9 @@ def test_writes_costs_and_an_adapter_that_holds_them(allotted: Path) -> None:
 def test_a_killed_measurement_goes_on_exactly(
     folder: Path, allotted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dilated_attention_pytorch.integrations.transformers import allot
+    from dilated_attention_pytorch.hf import layer_shares
 
-    measure = allot.measure_costs
+    measure = layer_shares.measure_costs
 
     def fail(*args: Any, **options: Any) -> Iterator[tuple[int, tuple[float, ...]]]:
         for number, found in enumerate(measure(*args, **options)):
@@ -84,12 +87,12 @@ def test_a_killed_measurement_goes_on_exactly(
                 raise MemoryError("killed on purpose")
             yield found
 
-    monkeypatch.setattr(allot, "measure_costs", fail)
+    monkeypatch.setattr(layer_shares, "measure_costs", fail)
     with pytest.raises(MemoryError):
         main(command(folder, tmp_path / "run"))
     found = json.loads((tmp_path / "run" / "costs.json").read_text())["costs"]
     assert {length: list(layers) for length, layers in found.items()} == {"512": ["0"], "256": []}
-    monkeypatch.setattr(allot, "measure_costs", measure)
+    monkeypatch.setattr(layer_shares, "measure_costs", measure)
     assert main(command(folder, tmp_path / "run")) == 0
     for name in ("costs.json", "adapter/adapter.json"):
         assert (tmp_path / "run" / name).read_text() == (allotted / name).read_text()
@@ -119,7 +122,7 @@ def test_says_how_far_costs_are_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
-    monkeypatch.setattr(layer_shares, "FEWEST", 2)
+    monkeypatch.setattr(shares_of_layers, "FEWEST", 2)
     found = command(folder, out)
     found[found.index("512") : found.index("256") + 1] = ["256"]
     assert main(found) == 0
@@ -173,7 +176,7 @@ def test_ctrl_c_keeps_what_was_measured(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from dilated_attention_pytorch.integrations.transformers import allot
+    from dilated_attention_pytorch.hf import layer_shares
 
     def interrupted(*args: Any, **options: Any) -> Iterator[tuple[int, tuple[float, ...]]]:
         yield 0, (0.0,) * len(SPARSITIES)
@@ -181,7 +184,7 @@ def test_ctrl_c_keeps_what_was_measured(
         yield 1, (0.1,) * len(SPARSITIES)
         raise AssertionError("went on after Ctrl-C")
 
-    monkeypatch.setattr(allot, "measure_costs", interrupted)
+    monkeypatch.setattr(layer_shares, "measure_costs", interrupted)
     assert main(command(folder, tmp_path / "run")) == 130
     assert "Stopped after 2 of 4 measurements" in capsys.readouterr().err.replace("\n", " ")
     found = json.loads((tmp_path / "run" / "costs.json").read_text())["costs"]

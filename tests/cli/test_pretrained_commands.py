@@ -20,7 +20,7 @@ DISTILL = ["--steps", "4", "--seq-len", "128", "--block-size", "16", "--base-spa
            "--query-stride", "2", "--validate-every", "2", "--checkpoint-every", "2",
            "--log-every", "1"]  # fmt: skip
 
-EVALUATE = ["--lengths", "256", "--sparsities", "0.5", "--rivals", "none", "--windows", "1",
+EVALUATE = ["--lengths", "256", "--sparsities", "0.5", "--baselines", "none", "--windows", "1",
             "--depths", "-1", "--repeats", "0", "--json", "--text"]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_a_killed_distillation_goes_on_exactly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from dilated_attention_pytorch.integrations.transformers.distill import Distillation
+    from dilated_attention_pytorch.hf.train_selectors import Distillation
 
     step = Distillation.step
     arguments = ["distill", "--model", str(model), "--text", str(texts), "--out", str(tmp_path)]
@@ -100,7 +100,7 @@ def test_evaluate_prints_json_and_writes_a_plot(
 ) -> None:
     arguments = [
         "evaluate", "--model", str(model), "--adapter", str(distilled / "adapter"), "--text",
-        str(texts / "a.txt"), "--lengths", "256", "--sparsities", "0.5", "--rivals",
+        str(texts / "a.txt"), "--lengths", "256", "--sparsities", "0.5", "--baselines",
         "sink_window", "oracle:threshold", "--windows", "1", "--needles", "1", "--repeats", "0",
         "--out", str(tmp_path), "--json",
     ]  # fmt: skip
@@ -120,8 +120,18 @@ def test_evaluate_prints_json_and_writes_a_plot(
     )
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
+    # The adapter's rows see their whole block; it says so below the table.
+    assert [row.get("prefix_positions") for row in result["rows"]] == [32, 32, None, None]
     assert main(arguments[:-1]) == 0
-    assert "perplexity relative to dense" in capsys.readouterr().out
+    words = " ".join(capsys.readouterr().out.split())
+    assert "perplexity relative to dense" in words
+    assert f"{saved['prefix_loss']:.4f} nats from the prefix alone and" in words
+    assert f"and {calibrated['teacher_forced_loss']:.4f} in that pass." in words
+    # The former name, and nothing beside the table.
+    former = [*arguments[:-3], "--prefixes", "0"]
+    former[former.index("--baselines")] = "--rivals"
+    assert main(former) == 0
+    assert "prefix alone" not in capsys.readouterr().out
 
 
 def tune(distilled: Path, model: Path, texts: Path, out: Path, *more: str) -> list[str]:
@@ -152,9 +162,7 @@ def test_tune_starts_from_the_adapter(
 
 
 # Python shows it once; the tests otherwise make errors of warnings.
-@pytest.mark.filterwarnings(
-    "always::dilated_attention_pytorch.integrations.transformers.AdapterWarning"
-)
+@pytest.mark.filterwarnings("always::dilated_attention_pytorch.hf.AdapterWarning")
 def test_low_rank_changes_are_evaluated(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,11 +211,11 @@ def test_errors_say_what_to_do(
     found = refused(
         capsys,
         [*evaluate, "--model", str(other), "--adapter", str(distilled / "adapter"),
-         "--rivals", "none", "--depths", "-1"],
+         "--baselines", "none", "--depths", "-1"],
         1,
     )  # fmt: skip
     assert "another base model" in found
-    found = refused(capsys, [*evaluate, *folder, "--rivals", "best"], 2)
+    found = refused(capsys, [*evaluate, *folder, "--baselines", "best"], 2)
     assert "method must be one of" in found
     found = refused(capsys, ["distill", "--resume", "--out", str(distilled), "--steps", "9"], 2)
     assert "leave ['steps'] out" in found
@@ -246,12 +254,12 @@ def test_help_needs_no_transformers_and_lists_the_commands(
 def test_defaults_shown_are_those_of_the_dataclasses() -> None:
     from dilated_attention_pytorch.cli.pretrained_options import RUN_DEFAULTS, SELECTOR_DEFAULTS
     from dilated_attention_pytorch.config import AdaptiveConfig
-    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
-        PretrainedRun,
+    from dilated_attention_pytorch.hf.train_selectors import (
+        DistillRun,
         distilled_config,
     )
 
-    run = PretrainedRun()
+    run = DistillRun()
     for name, value in RUN_DEFAULTS.items():
         assert getattr(run, name) == value, name
     shown = AdaptiveConfig(**SELECTOR_DEFAULTS)
@@ -286,7 +294,7 @@ def test_another_models_tokenizer_is_named(
         shutil.copy(file, small)
     text, options = str(texts / "a.txt"), ["--model", str(small)]
     for command in (
-        ["evaluate", *EVALUATE, text, "--rivals", "sink_window"],
+        ["evaluate", *EVALUATE, text, "--baselines", "sink_window"],
         ["distill", "--text", str(texts), "--out", str(tmp_path / "out"), *DISTILL],
     ):
         assert "the tokenizer is another model's" in refused(capsys, [*command, *options], 1)
@@ -297,7 +305,7 @@ def test_lengths_that_leave_nothing_to_choose_are_named(
 ) -> None:
     arguments = [
         "evaluate", "--model", str(model), "--text", str(texts / "a.txt"), "--lengths", "256",
-        "--sparsities", "0.5", "0.95", "--rivals", "antidiagonal", "--windows", "1",
+        "--sparsities", "0.5", "0.95", "--baselines", "antidiagonal", "--windows", "1",
         "--block-size", "32", "--depths", "-1", "--repeats", "0",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -331,7 +339,7 @@ def test_names_of_texts_are_no_markup_and_no_formula(
     shutil.copy(texts / "a.txt", tmp_path / name)
     command = [
         "evaluate", "--model", str(model), "--text", str(tmp_path / name), "--lengths", "256",
-        "--sparsities", "0.5", "--rivals", "sink_window", "--windows", "1", "--depths", "-1",
+        "--sparsities", "0.5", "--baselines", "sink_window", "--windows", "1", "--depths", "-1",
         "--repeats", "0", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main(command) == 0

@@ -19,7 +19,8 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.analysis.checks import CHECKS
 from dilated_attention_pytorch.cli.main import main
-from dilated_attention_pytorch.integrations.transformers import adapt, save_adapter
+from dilated_attention_pytorch.hf.adapt import adapt
+from dilated_attention_pytorch.hf.adapter import save_adapter
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
 
 SHORT = ["--seq-len", "128", "--block-size", "16", "--base-sparsity", "0.5"]

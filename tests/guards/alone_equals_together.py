@@ -458,7 +458,7 @@ def draw_hidden(rng: random.Random, length: int) -> Tensor:
 
 def draw_adapted(rng: random.Random, model: Any) -> Any:
     """A tiny model with selectors of any kind in it, for ``with``."""
-    from dilated_attention_pytorch.integrations.transformers import adapt
+    from dilated_attention_pytorch.hf.adapt import adapt
 
     kind = rng.choice(["adaptive"] * 4 + ["training free"])
     config: Any = draw_config(rng)

@@ -222,7 +222,7 @@ def damage_json(rng: random.Random, content: bytes) -> bytes:
 def forge_json(rng: random.Random, content: bytes) -> bytes:
     """By structure, with a digest that fits where one can be made."""
     from dilated_attention_pytorch.foreign_text import sealed
-    from dilated_attention_pytorch.integrations.transformers.adapter_file import _digest
+    from dilated_attention_pytorch.hf.adapter_file import _digest
 
     tree = json.loads(content)
     tree.pop("digest", None)
@@ -360,11 +360,7 @@ def pattern_kinds() -> list[Kind]:
 def adapter_kinds() -> list[Kind]:
     """Both files of an adapter, read, and where they are forged applied to a model."""
     from dilated_attention_pytorch import AdaptiveConfig
-    from dilated_attention_pytorch.integrations.transformers import (
-        AdapterError,
-        SelectorAdapter,
-        adapt,
-    )
+    from dilated_attention_pytorch.hf import AdapterError, SelectorAdapter, adapt
     from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
     from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
     from dilated_attention_pytorch.selection.threshold import ThresholdTable
@@ -475,7 +471,7 @@ def folder_kinds() -> list[Kind]:
     """Files of other libraries' formats, in folders that say what they were."""
     from safetensors.torch import save
 
-    from dilated_attention_pytorch.integrations.transformers.sealed_folder import (
+    from dilated_attention_pytorch.hf.model_folder import (
         check_sealed,
         local_settings,
         seal_folder,
@@ -510,7 +506,7 @@ def table_kinds() -> list[Kind]:
     """Costs of an allotment, settings, and metrics."""
     from dilated_attention_pytorch import AdaptiveConfig
     from dilated_attention_pytorch.foreign_text import parse_json
-    from dilated_attention_pytorch.integrations.transformers.allot import (
+    from dilated_attention_pytorch.hf.layer_shares import (
         AllotJob,
         costs_bytes,
         read_costs,

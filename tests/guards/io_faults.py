@@ -176,13 +176,13 @@ def prepare(place: Path, commands: tuple[str, ...]) -> None:
     main._parser()
     if commands == ("train",):
         return
-    from dilated_attention_pytorch.integrations.transformers import tokens
+    from dilated_attention_pytorch.hf import model_folder
     from tiny_models import save_tiny
 
     save_tiny(place / "model")
-    tokens.quieten()
-    tokens.load_model(place / "model")
-    tokens.load_tokenizer(place / "model")
+    model_folder.quieten()
+    model_folder.load_model(place / "model")
+    model_folder.load_tokenizer(place / "model")
     for name in ("matplotlib.backends.backend_agg", "PIL.PngImagePlugin"):
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)

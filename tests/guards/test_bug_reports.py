@@ -251,7 +251,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def adapted() -> Iterator[Any]:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
-    from dilated_attention_pytorch.integrations.transformers import adapt
+    from dilated_attention_pytorch.hf.adapt import adapt
 
     model = tiny_model()
     torch.manual_seed(1)
@@ -292,8 +292,8 @@ def test_without_its_mask_function_a_model_stays_causal_or_says_so(adapted: Any)
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    from dilated_attention_pytorch.integrations.transformers.mask import compact_mask
-    from dilated_attention_pytorch.integrations.transformers.register import ATTENTION_NAME
+    from dilated_attention_pytorch.hf.attention import ATTENTION_NAME
+    from dilated_attention_pytorch.hf.mask import compact_mask
 
     ids = tokens(length=60)
     other = torch.cat([ids[:, :40], 2 + ids[:, 40:].remainder(60)], 1)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from dilated_attention_pytorch.train import AdaptiveSparsityTrainer
 
 from dilated_attention_pytorch import (
     AdaptiveConfig,
@@ -14,6 +13,7 @@ from dilated_attention_pytorch import (
 )
 from dilated_attention_pytorch.models import DenseAttention
 from dilated_attention_pytorch.nn.state import SelectorState
+from dilated_attention_pytorch.train import AdaptiveSparsityTrainer
 
 
 def small(**changes):

@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Measures and writes; returns the exit code."""
     require_transformers()
-    from dilated_attention_pytorch.integrations.transformers.allot import AllotJob, Allotment
+    from dilated_attention_pytorch.hf.layer_shares import AllotJob, Allotment
 
     console = PlainConsole(stderr=True)
     check_model_folder(parsed.model)
@@ -75,7 +75,7 @@ def run(parsed: argparse.Namespace) -> int:
         allotment = Allotment(job, parsed.out)
         config = next(iter(allotment.source.configs.values()))
         for length in job.lengths:
-            if words := nothing_to_choose(config, allotment.sparsity(), length):
+            if words := nothing_to_choose(config, allotment.source.base_sparsity, length):
                 console.print(words, soft_wrap=True)
         with StopRequest() as stop:
             finished = _measure(allotment, console, stop)
@@ -103,7 +103,7 @@ def _measure(allotment: Any, console: PlainConsole, stop: StopRequest) -> bool:
 
 
 def _print(allotment: Any, parsed: argparse.Namespace) -> None:
-    mean = allotment.sparsity()
+    mean = allotment.source.base_sparsity
     shares = {costs.length: costs.allot(mean) for costs in allotment.costs()}
     noise = {costs.length: costs.noise for costs in allotment.costs()}
     if parsed.json:

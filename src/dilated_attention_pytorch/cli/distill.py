@@ -20,11 +20,6 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(command=run)
     add_job_options(parser, "runs/distill")
-    parser.add_argument(
-        "--target", choices=("mass", "gradient"), default=argparse.SUPPRESS,
-        help="mass: where attention goes; gradient: weighted by what the loss cares about "
-        "(default: mass)",
-    )  # fmt: skip
 
 
 def run(parsed: argparse.Namespace) -> int:

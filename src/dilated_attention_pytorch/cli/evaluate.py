@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the program."""
     parser = commands.add_parser(
         "evaluate",
-        help="measure a sparse pretrained model and its rivals against dense attention",
+        help="measure a sparse pretrained model and its baselines against dense attention",
         description="Perplexity by length and sparsity relative to dense attention, kept "
         "attention mass, needle-in-a-haystack retrieval and speed, of an adapter and of "
         "training-free selectors.",
@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(command=run)
     add_model_and_text(parser, required=True)
     parser.add_argument(
-        "--adapter", metavar="DIR", help="what distill wrote; without it rivals alone"
+        "--adapter", metavar="DIR", help="what distill wrote; without it baselines alone"
     )
     parser.add_argument(
         "--lora", metavar="DIR", help="low-rank changes that tune wrote beside its adapter"
@@ -62,8 +62,9 @@ def add_parser(commands: Any) -> None:
     for name, kind, what in (
         ("lengths", int, "tokens per window (default: 1024 2048)"),
         ("sparsities", float, "(default: 0.5 0.8 0.9)"),
-        ("rivals", str, "training-free selectors, as method, method:threshold, "
-         "method:floor0.5 or method:allotted (default: all); 'none': none"),
+        ("baselines", str, "training-free selectors, as method, method:threshold, "
+         "method:floor0.5 or method:allotted (default: all, by thresholds if the adapter has "
+         "them); 'none': none"),
         ("depths", float, "of the needles (default: 0.1 0.5 0.9); -1: no retrieval"),
     ):  # fmt: skip
         parser.add_argument(
@@ -78,13 +79,22 @@ def add_parser(commands: Any) -> None:
     for name, what in (
         ("windows", "windows per text and length (default: 4)"),
         ("calibration-windows", "windows to calibrate thresholds on (default: 2)"),
-        ("block-size", "tokens per block of rivals (default: the adapter's, or 32)"),
+        ("block-size", "tokens per block of baselines (default: the adapter's, or 32)"),
         ("needles", "needles per depth (default: 4)"),
+        (
+            "prefixes",
+            "places per window at which an adapter whose rows see their whole block "
+            "predicts from the prefix alone, each a pass; 0: none (default: 32)",
+        ),
         ("repeats", "timed passes; 0: no timing (default: 3)"),
     ):
         parser.add_argument(
             f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS, help=what
         )
+    # The former name of --baselines.
+    parser.add_argument(
+        "--rivals", dest="baselines", nargs="+", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -110,20 +120,23 @@ def run(parsed: argparse.Namespace) -> int:
     else:
         for text in evaluation.texts:
             PlainConsole().print(_table(text, result))
+            for row in rows:
+                if row["text"] == text and "prefix_loss" in row:
+                    PlainConsole().print(_prefix_words(row))
         if any(map(_without_choice, rows)):
             PlainConsole().print(_NO_CHOICE)
     return OK
 
 
 def _build(parsed: argparse.Namespace) -> Any:
-    from dilated_attention_pytorch.integrations.transformers.adapter import SelectorAdapter
-    from dilated_attention_pytorch.integrations.transformers.evaluate import (
+    from dilated_attention_pytorch.hf.adapter import SelectorAdapter
+    from dilated_attention_pytorch.hf.evaluate import (
         Evaluation,
         block_size_of,
         settings_from,
     )
-    from dilated_attention_pytorch.integrations.transformers.lora import load_lora
-    from dilated_attention_pytorch.integrations.transformers.tokens import (
+    from dilated_attention_pytorch.hf.model_folder import (
+        load_lora,
         load_model,
         load_tokenizer,
         tokenize,
@@ -138,8 +151,8 @@ def _build(parsed: argparse.Namespace) -> Any:
     if parsed.adapter is not None:
         adapter = SelectorAdapter.read(parsed.adapter)
         options.setdefault("block_size", block_size_of(adapter))
-    if options.get("rivals") == ("none",):
-        options["rivals"] = ()
+    if options.get("baselines") == ("none",):
+        options["baselines"] = ()
     if options.get("tolerance") == -1:
         options["tolerance"] = None
     if options.get("depths") == (-1.0,):
@@ -148,8 +161,8 @@ def _build(parsed: argparse.Namespace) -> Any:
         settings = settings_from(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if adapter is None and not settings.rivals:
-        raise UsageError("nothing to measure: give --adapter, or rivals.")
+    if adapter is None and settings.baselines == ():
+        raise UsageError("nothing to measure: give --adapter, or baselines.")
     tokenizer = load_tokenizer(parsed.model)
     texts = {
         name: tokenize(tokenizer, read_text(path)) for name, path in text_names(parsed.text).items()
@@ -195,6 +208,15 @@ def _finite(value: Any) -> Any:
 def _without_choice(row: dict[str, Any]) -> bool:
     """Whether blocks that are always read prevent the sparsity; dense rows ask for none."""
     return bool(row["sparsity"] > row.get("most_sparse", 1.0))
+
+
+def _prefix_words(row: dict[str, Any]) -> str:
+    return (
+        f"{row['method']} at {row['sparsity']:g}, {row['length']:,} tokens: the tokens of a block "
+        "choose together, which flatters a pass over a whole window. At "
+        f"{row['prefix_positions']:,} places the loss is {row['prefix_loss']:.4f} nats from the "
+        f"prefix alone and {row['teacher_forced_loss']:.4f} in that pass."
+    )
 
 
 def _table(text: str, result: dict[str, Any]) -> Table:

@@ -22,8 +22,8 @@ from dilated_attention_pytorch.tasks.text import TextError, read_text, validatio
 from dilated_attention_pytorch.train.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
-    from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
-    from dilated_attention_pytorch.integrations.transformers.saved_adapter import SavedAdapter
+    from dilated_attention_pytorch.hf.adapt import AdaptedModel
+    from dilated_attention_pytorch.hf.job import SavedAdapter
 
 # Dense attention is computed to compare with, in quadratic time.
 DEFAULT_SEQ_LEN = 2048
@@ -74,13 +74,13 @@ class ExaminedAdapter(Examined):
 
     def diagnose(self) -> Diagnosis:
         """Judges the selectors on the next token's loss."""
-        from dilated_attention_pytorch.integrations.transformers.examine import diagnose_adapted
+        from dilated_attention_pytorch.hf.observe import diagnose_adapted
 
         return diagnose_adapted(self.adapted, self.windows, history=self.saved.history)
 
     def record(self) -> Recording:
         """What the adapted model reads."""
-        from dilated_attention_pytorch.integrations.transformers.examine import record_adapted
+        from dilated_attention_pytorch.hf.observe import record_adapted
 
         return record_adapted(
             self.adapted, self.windows[:, :-1], self.tokenizer, source=self.source
@@ -115,7 +115,7 @@ def open_adapter(folder: Path, parsed: argparse.Namespace) -> ExaminedAdapter:
         CommandError: If adapter, base, tokenizer or text are missing or do not fit.
     """
     require_transformers()
-    from dilated_attention_pytorch.integrations.transformers.saved_adapter import SavedAdapter
+    from dilated_attention_pytorch.hf.job import SavedAdapter
 
     if parsed.model is not None:
         check_model_folder(parsed.model)
@@ -133,7 +133,7 @@ def open_adapter(folder: Path, parsed: argparse.Namespace) -> ExaminedAdapter:
 
 def _tokens(saved: SavedAdapter, tokenizer: Any, text: Path | None) -> tuple[Tensor, str]:
     """The tokens to cut windows from, and what they are, in words."""
-    from dilated_attention_pytorch.integrations.transformers.tokens import tokenize
+    from dilated_attention_pytorch.hf.model_folder import tokenize
 
     if text is not None:
         return tokenize(tokenizer, read_text(text)), str(text)

@@ -41,7 +41,7 @@ class PretrainedCommand(FolderCommand):
     def open(self) -> Any:
         """Starts or resumes; a resumed job takes no settings but the files that it reads."""
         require_transformers()
-        from dilated_attention_pytorch.integrations.transformers.job import PretrainedLoop
+        from dilated_attention_pytorch.hf.job import PretrainedLoop
 
         options = named_options(self.parsed)
         if self.parsed.resume:

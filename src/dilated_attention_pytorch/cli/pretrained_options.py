@@ -27,7 +27,7 @@ _CONFIG = {f.name for f in dataclasses.fields(AdaptiveConfig)}
 def require_transformers() -> None:
     """Raises CommandError unless transformers can be imported, and quietens its loading bars."""
     try:
-        from dilated_attention_pytorch.integrations.transformers.tokens import quieten
+        from dilated_attention_pytorch.hf.model_folder import quieten
     except ImportError as error:
         raise CommandError(f"{_NEEDS} ({error})") from error
     quieten()
@@ -145,12 +145,12 @@ def build_job(kind: str, options: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: If a value is out of range or ``--model`` or ``--text`` is missing.
     """
-    from dilated_attention_pytorch.integrations.transformers.distill import DistillRun
-    from dilated_attention_pytorch.integrations.transformers.job import PretrainedJob
-    from dilated_attention_pytorch.integrations.transformers.pretrained_training import (
+    from dilated_attention_pytorch.hf.job import PretrainedJob
+    from dilated_attention_pytorch.hf.train_selectors import (
+        DistillRun,
+        TuneRun,
         distilled_config,
     )
-    from dilated_attention_pytorch.integrations.transformers.tune import TuneRun
     from dilated_attention_pytorch.train.loop import LoopSettings
 
     settings: type[DistillRun | TuneRun] = DistillRun if kind == "distill" else TuneRun

@@ -1,0 +1,544 @@
+"""What sparse attention costs: perplexity, kept mass, retrieval, speed; beside baselines."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dilated_attention_pytorch.config import check_sparsity
+from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
+from dilated_attention_pytorch.hf.adapter import SelectorAdapter
+from dilated_attention_pytorch.hf.calibration import (
+    calibrate,
+    calibrated_selectors,
+    find_calibration_target,
+)
+from dilated_attention_pytorch.hf.families import input_device
+from dilated_attention_pytorch.hf.model_folder import check_length, check_vocabulary, tokenize
+from dilated_attention_pytorch.hf.observe import (
+    CountTiles,
+    evaluating,
+    mean_loss,
+    measure_kept_mass,
+)
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
+from dilated_attention_pytorch.selection.bounds import most_sparse
+from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
+
+_PLACES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Dakar", "Riga", "Perth", "Lima", "Turin", "Kyoto")
+
+
+@dataclass(frozen=True, eq=False)
+class Needle:
+    """One question.
+
+    Attributes:
+        tokens: ``(length,)``: text with a fact inside and, at the end, its first words again and
+            the answer.
+        answer: Number of tokens of the answer, the last ones.
+    """
+
+    tokens: Tensor
+    answer: int
+
+
+def build_needles(
+    tokenizer: Any, haystack: Tensor, length: int, depth: float, samples: int
+) -> list[Needle]:
+    """Hides a fact at a depth of other text.
+
+    Args:
+        tokenizer: Of the model.
+        haystack: ``(tokens,)``: text to hide it in, at least ``length`` tokens.
+        length: Tokens in all.
+        depth: Place of the fact, from 0 (start) to 1 (end).
+        samples: How many, each with a place and a number of its own.
+
+    Raises:
+        ValueError: If ``depth`` is out of range, the haystack is too short, ``length`` leaves no
+            room for fact, question and answer, or the tokenizer knows no numbers.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth must lie in [0, 1], got {depth}.")
+    if len(haystack) < length:
+        raise ValueError(f"haystack must hold at least {length} tokens, got {len(haystack)}.")
+    generator = torch.Generator("cpu").manual_seed(length)
+    out = []
+    for number in range(samples):
+        digits = int(torch.randint(10_000, 100_000, (), generator=generator, device="cpu"))
+        last = len(haystack) - length
+        start = int(torch.randint(0, last + 1, (), generator=generator, device="cpu"))
+        words = f"\nThe secret number of {_PLACES[number % len(_PLACES)]} is"
+        fact = tokenize(tokenizer, f"{words} {digits}.\n")
+        question, answer = tokenize(tokenizer, words), tokenize(tokenizer, f" {digits}")
+        if not len(answer):
+            raise ValueError(
+                f"tokenizer makes no token of the answer '{digits}', so nothing can be asked; "
+                "measure no retrieval (no depths)."
+            )
+        room = length - len(fact) - len(question) - len(answer)
+        if room < 0:
+            raise ValueError(
+                f"length must be at least {length - room}, the tokens of a needle and its "
+                f"question, got {length}; take longer windows, or measure no retrieval (no depths)."
+            )
+        text = haystack[start : start + room]
+        cut = round(depth * room)
+        parts = (text[:cut], fact, text[cut:], question, answer)
+        out.append(Needle(torch.cat(parts), len(answer)))
+    return out
+
+
+def measure_retrieval(model: Any, needles: Sequence[Needle]) -> float:
+    """Share of needles whose answer is, token for token, the model's first choice."""
+    right = 0
+    with evaluating(model):
+        for needle in needles:
+            tokens = needle.tokens[None].to(input_device(model)).long()
+            keep = needle.answer + 1
+            logits = model(tokens, use_cache=False, logits_to_keep=keep).logits[0, :-1]
+            right += int((logits.argmax(-1) == tokens[0, -needle.answer :]).all())
+    return right / len(needles)
+
+
+ADAPTER, ALLOTTED = "adapter", "allotted"
+# With the thresholds that it was saved with, as load_adapter gives it.
+SAVED = f"{ADAPTER}:saved"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What to measure.
+
+    Attributes:
+        lengths: Tokens per window.
+        sparsities: Nominal ones; the measured ones are reported beside.
+        tolerance: By how much a budget by thresholds may exceed the nominal sparsity on the
+            measured windows. Where it does by more, or falls short, thresholds are calibrated again
+            for another target, up to six times; no perplexity has a say in it. None: as calibrated.
+        baselines: Training-free selectors to compare with, ``"<method>"`` with an even budget,
+            ``"<method>:threshold"`` for a budget by calibrated thresholds, ``"<method>:floor0.5"``
+            for thresholds above a floor (``threshold_floor``), or ``"<method>:allotted"`` for
+            thresholds whose sparsity differs between layers as the adapter's does
+            (:class:`SparsityCosts`). All others have the same sparsity in every layer, as has
+            ``"adapter:threshold"``. None: every method, by thresholds if the adapter's budget is
+            thresholds (``"sink_window"`` has no scores, and always an even budget).
+        block_size: Tokens per block of the baselines; an adapter brings its own, which must agree.
+        windows: Windows per text and length.
+        calibration_windows: Windows from the start of the text, not measured on, at which
+            thresholds are calibrated; as long as the measured ones.
+        depths: Of the needles; empty: no retrieval.
+        needles: Per depth, length and method.
+        kept_mass: Measure it (costs as much as dense attention's logits).
+        prefixes: Random places per window at which an adapter that chooses for whole query blocks
+            (``query_scope="block"``) also predicts from the prefix alone, each a pass; 0: none.
+        repeats: Timed passes per length; 0: no timing.
+    """
+
+    lengths: tuple[int, ...] = (1024, 2048)
+    sparsities: tuple[float, ...] = (0.5, 0.8, 0.9)
+    tolerance: float | None = 0.005
+    baselines: tuple[str, ...] | None = None
+    block_size: int = 32
+    windows: int = 4
+    calibration_windows: int = 2
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    needles: int = 4
+    kept_mass: bool = True
+    prefixes: int = 32
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for value in self.sparsities:
+            check_sparsity("sparsities", value)
+        for name in ("windows", "calibration_windows", "needles", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in (0, 1) or be None, got {self.tolerance}.")
+        for name in ("prefixes", "repeats"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not self.lengths or min(self.lengths) < 2 * self.block_size:
+            raise ValueError(
+                f"lengths must be at least two blocks of {self.block_size} tokens, got "
+                f"{self.lengths}: there would be nothing to choose."
+            )
+        for name in self.baselines or ():
+            baseline_config(name, self.block_size, 0.5)
+
+
+def baseline_config(name: str, block_size: int, sparsity: float) -> TrainingFreeConfig:
+    """Settings of a baseline named as in :class:`EvaluationSettings`.
+
+    Raises:
+        ValueError: If there is no such method or budget.
+    """
+    method, _, rule = name.partition(":")
+    budget, floor = budget_named(rule or "fixed")
+    return TrainingFreeConfig(
+        method=method, budget=budget, threshold_floor=floor, block_size=block_size,
+        base_sparsity=sparsity,
+    )  # fmt: skip
+
+
+def budget_named(rule: str) -> tuple[str, float]:
+    """Budget and ``threshold_floor`` of what follows the colon in a method's name.
+
+    Raises:
+        ValueError: If the floor is no number.
+
+    Example:
+        >>> budget_named("threshold"), budget_named("floor0.5"), budget_named("allotted")
+        (('threshold', 0.0), ('threshold', 0.5), ('threshold', 0.0))
+    """
+    if rule == ALLOTTED:
+        return "threshold", 0.0
+    if not rule.startswith("floor"):
+        return rule, 0.0
+    share = rule.removeprefix("floor")
+    try:
+        return "threshold", float(share)
+    except ValueError as error:
+        raise ValueError(f"a floor must be named like 'floor0.5', got {rule!r}.") from error
+
+
+class Evaluation:
+    """Measures a model on texts, densely, with an adapter and with training-free baselines.
+
+    Args:
+        model: The pretrained model, not adapted.
+        tokenizer: Of the model, for retrieval; None: no retrieval.
+        texts: Tokens ``(tokens,)`` by name.
+        settings: What to measure.
+        adapter: Learned selectors; None: baselines alone.
+
+    Raises:
+        TextError: If a text is shorter than a window.
+        AdapterError: If the adapter was made for another model.
+        ValueError: If the adapter's blocks are of another size, tokens are not the model's, or a
+            needle does not fit into a window.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        texts: Mapping[str, Tensor],
+        settings: EvaluationSettings,
+        adapter: SelectorAdapter | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.texts, self.settings, self.adapter = dict(texts), settings, adapter
+        for name, tokens in self.texts.items():
+            needed = max(settings.lengths) * (settings.calibration_windows + 1)
+            check_length(tokens, needed, f"{name} (with {settings.calibration_windows} windows "
+                         "to calibrate on)")  # fmt: skip
+            check_vocabulary(model, tokens, name)
+        if adapter is not None:
+            adapter.check_base(model)
+            sizes = {config.block_size for config in adapter.configs.values()}
+            if sizes != {settings.block_size}:
+                raise ValueError(
+                    f"block_size must be the adapter's, {sorted(sizes)}, got {settings.block_size}."
+                )
+        self._dense: dict[tuple[str, int], dict[str, float]] = {}
+        # Before the minutes of measuring, not after.
+        self._needles = {} if tokenizer is None else self._build_needles()
+
+    def methods(self) -> list[str]:
+        """Names of what is compared with dense attention."""
+        baselines = METHODS if self.settings.baselines is None else self.settings.baselines
+        if self.adapter is None:
+            return list(baselines)
+        budgets = {config.budget for config in self.adapter.configs.values()}
+        if self.settings.baselines is None and budgets == {"threshold"}:
+            # sink_window has no scores that a threshold could cut.
+            baselines = tuple(m if m == "sink_window" else f"{m}:threshold" for m in METHODS)
+        return [ADAPTER, *baselines]
+
+    def cells(self) -> list[tuple[str, int, str, float]]:
+        """All combinations of text, length, method and sparsity, in order.
+
+        And, first, an adapter with thresholds as it was saved: calibrated on another text.
+        """
+        kinds = [(m, x) for m in self.methods() for x in self.settings.sparsities]
+        tables = [] if self.adapter is None else list(self.adapter.thresholds().values())
+        if self.adapter is not None and tables and all(tables):
+            kinds.insert(0, (SAVED, self.adapter.base_sparsity))
+        return [(t, length, *kind) for t in self.texts for length in self.settings.lengths
+                for kind in kinds]  # fmt: skip
+
+    def dense(self, text: str, length: int) -> dict[str, float]:
+        """Perplexity and speed of the model as it is; measured once."""
+        if (text, length) not in self._dense:
+            windows = self.windows(text, length)
+            self._dense[text, length] = {
+                "perplexity": perplexity(self.model, windows),
+                "tokens_per_second": self._speed(windows),
+                **self._retrieval(text, length),
+            }
+        return self._dense[text, length]
+
+    def measure(self, text: str, length: int, method: str, sparsity: float) -> dict[str, Any]:
+        """Measures one cell; the values of the row are described in :meth:`rows`.
+
+        Args:
+            text: Name of a text.
+            length: Tokens per window.
+            method: :data:`ADAPTER`, :data:`SAVED` or a baseline, with its budget.
+            sparsity: The nominal one.
+        """
+        dense, windows = self.dense(text, length), self.windows(text, length)
+        with self._adapted(length, method, sparsity) as adapted:
+            target, measured, found = self._calibrated(adapted, text, length, method, sparsity)
+            limits = [
+                most_sparse(length, x.block_size, x.num_sink_blocks, x.num_local_blocks)
+                for x in adapted.selectors.values()
+            ]
+            row: dict[str, Any] = {
+                "text": text,
+                "length": length,
+                "block_size": self.settings.block_size,
+                "method": method,
+                "sparsity": sparsity,
+                "measured_sparsity": measured,
+                "perplexity": found,
+                "ratio": found / dense["perplexity"],
+                "tokens_per_second": self._speed(windows),
+                **self._retrieval(text, length),
+                "most_sparse": sum(limits) / len(limits),
+            }
+            if target != sparsity:
+                row["aim"] = target
+            if self.settings.kept_mass:
+                row["kept_mass"] = measure_kept_mass(adapted, windows[:1, :-1])
+            if self.settings.prefixes and block_choosers(adapted):
+                row |= prefix_losses(adapted, windows, self.settings.prefixes)
+        return row
+
+    def _calibrated(
+        self, adapted: AdaptedModel, text: str, length: int, method: str, sparsity: float
+    ) -> tuple[float, float, float]:
+        """Leaves the model with its thresholds; their target, the measured sparsity, perplexity."""
+        s, windows = self.settings, self.windows(text, length)
+        sample = self.texts[text][: length * s.calibration_windows]
+        found: dict[float, float] = {}
+        latest = sparsity
+
+        def calibrate_for(target: float) -> None:
+            nonlocal latest
+            latest = target
+            if method != SAVED:
+                calibrate(adapted, sample, target, lengths=(length,), windows=s.calibration_windows)
+
+        def measure(target: float) -> float:
+            calibrate_for(target)
+            with CountTiles(adapted) as tiles:
+                found[target] = perplexity(self.model, windows)
+            return tiles.sparsity
+
+        if method == SAVED or s.tolerance is None or not calibrated_selectors(adapted):
+            return sparsity, measure(sparsity), found[sparsity]
+        target, measured = find_calibration_target(measure, sparsity, s.tolerance)
+        if latest != target:
+            calibrate_for(target)
+        return target, measured, found[target]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Measures every cell.
+
+        Yields:
+            ``text``, ``length``, ``block_size``, ``method``, ``sparsity``, ``measured_sparsity``,
+            ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``tokens_per_second`` and
+            ``retrieval_<depth>``; ``most_sparse``, the sparsity above which the blocks that are
+            always read leave nothing to choose; ``aim``, what thresholds were calibrated for, if it
+            is not ``sparsity``. Of adapters with ``query_scope="block"`` also ``prefix_loss``,
+            ``teacher_forced_loss`` and ``prefix_positions`` (:func:`prefix_losses`).
+        """
+        for cell in self.cells():
+            yield self.measure(*cell)
+
+    def windows(self, text: str, length: int) -> Tensor:
+        """Windows behind those to calibrate on, evenly spread, ``(windows, length + 1)``."""
+        tokens = self.texts[text][length * self.settings.calibration_windows :]
+        count = min(self.settings.windows, (len(tokens) - 1) // length)
+        room = len(tokens) - 1 - length
+        starts = [room * n // max(count - 1, 1) for n in range(count)]
+        return torch.stack([tokens[s : s + length + 1] for s in starts])
+
+    @contextmanager
+    def _adapted(self, length: int, method: str, sparsity: float) -> Iterator[AdaptedModel]:
+        name, _, rule = method.partition(":")
+        if name == ADAPTER and self.adapter is not None:
+            adapter = self.adapter
+            if rule and method != SAVED:
+                adapter = adapter.with_budget(*budget_named(rule))
+                if rule != ALLOTTED:
+                    adapter = adapter.with_costs(())
+            adapted = adapter.apply(self.model)
+        else:
+            layers = None if self.adapter is None else self.adapter.configs
+            config = baseline_config(method, self.settings.block_size, sparsity)
+            adapted = adapt(self.model, config, layers=layers)
+            if rule == ALLOTTED:
+                adapted.costs = self._costs()
+        with adapted:
+            if method != SAVED:
+                adapted.set_base_sparsity(sparsity, length)
+            yield adapted
+
+    def _costs(self) -> tuple[SparsityCosts, ...]:
+        if self.adapter is None or not self.adapter.costs:
+            raise ValueError(
+                f"baselines named ':{ALLOTTED}' need an adapter with costs of its layers, which "
+                "`dilated-attention allot` measures."
+            )
+        return self.adapter.costs
+
+    def _build_needles(self) -> dict[tuple[str, int], dict[float, list[Needle]]]:
+        """Needles by text and length, then by depth."""
+        s, out = self.settings, {}
+        for text, tokens in self.texts.items():
+            for length in s.lengths:
+                haystack = tokens[length * s.calibration_windows :]
+                out[text, length] = {
+                    depth: build_needles(self.tokenizer, haystack, length, depth, s.needles)
+                    for depth in s.depths
+                }
+                for needle in chain.from_iterable(out[text, length].values()):
+                    check_vocabulary(self.model, needle.tokens, "a needle")
+        return out
+
+    def _retrieval(self, text: str, length: int) -> dict[str, float]:
+        return {
+            f"retrieval_{depth:.12g}": measure_retrieval(self.model, needles)
+            for depth, needles in self._needles.get((text, length), {}).items()
+        }
+
+    def _speed(self, windows: Tensor) -> float:
+        """Tokens per second of a forward pass without the output layer, by the median time.
+
+        NaN if none was measured, or the clock stood still.
+        """
+        if not self.settings.repeats:
+            return math.nan
+        tokens = windows[:1, :-1].to(input_device(self.model)).long()
+        times = []
+        with evaluating(self.model):
+            for _ in range(self.settings.repeats + 1):
+                _wait(input_device(self.model))
+                start = time.perf_counter()
+                self.model.base_model(tokens, use_cache=False)
+                _wait(input_device(self.model))
+                times.append(time.perf_counter() - start)
+        # The first pass warms up.
+        seconds = statistics.median(times[1:])
+        # A clock may stand still.
+        return tokens.shape[1] / seconds if seconds > 0 else math.nan
+
+
+def block_choosers(adapted: AdaptedModel) -> list[BlockSparseAdaptive]:
+    """The selectors whose rows choose for a whole query block (``query_scope="block"``)."""
+    return [
+        selector
+        for selector in adapted.selectors.values()
+        if isinstance(selector, BlockSparseAdaptive) and selector.config.query_scope == "block"
+    ]
+
+
+def prefix_losses(adapted: AdaptedModel, windows: Tensor, positions: int) -> dict[str, float]:
+    """Mean loss of the next token at random places, from the prefix alone and in the whole pass.
+
+    Where the rows of a query block choose together (``query_scope="block"``), a pass over a whole
+    window chooses with tokens in sight that are still to be predicted, which flatters. A prefix
+    ends where its prediction is made. Its thresholds are those of the whole window, so that nothing
+    else differs; budgets without thresholds are shared out among the rows of the prefix.
+
+    Args:
+        adapted: The model.
+        windows: Tokens ``(windows, length + 1)``.
+        positions: Of each window, the same in every call.
+
+    Returns:
+        ``prefix_loss``, ``teacher_forced_loss`` at the same places, both in nats, and
+        ``prefix_positions``, their number.
+    """
+    length, model = windows.shape[1] - 1, adapted.model
+    tables = [
+        (selector, table)
+        for selector in block_choosers(adapted)
+        if selector.config.budget == "threshold" and (table := selector.threshold_table())
+    ]
+    generator = torch.Generator("cpu").manual_seed(length)
+    texts = [window[None].to(input_device(model)).long() for window in windows]
+    places = [
+        torch.randperm(length, generator=generator, device="cpu")[:positions].tolist()
+        for _ in texts
+    ]
+    whole = [x for pair in zip(texts, places, strict=True) for x in _losses_at(model, *pair)]
+    alone: list[float] = []
+    try:
+        for tokens, own in zip(texts, places, strict=True):
+            for place in own:
+                for selector, table in tables:
+                    selector.set_thresholds(ThresholdTable((place + 1,), (table.at(length),)))
+                alone += _losses_at(model, tokens[:, : place + 2], [place])
+    finally:
+        for selector, table in tables:
+            selector.set_thresholds(table)
+    return {
+        "prefix_loss": statistics.fmean(alone),
+        "teacher_forced_loss": statistics.fmean(whole),
+        "prefix_positions": len(alone),
+    }
+
+
+def _losses_at(model: Any, tokens: Tensor, places: list[int]) -> list[float]:
+    """Losses of the tokens behind some places of ``(1, tokens)``, in one pass."""
+    first, inputs = min(places), tokens[:, :-1]
+    with evaluating(model):
+        kept = model(inputs, use_cache=False, logits_to_keep=inputs.shape[1] - first).logits[0]
+    logits = kept[[place - first for place in places]].float()
+    return F.cross_entropy(logits, tokens[0, 1:][places], reduction="none").tolist()
+
+
+def perplexity(model: Any, windows: Tensor) -> float:
+    """``exp`` of the mean cross entropy of the next token, one window at a time."""
+    return math.exp(mean_loss(model, windows))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def settings_from(options: Mapping[str, Any]) -> EvaluationSettings:
+    """Settings from a mapping that may hold other keys."""
+    names = {f.name for f in fields(EvaluationSettings)}
+    return EvaluationSettings(**{k: v for k, v in options.items() if k in names})
+
+
+def block_size_of(adapter: SelectorAdapter) -> int:
+    """The block size that all layers of an adapter share.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    sizes: set[int] = {config.block_size for config in adapter.configs.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"the adapter's layers must share one block size, got {sorted(sizes)}.")
+    return next(iter(sizes))

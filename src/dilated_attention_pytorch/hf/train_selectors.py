@@ -1,0 +1,475 @@
+"""Trains selectors of a pretrained model: distilled from its own attention, or tuned end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
+from dilated_attention_pytorch.files import replaced_folder
+from dilated_attention_pytorch.foreign_text import short_repr
+from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
+from dilated_attention_pytorch.hf.adapter import SelectorAdapter, save_adapter
+from dilated_attention_pytorch.hf.attention import SELECTOR
+from dilated_attention_pytorch.hf.calibration import calibrate, default_lengths, fit_low_rank
+from dilated_attention_pytorch.hf.model_folder import TokenText, add_lora, seal_folder
+from dilated_attention_pytorch.hf.observe import (
+    CountTiles,
+    evaluating,
+    mean_loss,
+    measure_selection,
+    next_token_loss,
+    observe_selection,
+    selector_scores,
+    true_mass,
+)
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
+from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
+from dilated_attention_pytorch.train.checkpoint import check_training_state
+from dilated_attention_pytorch.train.language_model import TrainingError, check_device
+from dilated_attention_pytorch.train.trainer import parameter_groups
+
+DTYPES = ("float32", "bfloat16")
+TRAINED = ("selectors", "lora", "all")
+ATTENTION = ("sparse", "dense")
+# Folders of what was trained.
+ADAPTER_NAME, LORA_NAME, MODEL_NAME = "adapter", "lora", "model"
+
+
+def distilled_config(**changes: Any) -> AdaptiveConfig:
+    """The selector for frozen queries and keys: low-rank scores, blocks of 32, thresholds.
+
+    On frozen features what reads them is the bottleneck. Summaries of blocks keep nearly as much
+    attention mass as the best choice and still cost far more perplexity: they miss sharp matches
+    between single tokens, which projected tokens show (``docs/log.md``). With
+    ``query_scope="past"`` generation with a cache chooses once per block of tokens and gives the
+    tokens of generation without one; with ``"block"`` it reads the cached keys at every
+    ``query_stride``-th token.
+
+    Args:
+        **changes: Other fields of :class:`AdaptiveConfig`.
+    """
+    settings: dict[str, Any] = {
+        "scorer": "low_rank",
+        "hidden_dim": 32,
+        "budget": "threshold",
+        "block_size": 32,
+        "learnable_temperature": False,
+        "num_explore_blocks": 1,
+    }
+    return AdaptiveConfig.from_dict(settings | changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRun:
+    """Everything that a distillation's result depends on, beside the model and the text.
+
+    Attributes:
+        config: Settings of the selectors.
+        layers: Layers to make sparse; None: all without a sliding window.
+        seq_len: Tokens per window.
+        batch_size: Windows per step.
+        steps: Optimiser steps.
+        learning_rate: Peak of the selectors' rate, reached after a twentieth of the steps, falling
+            by a cosine to 5 %.
+        weight_decay: Of AdamW; gains, offsets and temperatures do not decay.
+        validation_windows: Held-out windows to measure on.
+        seed: Of the selectors' weights and of the data order.
+        device: Where to train.
+        dtype: ``"float32"``, or ``"bfloat16"``: autocast.
+    """
+
+    config: AdaptiveConfig = field(default_factory=distilled_config)
+    layers: tuple[int, ...] | None = None
+    seq_len: int = 2048
+    batch_size: int = 1
+    steps: int = 300
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    validation_windows: int = 2
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_types(self)
+        check_largest(self)
+        for name in ("seq_len", "batch_size", "steps", "validation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.seq_len < 2 * self.config.block_size:
+            raise ValueError(
+                f"seq_len must be at least two blocks of {self.config.block_size} tokens, got "
+                f"{self.seq_len}: there would be nothing to choose."
+            )
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")
+        check_device(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["config"] = self.config.to_dict()
+        out["layers"] = None if self.layers is None else list(self.layers)
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a run from :meth:`to_dict`'s result, also of versions that had a ``target``.
+
+        Raises:
+            KeyError, TypeError or ValueError: If anything is missing, or of the wrong type.
+        """
+        fields = dict(values)
+        target = fields.pop("target", "mass")
+        if target != "mass":
+            raise ValueError(
+                f"target must be 'mass', got {short_repr(target)}: the gradient as a target was "
+                "dropped. Distil anew without --target."
+            )
+        return from_plain(cls, fields, config=AdaptiveConfig.from_dict(fields["config"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRun(DistillRun):
+    """An end-to-end run: what a distillation has, and more.
+
+    Attributes:
+        train: ``"selectors"`` alone on a frozen base; ``"lora"``: low-rank changes of all
+            projections beside them (through peft); ``"all"``: all weights.
+        attention: ``"sparse"``; ``"dense"`` is the baseline without selectors.
+        adapter: Folder of the selectors to start from; None: untrained ones.
+        base_sparsity: Sparsity to tune for.
+        base_learning_rate: Peak rate of LoRA or of the model's weights.
+        lora_rank: Rank of the changes.
+        sparsity_warmup: Share of the steps over which the blocks fall from all to the sparsity;
+            with thresholds, which start calibrated, there is no warm-up.
+        calibrate_every: Steps between two calibrations of thresholds.
+        selector_every: The selectors learn in the first of so many steps, where scores carry a
+            gradient and random blocks are read beside the chosen ones. In the others, which are
+            several times as fast, weights see what evaluation sees: the selectors' own choice, by
+            the fused kernels where they run. With ``train="selectors"`` they learn in every step.
+    """
+
+    train: str = "lora"
+    attention: str = "sparse"
+    adapter: str | None = None
+    base_sparsity: float = 0.9
+    base_learning_rate: float = 1e-4
+    lora_rank: int = 16
+    sparsity_warmup: float = 0.1
+    calibrate_every: int = 50
+    selector_every: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
+        for name, valid in (("train", TRAINED), ("attention", ATTENTION)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
+        if self.attention == "dense" and (self.train == "selectors" or self.adapter is not None):
+            raise ValueError(
+                "attention='dense' has no selectors: train must be 'lora' or 'all' and adapter "
+                f"None, got {self.train!r} and {self.adapter!r}."
+            )
+        if not (math.isfinite(self.base_learning_rate) and self.base_learning_rate > 0):
+            raise ValueError(f"base_learning_rate must be positive, got {self.base_learning_rate}.")
+        for name in ("lora_rank", "calibrate_every", "selector_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.sparsity_warmup <= 1:
+            raise ValueError(f"sparsity_warmup must lie in [0, 1], got {self.sparsity_warmup}.")
+
+    def selectors_learn(self, step: int) -> bool:
+        """Whether the selectors learn in a step, counted from 0."""
+        return self.train == "selectors" or step % self.selector_every == 0
+
+
+class Distillation:
+    """Trains the selectors of a frozen model on the tile mass of its own attention.
+
+    The model runs densely; in every layer the queries and keys that it produces give the target
+    (never the tokens' square), the selector's scores and at once the gradient of their cross
+    entropy, so that no activations are kept for later.
+
+    On one machine and with as many threads, a run that was stopped and loaded again gives bit for
+    bit what an uninterrupted one gives (on a GPU only if its kernels are deterministic).
+
+    Args:
+        run: What to train.
+        model: The model, not adapted, on the run's device.
+        text: Tokens.
+    """
+
+    def __init__(self, run: DistillRun, model: Any, text: TokenText) -> None:
+        self.run, self.model = run, model
+        torch.manual_seed(run.seed)
+        self.windows = TextWindows(text.train, run.seq_len, run.seed)
+        self.validation = validation_windows(text.validation, run.seq_len, run.validation_windows)
+        # Groups of parameters with the peaks of their learning rates.
+        self.adapted, self.groups = self.prepare()
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, weight_decay=run.weight_decay, groups=self.groups),
+            betas=(0.9, 0.98),
+            # One kernel for all parameters instead of a dozen for each kind of update.
+            fused=torch.device(run.device).type == "cuda",
+        )  # fmt: skip
+        self.step_count, self.seconds = 0, 0.0
+
+    def prepare(self) -> tuple[AdaptedModel, list[dict[str, Any]]]:
+        """Adapts the model; names what to train: ``"params"`` and ``"peak"`` rates."""
+        adapted = self.untrained().freeze_base()
+        parameters = [p for p in adapted.selector_parameters() if p.requires_grad]
+        return adapted, [{"params": parameters, "peak": self.run.learning_rate}]
+
+    def untrained(self) -> AdaptedModel:
+        """Adapts the model with selectors that start from its own queries and keys."""
+        adapted = adapt(self.model, self.run.config, layers=self.run.layers)
+        fit_low_rank(adapted, self.windows.data, length=self.run.seq_len)
+        return adapted
+
+    def losses(self, batch: Tensor) -> float:
+        """The loss of ``(batch, seq_len + 1)`` tokens, the mean over layers, and its gradients."""
+        found: list[Tensor] = []
+
+        def teach(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
+            mass = true_mass(selector, inputs)
+            with torch.enable_grad():
+                loss = mass_cross_entropy(selector_scores(selector, inputs), mass, inputs)
+                loss.backward()
+            found.append(loss.detach())
+
+        with evaluating(self.model), observe_selection(self.adapted, teach):
+            self.model.base_model(batch[:, :-1], use_cache=False)
+        return float(torch.stack(found).mean())
+
+    def validate(self) -> dict[str, float]:
+        """Recall of the true top blocks and kept mass on the held-out windows; changes nothing."""
+        with self.autocast():
+            qualities = measure_selection(self.adapted, self.validation[:, :-1], (0.5, 0.8, 0.9))
+        out = {}
+        for quality in qualities:
+            # Where the forced blocks fill the budget nothing was chosen.
+            if not math.isnan(quality.recall):
+                out[f"recall_{quality.sparsity:g}"] = quality.recall
+                out[f"kept_mass_{quality.sparsity:g}"] = quality.kept_mass
+                out[f"best_mass_{quality.sparsity:g}"] = quality.best_mass
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Calibrates the thresholds for the configured sparsity and writes ``adapter``."""
+        self.save_selectors(folder, self.run.config.base_sparsity)
+
+    def save_selectors(self, folder: Path, sparsity: float) -> None:
+        """Calibrates the thresholds at all lengths and writes ``adapter``."""
+        self.calibrate(sparsity, default_lengths(self.run.seq_len))
+        save_adapter(self.adapted, folder / ADAPTER_NAME)
+
+    def calibrate(self, sparsity: float, lengths: Sequence[int]) -> None:
+        """Sets the thresholds for a sparsity."""
+        with self.autocast():
+            # Spread over the whole text: thresholds of code miss the sparsity on prose.
+            calibrate(self.adapted, self.windows.data, sparsity, lengths=lengths)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step_count >= self.run.steps
+
+    def step(self) -> dict[str, float]:
+        """Does one optimiser step; returns ``"loss"`` and ``"seconds"``.
+
+        Raises:
+            TrainingError: If the loss is no longer finite.
+        """
+        start, run = time.perf_counter(), self.run
+        factor = min(1.0, (self.step_count + 1) / max(1, run.steps // 20))
+        factor *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step_count / run.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self.windows.next_batch(run.batch_size).to(run.device)
+        with self.autocast():
+            value = self.losses(batch)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {self.step_count + 1}; lower the learning rate "
+                f"({run.learning_rate:g})."
+            )
+        for own in self.groups:
+            # Apart, so that a large gradient of the one does not silence the other.
+            nn.utils.clip_grad_norm_(own["params"], 1.0)
+        self.optimizer.step()
+        self.step_count += 1
+        seconds = max(time.perf_counter() - start, 0.0)
+        self.seconds += seconds
+        return {"loss": value, "seconds": seconds}
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        kind = torch.device(self.run.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.run.dtype == "bfloat16")
+
+    def trained(self) -> list[nn.Parameter]:
+        """All that the optimiser changes, in order."""
+        return [p for group in self.groups for p in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trained parameters, optimiser, data position, random numbers and time spent."""
+        on_gpu = torch.device(self.run.device).type == "cuda"
+        return {
+            "step_count": self.step_count,
+            "seconds": self.seconds,
+            "parameters": [p.detach().cpu() for p in self.trained()],
+            # Beside their parameters: thresholds, sparsity and temperature.
+            "selectors": {
+                str(number): selector.state_dict()
+                for number, selector in self.adapted.selectors.items()
+            },
+            "optimizer": self.optimizer.state_dict(),
+            "data_position": self.windows.position,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.run.device) if on_gpu else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`'s result, of the same run, model and text.
+
+        Raises:
+            CheckpointError: If it is another run's; nothing has changed then.
+        """
+        check_training_state(self.state_dict(), state, self.optimizer)
+        with torch.no_grad():
+            for parameter, value in zip(self.trained(), state["parameters"], strict=True):
+                parameter.copy_(value)
+        for number, selector in self.adapted.selectors.items():
+            selector.load_state_dict(state["selectors"][str(number)])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.windows.position = state["data_position"]
+        self.step_count, self.seconds = state["step_count"], state["seconds"]
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.run.device)
+
+
+class Tuning(Distillation):
+    """Trains selectors, and LoRA or all weights, on the next token.
+
+    Data, optimiser, schedule and state are those of :class:`Distillation`. The selectors learn from
+    the attention itself (``AdaptiveConfig.estimator``), the rest from the loss. With LoRA ``model``
+    stays the base model; its layers hold the low-rank changes. With ``attention="dense"``
+    ``adapted`` has no selectors.
+    """
+
+    run: TuneRun
+
+    def prepare(self) -> tuple[AdaptedModel, list[dict[str, Any]]]:
+        """LoRA first, then the selectors: peft freezes what it finds."""
+        run = self.run
+        self.lora: Any = None
+        if run.train == "lora":
+            self.lora = add_lora(self.model, run.lora_rank)
+        if run.attention == "dense":
+            adapted = AdaptedModel(self.model, [], {})
+        elif run.adapter is not None:
+            # A folder, never a name on the Hub.
+            adapted = SelectorAdapter.read(run.adapter).apply(self.model)
+        else:
+            adapted = self.untrained()
+        if run.train == "selectors":
+            adapted.freeze_base()
+        selectors = adapted.selector_parameters()
+        own = {id(p) for p in selectors}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        groups = [
+            {"params": selectors, "peak": run.learning_rate},
+            {"params": rest, "peak": run.base_learning_rate},
+        ]
+        return adapted, [group for group in groups if group["params"]]
+
+    def losses(self, batch: Tensor) -> float:
+        """Cross entropy of the next token, in nats, and its gradients."""
+        run = self.run
+        self.model.train()
+        warm = run.sparsity_warmup * run.steps
+        progress = 1.0 if self.step_count >= warm else self.step_count / warm
+        self._set_sparsity(1 - (1 - run.base_sparsity) ** progress)
+        if self.step_count % run.calibrate_every == 0:
+            self.calibrate(run.base_sparsity, (run.seq_len,))
+        for selector in self.adapted.selectors.values():
+            # In evaluation mode a selector chooses and nothing more; attention still has gradients.
+            selector.train(run.selectors_learn(self.step_count))
+        loss = next_token_loss(self.model, batch)
+        loss.backward()
+        return float(loss.detach())
+
+    def _set_sparsity(self, value: float) -> None:
+        run = self.run
+        warm, goal = (
+            self.adapted.layer_sparsities(x, run.seq_len) for x in (value, run.base_sparsity)
+        )
+        for number, selector in self.adapted.selectors.items():
+            if isinstance(selector, BlockSparseAdaptive):
+                calibrated = selector.config.budget == "threshold"
+                selector.set_base_sparsity((goal if calibrated else warm)[number])
+                # Selectors that were distilled need little noise to explore.
+                selector.set_temperature(selector.config.min_temperature)
+
+    def validate(self) -> dict[str, float]:
+        """The loss on the held-out windows, at the sparsity to tune for, and that sparsity."""
+        self._set_sparsity(self.run.base_sparsity)
+        if self.step_count == 0:
+            self.calibrate(self.run.base_sparsity, (self.run.seq_len,))
+        with self.autocast(), CountTiles(self.adapted) as tiles:
+            values = {"validation_loss": mean_loss(self.model, self.validation)}
+        return {**values, "sparsity": tiles.sparsity} if self.adapted.selectors else values
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
+        if self.adapted.selectors:
+            self._set_sparsity(self.run.base_sparsity)
+            self.save_selectors(folder, self.run.base_sparsity)
+        if self.lora is not None:
+            with replaced_folder(folder / LORA_NAME) as new:
+                self.lora.save_pretrained(new)
+                seal_folder(new)
+        if self.run.train == "all":
+            with replaced_folder(folder / MODEL_NAME) as new:
+                # The model alone: selectors are an adapter of their own.
+                weights = {
+                    name: value
+                    for name, value in self.model.state_dict().items()
+                    if f".{SELECTOR}." not in name
+                }
+                self.model.save_pretrained(new, state_dict=weights)
+                seal_folder(new)
+
+
+def mass_cross_entropy(scores: Tensor, mass: Tensor, inputs: SelectionInputs) -> Tensor:
+    r"""How badly the scores S predict where attention goes (m), forced blocks included.
+
+    :math:`-\sum_j m_{ij} \log \mathrm{softmax}_j(S_{ij})` over the visible blocks j, averaged over
+    rows; at its best the softmax is the tile mass, which thresholds need. Both are
+    ``(b, h, i, j)``; ``inputs`` say what is visible.
+    """
+    visible = inputs.candidates.scored | inputs.candidates.forced
+    logits = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
+    weighted = (mass * logits.log_softmax(-1).masked_fill(~visible, 0)).sum(-1)
+    return -weighted.mean()
