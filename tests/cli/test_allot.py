@@ -26,6 +26,7 @@ from dilated_attention_pytorch.hf.adapter import (
 from dilated_attention_pytorch.hf.calibration import calibrate
 from dilated_attention_pytorch.hf.layer_shares import SPARSITIES
 from dilated_attention_pytorch.hf.model_folder import load_model
+from dilated_attention_pytorch.selection import layer_shares as shares_of_layers
 from tiny_models import tokens
 
 
