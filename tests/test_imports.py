@@ -43,8 +43,21 @@ RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 # Optional packages, and where alone they may be imported.
 OPTIONAL = {
     "triton": (
-        "ops.block_selection.triton_kernels",
-        "ops.block_selection.triton_launch",
+        "ops.triton_device",
+        "ops.triton_ring_buffer",
+        *(
+            f"ops.block_selection.{name}"
+            for name in (
+                "budgets",
+                "choice",
+                "lattice",
+                "low_rank",
+                "scores",
+                "summaries",
+                "threshold",
+                "transpose",
+            )
+        ),
         *(
             f"ops.block_sparse_attention.{name}"
             for name in (
@@ -59,7 +72,6 @@ OPTIONAL = {
         ),
         "ops.block_sparse_decode.triton_kernels",
         "ops.block_sparse_decode.triton_launch",
-        "ops.token_rings.triton_kernels",
     ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),

@@ -29,7 +29,7 @@ from dilated_attention_pytorch.nn.scheduled_layer import ScheduledLayer
 from dilated_attention_pytorch.nn.selector_state import SelectorState
 from dilated_attention_pytorch.nn.threshold_selection import place_refusal
 from dilated_attention_pytorch.nn.token_selection import score_tokens, select_by_tokens
-from dilated_attention_pytorch.ops.block_selection.interface import low_rank_refusal
+from dilated_attention_pytorch.ops.block_selection.interface import low_rank_unsupported_reason
 from dilated_attention_pytorch.selection.gumbel import gumbel_noise
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
 from dilated_attention_pytorch.selection.top_k import choose_top_k
@@ -175,6 +175,8 @@ class BlockSparseAdaptive(ScheduledLayer):
             return place
         if config.estimator != "mass":
             return f"estimator {config.estimator!r} needs the gradient of all candidates' scores"
+        if config.scorer == "mlp":
+            return "scorer 'mlp' has no kernel"
         if config.scorer != "low_rank":
             if config.budget == "threshold":
                 return f"budget 'threshold' has no kernel for scorer {config.scorer!r}"
@@ -183,7 +185,7 @@ class BlockSparseAdaptive(ScheduledLayer):
             return f"scorer {config.scorer!r} learns from the scores of all candidates"
         if self.segment_lengths is not None:
             return f"scorer {config.scorer!r} scores all blocks, and segments limit them"
-        return low_rank_refusal(inputs.query.dtype, self.block_size, self.head_dim)
+        return low_rank_unsupported_reason(inputs.query.dtype, self.block_size, self.head_dim)
 
     def threshold_sample(self, inputs: SelectionInputs) -> ThresholdSample:
         """What a calibration of ``budget="threshold"`` needs of these inputs."""

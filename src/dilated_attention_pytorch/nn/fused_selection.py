@@ -67,13 +67,10 @@ def select_with_kernels(layer: BlockSparseAdaptive, inputs: SelectionInputs) -> 
         if budgets is not None:
             budgets.hand_on()
         return Selection(pattern)
-    if towers is None:
-        kept = layer.scorer(queries, keys, indices)
-    else:
-        from dilated_attention_pytorch.ops.block_selection.operators import kept_op
+    from dilated_attention_pytorch.ops.block_selection.scores import kept_op
 
-        turned = pattern.transpose()
-        kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
+    turned = pattern.transpose()
+    kept = kept_op(*towers, kept, counts, indices, turned.offsets, turned.slots)
     kept = kept / layer.temperature_factor()
     evidence = None if budgets is None else budgets.evidence(layer, forced)
     probe = mass_probe(layer, inputs, kept, scored, pattern, levels, evidence)
@@ -100,24 +97,16 @@ def summarise_blocks(
 
 def score_candidates(
     layer: BlockSparseAdaptive, queries: Tensor, keys: Tensor, candidates: Tensor | None
-) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
-    """The towers of the bilinear form (None for the MLP) and all candidates' scores."""
-    from dilated_attention_pytorch.ops.block_selection.operators import (
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The towers of the bilinear form and all candidates' scores."""
+    from dilated_attention_pytorch.ops.block_selection.scores import (
         bilinear_op,
-        mlp_op,
         products_op,
         towers_op,
     )
 
     # Other kinds take the PyTorch path.
     scorer = cast(ImportanceScorer, layer.scorer)
-
-    def by_mlp(queries: Tensor, keys: Tensor) -> Tensor:
-        q, k = scorer.first_maps(queries, keys)
-        hidden = scorer.hidden()
-        deeper = torch.stack(hidden) if hidden else scorer.out
-        weights = (x.float() for x in (scorer.bias, deeper, scorer.out, scorer.gain))
-        return mlp_op(q, k, candidates, *weights, layer.pattern_heads)
 
     def towers(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         share = scorer.heads_per_pattern
@@ -128,9 +117,6 @@ def score_candidates(
         )  # fmt: skip
         return encoded
 
-    if scorer.kind == "mlp":
-        with torch.no_grad():
-            return None, scorer.called(by_mlp, queries, keys)
     if not torch.is_grad_enabled() and not len(scorer.query_tower):
         q, k = scorer.called(towers, queries, keys)
     else:
@@ -196,7 +182,7 @@ def choose_blocks(
     learning: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts and lists; if learning also the kept tiles' scores and which were not forced."""
-    from dilated_attention_pytorch.ops.block_selection.operators import choose_op
+    from dilated_attention_pytorch.ops.block_selection.choice import choose_op
 
     config, width = layer.config, inputs.rule.width(inputs.rows)
     seed = temperature = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.dtypes import check_integers
-from dilated_attention_pytorch.ops.token_rings import append_tokens
+from dilated_attention_pytorch.ops.ring_buffer import append_tokens
 
 # Tokens that the rings hold, in blocks: the newest token's block, the one before, and one more so
 # that a block of rejected tokens overwrites nothing that is needed again.

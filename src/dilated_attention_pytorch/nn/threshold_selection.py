@@ -10,7 +10,10 @@ from dilated_attention_pytorch.nn.block_sparse import (
     Selection,
     SelectionInputs,
 )
-from dilated_attention_pytorch.ops.block_selection.interface import kernel_refusal, threshold_lists
+from dilated_attention_pytorch.ops.block_selection.interface import (
+    kernel_unsupported_reason,
+    threshold_lists,
+)
 from dilated_attention_pytorch.pattern import BlockPattern
 
 
@@ -32,7 +35,9 @@ def place_refusal(layer: BlockSparseLayer, inputs: SelectionInputs) -> str | Non
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func takes the PyTorch path"
     width = inputs.rule.width(inputs.rows)
-    return kernel_refusal(query.device, query.dtype, layer.block_size, layer.head_dim, width)
+    return kernel_unsupported_reason(
+        query.device, query.dtype, layer.block_size, layer.head_dim, width
+    )
 
 
 def select_above(

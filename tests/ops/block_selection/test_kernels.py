@@ -24,24 +24,26 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from dilated_attention_pytorch.ops.block_selection import summarise, transpose_lists
+from dilated_attention_pytorch.ops.block_selection import budgets
+from dilated_attention_pytorch.ops.block_selection.budgets import (
+    round_op,
+    running_budget_op,
+)
+from dilated_attention_pytorch.ops.block_selection.choice import choose_op
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
     row_budget,
+    summarise,
     summarise_both,
+    transpose_lists,
 )
-from dilated_attention_pytorch.ops.block_selection.operators import (
+from dilated_attention_pytorch.ops.block_selection.lattice import lattice_op
+from dilated_attention_pytorch.ops.block_selection.scores import (
     bilinear_op,
-    choose_op,
     kept_op,
-    lattice_op,
-    mlp_op,
     products_op,
-    round_op,
-    running_budget_op,
     towers_op,
 )
-from dilated_attention_pytorch.ops.block_selection.triton_launch import running_budgets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -291,35 +293,6 @@ def test_products_of_all_pairs(rank: int, rows: int, columns: int) -> None:
     torch.testing.assert_close(products_op(q, k).double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("share", [1, 2])
-@pytest.mark.parametrize("listed", [False, True])
-def test_mlp_scores(layers: int, share: int, listed: bool) -> None:
-    torch.manual_seed(0)
-    scorer = ImportanceScorer(
-        8, 4, kind="mlp", hidden_dim=12, num_layers=layers, heads_per_pattern=share
-    )
-    with torch.no_grad():
-        for weight in scorer.parameters():
-            weight.add_(0.1 * torch.randn(weight.shape))
-    scorer = scorer.to(DEVICE)
-    q, k = randn(2, 5, 4, 8), randn(2, 6, 2, 8, seed=1)
-    candidates = None
-    if listed:
-        candidates = torch.tensor([0, 2, 5], device=DEVICE).int().expand(1, 4 // share, 5, -1)
-        candidates = candidates.contiguous()
-    with torch.no_grad():
-        want = scorer.double()(q.double(), k.double(), candidates)
-        scorer.float()
-        left, right = scorer.first_maps(q, k)
-        hidden = torch.stack(list(scorer.hidden)) if layers > 1 else scorer.out
-        got = mlp_op(
-            left, right, candidates, scorer.bias, hidden, scorer.out,
-            scorer.gain, 4 // share,
-        )  # fmt: skip
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(("rows", "columns", "density"), [
     (1, 1, 1.0), (40, 70, 0.3), (33, 5, 0.9), (64, 64, 0.0), (65, 130, 0.1),
     # More than one program takes the columns of a plane.
@@ -508,7 +481,7 @@ def test_running_budgets_over_several_chunks_and_at_bounds(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that earn nothing, exactly a bound, or more than their candidates; many documents."""
-    monkeypatch.setattr(running_budgets, "MAX_CHUNK", 32)
+    monkeypatch.setattr(budgets, "MAX_CHUNK", 32)
     cut = torch.arange(rows) // 7 * (torch.arange(rows) % 50 < 30)
     ids = cut.cummax(0).values[None].int().to(DEVICE)
     for documents in (None, ids):

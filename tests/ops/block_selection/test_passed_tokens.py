@@ -12,13 +12,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+from dilated_attention_pytorch.ops.block_selection import summaries
 from dilated_attention_pytorch.ops.block_selection.interface import (
     summarise,
     summarise_and_pass,
     summarise_both,
 )
-from dilated_attention_pytorch.ops.block_selection.operators import passed_tokens
-from dilated_attention_pytorch.ops.block_selection.operators.summaries import summaries_backward_op
+from dilated_attention_pytorch.ops.block_selection.summaries import summaries_backward_op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("mean", "max", "attention")
@@ -100,7 +100,7 @@ def test_the_layers_gradients_do_not_depend_on_whether_tokens_are_shared(
         shared.append(args[-1] is not None)
         return summaries_backward_op(*args)
 
-    monkeypatch.setattr(passed_tokens, "summaries_backward_op", watched)
+    monkeypatch.setattr(summaries, "summaries_backward_op", watched)
     torch.manual_seed(0)
     config = AdaptiveConfig(block_size=16, base_sparsity=0.5, hard_sparsity=True)
     layer = BlockSparseAdaptive(None, None, 4, 16, config, num_kv_heads=2, backend="triton")

@@ -15,9 +15,9 @@ from dilated_attention_pytorch.nn.decoding.settings import sums_mass
 from dilated_attention_pytorch.nn.selector_state import Memory, SelectorState
 from dilated_attention_pytorch.nn.threshold_selection import backend_refusal
 from dilated_attention_pytorch.ops.block_selection.interface import (
-    kernel_refusal,
-    low_rank_refusal,
+    kernel_unsupported_reason,
     low_rank_scores,
+    low_rank_unsupported_reason,
 )
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 
@@ -146,5 +146,5 @@ def has_kernel(layer: BlockSparseAdaptive, key: Tensor, blocks: int) -> bool:
     if backend_refusal(layer, key.device) is not None:
         return False
     size, dim = layer.block_size, layer.head_dim
-    refusal = kernel_refusal(key.device, key.dtype, size, dim, blocks)
-    return refusal is None and low_rank_refusal(key.dtype, size, dim) is None
+    refusal = kernel_unsupported_reason(key.device, key.dtype, size, dim, blocks)
+    return refusal is None and low_rank_unsupported_reason(key.dtype, size, dim) is None

@@ -10,12 +10,12 @@ from torch import Tensor
 from dilated_attention_pytorch.mask import document_bounds
 from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
+from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     Apply,
     differentiable,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
 
 
 def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.mask import document_bounds
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_refusal, library
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure, library
 from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
     backward,
     backward_op,
@@ -18,7 +18,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import
     setup_context,
     unflatten,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     differentiable,
 )
@@ -34,24 +34,24 @@ def cpp_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def cpp_refusal(args: Arguments) -> str | None:
+def cpp_unsupported_reason(args: Arguments) -> str | None:
     """Why the compiled kernel cannot run this, or None if it can; builds it if need be."""
     if args.query.device.type != "cpu":
         return f"it runs on the CPU, not on {args.query.device.type}"
     if args.query.dtype != torch.float32:
         return f"it computes float32, not {args.query.dtype}"
     # What is traced cannot start a compiler; the operator does when it runs.
-    return None if torch.compiler.is_compiling() else build_refusal()
+    return None if torch.compiler.is_compiling() else build_failure()
 
 
-def auto_refusal(args: Arguments) -> str | None:
+def auto_unsupported_reason(args: Arguments) -> str | None:
     """Why ``auto`` leaves a call to others that the kernel may be able to run, or None."""
     if torch.compiler.is_compiling():
         return "a traced program may run where there is no compiler"
     (b, n, h, _), m = args.query.shape, args.key.shape[1]
     if b * n * h * m < AUTO_LOGITS:
         return f"a compiled kernel pays from {AUTO_LOGITS:,} dense logits on"
-    return cpp_refusal(args)
+    return cpp_unsupported_reason(args)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cpp_forward", mutates_args=())

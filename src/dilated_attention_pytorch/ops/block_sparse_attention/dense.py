@@ -23,7 +23,7 @@ def dense_attention(args: Arguments) -> tuple[Tensor, None]:
     return out.transpose(1, 2), None
 
 
-def dense_refusal(args: Arguments, return_lse: bool) -> str | None:
+def dense_unsupported_reason(args: Arguments, return_lse: bool) -> str | None:
     """Why dense attention cannot stand in for the pattern, or None if it can.
 
     Looks at what is known without reading the pattern, so that nothing waits for a device.

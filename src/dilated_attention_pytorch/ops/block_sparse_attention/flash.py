@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     Apply,
     differentiable,
@@ -36,7 +36,7 @@ def _installed() -> str | None:
 _VERSION = _installed()
 
 
-def flash_refusal(args: Arguments) -> str | None:
+def flash_unsupported_reason(args: Arguments) -> str | None:
     """Why FlashAttention-4 cannot run this, or None if it can."""
     query, pattern, mask = args.query, args.pattern, args.mask
     if _VERSION is None:

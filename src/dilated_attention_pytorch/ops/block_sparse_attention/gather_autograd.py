@@ -15,7 +15,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
     gather_backward,
     gather_forward,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     Apply,
     differentiable,

@@ -14,17 +14,17 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_arguments,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.cpp import (
-    auto_refusal,
+    auto_unsupported_reason,
     cpp_attention,
-    cpp_refusal,
+    cpp_unsupported_reason,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.dense import (
     dense_attention,
-    dense_refusal,
+    dense_unsupported_reason,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.flash import (
     flash_attention,
-    flash_refusal,
+    flash_unsupported_reason,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
     gather_attention,
@@ -168,23 +168,23 @@ def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False)
                 f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
             )
         if backend == "dense":
-            refusal = dense_refusal(arguments, return_lse)
+            reason = dense_unsupported_reason(arguments, return_lse)
         else:
-            refusal = _REFUSALS[backend](arguments) if backend in _REFUSALS else None
-        if refusal:
-            raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto'.")
+            reason = _REASONS[backend](arguments) if backend in _REASONS else None
+        if reason:
+            raise ValueError(f"backend={backend!r} cannot run this: {reason}; use backend='auto'.")
         return backend, "asked for by name"
-    if dense_refusal(arguments, return_lse) is None:
+    if dense_unsupported_reason(arguments, return_lse) is None:
         return "dense", "the pattern keeps every tile"
     device = arguments.query.device.type
-    if device == "cpu" and auto_refusal(arguments) is None:
+    if device == "cpu" and auto_unsupported_reason(arguments) is None:
         return "cpp", "the compiled kernel runs on this CPU"
     if device != "cuda":
         return "gather", f"the PyTorch path runs on {device}"
-    refusal = _triton_refusal(arguments)
-    if refusal:
-        return "gather", f"the Triton kernels cannot run this: {refusal}"
-    if flash_refusal(arguments) is None:
+    reason = _triton_unsupported_reason(arguments)
+    if reason:
+        return "gather", f"the Triton kernels cannot run this: {reason}"
+    if flash_unsupported_reason(arguments) is None:
         return "flash", "FlashAttention-4's forward is faster here; the backward is ours"
     return "triton", "the fused kernels run on this GPU"
 
@@ -195,7 +195,7 @@ _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _triton_refusal(arguments: Arguments) -> str | None:
+def _triton_unsupported_reason(arguments: Arguments) -> str | None:
     """Why the Triton kernels cannot run this, or None if they can."""
     query = arguments.query
     if query.dtype not in _TRITON_DTYPES:
@@ -213,11 +213,11 @@ def _triton_refusal(arguments: Arguments) -> str | None:
 
 
 # What a backend cannot run; the others run everything.
-_REFUSALS = {
-    "cpp": cpp_refusal,
-    "triton": _triton_refusal,
-    "flash": flash_refusal,
-    "flash_atomic": flash_refusal,
+_REASONS = {
+    "cpp": cpp_unsupported_reason,
+    "triton": _triton_unsupported_reason,
+    "flash": flash_unsupported_reason,
+    "flash_atomic": flash_unsupported_reason,
 }
 
 

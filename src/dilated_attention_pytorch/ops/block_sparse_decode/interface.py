@@ -121,12 +121,12 @@ def choose_backend(arguments: DecodeArguments, backend: str) -> str:
     """
     if backend == "auto":
         on_gpu = arguments.query.device.type == "cuda"
-        return "triton" if on_gpu and triton_refusal(arguments) is None else "gather"
+        return "triton" if on_gpu and triton_unsupported_reason(arguments) is None else "gather"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
-    refusal = triton_refusal(arguments) if backend == "triton" else None
-    if refusal:
-        raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto'.")
+    reason = triton_unsupported_reason(arguments) if backend == "triton" else None
+    if reason:
+        raise ValueError(f"backend={backend!r} cannot run this: {reason}; use backend='auto'.")
     return backend
 
 
@@ -136,7 +136,7 @@ _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def triton_refusal(arguments: DecodeArguments) -> str | None:
+def triton_unsupported_reason(arguments: DecodeArguments) -> str | None:
     """Why the Triton kernels cannot run this, or None if they can."""
     query = arguments.query
     if query.dtype not in _TRITON_DTYPES:

@@ -1,22 +1,45 @@
-"""Kernels of the low-rank tile mass: where the attention of projected tokens goes.
+"""Low-rank tile mass: where the attention of projected tokens goes, without their square.
 
-Logits are in base 2. A query sees one range of keys, its *span*; a query without keys counts for
-nothing.
+For query block i, key block j and the heads that share a pattern, with the maps A and B of a head,
+the mean over the block's sampled queries n (those that see a key) and over the heads of
+
+    Σ_(m in j) softmax_m(scale · (q_n A) · (k_m B)),
+
+of which the logarithm is written. Queries go through both maps, ``q A Bᵀ``, so that keys need none.
+Logits are in base 2. A query sees one range of keys, its *span*.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection.triton_kernels.shared import PRECISE, follow
+from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.ops.operators import NAMESPACE, rows_of
+from dilated_attention_pytorch.ops.triton_device import (
+    INTERPRETED,
+    PRECISE,
+    batch_stride,
+    follow,
+    on_device,
+    overlap,
+    strides,
+)
 
-# Numbers that follow from lengths; see ``shared.VARYING``.
+# Numbers that follow from lengths; see ``triton_device.VARYING``.
 _LENGTHS = (
     "first_row", "num_rows", "total_rows", "kv_len", "columns", "chunks", "s_stride_b",
 )  # fmt: skip
 _FAR = tl.constexpr(2147483647)
 _TINY = tl.constexpr(1.1754943508222875e-38)
+# Block sums of one chunk of rows: 2**25 float32 numbers are 128 MiB.
+_WORKSPACE = 1 << 25
+# Key tokens per program: long enough to pay for its queries, short enough to share out evenly.
+_KEYS = 1024
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -191,3 +214,98 @@ def mass_kernel(
             tl.store(target + block, mass, mask=ok)
         # The next head adds to what other threads may have written.
         tl.debug_barrier()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::low_rank_scores", mutates_args=())
+def low_rank_op(
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    spans: Tensor,
+    query_stride: int,
+    block_size: int,
+    scale: float,
+    pattern_heads: int,
+) -> Tensor:
+    """:class:`LowRankScorer` on all tiles: ``(b, pattern heads, i, j)`` float32. No gradient.
+
+    Args:
+        query: ``(b, n, h, d)``.
+        key: ``(b, m, g, d)``, of the same dtype.
+        query_map: ``(h, d, r)``.
+        key_map: The same.
+        spans: ``(1 or b, 2, t)`` int32: first key that every ``query_stride``-th query sees, and
+            one past the last; nothing if ``end <= first``.
+        query_stride: Take every so many queries.
+        block_size: Tokens per block, a multiple of it.
+        scale: Factor of the logits.
+        pattern_heads: Divides h; the mass of neighbouring heads is averaged.
+    """
+    query, key, spans = rows_of(query), rows_of(key), spans.contiguous()
+    batch, n, heads, head_dim = query.shape
+    blocks, columns = ceil_div(n, block_size), ceil_div(key.shape[1], block_size)
+    scores = query.new_empty(batch, pattern_heads, blocks, columns, dtype=torch.float32)
+    if scores.numel() == 0:
+        return scores
+    total_rows, planes, device = spans.shape[2], batch * heads, query.device
+    d, rank = max(triton.next_power_of_2(head_dim), 16), query_map.shape[2]
+    # bfloat16 keys need no rounding, and queries lose what they lost when they were made.
+    wide = query.dtype != torch.bfloat16
+    folded = torch.empty(
+        planes, total_rows, head_dim, device=device,
+        dtype=torch.float32 if wide else torch.bfloat16,
+    )  # fmt: skip
+    tile_columns = max(triton.next_power_of_2(block_size), 16)
+    # 64 logits a thread, so that three programs fit on a multiprocessor.
+    tile_rows = 128 if tile_columns <= 64 and d <= 128 else 64
+    size = tile_columns * d * (4 if wide else 2)
+    stages = 3 if size <= 16384 else 2 if size <= 32768 else 1
+    per_block = block_size // query_stride
+    chunk_blocks = max(_WORKSPACE // (planes * columns * per_block), 1)
+    sums = folded.new_empty(
+        planes * columns * min(chunk_blocks * per_block, total_rows), dtype=torch.float32
+    )
+    key_chunk = max(_KEYS // block_size, 1)
+    key_chunks = ceil_div(columns, key_chunk)
+    with on_device(device):
+        fold_kernel[(ceil_div(total_rows, 64), planes)](
+            query, *strides(query), query_map.contiguous(), key_map.contiguous(), folded,
+            total_rows, heads, scale / math.log(2), STRIDE=query_stride, ROWS=64, D=d,
+            HEAD_DIM=head_dim, R=max(triton.next_power_of_2(rank), 16), RANK=rank,
+            num_warps=4, **overlap(device),
+        )  # fmt: skip
+        for first in range(0, blocks, chunk_blocks):
+            first_row = first * per_block
+            num_rows = min(chunk_blocks * per_block, total_rows - first_row)
+            block_sum_kernel[(key_chunks * ceil_div(num_rows, tile_rows), planes)](
+                folded, key, *strides(key), spans, batch_stride(spans), sums,
+                first_row, num_rows, total_rows, key.shape[1], columns, key_chunks, heads,
+                heads // key.shape[2], BLOCK=block_size, N=tile_columns,
+                CHUNK=key_chunk, ROWS=tile_rows, D=d, HEAD_DIM=head_dim,
+                EVEN=tile_columns == block_size, WIDE=wide, UPCAST=INTERPRETED,
+                num_warps=8 if tile_columns > 128 else 4, num_stages=stages, **overlap(device),
+            )  # fmt: skip
+            mass_kernel[(ceil_div(num_rows, per_block), batch * pattern_heads)](
+                sums, spans, batch_stride(spans), scores, first_row, num_rows, total_rows,
+                columns, heads, BLOCK=block_size, PER_BLOCK=per_block,
+                P=triton.next_power_of_2(per_block), C=max(2048 // per_block, 16),
+                SHARE=heads // pattern_heads, num_warps=4, **overlap(device),
+            )  # fmt: skip
+    return scores
+
+
+@low_rank_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    spans: Tensor,
+    query_stride: int,
+    block_size: int,
+    scale: float,
+    pattern_heads: int,
+) -> Tensor:
+    rows, columns = (ceil_div(x.shape[1], block_size) for x in (query, key))
+    return query.new_empty(query.shape[0], pattern_heads, rows, columns, dtype=torch.float32)

@@ -64,7 +64,7 @@ def _append_op(
     starts: Tensor | None,
 ) -> None:
     # Triton is imported on first use: the package itself needs torch alone.
-    from dilated_attention_pytorch.ops.token_rings.triton_kernels import launch_append
+    from dilated_attention_pytorch.ops.triton_ring_buffer import launch_append
 
     launch_append(queries, keys, lengths, query, key, cached, starts)
 

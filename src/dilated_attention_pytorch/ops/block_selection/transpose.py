@@ -1,11 +1,20 @@
-"""Kernels that turn the lists of rows into lists of columns."""
+"""The transpose of a pattern: per key block the rows that keep it, by counting.
+
+One bit per tile says whether it is kept, 32 rows to a word::
+
+    rows 0..31 of column j    0 1 0 0 1 1 ...     a tile's place in the list of its column is
+                                      ^ tile      the number of bits above it (here 1)
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection.triton_kernels.shared import VARYING, follow
+from dilated_attention_pytorch.ops.operators import NAMESPACE
+from dilated_attention_pytorch.ops.triton_device import VARYING, follow, on_device, overlap
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -119,3 +128,49 @@ def place_kernel(
     start = tl.load(offsets + plane * (columns + 1) + j, mask=used, other=0)
     target = slots + plane * num_rows * width + start + rank
     tl.store(target, row * width + slot, mask=used)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::transpose_lists", mutates_args=())
+def transpose_op(counts: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Offsets ``(b, h, j + 1)`` and slots ``(b, h, i * k)`` of packed ascending lists."""
+    offsets, slots = _empty(counts, indices, columns)
+    counts, indices = counts.contiguous(), indices.contiguous()
+    batch, heads, rows, width = indices.shape
+    planes = batch * heads
+    if rows == 0 or width == 0 or columns == 0 or planes == 0:
+        return offsets.zero_(), slots
+    words, device = triton.cdiv(rows, 32), indices.device
+    marks = torch.empty(planes, words, columns, dtype=torch.int32, device=device)
+    before = torch.empty_like(marks)
+    totals = torch.empty(planes, columns, dtype=torch.int32, device=device)
+    w, c = triton.next_power_of_2(width), triton.next_power_of_2(columns)
+    # One program for the columns of a plane while it is quick; otherwise few columns a program, so
+    # that there are programs enough for the machine.
+    whole = c * words <= 16384
+    block = c if whole else 32
+    step = min(triton.next_power_of_2(words), 8192 // block if whole else 64)
+    with on_device(device):
+        mark_kernel[(words * planes,)](
+            indices, counts, marks, rows, columns, words, width,
+            W=min(w, 64), C=min(c, 1024), num_warps=8, **overlap(device),
+        )  # fmt: skip
+        rank_kernel[(triton.cdiv(columns, block), planes)](
+            marks, before, totals, offsets, columns, words,
+            WORDS=step, C=block, WHOLE=whole, num_warps=8 if whole else 4, **overlap(device),
+        )  # fmt: skip
+        if not whole:
+            offset_kernel[(planes,)](
+                totals, offsets, columns, C=min(c, 2048), num_warps=4, **overlap(device)
+            )
+        block = max(1024 // w, 1)
+        place_kernel[(triton.cdiv(rows, block) * planes,)](
+            indices, counts, marks, before, offsets, slots, rows, columns, words, width,
+            ROWS=block, W=w, num_warps=min(max(block * w // 256, 1), 8), **overlap(device),
+        )  # fmt: skip
+    return offsets, slots
+
+
+@transpose_op.register_fake
+def _empty(counts: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    b, h, i, k = indices.shape
+    return indices.new_empty(b, h, columns + 1), indices.new_empty(b, h, i * k)

@@ -1,7 +1,8 @@
-"""Makes a forward and a backward operator differentiable, under ``torch.func`` too."""
+"""What registered operators share: namespace, layout, where Triton runs, derivatives."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -11,7 +12,31 @@ from torch.autograd import Function
 
 NAMESPACE = "dilated_attention_pytorch"
 
+# Looked up once: torch.compile cannot trace it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 Apply = Callable[..., Any]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous, which is all that the kernels ask for."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def triton_missing_reason(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None if they can."""
+    if not HAS_TRITON:
+        return "the triton package is not installed"
+    if device.type != "cuda" and not _interpreting():
+        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {device.type}"
+    return None
+
+
+def _interpreting() -> bool:
+    # Triton is imported on first use: the package itself needs torch alone.
+    from dilated_attention_pytorch.ops.triton_device import INTERPRETED
+
+    return INTERPRETED
 
 
 def differentiable(
@@ -25,7 +50,7 @@ def differentiable(
     Args:
         forward_op: A ``torch.library.custom_op``. Takes tensors with the batch first, or None, and
             plain numbers.
-        backward_op: Likewise; called by ``backward``.
+        backward_op: Another one; called by ``backward``.
         setup_context: As ``register_autograd`` takes it.
         backward: ``backward(run, ctx, *grads)``, where ``run`` stands for ``backward_op``.
 

@@ -1,11 +1,28 @@
-"""The kernel that chooses the blocks of a row."""
+"""The choice of blocks: forced ones, the best by score, and some at random; row by row.
+
+A row takes its forced blocks, those of the highest ``score + temperature · Gumbel noise`` (ties to
+the lower place) up to its budget, and of the others ``explore`` drawn uniformly. The cut is found
+by bisection: first on the floats' range, then on integers that order like them.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection.triton_kernels.shared import VARYING, follow
+from dilated_attention_pytorch.ops.operators import NAMESPACE, rows_of
+from dilated_attention_pytorch.ops.triton_device import (
+    VARYING,
+    batch_stride,
+    follow,
+    on_device,
+    overlap,
+    plane_strides,
+)
 
 # Integer keys that order like float32 end at those of -inf and inf: one below for what may not be
 # chosen, one above for what must be.
@@ -29,7 +46,7 @@ def _number(key):
 
 
 @triton.jit
-def _running_count(flag, C: tl.constexpr):
+def running_count(flag, C: tl.constexpr):
     """How many flags (0 or 1) are set up to and including each place."""
     # A scan costs five exchanges between threads for every 32 places: four parts are scanned
     # at once, in the bytes of an integer.
@@ -87,7 +104,7 @@ def _highest(key, count, low, many, high, few, C: tl.constexpr, FLOATS: tl.const
         above = key > low
         tied = key == low
         missing = count - tl.sum(above.to(tl.int32), 0)
-        chosen = above | (tied & (_running_count(tied.to(tl.int32), C) <= missing))
+        chosen = above | (tied & (running_count(tied.to(tl.int32), C) <= missing))
     return chosen
 
 
@@ -178,7 +195,7 @@ def choose_kernel(
         extra = tl.minimum(rest, explore)
         chosen |= _highest(ticket, extra, 0, rest, tl.max(ticket, 0) + 1, 0, C, False)
     every = chosen.to(tl.int32)
-    slot = _running_count(every, C) - 1
+    slot = running_count(every, C) - 1
     take = (every > 0) & (slot < width)
     count = tl.minimum(tl.sum(every, 0), width)
     tl.store(counts + place, count)
@@ -192,3 +209,76 @@ def choose_kernel(
         tl.store(scored + first + slot, (key != KEY_OF_FORCED).to(tl.uint8), mask=take)
         tl.store(kept + first + rest, rest.to(tl.float32) * 0.0, mask=unused)
         tl.store(scored + first + rest, (rest * 0).to(tl.uint8), mask=unused)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::choose_blocks", mutates_args=())
+def choose_op(
+    scores: Tensor,
+    candidates: Tensor | None,
+    rule: Tensor,
+    budget: Tensor | None,
+    seed: Tensor | None,
+    temperature: Tensor | None,
+    fixed_count: int,
+    explore: int,
+    width: int,
+    want_kept: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts, lists, and (if wanted) the kept tiles' scores and whether each was not forced.
+
+    Args:
+        scores: ``(b, p, i, c)`` float32.
+        candidates: ``(1 or b, 1 or p, i, c)`` int32, or None: column c is key block c.
+        rule: ``(1 or b, 5, i)`` int32.
+        budget: ``(b, p, i)`` int32, forced blocks included, or None: see ``fixed_count``.
+        seed: 0-dim int64, or None: no noise and no random blocks.
+        temperature: 0-dim float32, of the noise.
+        fixed_count: Scored blocks of every row without a ``budget``.
+        explore: Random extra blocks.
+        width: Length of the lists.
+        want_kept: Whether scores are wanted; without, those results are empty.
+    """
+    counts, indices, kept, scored = results = _empty_choice(scores, width, want_kept)
+    batch, heads, rows, columns = scores.shape
+    if counts.numel() == 0:
+        return results
+    if width == 0 or columns == 0:
+        counts.zero_()
+        return results
+    scores, rule = rows_of(scores), rule.contiguous()
+    c = max(triton.next_power_of_2(columns), 32)
+    lists = (0, 0, 0) if candidates is None else (*plane_strides(candidates), candidates.stride(2))
+    with on_device(counts.device):
+        choose_kernel[(rows * batch * heads,)](
+            scores, *scores.stride()[:3], rule if candidates is None else candidates, *lists,
+            rule, batch_stride(rule), counts if budget is None else budget.contiguous(),
+            rule if seed is None else seed, scores if temperature is None else temperature,
+            counts, indices, kept if want_kept else indices,
+            scored.view(torch.uint8) if want_kept else indices,
+            rows, columns, heads, fixed_count, explore, width,
+            C=c, W=triton.next_power_of_2(width), LISTS=candidates is not None,
+            BUDGET=budget is not None, NOISE=seed is not None,
+            EXPLORE=seed is not None and explore > 0, KEPT=want_kept, EVEN=columns % 16 == 0,
+            # 32 programs of one warp fit on a multiprocessor, if their registers do.
+            maxnreg=64 if c <= 512 else None,
+            num_warps=min(max(c // 512, 1), 32), **overlap(counts.device),
+        )  # fmt: skip
+    return results
+
+
+def _empty_choice(
+    scores: Tensor, width: int, want_kept: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = scores.shape[:3]
+    side = (*rows, width) if want_kept else (0,)
+    return (
+        scores.new_empty(rows, dtype=torch.int32),
+        scores.new_empty((*rows, width), dtype=torch.int32),
+        scores.new_empty(side, dtype=torch.float32),
+        scores.new_empty(side, dtype=torch.bool),
+    )
+
+
+@choose_op.register_fake
+def _(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_choice(scores, *rest[-2:])

@@ -1,11 +1,22 @@
-"""The kernel that lists the candidates of segments."""
+"""The candidates of segments: LongNet's lattice at the level of blocks, listed row by row.
+
+A row with the diagonal block o, which sees the blocks from ``low`` on, has as candidates its sinks,
+the neighbours of the diagonal, and for each group (segment s in blocks, rate r) the blocks j of its
+own segment ``(j - low) // s == (o - low) // s`` with ``(j - low) % s % r == head % r``.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection.triton_kernels.shared import VARYING
+from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.ops.operators import NAMESPACE
+from dilated_attention_pytorch.ops.triton_device import VARYING, batch_stride, on_device
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -65,3 +76,40 @@ def lattice_kernel(
     there = found != NONE
     tl.store(limit + place, tl.sum(there.to(tl.int32), 0))
     tl.store(forced_count + place, tl.sum((there & must).to(tl.int32), 0))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lattice_candidates", mutates_args=())
+def lattice_op(
+    rule: Tensor,
+    diagonal: Tensor,
+    segments: list[int],
+    rates: list[int],
+    heads: int,
+    sinks: int,
+    near: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ascending candidates ``(1 or b, p, i, c)`` int32 (-1: none), forced and all per row."""
+    candidates, forced, limit = _empty(rule, diagonal, segments, rates, heads, sinks, near)
+    batch, _, rows, width = candidates.shape
+    if candidates.numel() == 0:
+        return candidates, forced.zero_(), limit.zero_()
+    rule, diagonal = rule.contiguous(), diagonal.contiguous()
+    groups = tuple(x for group in zip(segments, rates, strict=True) for x in group)
+    c = max(triton.next_power_of_2(width), 16)
+    with on_device(candidates.device):
+        lattice_kernel[(rows * batch * heads,)](
+            rule, batch_stride(rule), diagonal, batch_stride(diagonal), candidates, forced, limit,
+            rows, heads, width, sinks, near, GROUPS=groups, C=c,
+            num_warps=min(max(c // 128, 1), 8),
+        )  # fmt: skip
+    return candidates, forced, limit
+
+
+@lattice_op.register_fake
+def _empty(
+    rule: Tensor, _: Any, segments: list[int], rates: list[int], heads: int, sinks: int, near: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, _, i = rule.shape
+    lattice = sum(ceil_div(s, r) for s, r in zip(segments, rates, strict=True))
+    candidates = rule.new_empty(b, heads, i, sinks + near + lattice)
+    return candidates, rule.new_empty(b, heads, i), rule.new_empty(b, heads, i)
