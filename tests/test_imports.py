@@ -60,15 +60,7 @@ OPTIONAL = {
         ),
         *(
             f"ops.block_sparse_attention.{name}"
-            for name in (
-                "by_product_launch",
-                "triton_backward",
-                "triton_by_products",
-                "triton_call",
-                "triton_forward",
-                "triton_launch",
-                "triton_tiles",
-            )
+            for name in ("triton_backward", "triton_by_products", "triton_forward", "triton_tiles")
         ),
         "ops.block_sparse_decode.triton_kernels",
         "ops.block_sparse_decode.triton_launch",

@@ -11,7 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.mask import document_bounds
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
 from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure, library
-from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
     backward,
     backward_op,
     flatten,
@@ -21,6 +21,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import
 from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     differentiable,
+    rows_of,
 )
 
 # Logits of dense attention from which on `auto` takes the kernel. Below, the first call would wait
@@ -118,7 +119,7 @@ class _Problem(ctypes.Structure):
 
 def _run(args: Arguments, out: Tensor, lse: Tensor) -> None:
     """Fills ``out`` and ``lse``."""
-    query, key, value = (_rows(x) for x in (args.query, args.key, args.value))
+    query, key, value = (rows_of(x) for x in (args.query, args.key, args.value))
     pattern, mask, bias = args.pattern, args.mask, args.block_bias
     per_sample = isinstance(mask.query_offset, Tensor)
     starts = ends = None
@@ -148,11 +149,6 @@ def _run(args: Arguments, out: Tensor, lse: Tensor) -> None:
         )
     if status:
         raise MemoryError("The compiled CPU kernel found no memory for its buffers.")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous, which is all that the kernel asks for."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _integers(x: int | Tensor | None) -> Tensor | None:

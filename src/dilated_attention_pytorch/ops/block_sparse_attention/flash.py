@@ -72,11 +72,7 @@ def flash_attention(args: Arguments, *, atomic: bool = False) -> tuple[Tensor, T
         atomic: Take FlashAttention-4's backward as well, which does not repeat bit for bit.
     """
     pattern = args.pattern
-    starts = slots = None
-    differentiable = (args.query, args.key, args.value, args.mass_probe)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        transpose = pattern.transpose()
-        starts, slots = transpose.offsets, transpose.slots
+    starts, slots = args.transpose()
     out, lse = _attend(
         args.query, args.key, args.value, pattern.kv_num_blocks, pattern.kv_indices,
         args.mass_probe, starts, slots, args.mask.causal, args.scale, atomic,
@@ -134,22 +130,19 @@ def flash_backward_op(
     want_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and the tile mass (empty if not wanted)."""
-    from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
-    from dilated_attention_pytorch.ops.block_sparse_attention.by_product_launch import launch_mass
-    from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_backward import launch_backward
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products import launch_mass
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import Call
 
-    mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
     call = Call(
         query, key, value, kv_num_blocks, kv_indices, None, None, None, None, None,
         BLOCK, BLOCK, causal, 0, scale,
     )  # fmt: skip
     if not atomic:
-        grads = launch.Gradients(
-            torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None,
-            mass if want_mass else None,
-        )  # fmt: skip
-        launch.launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, grads)
-        return grads.query, grads.key, grads.value, mass
+        dq, dk, dv, _, mass = launch_backward(
+            call, out, lse, grad_out, grad_lse, starts, slots, False, want_mass
+        )
+        return dq, dk, dv, mass
     from flash_attn.cute.interface import _flash_attn_bwd
 
     lists = tiles(column_lists(query, kv_indices, starts, slots, causal))
@@ -157,27 +150,18 @@ def flash_backward_op(
         query, key, value, out, grad_out, lse, scale,
         mask_mod=causal_mask() if causal else None, block_sparse_tensors=lists, dlse=grad_lse,
     )  # fmt: skip
+    mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
     if want_mass:
         launch_mass(call, lse, grad_out, mass)
     return dq, dk, dv, mass
 
 
 @flash_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = kv_indices.shape if rest[-1] else (0,)
-    grads = (x.new_empty(x.shape) for x in (query, key, value))
-    return (*grads, query.new_empty(shape, dtype=torch.float32))  # type: ignore[return-value]
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, kv_indices = *args[4:7], args[8]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    shape = kv_indices.shape if args[-1] else (0,)
+    return dq, dk, dv, query.new_empty(shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -26,10 +25,11 @@ from dilated_attention_pytorch.ops.block_sparse_attention.flash import (
     flash_attention,
     flash_unsupported_reason,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
     gather_attention,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.reference import reference_attention
+from dilated_attention_pytorch.ops.operators import triton_missing_reason
 from dilated_attention_pytorch.pattern import BlockPattern
 
 Backend = Callable[[Arguments], tuple[Tensor, Tensor | None]]
@@ -37,7 +37,7 @@ Backend = Callable[[Arguments], tuple[Tensor, Tensor | None]]
 
 def _triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     # Triton is imported on first use: the package itself needs torch alone.
-    from dilated_attention_pytorch.ops.block_sparse_attention.autograd import triton_attention
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_forward import triton_attention
 
     return triton_attention(args)
 
@@ -170,7 +170,7 @@ def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False)
         if backend == "dense":
             reason = dense_unsupported_reason(arguments, return_lse)
         else:
-            reason = _REASONS[backend](arguments) if backend in _REASONS else None
+            reason = _UNSUPPORTED.get(backend, lambda _: None)(arguments)
         if reason:
             raise ValueError(f"backend={backend!r} cannot run this: {reason}; use backend='auto'.")
         return backend, "asked for by name"
@@ -189,8 +189,6 @@ def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False)
     return "triton", "the fused kernels run on this GPU"
 
 
-# Looked up once: torch.compile cannot trace it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -205,26 +203,16 @@ def _triton_unsupported_reason(arguments: Arguments) -> str | None:
         return f"block sizes must be among {_TRITON_BLOCK_SIZES}, got {sizes}"
     if query.shape[3] > 256:
         return f"head_dim must be at most 256, got {query.shape[3]}"
-    if not _HAS_TRITON:
-        return "the triton package is not installed"
-    if query.device.type != "cuda" and not _interpreting():
-        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
-    return None
+    return triton_missing_reason(query.device)
 
 
 # What a backend cannot run; the others run everything.
-_REASONS = {
+_UNSUPPORTED: dict[str, Callable[[Arguments], str | None]] = {
     "cpp": cpp_unsupported_reason,
     "triton": _triton_unsupported_reason,
     "flash": flash_unsupported_reason,
     "flash_atomic": flash_unsupported_reason,
 }
-
-
-def _interpreting() -> bool:
-    from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import INTERPRETED
-
-    return INTERPRETED
 
 
 def explain_backend(
