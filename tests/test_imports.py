@@ -62,8 +62,7 @@ OPTIONAL = {
             f"ops.block_sparse_attention.{name}"
             for name in ("triton_backward", "triton_by_products", "triton_forward", "triton_tiles")
         ),
-        "ops.block_sparse_decode.triton_kernels",
-        "ops.block_sparse_decode.triton_launch",
+        "ops.block_sparse_decode.triton_decode",
     ),
     "flash_attn": ("ops",),
     "transformers": ("integrations",),

@@ -1,15 +1,19 @@
-"""Appending to rings: one kernel on CUDA, indexing elsewhere."""
+"""Ring buffers of the latest queries and keys of a sequence: one kernel on CUDA, or indexing.
+
+Token t of a sample takes place ``t % ring``, so that a new token overwrites the oldest::
+
+    ring 4, 6 tokens so far     place  0 1 2 3
+                                token  4 5 2 3
+"""
 
 from __future__ import annotations
 
-import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "dilated_attention_pytorch"
-# Looked up once: torch.compile cannot trace it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from dilated_attention_pytorch.ops.operators import HAS_TRITON, NAMESPACE
 
 
 def append_tokens(
@@ -38,7 +42,7 @@ def append_tokens(
         starts: ``(b,)`` integers: cache position of token 0. None: 0.
         backend: ``"triton"``, ``"index"`` or ``"auto"``: Triton on CUDA.
     """
-    on_gpu = query.device.type == "cuda" and _HAS_TRITON and query.dtype != torch.float64
+    on_gpu = query.device.type == "cuda" and HAS_TRITON and query.dtype != torch.float64
     if backend == "triton" or (backend == "auto" and on_gpu):
         _append_op(queries, keys, lengths, query, key, cached, starts)
         return
@@ -70,13 +74,5 @@ def _append_op(
 
 
 @_append_op.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    lengths: Tensor,
-    query: Tensor,
-    key: Tensor,
-    cached: bool,
-    starts: Tensor | None,
-) -> None:
+def _(*_: Any) -> None:
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,
     check_qkv,
+    check_scale,
     readable,
 )
 from dilated_attention_pytorch.pattern import check_list_values
@@ -97,12 +97,7 @@ def check_arguments(
     check_lengths("lengths", lengths, (batch,), query.device)
     if starts is not None:
         check_lengths("starts", starts, (batch,), query.device)
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
-    elif not abs(scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"scale must be finite in float32, got {scale}.")
+    scale = check_scale(scale, head_dim)
     if block_bias is not None:
         check_floating("block_bias", block_bias)
         if block_bias.shape != kv_indices.shape:
@@ -117,7 +112,7 @@ def check_arguments(
         query, key_cache, value_cache = (x.to(dtype) for x in (query, key_cache, value_cache))
     return DecodeArguments(
         query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths, starts, block_bias,
-        block_size, float(scale),
+        block_size, scale,
     )  # fmt: skip
 
 

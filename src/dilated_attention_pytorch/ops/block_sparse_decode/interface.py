@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -15,13 +14,14 @@ from dilated_attention_pytorch.ops.block_sparse_decode.arguments import (
 )
 from dilated_attention_pytorch.ops.block_sparse_decode.gather import gather_decode
 from dilated_attention_pytorch.ops.block_sparse_decode.reference import reference_decode
+from dilated_attention_pytorch.ops.operators import triton_missing_reason
 
 Backend = Callable[[DecodeArguments], tuple[Tensor, Tensor]]
 
 
 def _triton_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     # Triton is imported on first use: the package itself needs torch alone.
-    from dilated_attention_pytorch.ops.block_sparse_decode.operator import triton_decode
+    from dilated_attention_pytorch.ops.block_sparse_decode.triton_decode import triton_decode
 
     return triton_decode(args)
 
@@ -130,8 +130,6 @@ def choose_backend(arguments: DecodeArguments, backend: str) -> str:
     return backend
 
 
-# Looked up once: torch.compile cannot trace it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -145,14 +143,4 @@ def triton_unsupported_reason(arguments: DecodeArguments) -> str | None:
         return f"block_size must be among {_TRITON_BLOCK_SIZES}, got {arguments.block_size}"
     if query.shape[3] > 256:
         return f"head_dim must be at most 256, got {query.shape[3]}"
-    if not _HAS_TRITON:
-        return "the triton package is not installed"
-    if query.device.type != "cuda" and not _interpreting():
-        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
-    return None
-
-
-def _interpreting() -> bool:
-    from dilated_attention_pytorch.ops.block_sparse_decode.triton_kernels import INTERPRETED
-
-    return INTERPRETED
+    return triton_missing_reason(query.device)
