@@ -8,12 +8,10 @@ Token t of a sample takes place ``t % ring``, so that a new token overwrites the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.ops.operators import HAS_TRITON, NAMESPACE
+from dilated_attention_pytorch.ops.operators import HAS_TRITON
 
 
 def append_tokens(
@@ -44,7 +42,10 @@ def append_tokens(
     """
     on_gpu = query.device.type == "cuda" and HAS_TRITON and query.dtype != torch.float64
     if backend == "triton" or (backend == "auto" and on_gpu):
-        _append_op(queries, keys, lengths, query, key, cached, starts)
+        # Triton is imported on first use: the package itself needs torch alone.
+        from dilated_attention_pytorch.ops.triton_ring_buffer import append_op
+
+        append_op(queries, keys, lengths, query, key, cached, starts)
         return
     steps = torch.arange(query.shape[1], device=query.device)
     token = lengths[:, None] + steps
@@ -55,24 +56,3 @@ def append_tokens(
     for ring, x in ((queries, query), (keys, key)):
         ring.scatter_(1, slots.expand(x.shape), x.to(ring.dtype))
     lengths += query.shape[1]
-
-
-@torch.library.custom_op(f"{NAMESPACE}::append_tokens", mutates_args=("queries", "keys", "lengths"))
-def _append_op(
-    queries: Tensor,
-    keys: Tensor,
-    lengths: Tensor,
-    query: Tensor,
-    key: Tensor,
-    cached: bool,
-    starts: Tensor | None,
-) -> None:
-    # Triton is imported on first use: the package itself needs torch alone.
-    from dilated_attention_pytorch.ops.triton_ring_buffer import launch_append
-
-    launch_append(queries, keys, lengths, query, key, cached, starts)
-
-
-@_append_op.register_fake
-def _(*_: Any) -> None:
-    return None

@@ -1,11 +1,15 @@
-"""The Triton kernel of :func:`append_tokens` and its launch."""
+"""The Triton kernel of :func:`append_tokens` and its operator."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dilated_attention_pytorch.ops.operators import NAMESPACE
 from dilated_attention_pytorch.ops.triton_device import on_device
 
 
@@ -47,16 +51,12 @@ def append_kernel(
     tl.store(lengths + batch, length + new)
 
 
-def launch_append(
-    queries: Tensor,
-    keys: Tensor,
-    lengths: Tensor,
-    query: Tensor,
-    key: Tensor,
-    cached: bool,
+@torch.library.custom_op(f"{NAMESPACE}::append_tokens", mutates_args=("queries", "keys", "lengths"))
+def append_op(
+    queries: Tensor, keys: Tensor, lengths: Tensor, query: Tensor, key: Tensor, cached: bool,
     starts: Tensor | None,
-) -> None:
-    """Launches the kernel; arguments as for :func:`append_tokens`."""
+) -> None:  # fmt: skip
+    """Arguments as of :func:`append_tokens`."""
     batch, new, heads, dim = query.shape
     if batch == 0 or new == 0:
         return
@@ -67,3 +67,8 @@ def launch_append(
             new, queries.shape[1], heads * dim, key.shape[2] * dim,
             DIM=dim, CACHED=cached, STARTS=starts is not None, CHUNK=1024, num_warps=4,
         )  # fmt: skip
+
+
+@append_op.register_fake
+def _(*_: Any) -> None:
+    return None

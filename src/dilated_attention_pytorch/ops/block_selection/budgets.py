@@ -188,15 +188,9 @@ def _row_share(
 
 
 def _launch_prefix(
-    means: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    base_sparsity: Tensor,
-    rule: Tensor,
-    diagonal: Tensor,
-    has_diagonal: bool,
-    exact: Tensor,
-) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    means: Tensor | None, gain: Tensor | None, offset: Tensor | None, base_sparsity: Tensor,
+    rule: Tensor, diagonal: Tensor, has_diagonal: bool, exact: Tensor,
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...], dict[str, Any]]:  # fmt: skip
     """Adds up the unit means, on the current device, for budgets ``exact`` (b, p, i).
 
     Returns:
@@ -317,22 +311,10 @@ def budget_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::row_budget", mutates_args=())
 def budget_op(
-    means: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    base_sparsity: Tensor,
-    rule: Tensor,
-    diagonal: Tensor,
-    document: Tensor,
-    forced: Tensor,
-    limit: Tensor,
-    filled: Tensor,
-    rising: Tensor,
-    visible: Tensor,
-    batch: int,
-    heads: int,
-    has_diagonal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    means: Tensor | None, gain: Tensor | None, offset: Tensor | None, base_sparsity: Tensor,
+    rule: Tensor, diagonal: Tensor, document: Tensor, forced: Tensor, limit: Tensor, filled: Tensor,
+    rising: Tensor, visible: Tensor, batch: int, heads: int, has_diagonal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Real-valued budgets ``(b, p, i)``, their slope in the content's factor, the complexity.
 
     Args:
@@ -553,21 +535,10 @@ def running_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::running_budget", mutates_args=())
 def running_budget_op(
-    means: Tensor | None,
-    gain: Tensor | None,
-    offset: Tensor | None,
-    base_sparsity: Tensor,
-    rule: Tensor,
-    diagonal: Tensor,
-    document: Tensor,
-    forced: Tensor,
-    limit: Tensor,
-    even: Tensor | None,
-    batch: int,
-    heads: int,
-    has_diagonal: bool,
-    bits: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    means: Tensor | None, gain: Tensor | None, offset: Tensor | None, base_sparsity: Tensor,
+    rule: Tensor, diagonal: Tensor, document: Tensor, forced: Tensor, limit: Tensor,
+    even: Tensor | None, batch: int, heads: int, has_diagonal: bool, bits: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Exact budgets ``(b, p, i)``, their slope in the factor, the complexity, whole budgets.
 
     Arguments as of :func:`budget_op`; ``document`` is ascending. ``even`` (0-dim float32 or None):

@@ -31,6 +31,18 @@ KEY_OF_FORCED = tl.constexpr(2147483647)
 
 
 @triton.jit
+def load_rule(rows, stride_b, batch, row, num_rows):
+    """What a row may and must read, see the package: its five numbers."""
+    rule = rows + batch * stride_b + row
+    low = tl.load(rule)
+    end = tl.load(rule + num_rows)
+    sink_end = tl.load(rule + 2 * num_rows)
+    near_first = tl.load(rule + 3 * num_rows)
+    near_end = tl.load(rule + 4 * num_rows)
+    return low, end, sink_end, near_first, near_end
+
+
+@triton.jit
 def _order(score):
     """Integers that order like the floats; -0 equals 0, NaN equals -inf."""
     # -0 + 0 is 0.
@@ -135,12 +147,7 @@ def choose_kernel(
         # So that the compiler knows, and reads four scores at once.
         columns = columns // 16 * 16
     place = plane * num_rows + row
-    rule = rows + batch * r_stride_b + row
-    low = tl.load(rule)
-    end = tl.load(rule + num_rows)
-    sink_end = tl.load(rule + 2 * num_rows)
-    near_first = tl.load(rule + 3 * num_rows)
-    near_end = tl.load(rule + 4 * num_rows)
+    low, end, sink_end, near_first, near_end = load_rule(rows, r_stride_b, batch, row, num_rows)
     wanted = fixed_count
     if BUDGET:
         wanted = tl.load(budget + place)
@@ -213,17 +220,10 @@ def choose_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::choose_blocks", mutates_args=())
 def choose_op(
-    scores: Tensor,
-    candidates: Tensor | None,
-    rule: Tensor,
-    budget: Tensor | None,
-    seed: Tensor | None,
-    temperature: Tensor | None,
-    fixed_count: int,
-    explore: int,
-    width: int,
+    scores: Tensor, candidates: Tensor | None, rule: Tensor, budget: Tensor | None,
+    seed: Tensor | None, temperature: Tensor | None, fixed_count: int, explore: int, width: int,
     want_kept: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Counts, lists, and (if wanted) the kept tiles' scores and whether each was not forced.
 
     Args:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.ops.block_selection.choice import load_rule
 from dilated_attention_pytorch.ops.operators import NAMESPACE
 from dilated_attention_pytorch.ops.triton_device import VARYING, batch_stride, on_device
 
@@ -33,12 +34,7 @@ def lattice_kernel(
     plane = tl.cast(tl.program_id(0) // num_rows, tl.int64)
     batch = plane // heads
     head = (plane % heads).to(tl.int32)
-    rule = rows + batch * r_stride_b + row
-    low = tl.load(rule)
-    end = tl.load(rule + num_rows)
-    sink_end = tl.load(rule + 2 * num_rows)
-    near_first = tl.load(rule + 3 * num_rows)
-    near_end = tl.load(rule + 4 * num_rows)
+    low, end, sink_end, near_first, near_end = load_rule(rows, r_stride_b, batch, row, num_rows)
     own = tl.load(diagonal + batch * d_stride_b + row).to(tl.int32)
     lane = tl.arange(0, C)
     NONE: tl.constexpr = 0x7FFFFFFF

@@ -12,6 +12,7 @@ Logits are in base 2. A query sees one range of keys, its *span*.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -218,29 +219,14 @@ def mass_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::low_rank_scores", mutates_args=())
 def low_rank_op(
-    query: Tensor,
-    key: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    spans: Tensor,
-    query_stride: int,
-    block_size: int,
-    scale: float,
-    pattern_heads: int,
-) -> Tensor:
+    query: Tensor, key: Tensor, query_map: Tensor, key_map: Tensor, spans: Tensor,
+    query_stride: int, block_size: int, scale: float, pattern_heads: int,
+) -> Tensor:  # fmt: skip
     """:class:`LowRankScorer` on all tiles: ``(b, pattern heads, i, j)`` float32. No gradient.
 
-    Args:
-        query: ``(b, n, h, d)``.
-        key: ``(b, m, g, d)``, of the same dtype.
-        query_map: ``(h, d, r)``.
-        key_map: The same.
-        spans: ``(1 or b, 2, t)`` int32: first key that every ``query_stride``-th query sees, and
-            one past the last; nothing if ``end <= first``.
-        query_stride: Take every so many queries.
-        block_size: Tokens per block, a multiple of it.
-        scale: Factor of the logits.
-        pattern_heads: Divides h; the mass of neighbouring heads is averaged.
+    Queries ``(b, n, h, d)`` and keys ``(b, m, g, d)`` share a dtype; maps are ``(h, d, r)``.
+    ``spans`` is ``(1 or b, 2, t)`` int32: first key that every ``query_stride``-th query sees, and
+    one past the last; nothing if ``end <= first``.
     """
     query, key, spans = rows_of(query), rows_of(key), spans.contiguous()
     batch, n, heads, head_dim = query.shape
@@ -296,16 +282,7 @@ def low_rank_op(
 
 
 @low_rank_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    spans: Tensor,
-    query_stride: int,
-    block_size: int,
-    scale: float,
-    pattern_heads: int,
-) -> Tensor:
+def _(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    block_size, pattern_heads = rest[4], rest[6]
     rows, columns = (ceil_div(x.shape[1], block_size) for x in (query, key))
     return query.new_empty(query.shape[0], pattern_heads, rows, columns, dtype=torch.float32)

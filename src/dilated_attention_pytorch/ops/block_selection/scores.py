@@ -182,14 +182,9 @@ def towers_op(
 
 @towers_op.register_fake
 def _empty_towers(
-    queries: Tensor,
-    keys: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    gain: Tensor,
-    factor: float,
-    share: int,
+    queries: Tensor, keys: Tensor, query_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    share = rest[-1]
     heads, _, rank = query_weight.shape
     of_queries, of_keys = (
         x.new_empty(x.shape[0], heads // share, x.shape[2], share * rank, dtype=torch.float32)

@@ -317,15 +317,9 @@ def _launch(
 
 @torch.library.custom_op(f"{NAMESPACE}::block_summaries", mutates_args=())
 def summaries_op(
-    x: Tensor,
-    valid: Tensor | None,
-    pool_query: Tensor | None,
-    pooling: str,
-    block_size: int,
-    want_place: bool,
-    past: bool,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, valid: Tensor | None, pool_query: Tensor | None, pooling: str, block_size: int,
+    want_place: bool, past: bool, starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Summaries ``(b, h, i, s)`` in float32, and where extremes lie (empty unless wanted).
 
     Args:
@@ -358,17 +352,9 @@ def _empty_summaries(
 
 @torch.library.custom_op(f"{NAMESPACE}::block_summaries_backward", mutates_args=())
 def summaries_backward_op(
-    grad: Tensor,
-    place: Tensor,
-    x: Tensor,
-    valid: Tensor | None,
-    pool_query: Tensor | None,
-    pooling: str,
-    block_size: int,
-    past: bool,
-    starts: Tensor | None,
-    more: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, place: Tensor, x: Tensor, valid: Tensor | None, pool_query: Tensor | None,
+    pooling: str, block_size: int, past: bool, starts: Tensor | None, more: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the tokens, with ``more`` added, and of the pool query (empty without one).
 
     ``grad`` is contiguous, the last dimension of ``more`` too; the others as in the forward pass.
@@ -432,17 +418,9 @@ summaries_op.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op(f"{NAMESPACE}::block_summaries_of_both", mutates_args=())
 def both_summaries_op(
-    x: Tensor,
-    y: Tensor,
-    x_valid: Tensor | None,
-    y_valid: Tensor | None,
-    x_pool: Tensor | None,
-    y_pool: Tensor | None,
-    pooling: str,
-    block_size: int,
-    past: bool,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, x_valid: Tensor | None, y_valid: Tensor | None, x_pool: Tensor | None,
+    y_pool: Tensor | None, pooling: str, block_size: int, past: bool, starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`summaries_op` of two tensors in one launch; no gradient.
 
     Both or neither have ``valid``, and both or neither a pool query; dtype, batch and head_dim are
@@ -473,15 +451,9 @@ class PassedTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        valid: Tensor | None,
-        pool_query: Tensor | None,
-        pooling: str,
-        block_size: int,
-        past: bool,
-        starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, valid: Tensor | None, pool_query: Tensor | None, pooling: str,
+        block_size: int, past: bool, starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Summaries ``(b, h, i, s)`` as of :func:`summaries_op`, and ``x`` itself."""
         extremes = "max" in pooling or "min" in pooling
         inputs = x, valid, pool_query, pooling, block_size, extremes, past, starts

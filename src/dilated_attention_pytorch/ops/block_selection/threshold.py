@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_selection.choice import running_count
+from dilated_attention_pytorch.ops.block_selection.choice import load_rule, running_count
 from dilated_attention_pytorch.ops.operators import NAMESPACE, rows_of
 from dilated_attention_pytorch.ops.triton_device import (
     VARYING,
@@ -53,12 +53,8 @@ def threshold_kernel(
     if EVEN:
         # So that the compiler knows, and reads four scores at once.
         columns = columns // 16 * 16
-    rule = rows + batch * r_stride_b + row
-    low = tl.load(rule)
-    end = tl.minimum(tl.load(rule + num_rows), columns)
-    sink_end = tl.load(rule + 2 * num_rows)
-    near_first = tl.load(rule + 3 * num_rows)
-    near_end = tl.load(rule + 4 * num_rows)
+    low, end, sink_end, near_first, near_end = load_rule(rows, r_stride_b, batch, row, num_rows)
+    end = tl.minimum(end, columns)
     column = tl.arange(0, C)
     source = scores + batch * s_stride_b + plane % heads * s_stride_h
     source += tl.cast(row, tl.int64) * s_stride_i
@@ -88,17 +84,11 @@ def threshold_kernel(
 def threshold_op(
     scores: Tensor, rule: Tensor, threshold: float, own_thresholds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`threshold_budget` and the choice within it, forced blocks included. No gradient.
+    """Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32. No gradient.
 
-    Args:
-        scores: ``(b, p, i, j)`` of all key blocks.
-        rule: ``(1 or b, 5, i)`` int32, from :meth:`CandidateRule.intervals`.
-        threshold: Of the softmax over what a row sees.
-        own_thresholds: ``(1 or b, 1 or p, 1 or i)``: those of samples, heads or rows in its place,
-            or None.
-
-    Returns:
-        Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
+    ``scores`` are those of all key blocks ``(b, p, i, j)``; ``rule`` is ``(1 or b, 5, i)`` int32;
+    ``own_thresholds`` ``(1 or b, 1 or p, 1 or i)`` are those of samples, heads or rows in the place
+    of ``threshold``, or None.
     """
     counts, indices = _empty_lists(scores)
     batch, heads, rows, columns = scores.shape
@@ -163,12 +153,7 @@ def above_kernel(
     groups = (heads + H - 1) // H
     batch = group // groups
     head = group % groups * H + tl.arange(0, H)
-    rule = rows + batch * r_stride_b + row
-    low = tl.load(rule)
-    end = tl.load(rule + num_rows)
-    sink_end = tl.load(rule + 2 * num_rows)
-    near_first = tl.load(rule + 3 * num_rows)
-    near_end = tl.load(rule + 4 * num_rows)
+    low, end, sink_end, near_first, near_end = load_rule(rows, r_stride_b, batch, row, num_rows)
     source = scores + batch * s_stride_b + head[:, None] * s_stride_h
     source += tl.cast(row, tl.int64) * s_stride_i
     entries = candidates + batch * c_stride_b + head[:, None] * c_stride_h
@@ -224,18 +209,11 @@ def above_kernel(
 def above_op(
     scores: Tensor, candidates: Tensor | None, rule: Tensor, threshold: Tensor, most: Tensor
 ) -> Tensor:
-    """:func:`blocks_above` with the scored blocks of a rule; heads compete without lists.
+    """Counts ``(b, p, i)`` int32 of the blocks above a threshold, at most ``most``. No gradient.
 
-    Args:
-        scores: ``(b, p, i, c)``.
-        candidates: ``(1 or b, 1 or p, i, c)`` int32, negative past the last, or None: column c is
-            key block c.
-        rule: ``(1 or b, 5, i)`` int32, from :meth:`CandidateRule.intervals`.
-        threshold: 0-dim float32.
-        most: ``(1 or b, 1 or p, i)`` int32.
-
-    Returns:
-        int32 ``(b, p, i)``. No gradient.
+    ``scores`` are ``(b, p, i, c)``; ``candidates`` ``(1 or b, 1 or p, i, c)`` int32, negative past
+    the last, or None: then column c is key block c, and the heads compete; ``rule`` is
+    ``(1 or b, 5, i)`` and ``most`` ``(1 or b, 1 or p, i)``, int32.
     """
     counts = _empty_counts(scores)
     batch, heads, rows, columns = scores.shape

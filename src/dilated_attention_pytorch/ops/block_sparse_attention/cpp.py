@@ -57,22 +57,11 @@ def auto_unsupported_reason(args: Arguments) -> str | None:
 
 @torch.library.custom_op(f"{NAMESPACE}::cpp_forward", mutates_args=())
 def forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    mass_probe: Tensor | None,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    block_bias: Tensor | None, mass_probe: Tensor | None, key_lengths: Tensor | None,
+    query_offset: Tensor | None, document_ids: Tensor | None, block_q: int, block_k: int,
+    causal: bool, offset: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; ``mass_probe`` matters to the gradient alone."""
     out, lse = _empty_results(query)
     _run(

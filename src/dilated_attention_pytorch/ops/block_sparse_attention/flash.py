@@ -82,18 +82,10 @@ def flash_attention(args: Arguments, *, atomic: bool = False) -> tuple[Tensor, T
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_forward", mutates_args=())
 def flash_forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    mass_probe: Tensor | None,
-    starts: Tensor | None,
-    slots: Tensor | None,
-    causal: bool,
-    scale: float,
-    atomic: bool,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    mass_probe: Tensor | None, starts: Tensor | None, slots: Tensor | None, causal: bool,
+    scale: float, atomic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; the probe, ``starts``, ``slots`` and ``atomic`` matter to the gradient."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -113,22 +105,10 @@ def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_backward", mutates_args=())
 def flash_backward_op(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    starts: Tensor,
-    slots: Tensor,
-    causal: bool,
-    scale: float,
-    atomic: bool,
-    want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, starts: Tensor, slots: Tensor,
+    causal: bool, scale: float, atomic: bool, want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, and the tile mass (empty if not wanted)."""
     from dilated_attention_pytorch.ops.block_sparse_attention.triton_backward import launch_backward
     from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products import launch_mass

@@ -43,14 +43,9 @@ class _Tokens:
     def __init__(self, x: Tensor, size: int) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
-        dim = x.shape[3]
-        if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
-            x = x.contiguous()
+        self.rows, self.strides = rows_and_steps(x)
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.size, self.blocks = size, ceil_div(self.length, size)
-        places = [(n - 1) * x.stride(axis) // dim for axis, n in enumerate(x.shape[:3])]
-        self.rows = x.as_strided((sum(places) + 1 if x.numel() else 0, dim), (dim, 1))
-        self.strides = [x.stride(axis) // dim for axis in range(3)]
         # A partial last block repeats the last token; masks or an infinite lse leave it out.
         self._tokens = torch.arange(size, device=x.device)
 
@@ -69,6 +64,19 @@ class _Tokens:
         """Fills ``out`` ``(blocks, size, head_dim)`` with the rows of :meth:`index`."""
         torch.index_select(self.rows, 0, index, out=out.view(-1, self.head_dim))
         return out
+
+
+def rows_and_steps(x: Tensor) -> tuple[Tensor, list[int]]:
+    """``(b, n, h, d)`` as rows of d numbers, and the steps of b, n and h in rows; a view if it can.
+
+    Places are ``sum(step * index)``.
+    """
+    dim = x.shape[3]
+    if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
+        x = x.contiguous()
+    steps = [x.stride(axis) // dim for axis in range(3)]
+    last = sum((n - 1) * step for n, step in zip(x.shape[:3], steps, strict=True))
+    return x.as_strided((last + 1 if x.numel() else 0, dim), (dim, 1)), steps
 
 
 class _Products:
@@ -382,21 +390,11 @@ def flatten(args: Arguments) -> tuple[Any, ...]:
 
 
 def unflatten(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    block_bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor,
+    block_bias: Tensor | None, key_lengths: Tensor | None, query_offset: Tensor | None,
+    document_ids: Tensor | None, block_q: int, block_k: int, causal: bool, offset: int,
     scale: float,
-) -> Arguments:
+) -> Arguments:  # fmt: skip
     """The call that :func:`flatten` took apart, without its mass probe."""
     n, m = query.shape[1], key.shape[1]
     pattern = BlockPattern(counts, indices, n, m, (block_q, block_k), check_values=False)
@@ -407,22 +405,11 @@ def unflatten(
 
 @torch.library.custom_op(f"{NAMESPACE}::gather_forward", mutates_args=())
 def forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    mass_probe: Tensor | None,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    block_bias: Tensor | None, mass_probe: Tensor | None, key_lengths: Tensor | None,
+    query_offset: Tensor | None, document_ids: Tensor | None, block_q: int, block_k: int,
+    causal: bool, offset: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; ``mass_probe`` matters to the gradient alone."""
     args = unflatten(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
@@ -451,25 +438,11 @@ def _blocks_like(x: Tensor, size: int) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::gather_backward", mutates_args=())
 def backward_op(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
-    scale: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor | None, grad_lse: Tensor | None, lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block_bias: Tensor | None,
+    key_lengths: Tensor | None, query_offset: Tensor | None, document_ids: Tensor | None,
+    block_q: int, block_k: int, causal: bool, offset: int, scale: float, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, block bias and mass probe; empty where not needed."""
     args = unflatten(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,

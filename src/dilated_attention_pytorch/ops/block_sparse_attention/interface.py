@@ -135,18 +135,10 @@ def block_sparse_attention(
         torch.Size([1, 128, 2, 16])
     """
     arguments = check_arguments(
-        query,
-        key,
-        value,
-        pattern,
-        causal=causal,
-        scale=scale,
-        block_bias=block_bias,
-        mass_probe=mass_probe,
-        key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens,
+        query, key, value, pattern, causal=causal, scale=scale, block_bias=block_bias,
+        mass_probe=mass_probe, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
         query_offset=query_offset,
-    )
+    )  # fmt: skip
     name, _ = choose_backend(arguments, backend, return_lse)
     out, lse = BACKENDS[name](arguments)
     # A backend without lse is not chosen where it is asked for.
@@ -241,16 +233,8 @@ def explain_backend(
         'gather: the PyTorch path runs on cpu'
     """
     arguments = check_arguments(
-        query,
-        key,
-        value,
-        pattern,
-        causal=causal,
-        scale=scale,
-        block_bias=block_bias,
-        mass_probe=mass_probe,
-        key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens,
+        query, key, value, pattern, causal=causal, scale=scale, block_bias=block_bias,
+        mass_probe=mass_probe, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
         query_offset=query_offset,
-    )
+    )  # fmt: skip
     return ": ".join(choose_backend(arguments, backend, return_lse))

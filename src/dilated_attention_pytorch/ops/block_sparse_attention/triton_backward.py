@@ -424,20 +424,10 @@ def key_kernel(
 
 
 def launch_backward(
-    call: Call,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    starts: Tensor,
-    slots: Tensor,
-    want_bias: bool,
-    want_mass: bool,
-    *,
-    config: LaunchConfig | None = None,
-    config_query: LaunchConfig | None = None,
-    overlap: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, starts: Tensor,
+    slots: Tensor, want_bias: bool, want_mass: bool, *, config: LaunchConfig | None = None,
+    config_query: LaunchConfig | None = None, overlap: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, block bias and mass probe (the last two may be empty).
 
     Args:
@@ -531,30 +521,12 @@ def _empty_gradients(
 
 @torch.library.custom_op(f"{NAMESPACE}::block_sparse_backward", mutates_args=())
 def backward_op(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    starts: Tensor,
-    slots: Tensor,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    bounds: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
-    scale: float,
-    want_bias: bool,
-    want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block_bias: Tensor | None,
+    starts: Tensor, slots: Tensor, key_lengths: Tensor | None, query_offset: Tensor | None,
+    document_ids: Tensor | None, bounds: Tensor | None, block_q: int, block_k: int, causal: bool,
+    offset: int, scale: float, want_bias: bool, want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, block bias and mass probe (the last two may be empty)."""
     call = Call(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,

@@ -253,25 +253,12 @@ def triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{NAMESPACE}::block_sparse_forward", mutates_args=())
 def forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    mass_probe: Tensor | None,
-    starts: Tensor | None,
-    slots: Tensor | None,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    bounds: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    block_bias: Tensor | None, mass_probe: Tensor | None, starts: Tensor | None,
+    slots: Tensor | None, key_lengths: Tensor | None, query_offset: Tensor | None,
+    document_ids: Tensor | None, bounds: Tensor | None, block_q: int, block_k: int, causal: bool,
+    offset: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; ``mass_probe``, ``starts`` and ``slots`` matter to the gradient alone."""
     call = Call(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,

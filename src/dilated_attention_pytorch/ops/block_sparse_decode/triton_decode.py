@@ -262,17 +262,10 @@ def triton_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op(f"{NAMESPACE}::block_sparse_decode", mutates_args=())
 def decode_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    lengths: Tensor,
-    starts: Tensor | None,
-    block_size: int,
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    block_bias: Tensor | None, lengths: Tensor, starts: Tensor | None, block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse."""
     args = DecodeArguments(
         query, key, value, kv_num_blocks, kv_indices, lengths, starts, block_bias, block_size,
