@@ -23,6 +23,12 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def empty_results(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Room for the output ``(b, n, h, d)`` and the lse; the fake of operators that give both."""
+    b, n, h, d = query.shape
+    return query.new_empty(b, n, h, d), query.new_empty(b, h, n, dtype=torch.float32)
+
+
 def triton_missing_reason(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on a device, or None if they can."""
     if not HAS_TRITON:

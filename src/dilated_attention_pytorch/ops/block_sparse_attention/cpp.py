@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
 from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     differentiable,
+    empty_results,
     rows_of,
 )
 
@@ -63,7 +63,7 @@ def forward_op(
     causal: bool, offset: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; ``mass_probe`` matters to the gradient alone."""
-    out, lse = _empty_results(query)
+    out, lse = empty_results(query)
     _run(
         unflatten(
             query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
@@ -73,16 +73,7 @@ def forward_op(
     return out, lse
 
 
-def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
-    b, n, h, d = query.shape
-    return query.new_empty(b, n, h, d), query.new_empty(b, h, n)
-
-
-@forward_op.register_fake
-def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(query)
-
-
+forward_op.register_fake(empty_results)
 _attend = differentiable(forward_op, backward_op, setup_context, backward)
 
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64

@@ -20,6 +20,7 @@ from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     Apply,
     differentiable,
+    empty_results,
 )
 
 BLOCK = 128
@@ -97,10 +98,7 @@ def flash_forward_op(
     return out, lse
 
 
-@flash_forward_op.register_fake
-def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    b, n, h, d = query.shape
-    return query.new_empty(b, n, h, d), query.new_empty(b, h, n, dtype=torch.float32)
+flash_forward_op.register_fake(empty_results)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_backward", mutates_args=())

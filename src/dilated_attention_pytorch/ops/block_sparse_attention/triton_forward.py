@@ -23,7 +23,13 @@ from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
     unmasked_tiles,
     visible,
 )
-from dilated_attention_pytorch.ops.operators import NAMESPACE, Apply, differentiable, rows_of
+from dilated_attention_pytorch.ops.operators import (
+    NAMESPACE,
+    Apply,
+    differentiable,
+    empty_results,
+    rows_of,
+)
 from dilated_attention_pytorch.ops.triton_device import LN2, LOG2E, on_device, strides
 
 
@@ -264,19 +270,12 @@ def forward_op(
         query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
         document_ids, bounds, block_q, block_k, causal, offset, scale,
     )  # fmt: skip
-    out, lse = _empty_results(query)
+    out, lse = empty_results(query)
     launch_forward(call, out, lse)
     return out, lse
 
 
-def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
-    b, n, h, d = query.shape
-    return query.new_empty(b, n, h, d), query.new_empty(b, h, n, dtype=torch.float32)
-
-
-@forward_op.register_fake
-def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(query)
+forward_op.register_fake(empty_results)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

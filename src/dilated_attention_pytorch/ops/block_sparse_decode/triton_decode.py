@@ -13,7 +13,6 @@ The second adds the parts of a row up in a fixed order, weighted by their lse.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
-from dilated_attention_pytorch.ops.operators import NAMESPACE, rows_of
+from dilated_attention_pytorch.ops.operators import NAMESPACE, empty_results, rows_of
 from dilated_attention_pytorch.ops.triton_device import (
     INTERPRETED,
     LN2,
@@ -271,12 +270,9 @@ def decode_op(
         query, key, value, kv_num_blocks, kv_indices, lengths, starts, block_bias, block_size,
         scale,
     )  # fmt: skip
-    out, lse = _empty(query)
+    out, lse = empty_results(query)
     launch_decode(args, out, lse)
     return out, lse
 
 
-@decode_op.register_fake
-def _empty(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    b, n, h, d = query.shape
-    return query.new_empty(b, n, h, d), query.new_empty(b, h, n, dtype=torch.float32)
+decode_op.register_fake(empty_results)
