@@ -85,15 +85,9 @@ def check_arguments(
             f"pattern is on {pattern.device} but query on {query.device}; use pattern.to(...)."
         )
     mask = make_mask(
-        batch,
-        q_len,
-        kv_len,
-        device=query.device,
-        causal=causal,
-        key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens,
-        query_offset=query_offset,
-    )
+        batch, q_len, kv_len, device=query.device, causal=causal, key_lengths=key_lengths,
+        cu_seqlens=cu_seqlens, query_offset=query_offset,
+    )  # fmt: skip
     scale = check_scale(scale, head_dim)
     if pattern.batch_size != batch:
         pattern = replace(

@@ -82,21 +82,12 @@ def rows_and_steps(x: Tensor) -> tuple[Tensor, list[int]]:
 class _Products:
     """The tensors of one call, and the products that both passes need."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block_bias: Tensor | None,
-        scale: float,
-        block_size: tuple[int, int],
-        rows: RowGroups,
-    ) -> None:
-        self.size_q, self.size_k = block_size
-        self.head_dim, self.scale, self.hidden = query.shape[3], scale, rows.hidden
-        self.query = _Tokens(query, self.size_q)
-        self.key, self.value = _Tokens(key, self.size_k), _Tokens(value, self.size_k)
-        self.bias = None if block_bias is None else block_bias.flatten()
+    def __init__(self, args: Arguments, rows: RowGroups) -> None:
+        self.size_q, self.size_k = args.pattern.block_size
+        self.head_dim, self.scale, self.hidden = args.query.shape[3], args.scale, rows.hidden
+        self.query = _Tokens(args.query, self.size_q)
+        self.key, self.value = _Tokens(args.key, self.size_k), _Tokens(args.value, self.size_k)
+        self.bias = None if args.block_bias is None else args.block_bias.flatten()
         # Reusing a few buffers spares the page faults of fresh ones.
         self._tiles = max((group.slots.numel() for group in rows.groups), default=0)
         self._rows = max((group.rows.numel() for group in rows.groups), default=0)
@@ -225,10 +216,7 @@ def _prepare(args: Arguments) -> tuple[_Products, RowGroups]:
     """Lists the tiles; in the backward pass anew: less than a hundredth of the pass."""
     limit = _CHUNK_ELEMENTS.get(args.query.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     rows = group_rows(args, limit)
-    products = _Products(
-        args.query, args.key, args.value, args.block_bias, args.scale, args.pattern.block_size, rows
-    )
-    return products, rows
+    return _Products(args, rows), rows
 
 
 def _forward(args: Arguments) -> tuple[Tensor, Tensor]:

@@ -469,7 +469,7 @@ def launch_backward(
             num_warps=4,
         )  # fmt: skip
         config = config or key_config(call.tile())
-        pack = call.pack(config.rows, 64)
+        pack = call.pack(config.rows)
         (query, gradient), tma_q = sources((call.query, grad_out), pack, config.rows, call)
         (key, value), tma = sources((call.key, call.value), 1, config.columns, call)
         key_kernel[(triton.cdiv(kv_len, config.columns), batch * num_kv_heads)](
@@ -483,7 +483,7 @@ def launch_backward(
             **config.options(),
         )  # fmt: skip
         config = config_query or query_config(call.tile())
-        pack = call.pack(config.rows, 64)
+        pack = call.pack(config.rows)
         of_bias, of_mass = (
             empty_parts(call, config, pack) if wanted else None for wanted in (want_bias, want_mass)
         )

@@ -305,11 +305,14 @@ class Call:
         """The power of two that a tile's last dimension takes."""
         return max(16, triton.next_power_of_2(self.query.shape[3]))
 
-    def pack(self, rows: int, limit: int) -> int:
-        """Heads that one tile holds: a power of two that divides those sharing keys and list."""
+    def pack(self, rows: int) -> int:
+        """Heads that one tile of at most 64 rows holds.
+
+        A power of two that divides those sharing keys and list.
+        """
         shared = min(self.group, self.heads_per_pattern)
         pack = 1
-        while shared % (2 * pack) == 0 and 2 * pack * rows <= limit:
+        while shared % (2 * pack) == 0 and 2 * pack * rows <= 64:
             pack *= 2
         return pack
 

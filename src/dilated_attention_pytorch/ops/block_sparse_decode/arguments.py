@@ -68,18 +68,10 @@ class DecodeArguments:
 
 
 def check_arguments(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    *,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    block_size: int,
-    scale: float | None,
-    block_bias: Tensor | None,
-) -> DecodeArguments:
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, kv_num_blocks: Tensor,
+    kv_indices: Tensor, *, lengths: Tensor | None, starts: Tensor | None, block_size: int,
+    scale: float | None, block_bias: Tensor | None,
+) -> DecodeArguments:  # fmt: skip
     """Validates and normalises; see ``block_sparse_decode`` for the meaning of each."""
     check_qkv(query, key_cache, value_cache, cached=True)
     batch, new, num_heads, head_dim = query.shape
@@ -117,14 +109,9 @@ def check_arguments(
 
 
 def _check_lists(
-    counts: Tensor,
-    indices: Tensor,
-    batch: int,
-    new: int,
-    num_heads: int,
-    kv_heads: int,
+    counts: Tensor, indices: Tensor, batch: int, new: int, num_heads: int, kv_heads: int,
     device: torch.device,
-) -> None:
+) -> None:  # fmt: skip
     for name, x in (("kv_num_blocks", counts), ("kv_indices", indices)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")
