@@ -459,6 +459,13 @@ def launch_backward(
     lse2, delta, norm = rows = [
         lse.new_empty(batch, num_heads, padded_len, dtype=torch.float32) for _ in range(3)
     ]
+    config_query = config_query or query_config(call.tile())
+    pack_query = call.pack(config_query.rows)
+    # Before the dK, dV kernel, whose memory must not be given to the one that overlaps it.
+    of_bias, of_mass = (
+        empty_parts(call, config_query, pack_query) if wanted else None
+        for wanted in (want_bias, want_mass)
+    )
     overlap = overlap and not INTERPRETED and capability(device) >= (9, 0)
     scales = call.scale, call.scale * LOG2E.value
     with on_device(device):
@@ -482,11 +489,7 @@ def launch_backward(
             TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages, OVERLAP=overlap,
             **config.options(),
         )  # fmt: skip
-        config = config_query or query_config(call.tile())
-        pack = call.pack(config.rows)
-        of_bias, of_mass = (
-            empty_parts(call, config, pack) if wanted else None for wanted in (want_bias, want_mass)
-        )
+        config, pack = config_query, pack_query
         tiles = triton.cdiv(q_len, config.rows)
         (query, gradient), tma_q = sources((call.query, grad_out), pack, config.rows, call)
         (key, value), tma = sources((call.key, call.value), 1, config.columns, call)
