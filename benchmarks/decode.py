@@ -262,7 +262,7 @@ def show(setup: Setup, record: dict[str, Any]) -> None:
 
 def launches() -> list[Any]:
     """Launches of the split kernel to try."""
-    from dilated_attention_pytorch.ops.block_sparse_decode.triton_launch import LaunchConfig
+    from dilated_attention_pytorch.ops.block_sparse_decode.triton_decode import LaunchConfig
 
     return [
         LaunchConfig(columns, warps, stages, splits)
@@ -275,7 +275,8 @@ def launches() -> list[Any]:
 
 def tune(setup: Setup, lists: int) -> None:
     """Times the split kernel over its launches, ``lists`` lists of a twentieth of the blocks."""
-    from dilated_attention_pytorch.ops.block_sparse_decode import triton_launch as launch
+    from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
+    from dilated_attention_pytorch.ops.block_sparse_decode.triton_decode import launch_decode
 
     caches = Caches(setup, "cuda", torch.bfloat16)
     blocks = setup.tokens // BLOCK
@@ -289,11 +290,11 @@ def tune(setup: Setup, lists: int) -> None:
 
     def attend(config: Any) -> None:
         for k, v in caches.layers:
-            call = launch.Call(
-                caches.query[:, :1], k.transpose(1, 2), v.transpose(1, 2), counts, indices, None,
-                lengths, None, BLOCK, DIM**-0.5,
+            call = DecodeArguments(
+                caches.query[:, :1], k.transpose(1, 2), v.transpose(1, 2), counts, indices,
+                lengths, None, None, BLOCK, DIM**-0.5,
             )  # fmt: skip
-            launch.launch_decode(call, out, lse, config)
+            launch_decode(call, out, lse, config)
 
     rows = []
     for config in (None, *launches()):

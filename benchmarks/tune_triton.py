@@ -4,7 +4,7 @@
 
 For each setup of the speed bars: every forward configuration; the backward pass with every dK, dV
 configuration; then with every dQ configuration beside the best of those. Writes
-``results/tune_triton.json``, from which the launch configurations in ``triton_launch.py`` are
+``results/tune_triton.json``, from which the launch configurations in ``triton_tiles.py`` are
 chosen.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from dilated_attention_pytorch import BlockPattern
-from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
-from dilated_attention_pytorch.ops.block_sparse_attention.launch_config import LaunchConfig
-from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_backward import launch_backward
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_forward import launch_forward
+from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import Call, LaunchConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_setups import Setup, inputs, median_ms, random_pattern
@@ -65,7 +65,6 @@ class Job:
     out: torch.Tensor
     lse: torch.Tensor
     grad: torch.Tensor
-    grads: launch.Gradients
 
     @classmethod
     def make(cls, setup: Setup) -> Job:
@@ -76,22 +75,18 @@ class Job:
             setup.block_size, setup.block_size, setup.causal, 0, setup.head_dim**-0.5,
         )  # fmt: skip
         lse = torch.empty(1, setup.heads, setup.tokens, device="cuda")
-        mass = torch.empty(pattern.kv_indices.shape, device="cuda")
-        grads = launch.Gradients(
-            torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, mass
-        )
-        job = cls(call, pattern, torch.empty_like(q), lse, torch.randn_like(q), grads)
+        job = cls(call, pattern, torch.empty_like(q), lse, torch.randn_like(q))
         job.forward(None)
         return job
 
     def forward(self, config: Config | None) -> None:
-        launch.launch_forward(self.call, self.out, self.lse, config)
+        launch_forward(self.call, self.out, self.lse, config)
 
     def backward(self, key: Config | None, query: Config | None, overlap: bool = True) -> None:
         transpose = self.pattern.transpose()
-        launch.launch_backward(
+        launch_backward(
             self.call, self.out, self.lse, self.grad, None, transpose.offsets, transpose.slots,
-            self.grads, config=key, config_query=query, overlap=overlap,
+            False, True, config=key, config_query=query, overlap=overlap,
         )  # fmt: skip
 
 

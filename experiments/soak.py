@@ -97,7 +97,16 @@ def kernel_variants() -> int:
     """How many kernels have been compiled for this process's devices."""
     if not torch.cuda.is_available():
         return 0
-    from dilated_attention_pytorch.ops.block_selection import triton_kernels as selection
+    from dilated_attention_pytorch.ops.block_selection import (
+        budgets,
+        choice,
+        lattice,
+        low_rank,
+        scores,
+        summaries,
+        threshold,
+        transpose,
+    )
     from dilated_attention_pytorch.ops.block_sparse_attention import (
         triton_backward,
         triton_by_products,
@@ -105,7 +114,10 @@ def kernel_variants() -> int:
     )
 
     total = 0
-    for module in (selection, triton_forward, triton_backward, triton_by_products):
+    for module in (
+        budgets, choice, lattice, low_rank, scores, summaries, threshold, transpose,
+        triton_forward, triton_backward, triton_by_products,
+    ):  # fmt: skip
         for function in vars(module).values():
             caches = getattr(function, "device_caches", {})
             total += sum(len(cache[0]) for cache in caches.values())

@@ -31,23 +31,26 @@ RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 # Optional packages, and where alone they may be imported.
 OPTIONAL = {
     "triton": (
-        "ops.block_selection.triton_kernels",
-        "ops.block_selection.triton_launch",
+        "ops.triton_device",
+        "ops.triton_ring_buffer",
         *(
-            f"ops.block_sparse_attention.{name}"
+            f"ops.block_selection.{name}"
             for name in (
-                "by_product_launch",
-                "triton_backward",
-                "triton_by_products",
-                "triton_call",
-                "triton_forward",
-                "triton_launch",
-                "triton_tiles",
+                "budgets",
+                "choice",
+                "lattice",
+                "low_rank",
+                "scores",
+                "summaries",
+                "threshold",
+                "transpose",
             )
         ),
-        "ops.block_sparse_decode.triton_kernels",
-        "ops.block_sparse_decode.triton_launch",
-        "ops.token_rings.triton_kernels",
+        *(
+            f"ops.block_sparse_attention.{name}"
+            for name in ("triton_backward", "triton_by_products", "triton_forward", "triton_tiles")
+        ),
+        "ops.block_sparse_decode.triton_decode",
     ),
     "flash_attn": ("ops",),
     "transformers": ("hf", "integrations"),

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "padded": ({}, (None, None), {"is_causal": True, "key_lengths": LENGTHS}),
     "documents": ({}, (None, None), {"is_causal": True, "cu_seqlens": EDGES}),
     "heads alike": ({"share_across_heads": True}, (None, None), {"is_causal": True}),
-    "groups": ({"share_within_kv_group": True, "scorer": "mlp", "hidden_dim": 8}, (None, None),
+    "groups": ({"share_within_kv_group": True, "hidden_dim": 8}, (None, None),
                {"is_causal": True}),
     "segments": ({"num_sink_blocks": 1}, LATTICE, {"is_causal": True}),
     "hierarchy": ({"hierarchy": (2,), "hierarchy_keep": 3}, (None, None),

@@ -27,10 +27,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
     "deep, all heads alike": ({"num_layers": 2, "share_across_heads": True}, (None, None), {}),
     "documents": ({"share_within_kv_group": True, "pooling": ("max",)}, (None, None),
                   {"cu_seqlens": EDGES, "is_causal": True}),
-    "mlp": ({"scorer": "mlp", "num_layers": 2, "hidden_dim": 16}, (None, None),
-            {"is_causal": True}),
-    "mlp, lattice": ({"scorer": "mlp", "hidden_dim": 8, "share_within_kv_group": True,
-                      "budget": "fixed"}, LATTICE, {"is_causal": True}),
+    "kv group, lattice": ({"hidden_dim": 8, "share_within_kv_group": True, "budget": "fixed"},
+                          LATTICE, {"is_causal": True}),
     "lattice": ({"num_local_blocks": 1, "num_sink_blocks": 1}, LATTICE, {}),
     "count": ({"budget": "fixed", "num_selected_blocks": 2}, LATTICE,
               {"is_causal": True, "cu_seqlens": EDGES}),
@@ -43,8 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
                               (None, None), {"is_causal": True}),
     "past, lattice": ({**PAST, "num_local_blocks": 1, "num_sink_blocks": 1}, LATTICE,
                       {"is_causal": True}),
-    "past, mlp, fixed": ({**PAST, "scorer": "mlp", "hidden_dim": 8, "budget": "fixed"},
-                         (None, None), {"is_causal": True}),
+    "past, fixed": ({**PAST, "hidden_dim": 8, "budget": "fixed"}, (None, None),
+                    {"is_causal": True}),
     "past, fewer queries": ({**PAST, "base_sparsity": 0.7}, (None, None),
                             {"is_causal": True, "kv_len": 131}),
     "past, count": ({**PAST, "budget": "fixed", "num_selected_blocks": 1}, (None, None),
@@ -120,6 +118,7 @@ def refusal(backend: str, **settings: Any) -> str:
 def test_which_path_runs_and_why() -> None:
     assert refusal("triton") == "None"
     assert "estimator 'gumbel'" in refusal("triton", estimator="gumbel")
+    assert refusal("triton", scorer="mlp") == "scorer 'mlp' has no kernel"
     assert "backend='gather'" in refusal("gather")
     assert refusal("auto") == ("None" if DEVICE.type == "cuda" else "the PyTorch path runs on cpu")
 
@@ -155,9 +154,8 @@ def test_a_pattern_from_another_layer_is_attended_to_as_it_is() -> None:
         second(q[:, :32], k[:, :32], v[:, :32], pattern=info["pattern"])
 
 
-@pytest.mark.parametrize("scorer", ["bilinear", "mlp"])
-def test_autocast_does_not_round_the_scores(scorer: str) -> None:
-    layer = make({"scorer": scorer}, (None, None)).eval()
+def test_autocast_does_not_round_the_scores() -> None:
+    layer = make({}, (None, None)).eval()
     layer.backend = "triton"
     q, k, _ = (x.detach() for x in inputs())
     mask = AttentionMask(70, 70, True)

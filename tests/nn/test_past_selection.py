@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                {"key_lengths": [70, 37]}),
     "documents": ({**NOISE, "share_within_kv_group": True, "base_sparsity": 0.7},
                   {"cu_seqlens": [[0, 30, 41, 70], [0, 50, 60, 64]]}),
-    "mlp": ({**EXPLORE, "scorer": "mlp", "hidden_dim": 8, "budget": "fixed"}, {}),
+    "fixed": ({**EXPLORE, "hidden_dim": 8, "budget": "fixed"}, {}),
     "towers": ({**EXACT, "num_layers": 2, "share_across_heads": True}, {}),
 }  # fmt: skip
 

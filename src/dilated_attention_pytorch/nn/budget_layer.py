@@ -23,10 +23,9 @@ from dilated_attention_pytorch.nn.held_budget import (
 )
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import Memory, NewestRow
+from dilated_attention_pytorch.ops.block_selection.interface import find_candidates, summarise
 from dilated_attention_pytorch.ops.block_selection.interface import (
-    find_candidates,
-    kernel_refusal,
-    summarise,
+    kernel_unsupported_reason as kernel_unsupported_reason,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.runtime import tracing
@@ -284,7 +283,7 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         """Whether the rows of a pass are judged by queries up to their first token alone."""
         return self.past and mask.causal
 
-    def backend_refusal(self, device: torch.device) -> str | None:
+    def backend_unsupported_reason(self, device: torch.device) -> str | None:
         """Why the layer's backend leaves the selection on a device to PyTorch, or None."""
         if self.backend not in ("auto", "triton"):
             return f"backend={self.backend!r} asks for the PyTorch path"
@@ -292,16 +291,18 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
             return f"the PyTorch path runs on {device.type}"
         return None
 
-    def place_refusal(self, inputs: SelectionInputs) -> str | None:
+    def place_unsupported_reason(self, inputs: SelectionInputs) -> str | None:
         """Why the selection kernels cannot run for this layer here, or None if they can."""
         query = inputs.query
-        refusal = self.backend_refusal(query.device)
-        if refusal is not None:
-            return refusal
+        reason = self.backend_unsupported_reason(query.device)
+        if reason is not None:
+            return reason
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return "torch.func takes the PyTorch path"
         width = inputs.rule.width(inputs.rows)
-        return kernel_refusal(query.device, query.dtype, self.block_size, self.head_dim, width)
+        return kernel_unsupported_reason(
+            query.device, query.dtype, self.block_size, self.head_dim, width
+        )
 
     def held_budget(self, mark: Tensor | None = None) -> HeldBudget | None:
         """The numbers that hold the sparsity in this forward pass; None for other budgets.

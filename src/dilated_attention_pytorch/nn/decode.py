@@ -33,17 +33,17 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 MANY = 16
 
 
-def decoding_refusal(layer: SelectorLayer) -> str | None:
+def decoding_unsupported_reason(layer: SelectorLayer) -> str | None:
     """The setting for which no summaries can be kept, or None if the layer can decode."""
     return "hierarchy" if layer.config.hierarchy else None
 
 
 def check_layer(layer: SelectorLayer) -> None:
     """Refuses settings of which a state keeps nothing, and training mode."""
-    refusal = decoding_refusal(layer)
-    if refusal is not None:
+    reason = decoding_unsupported_reason(layer)
+    if reason is not None:
         raise ValueError(
-            f"decoding with a SelectorState does not know {refusal}; call the layer with "
+            f"decoding with a SelectorState does not know {reason}; call the layer with "
             "query_offset over the whole cache instead, or configure it without."
         )
     if layer.training:

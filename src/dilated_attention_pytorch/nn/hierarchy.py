@@ -127,7 +127,7 @@ def _choose(
             scores, candidates, spans, count.expand(1, 1, scores.shape[2]), width,
             temperature=temperature, explore=extra, generator=inputs.generator,
         )  # fmt: skip
-    from dilated_attention_pytorch.ops.block_selection.operators import choose_op
+    from dilated_attention_pytorch.ops.block_selection.choice import choose_op
 
     seed = layer.seed(inputs) if explore else None
     counts, indices, _, scored = choose_op(

@@ -21,10 +21,12 @@ from dilated_attention_pytorch.nn.selector import CachedKeys, Scoring, SelectorL
 from dilated_attention_pytorch.nn.state import Memory, NewestRow
 from dilated_attention_pytorch.ops.block_selection.interface import (
     find_candidates,
-    kernel_refusal,
-    low_rank_refusal,
     low_rank_scores,
+    low_rank_unsupported_reason,
     summarise_and_pass,
+)
+from dilated_attention_pytorch.ops.block_selection.interface import (
+    kernel_unsupported_reason as kernel_unsupported_reason,
 )
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
@@ -102,7 +104,7 @@ class SummaryScoring(Scoring):
         self, layer: SelectorLayer, queries: Tensor, keys: Tensor, numbers: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Encoded queries and keys, and the scores of all candidates."""
-        from dilated_attention_pytorch.ops.block_selection.operators import (
+        from dilated_attention_pytorch.ops.block_selection.scores import (
             bilinear_op,
             products_op,
             towers_op,
@@ -209,7 +211,7 @@ class TokenScoring(Scoring):
             return f"scorer {kind!r} learns from the scores of all candidates"
         if layer.segment_lengths is not None:
             return f"scorer {kind!r} scores all blocks, and segments limit them"
-        return low_rank_refusal(inputs.query.dtype, layer.block_size, layer.head_dim)
+        return low_rank_unsupported_reason(inputs.query.dtype, layer.block_size, layer.head_dim)
 
     def encode(
         self, layer: SelectorLayer, key: Tensor, valid: Tensor | None
@@ -308,11 +310,11 @@ def scoring_of(scorer: str) -> Scoring:
 
 def has_token_kernel(layer: SelectorLayer, key: Tensor, blocks: int) -> bool:
     """Whether the kernels of a forward pass rate the newest row, too."""
-    if layer.backend_refusal(key.device) is not None:
+    if layer.backend_unsupported_reason(key.device) is not None:
         return False
     size, dim = layer.block_size, layer.head_dim
-    refusal = kernel_refusal(key.device, key.dtype, size, dim, blocks)
-    return refusal is None and low_rank_refusal(key.dtype, size, dim) is None
+    reason = kernel_unsupported_reason(key.device, key.dtype, size, dim, blocks)
+    return reason is None and low_rank_unsupported_reason(key.dtype, size, dim) is None
 
 
 def _network(layer: SelectorLayer) -> ImportanceScorer:

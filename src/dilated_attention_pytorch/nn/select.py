@@ -60,7 +60,8 @@ def choose_with_pytorch(layer: SelectorLayer, scored: Scored, budgets: RowBudget
 
 def choose_with_kernels(layer: SelectorLayer, scored: Scored, budgets: RowBudgets) -> Selection:
     """The same for ``estimator="mass"``, whose signal asks for the kept tiles' scores alone."""
-    from dilated_attention_pytorch.ops.block_selection.operators import choose_op, kept_op
+    from dilated_attention_pytorch.ops.block_selection.choice import choose_op
+    from dilated_attention_pytorch.ops.block_selection.scores import kept_op
 
     config, inputs, explore = layer.config, scored.inputs, layer.explores
     learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0

@@ -242,7 +242,7 @@ class SelectorLayer(FormerScalars, BudgetLayer):
 
     def unsupported_reason(self, inputs: SelectionInputs) -> str | None:
         """Why this selection takes the PyTorch path, or None if the fused kernels run it."""
-        place = self.place_refusal(inputs)
+        place = self.place_unsupported_reason(inputs)
         if place is not None:
             return place
         kind = self.config.estimator

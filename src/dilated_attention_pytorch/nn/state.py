@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.candidates import RowRange
-from dilated_attention_pytorch.ops.token_rings import append_tokens
+from dilated_attention_pytorch.ops.ring_buffer import append_tokens
 from dilated_attention_pytorch.runtime import check_integers
 
 # Tokens that the rings hold, in blocks: the newest token's block, the one before, and one more so

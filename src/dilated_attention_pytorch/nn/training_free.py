@@ -185,7 +185,7 @@ class BlockSparseTrainingFree(BudgetLayer):
     @torch.no_grad()
     def select(self, inputs: SelectionInputs) -> Selection:
         """Ranks by the rule and keeps the best within the budget."""
-        kernels = self.budget.calibrated and self.place_refusal(inputs) is None
+        kernels = self.budget.calibrated and self.place_unsupported_reason(inputs) is None
         scored = Scored.of(inputs, self.score(inputs), kernels=kernels)
         pattern = self.budget.lists(self, scored)
         if pattern is None:

@@ -203,15 +203,6 @@ class ImportanceScorer(FormerScalars, CalledModule):
         k = self._enter(summaries, self.key_in, self.num_heads // summaries.shape[2])
         return self._tower(k, self.key_tower) if self.kind == "bilinear" else k
 
-    def first_maps(self, query_summaries: Tensor, key_summaries: Tensor) -> tuple[Tensor, Tensor]:
-        """The first linear map of both sides: ``(batch, num_heads, i or j, hidden_dim)``.
-
-        Inside a call of this module.
-        """
-        group = self.num_heads // key_summaries.shape[2]
-        q = self._enter(query_summaries, self.query_in, 1)
-        return q, self._enter(key_summaries, self.key_in, group)
-
     def _compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
         if self.kind == "bilinear":
             return self._bilinear(q, k, candidates)

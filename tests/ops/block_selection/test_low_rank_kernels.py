@@ -13,8 +13,8 @@ from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
+from dilated_attention_pytorch.ops.block_selection import low_rank
 from dilated_attention_pytorch.ops.block_selection.interface import low_rank_scores
-from dilated_attention_pytorch.ops.block_selection.triton_launch import low_rank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Mass is compared, not its logarithm: what rounding moves is a share of the mass.

@@ -12,7 +12,7 @@ from dilated_attention_pytorch.selection.budget import blocks_above
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from dilated_attention_pytorch.ops.block_selection import triton_launch as launch
+from dilated_attention_pytorch.ops.block_selection import threshold as kernels
 from dilated_attention_pytorch.ops.block_selection.interface import count_above, find_candidates
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +108,7 @@ def test_heads_compete_for_columns_alone() -> None:
 def test_rows_of_several_tiles_and_many_heads(
     tile: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.score_budget, "_TILE", tile)
+    monkeypatch.setattr(kernels, "_TILE", tile)
     blocks = 80 if heads == 2 else 34
     rows, rule = problem(blocks, heads)
     both = Both(rows, rule, draw(1, heads, blocks, blocks), bounds(blocks) * 2)
@@ -117,7 +117,7 @@ def test_rows_of_several_tiles_and_many_heads(
 
 @pytest.mark.parametrize("tile", [32, 4096])
 def test_lists_of_candidates(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.score_budget, "_TILE", tile)
+    monkeypatch.setattr(kernels, "_TILE", tile)
     rows, rule = problem(40, 4, segment_lengths=(128, 320), dilation_rates=(1, 2))
     both = Both(rows, rule, draw(1, 4, 40, 40))
     assert both.lists is not None
@@ -165,7 +165,7 @@ def test_nothing_to_count(shape: tuple[int, ...]) -> None:
 
 
 def test_the_operator_passes_the_checks_of_pytorch() -> None:
-    from dilated_attention_pytorch.ops.block_selection.operators import above_op
+    from dilated_attention_pytorch.ops.block_selection.threshold import above_op
 
     rows, rule = problem(5, 2)
     given = (draw(1, 2, 5, 5), None, rule.intervals(rows), torch.tensor(0.1, device=DEVICE))

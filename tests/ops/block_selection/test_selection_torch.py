@@ -14,7 +14,16 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from dilated_attention_pytorch.ops.block_selection import operators as ops
+from dilated_attention_pytorch.ops.block_selection.budgets import (
+    running_budget_op,
+)
+from dilated_attention_pytorch.ops.block_selection.choice import choose_op
+from dilated_attention_pytorch.ops.block_selection.scores import products_op, towers_op
+from dilated_attention_pytorch.ops.block_selection.summaries import (
+    both_summaries_op,
+    summaries_op,
+)
+from dilated_attention_pytorch.ops.block_selection.transpose import transpose_op
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +55,6 @@ PAST = {"query_scope": "past"}
 CASES = [
     {},
     {"segments": [512, 1024], "rates": [1, 1]},
-    {"scorer": "mlp"},
     {"budget": "fixed", "num_selected_blocks": 3},
     {"pooling": ("mean", "attention")},
     PAST,
@@ -67,9 +75,6 @@ def test_nothing_waits_for_the_host(settings, training):
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_repeated_runs_are_bitwise_equal(settings):
     layer, q, k = make(**settings)
-    if settings.get("scorer") == "mlp":
-        # Its gradient gathers in PyTorch, which adds up in any order.
-        layer.eval()
 
     def step():
         # Each pass in training moves the budgets of its layer.
@@ -116,7 +121,7 @@ def test_cpu_and_gpu_choose_alike_from_identical_scores():
         nothing = torch.zeros_like(end)
         rule = torch.stack([nothing, end, nothing, nothing, nothing])[None].int()
         budget = torch.randint(0, columns, (1, 2, 64), generator=generator).int()
-        counts, indices, *_ = ops.choose_op(
+        counts, indices, *_ = choose_op(
             scores.cuda(), None, rule.cuda(), budget.cuda(), None, None, 0, 0, columns, False
         )
         allowed = torch.arange(columns) < end[:, None]
@@ -153,22 +158,22 @@ def test_opcheck_accepts_the_operators():
     starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32, device="cuda")
     for past in ((False, None), (True, None), (True, starts)):
         arguments = (x, None, u, "mean,max,attention", 16, True, *past)
-        torch.library.opcheck(ops.summaries_op, arguments, test_utils=tests)
+        torch.library.opcheck(summaries_op, arguments, test_utils=tests)
     u, y = u.detach(), torch.randn(1, 40, 2, 16, device="cuda")
     arguments = (x.detach(), y, None, None, u, u, "mean,max,attention", 16, False, None)
-    torch.library.opcheck(ops.both_summaries_op, arguments, test_utils=tests)
-    summaries = [s.detach() for s in ops.both_summaries_op(*arguments)]
+    torch.library.opcheck(both_summaries_op, arguments, test_utils=tests)
+    summaries = [s.detach() for s in both_summaries_op(*arguments)]
     weight, one = torch.randn(2, 48, 8, device="cuda"), torch.ones((), device="cuda")
     arguments = (*summaries, weight, weight, one, 0.5, 1)
-    torch.library.opcheck(ops.towers_op, arguments, test_utils=tests)
-    torch.library.opcheck(ops.products_op, ops.towers_op(*arguments), test_utils=tests)
+    torch.library.opcheck(towers_op, arguments, test_utils=tests)
+    torch.library.opcheck(products_op, towers_op(*arguments), test_utils=tests)
     scores = torch.randn(1, 2, 8, 8, device="cuda")
     rule = torch.tensor([0, 8, 0, 0, 0]).view(1, 5, 1).expand(1, 5, 8).int().contiguous().cuda()
     budget = torch.full((1, 2, 8), 3, device="cuda", dtype=torch.int32)
     arguments = (scores, None, rule, budget, None, None, 0, 0, 4, True)
-    torch.library.opcheck(ops.choose_op, arguments, test_utils=tests)
-    counts, indices, *_ = ops.choose_op(*arguments)
-    torch.library.opcheck(ops.transpose_op, (counts, indices, 8), test_utils=tests[::2])
+    torch.library.opcheck(choose_op, arguments, test_utils=tests)
+    counts, indices, *_ = choose_op(*arguments)
+    torch.library.opcheck(transpose_op, (counts, indices, 8), test_utils=tests[::2])
 
 
 def test_opcheck_accepts_running_budgets():
@@ -185,4 +190,4 @@ def test_opcheck_accepts_running_budgets():
         torch.tensor(0.5, device="cuda"), 1, 2, True, 16,
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.running_budget_op, arguments, test_utils=tests)
+    torch.library.opcheck(running_budget_op, arguments, test_utils=tests)

@@ -6,9 +6,11 @@ Compilers have mistaken the layout of an accumulator that is a product's operand
 import pytest
 import torch
 
-from dilated_attention_pytorch.ops.block_sparse_attention import launch_config
+pytest.importorskip("triton", reason="the triton package is not installed")
 
-triton = pytest.importorskip("triton", reason="the triton package is not installed")
+from dilated_attention_pytorch.ops.block_sparse_attention import triton_tiles
+
+triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 
@@ -36,8 +38,8 @@ def _products(
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_products_equal_float64(block, dim, dtype):
-    shape = launch_config.TileShape(block, block, dim, False)
-    for config in (launch_config.key_config(shape), launch_config.query_config(shape)):
+    shape = triton_tiles.TileShape(block, block, dim, False)
+    for config in (triton_tiles.key_config(shape), triton_tiles.query_config(shape)):
         generator = torch.Generator("cuda").manual_seed(0)
         q, g, k, v = (
             (torch.randn(n, dim, generator=generator, device="cuda") / dim**0.5).to(dtype)

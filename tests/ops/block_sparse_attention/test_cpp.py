@@ -13,9 +13,9 @@ from dilated_attention_pytorch import (
     explain_backend,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention import cpp
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_refusal
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure
 
-pytestmark = pytest.mark.skipif(build_refusal() is not None, reason=f"no kernel: {build_refusal()}")
+pytestmark = pytest.mark.skipif(build_failure() is not None, reason=f"no kernel: {build_failure()}")
 
 
 def random_pattern(batch, heads, q_len, kv_len, size, keep=0.5, seed=0):

@@ -40,8 +40,8 @@ def call(backend="auto"):
 
 def build_elsewhere():
     script = (
-        "from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_refusal\n"
-        "assert build_refusal() is None, build_refusal()"
+        "from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure\n"
+        "assert build_failure() is None, build_failure()"
     )
     return subprocess.Popen([sys.executable, "-c", script])
 

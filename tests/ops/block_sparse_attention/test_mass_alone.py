@@ -12,8 +12,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def both(causal, pattern_heads, dtype, block_size=32, head_dim=16, rows=3):
     """Mass by the kernel and by the float64 reference; row 1 of the first list is empty."""
-    from dilated_attention_pytorch.ops.block_sparse_attention.by_product_launch import launch_mass
-    from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products import launch_mass
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import Call
 
     generator = torch.Generator().manual_seed(0)
     tokens = rows * block_size

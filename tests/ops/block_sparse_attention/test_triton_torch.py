@@ -64,7 +64,7 @@ def test_repeated_runs_are_bitwise_equal():
 
 
 def test_opcheck_accepts_the_forward_operator():
-    from dilated_attention_pytorch.ops.block_sparse_attention.autograd import forward_op
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_forward import forward_op
 
     tensors, pattern = setup(batch=1, length=128)
     transpose = pattern.transpose()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import BlockPattern, block_sparse_attention
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_refusal
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure
 
 NAN, INF = float("nan"), float("inf")
 SIZE, HEADS, KV_HEADS, DIM = 16, 2, 1, 8
@@ -17,7 +17,7 @@ def able(name, missing):
 
 
 NO_TRITON = importlib.util.find_spec("triton") is None and "the triton package is not installed"
-BACKENDS = ["reference", "gather", able("cpp", build_refusal()), able("triton", NO_TRITON)]
+BACKENDS = ["reference", "gather", able("cpp", build_failure()), able("triton", NO_TRITON)]
 # The interpreter computes with NumPy, which warns of what is meant here.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

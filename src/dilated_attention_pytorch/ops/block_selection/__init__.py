@@ -1,9 +1,7 @@
-"""Selection at the pace of the attention kernels; PyTorch has it in ``scoring``, ``selection``."""
+"""Selection at the pace of the attention kernels; PyTorch has it in ``scoring``, ``selection``.
 
-from dilated_attention_pytorch.ops.block_selection.interface import (
-    kernel_refusal,
-    summarise,
-    transpose_lists,
-)
-
-__all__ = ["kernel_refusal", "summarise", "transpose_lists"]
+Names inside the kernels: a *plane* is one (sample, head) pair, heads being those of the pattern
+unless said otherwise; a *row* is a query block, a *column* a key block. What a row may and must
+read comes as five int32 numbers per row (``CandidateRule.intervals``): visible columns
+``[low, end)``, of which ``[low, sink_end)`` and ``[near_first, near_end)`` are forced.
+"""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.candidates import CandidateRule, RowRange, count_forced
+from dilated_attention_pytorch.ops.operators import (
+    HAS_TRITON,
+    rows_of,
+    triton_missing_reason,
+)
 from dilated_attention_pytorch.pattern import TRANSPOSERS, BlockPattern, PatternTranspose
 from dilated_attention_pytorch.selection.budget import FRACTION_BITS, level_tables, round_budget
 
-# Looked up once: torch.compile cannot trace it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # One program holds a row of candidates in registers.
 _MAX_CANDIDATES = 32768
@@ -21,7 +22,7 @@ _MAX_BLOCK = 256
 _MOST_TILE = 32768
 
 
-def kernel_refusal(
+def kernel_unsupported_reason(
     device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, candidates: int
 ) -> str | None:
     """Why the selection kernels cannot run something, or None if they can.
@@ -39,17 +40,7 @@ def kernel_refusal(
         return f"block size and head_dim must be at most {_MAX_BLOCK}"
     if candidates > _MAX_CANDIDATES:
         return f"a row may have {_MAX_CANDIDATES} candidates, got {candidates}"
-    if not _HAS_TRITON:
-        return "the triton package is not installed"
-    if device.type != "cuda" and not _interpreting():
-        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {device.type}"
-    return None
-
-
-def _interpreting() -> bool:
-    from dilated_attention_pytorch.ops.block_selection.triton_kernels import INTERPRETED
-
-    return INTERPRETED
+    return triton_missing_reason(device)
 
 
 def summarise(
@@ -79,22 +70,23 @@ def summarise(
         :func:`block_summaries` it does not round to half precision. Of tokens that share an
         extreme the first takes the gradient.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import rows_of, summaries_op
+    from dilated_attention_pytorch.ops.block_selection.summaries import summaries_op
 
-    extremes = "max" in pooling or "min" in pooling
-    learned = "attention" in pooling and pool_query is not None
-    differentiable = x.requires_grad or (pool_query is not None and pool_query.requires_grad)
-    out, _ = summaries_op(
-        rows_of(x),
-        None if valid is None else valid.contiguous(),
-        pool_query.contiguous() if learned and pool_query is not None else None,
-        ",".join(pooling),
-        block_size,
-        extremes and torch.is_grad_enabled() and differentiable,
-        past,
-        starts,
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, pool_query)
     )
+    place = wanted and ("max" in pooling or "min" in pooling)
+    inputs = _inputs(x, valid, pool_query, pooling)
+    out, _ = summaries_op(*inputs, ",".join(pooling), block_size, place, past, starts)
     return out.transpose(1, 2)
+
+
+def _inputs(
+    x: Tensor, valid: Tensor | None, pool_query: Tensor | None, pooling: tuple[str, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As the operators take them."""
+    learned = None if "attention" not in pooling or pool_query is None else pool_query.contiguous()
+    return rows_of(x), None if valid is None else valid.contiguous(), learned
 
 
 def summarise_both(
@@ -115,12 +107,12 @@ def summarise_both(
         key: The same, of any length and number of heads.
         block_size: Tokens per block.
         pooling: Poolings to concatenate.
-        valid: Of the queries and of the keys, as in :func:`summarise`.
-        pool_queries: Likewise, with ``"attention"``.
-        past: As in :func:`summarise`, of the queries.
-        starts: Likewise.
+        valid: Of the queries and of the keys, ``(1 or batch, seq_len)`` booleans or None.
+        pool_queries: ``(num_heads, head_dim)`` of both, with ``"attention"``.
+        past: Summarise windows of the past in the place of blocks of queries.
+        starts: With ``past``: where each block's document begins, as in :func:`summarise`.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import both_summaries_op, rows_of
+    from dilated_attention_pytorch.ops.block_selection.summaries import both_summaries_op
 
     pools = (None, None) if pool_queries is None else pool_queries
     alike = (valid[0] is None) == (valid[1] is None) and query.dtype == key.dtype
@@ -129,12 +121,11 @@ def summarise_both(
             query, block_size, pooling, valid[0], pools[0], past=past, starts=starts
         )
         return queries, summarise(key, block_size, pooling, valid[1], pools[1])
-    both = both_summaries_op(
-        rows_of(query), rows_of(key), *(None if v is None else v.contiguous() for v in valid),
-        *(None if u is None else u.contiguous() for u in pools), ",".join(pooling), block_size,
-        past, starts,
-    )  # fmt: skip
-    return both[0].transpose(1, 2), both[1].transpose(1, 2)
+    of_query = _inputs(query, valid[0], pools[0], pooling)
+    of_key = _inputs(key, valid[1], pools[1], pooling)
+    pairs = (x for pair in zip(of_query, of_key, strict=True) for x in pair)
+    queries, keys = both_summaries_op(*pairs, ",".join(pooling), block_size, past, starts)
+    return queries.transpose(1, 2), keys.transpose(1, 2)
 
 
 def summarise_and_pass(
@@ -151,41 +142,33 @@ def summarise_and_pass(
     """:func:`summarise_both`, and queries and keys for attention to read in place of the given.
 
     What attention's gradient adds to them then costs no pass of its own (see ``PassedTokens``).
-    Arguments as there; tokens without gradient are handed on as they came, and so are all under
-    ``torch.compile``.
+    Arguments as of :func:`summarise_both`. Tokens without gradient are handed on as they came, and
+    so are all under ``torch.compile``.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         found = summarise_both(
             query, key, block_size, pooling, valid, pool_queries, past=past, starts=starts
         )
         return *found, query, key
-    pools = (None, None) if pool_queries is None else pool_queries
-    queries, query = _summarise_one(query, block_size, pooling, valid[0], pools[0], past, starts)
-    keys, key = _summarise_one(key, block_size, pooling, valid[1], pools[1], False, None)
+    from dilated_attention_pytorch.ops.block_selection.summaries import PassedTokens
+
+    results, pools = [], (None, None) if pool_queries is None else pool_queries
+    # The past concerns the queries alone.
+    for x, counts, pool, windows in (
+        (query, valid[0], pools[0], (past, starts)),
+        (key, valid[1], pools[1], (False, None)),
+    ):
+        if x.requires_grad:
+            inputs = _inputs(x, counts, pool, pooling)
+            out, passed = PassedTokens.apply(*inputs, ",".join(pooling), block_size, *windows)
+            results.append((out.transpose(1, 2), passed))
+        else:
+            out = summarise(
+                x, block_size, pooling, counts, pool, past=windows[0], starts=windows[1]
+            )
+            results.append((out, x))
+    (queries, query), (keys, key) = results
     return queries, keys, query, key
-
-
-def _summarise_one(
-    x: Tensor,
-    block_size: int,
-    pooling: tuple[str, ...],
-    valid: Tensor | None,
-    pool_query: Tensor | None,
-    past: bool,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from dilated_attention_pytorch.ops.block_selection.operators import PassedTokens, rows_of
-
-    if not x.requires_grad:
-        found = summarise(x, block_size, pooling, valid, pool_query, past=past, starts=starts)
-        return found, x
-    learned = "attention" in pooling and pool_query is not None
-    out, passed = PassedTokens.apply(
-        rows_of(x), None if valid is None else valid.contiguous(),
-        pool_query.contiguous() if learned and pool_query is not None else None,
-        ",".join(pooling), block_size, past, starts,
-    )  # fmt: skip
-    return out.transpose(1, 2), passed
 
 
 def find_candidates(
@@ -206,7 +189,7 @@ def find_candidates(
     groups = rule.groups()
     if not groups:
         return None, *rows.remember((rule, "counts"), lambda: count_forced(intervals))
-    from dilated_attention_pytorch.ops.block_selection.operators import lattice_op
+    from dilated_attention_pytorch.ops.block_selection.lattice import lattice_op
 
     segments, rates = zip(*groups, strict=True)
     found: tuple[Tensor, Tensor, Tensor] = lattice_op(
@@ -237,8 +220,8 @@ def row_budget(
         rule: Which blocks there are to choose from.
         rows: Visible ranges.
         intervals: ``rule.intervals(rows)``.
-        forced: From :func:`find_candidates`.
-        limit: Likewise.
+        forced: From :func:`find_candidates`: forced blocks per row.
+        limit: From there too: forced and other candidates per row.
         base_sparsity: 0-dim float32.
         batch: Samples.
         means: ``(batch, kv heads, j, head_dim)`` means of the key blocks; None: the budget
@@ -254,7 +237,7 @@ def row_budget(
         Integer budgets ``(batch, p, i)``, forced blocks included, and the exact ones in float32,
         differentiable in gain and offset.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import (
+    from dilated_attention_pytorch.ops.block_selection.budgets import (
         budget_op,
         round_op,
         running_budget_op,
@@ -281,17 +264,13 @@ def row_budget(
     return round_op(lowered, FRACTION_BITS), exact
 
 
-def low_rank_refusal(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
-    """Why :func:`low_rank_scores` cannot run what :func:`kernel_refusal` lets pass, or None."""
+def low_rank_unsupported_reason(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
+    """Why :func:`low_rank_scores` cannot run what the other kernels can, or None."""
     # A tile of keys stays in shared memory.
     most = _MOST_TILE if dtype == torch.bfloat16 else _MOST_TILE // 2
-    if _next_power_of_2(block_size) * _next_power_of_2(head_dim) > most:
-        return f"block size times head_dim may be {most} in {dtype}"
-    return None
-
-
-def _next_power_of_2(x: int) -> int:
-    return 1 << (x - 1).bit_length()
+    # Of the next powers of 2.
+    tile = 1 << (block_size - 1).bit_length() + (head_dim - 1).bit_length()
+    return f"block size times head_dim may be {most} in {dtype}" if tile > most else None
 
 
 def low_rank_scores(
@@ -325,7 +304,7 @@ def low_rank_scores(
     Returns:
         ``(b, pattern_heads, i, j)`` float32: logarithms of the expected mass.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import low_rank_op
+    from dilated_attention_pytorch.ops.block_selection.low_rank import low_rank_op
 
     scores: Tensor = low_rank_op(
         query, key.to(query.dtype), query_map, key_map, spans, query_stride, block_size, scale,
@@ -349,7 +328,8 @@ def threshold_lists(
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import choose_op, threshold_op
+    from dilated_attention_pytorch.ops.block_selection.choice import choose_op
+    from dilated_attention_pytorch.ops.block_selection.threshold import threshold_op
 
     given = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
     found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, *given)
@@ -378,7 +358,7 @@ def count_above(
     Returns:
         int32 ``(b, p, i)``. No gradient.
     """
-    from dilated_attention_pytorch.ops.block_selection.operators import above_op
+    from dilated_attention_pytorch.ops.block_selection.threshold import above_op
 
     most = most.to(torch.int32).expand(-1, -1, scores.shape[2])
     found: Tensor = above_op(scores.detach(), candidates, intervals, threshold, most)
@@ -387,12 +367,12 @@ def count_above(
 
 def transpose_lists(pattern: BlockPattern) -> PatternTranspose:
     """``BlockPattern.transpose`` by counting; entries past the last offset are undefined."""
-    from dilated_attention_pytorch.ops.block_selection.operators import transpose_op
+    from dilated_attention_pytorch.ops.block_selection.transpose import transpose_op
 
     return PatternTranspose(
         *transpose_op(pattern.kv_num_blocks, pattern.kv_indices, pattern.num_key_blocks)
     )
 
 
-if _HAS_TRITON:
+if HAS_TRITON:
     TRANSPOSERS["cuda"] = transpose_lists

@@ -38,6 +38,14 @@ class Arguments:
     block_bias: Tensor | None
     mass_probe: Tensor | None
 
+    def transpose(self) -> tuple[Tensor | None, Tensor | None]:
+        """Offsets and slots of the pattern's transpose, where a gradient will need them."""
+        inputs = (self.query, self.key, self.value, self.block_bias, self.mass_probe)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            turned = self.pattern.transpose()
+            return turned.offsets, turned.slots
+        return None, None
+
 
 def check_arguments(
     query: Tensor,
@@ -77,21 +85,10 @@ def check_arguments(
             f"pattern is on {pattern.device} but query on {query.device}; use pattern.to(...)."
         )
     mask = make_mask(
-        batch,
-        q_len,
-        kv_len,
-        device=query.device,
-        causal=causal,
-        key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens,
-        query_offset=query_offset,
-    )
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
-    elif not abs(scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"scale must be finite in float32, got {scale}.")
+        batch, q_len, kv_len, device=query.device, causal=causal, key_lengths=key_lengths,
+        cu_seqlens=cu_seqlens, query_offset=query_offset,
+    )  # fmt: skip
+    scale = check_scale(scale, head_dim)
     if pattern.batch_size != batch:
         pattern = replace(
             pattern,
@@ -108,7 +105,23 @@ def check_arguments(
     if autocasting(query.device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return Arguments(query, key, value, pattern, mask, float(scale), block_bias, mass_probe)
+    return Arguments(query, key, value, pattern, mask, scale, block_bias, mass_probe)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the logits; None: ``head_dim ** -0.5``.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not finite in float32.
+    """
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be finite in float32, got {scale}.")
+    return float(scale)
 
 
 def autocasting(device: torch.device) -> bool:

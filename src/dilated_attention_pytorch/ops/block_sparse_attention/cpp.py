@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.mask import document_bounds
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_refusal, library
-from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure, library
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
     backward,
     backward_op,
     flatten,
     setup_context,
     unflatten,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     differentiable,
+    empty_results,
+    rows_of,
 )
 
 # Logits of dense attention from which on `auto` takes the kernel. Below, the first call would wait
@@ -34,46 +35,35 @@ def cpp_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def cpp_refusal(args: Arguments) -> str | None:
+def cpp_unsupported_reason(args: Arguments) -> str | None:
     """Why the compiled kernel cannot run this, or None if it can; builds it if need be."""
     if args.query.device.type != "cpu":
         return f"it runs on the CPU, not on {args.query.device.type}"
     if args.query.dtype != torch.float32:
         return f"it computes float32, not {args.query.dtype}"
     # What is traced cannot start a compiler; the operator does when it runs.
-    return None if torch.compiler.is_compiling() else build_refusal()
+    return None if torch.compiler.is_compiling() else build_failure()
 
 
-def auto_refusal(args: Arguments) -> str | None:
+def auto_unsupported_reason(args: Arguments) -> str | None:
     """Why ``auto`` leaves a call to others that the kernel may be able to run, or None."""
     if torch.compiler.is_compiling():
         return "a traced program may run where there is no compiler"
     (b, n, h, _), m = args.query.shape, args.key.shape[1]
     if b * n * h * m < AUTO_LOGITS:
         return f"a compiled kernel pays from {AUTO_LOGITS:,} dense logits on"
-    return cpp_refusal(args)
+    return cpp_unsupported_reason(args)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cpp_forward", mutates_args=())
 def forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    block_bias: Tensor | None,
-    mass_probe: Tensor | None,
-    key_lengths: Tensor | None,
-    query_offset: Tensor | None,
-    document_ids: Tensor | None,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    block_bias: Tensor | None, mass_probe: Tensor | None, key_lengths: Tensor | None,
+    query_offset: Tensor | None, document_ids: Tensor | None, block_q: int, block_k: int,
+    causal: bool, offset: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; ``mass_probe`` matters to the gradient alone."""
-    out, lse = _empty_results(query)
+    out, lse = empty_results(query)
     _run(
         unflatten(
             query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
@@ -83,16 +73,7 @@ def forward_op(
     return out, lse
 
 
-def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
-    b, n, h, d = query.shape
-    return query.new_empty(b, n, h, d), query.new_empty(b, h, n)
-
-
-@forward_op.register_fake
-def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(query)
-
-
+forward_op.register_fake(empty_results)
 _attend = differentiable(forward_op, backward_op, setup_context, backward)
 
 _Pointer, _Number = ctypes.c_void_p, ctypes.c_int64
@@ -118,7 +99,7 @@ class _Problem(ctypes.Structure):
 
 def _run(args: Arguments, out: Tensor, lse: Tensor) -> None:
     """Fills ``out`` and ``lse``."""
-    query, key, value = (_rows(x) for x in (args.query, args.key, args.value))
+    query, key, value = (rows_of(x) for x in (args.query, args.key, args.value))
     pattern, mask, bias = args.pattern, args.mask, args.block_bias
     per_sample = isinstance(mask.query_offset, Tensor)
     starts = ends = None
@@ -148,11 +129,6 @@ def _run(args: Arguments, out: Tensor, lse: Tensor) -> None:
         )
     if status:
         raise MemoryError("The compiled CPU kernel found no memory for its buffers.")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous, which is all that the kernel asks for."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _integers(x: int | Tensor | None) -> Tensor | None:

@@ -48,7 +48,7 @@ _LARGEST = 1 << 24
 _PAUSE = 0.1
 
 
-def build_refusal() -> str | None:
+def build_failure() -> str | None:
     """Why there is no compiled library, or None if there is; builds it if need be."""
     return _load()[1]
 

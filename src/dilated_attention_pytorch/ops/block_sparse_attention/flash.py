@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-from dilated_attention_pytorch.ops.block_sparse_attention.operators import (
+from dilated_attention_pytorch.ops.operators import (
     NAMESPACE,
     Apply,
     differentiable,
+    empty_results,
 )
 
 BLOCK = 128
@@ -36,7 +37,7 @@ def _installed() -> str | None:
 _VERSION = _installed()
 
 
-def flash_refusal(args: Arguments) -> str | None:
+def flash_unsupported_reason(args: Arguments) -> str | None:
     """Why FlashAttention-4 cannot run this, or None if it can."""
     query, pattern, mask = args.query, args.pattern, args.mask
     if _VERSION is None:
@@ -72,11 +73,7 @@ def flash_attention(args: Arguments, *, atomic: bool = False) -> tuple[Tensor, T
         atomic: Take FlashAttention-4's backward as well, which does not repeat bit for bit.
     """
     pattern = args.pattern
-    starts = slots = None
-    differentiable = (args.query, args.key, args.value, args.mass_probe)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        transpose = pattern.transpose()
-        starts, slots = transpose.offsets, transpose.slots
+    starts, slots = args.transpose()
     out, lse = _attend(
         args.query, args.key, args.value, pattern.kv_num_blocks, pattern.kv_indices,
         args.mass_probe, starts, slots, args.mask.causal, args.scale, atomic,
@@ -86,18 +83,10 @@ def flash_attention(args: Arguments, *, atomic: bool = False) -> tuple[Tensor, T
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_forward", mutates_args=())
 def flash_forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    mass_probe: Tensor | None,
-    starts: Tensor | None,
-    slots: Tensor | None,
-    causal: bool,
-    scale: float,
-    atomic: bool,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    mass_probe: Tensor | None, starts: Tensor | None, slots: Tensor | None, causal: bool,
+    scale: float, atomic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and lse; the probe, ``starts``, ``slots`` and ``atomic`` matter to the gradient."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -109,47 +98,29 @@ def flash_forward_op(
     return out, lse
 
 
-@flash_forward_op.register_fake
-def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    b, n, h, d = query.shape
-    return query.new_empty(b, n, h, d), query.new_empty(b, h, n, dtype=torch.float32)
+flash_forward_op.register_fake(empty_results)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_backward", mutates_args=())
 def flash_backward_op(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    starts: Tensor,
-    slots: Tensor,
-    causal: bool,
-    scale: float,
-    atomic: bool,
-    want_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, starts: Tensor, slots: Tensor,
+    causal: bool, scale: float, atomic: bool, want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, and the tile mass (empty if not wanted)."""
-    from dilated_attention_pytorch.ops.block_sparse_attention import triton_launch as launch
-    from dilated_attention_pytorch.ops.block_sparse_attention.by_product_launch import launch_mass
-    from dilated_attention_pytorch.ops.block_sparse_attention.triton_call import Call
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_backward import launch_backward
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products import launch_mass
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import Call
 
-    mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
     call = Call(
         query, key, value, kv_num_blocks, kv_indices, None, None, None, None, None,
         BLOCK, BLOCK, causal, 0, scale,
     )  # fmt: skip
     if not atomic:
-        grads = launch.Gradients(
-            torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None,
-            mass if want_mass else None,
-        )  # fmt: skip
-        launch.launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, grads)
-        return grads.query, grads.key, grads.value, mass
+        dq, dk, dv, _, mass = launch_backward(
+            call, out, lse, grad_out, grad_lse, starts, slots, False, want_mass
+        )
+        return dq, dk, dv, mass
     from flash_attn.cute.interface import _flash_attn_bwd
 
     lists = tiles(column_lists(query, kv_indices, starts, slots, causal))
@@ -157,27 +128,18 @@ def flash_backward_op(
         query, key, value, out, grad_out, lse, scale,
         mask_mod=causal_mask() if causal else None, block_sparse_tensors=lists, dlse=grad_lse,
     )  # fmt: skip
+    mass = query.new_empty(kv_indices.shape if want_mass else (0,), dtype=torch.float32)
     if want_mass:
         launch_mass(call, lse, grad_out, mass)
     return dq, dk, dv, mass
 
 
 @flash_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = kv_indices.shape if rest[-1] else (0,)
-    grads = (x.new_empty(x.shape) for x in (query, key, value))
-    return (*grads, query.new_empty(shape, dtype=torch.float32))  # type: ignore[return-value]
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, kv_indices = *args[4:7], args[8]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    shape = kv_indices.shape if args[-1] else (0,)
+    return dq, dk, dv, query.new_empty(shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,61 +1,36 @@
 """The PyTorch backend: batched products over gathered key blocks, a bounded chunk at a time.
 
 Rows (query blocks) that read equally many key blocks form one batch, so nothing is padded; the
-backward pass recomputes the probabilities of a chunk from the saved lse.
+backward pass recomputes the probabilities of a chunk from the saved lse. Memory beyond inputs and
+outputs: some chunks of ``size_q × keys read`` logits with the keys and values they belong to (and
+float32 copies of half-precision inputs). Waits for the device. As operators both passes are opaque
+to ``torch.compile``, mappable, and differentiable once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
 from dilated_attention_pytorch.ops.block_sparse_attention.row_groups import (
     RowGroup,
     RowGroups,
     group_rows,
 )
+from dilated_attention_pytorch.ops.operators import NAMESPACE, Apply, differentiable
+from dilated_attention_pytorch.pattern import BlockPattern
 
 # Logits of one chunk, by device type. On 2 CPU cores 2**18 to 2**21 take the same time.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
 # From here on float32's rounding of an lse is a thousandth and more of the weights.
 _STEEP = 1 << 14
-
-
-def gather_forward(args: Arguments) -> tuple[Tensor, Tensor]:
-    """Computes output and lse as :func:`block_sparse_attention` defines them.
-
-    Memory beyond inputs and outputs: some chunks of ``size_q × keys read`` logits with the keys and
-    values they belong to (and float32 copies of half-precision inputs). Waits for the device.
-    """
-    # Autocast would run the float32 products in half precision.
-    with torch.autocast(args.query.device.type, enabled=False):
-        return _forward(args, _group(args))
-
-
-def gather_backward(
-    args: Arguments,
-    lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of query, key, value, block bias and mass probe: those that are needed.
-
-    Lists the tiles anew, which takes less than a hundredth of the pass. Waits for the device.
-    """
-    with torch.autocast(args.query.device.type, enabled=False):
-        return _backward(args, _group(args), lse, grad_out, grad_lse, needs)
-
-
-def _group(args: Arguments) -> RowGroups:
-    device = args.query.device.type
-    return group_rows(args, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE))
 
 
 class _Tokens:
@@ -68,14 +43,9 @@ class _Tokens:
     def __init__(self, x: Tensor, size: int) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
-        dim = x.shape[3]
-        if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
-            x = x.contiguous()
+        self.rows, self.strides = rows_and_steps(x)
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.size, self.blocks = size, ceil_div(self.length, size)
-        places = [(n - 1) * x.stride(axis) // dim for axis, n in enumerate(x.shape[:3])]
-        self.rows = x.as_strided((sum(places) + 1 if x.numel() else 0, dim), (dim, 1))
-        self.strides = [x.stride(axis) // dim for axis in range(3)]
         # A partial last block repeats the last token; masks or an infinite lse leave it out.
         self._tokens = torch.arange(size, device=x.device)
 
@@ -96,24 +66,28 @@ class _Tokens:
         return out
 
 
+def rows_and_steps(x: Tensor) -> tuple[Tensor, list[int]]:
+    """``(b, n, h, d)`` as rows of d numbers, and the steps of b, n and h in rows; a view if it can.
+
+    Places are ``sum(step * index)``.
+    """
+    dim = x.shape[3]
+    if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
+        x = x.contiguous()
+    steps = [x.stride(axis) // dim for axis in range(3)]
+    last = sum((n - 1) * step for n, step in zip(x.shape[:3], steps, strict=True))
+    return x.as_strided((last + 1 if x.numel() else 0, dim), (dim, 1)), steps
+
+
 class _Products:
     """The tensors of one call, and the products that both passes need."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block_bias: Tensor | None,
-        scale: float,
-        block_size: tuple[int, int],
-        rows: RowGroups,
-    ) -> None:
-        self.size_q, self.size_k = block_size
-        self.head_dim, self.scale, self.hidden = query.shape[3], scale, rows.hidden
-        self.query = _Tokens(query, self.size_q)
-        self.key, self.value = _Tokens(key, self.size_k), _Tokens(value, self.size_k)
-        self.bias = None if block_bias is None else block_bias.flatten()
+    def __init__(self, args: Arguments, rows: RowGroups) -> None:
+        self.size_q, self.size_k = args.pattern.block_size
+        self.head_dim, self.scale, self.hidden = args.query.shape[3], args.scale, rows.hidden
+        self.query = _Tokens(args.query, self.size_q)
+        self.key, self.value = _Tokens(args.key, self.size_k), _Tokens(args.value, self.size_k)
+        self.bias = None if args.block_bias is None else args.block_bias.flatten()
         # Reusing a few buffers spares the page faults of fresh ones.
         self._tiles = max((group.slots.numel() for group in rows.groups), default=0)
         self._rows = max((group.rows.numel() for group in rows.groups), default=0)
@@ -238,15 +212,16 @@ def all_finite(x: Tensor) -> bool:
     return bool(x.detach().sum(dtype=wide).isfinite())
 
 
-def _products(args: Arguments, rows: RowGroups) -> _Products:
-    return _Products(
-        args.query, args.key, args.value, args.block_bias, args.scale, args.pattern.block_size, rows
-    )
+def _prepare(args: Arguments) -> tuple[_Products, RowGroups]:
+    """Lists the tiles; in the backward pass anew: less than a hundredth of the pass."""
+    limit = _CHUNK_ELEMENTS.get(args.query.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    rows = group_rows(args, limit)
+    return _Products(args, rows), rows
 
 
-def _forward(args: Arguments, rows: RowGroups) -> tuple[Tensor, Tensor]:
+def _forward(args: Arguments) -> tuple[Tensor, Tensor]:
     b, n, h, _ = args.query.shape
-    x = _products(args, rows)
+    x, rows = _prepare(args)
     out = x.new_blocks(x.query)
     lse = out.new_empty(out.shape[:2])
     out[rows.empty], lse[rows.empty] = 0, -torch.inf
@@ -263,16 +238,16 @@ def _forward(args: Arguments, rows: RowGroups) -> tuple[Tensor, Tensor]:
 
 def _backward(
     args: Arguments,
-    rows: RowGroups,
     lse: Tensor,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, block bias and mass probe; empty where not needed."""
     query, key, value, pattern = args.query, args.key, args.value, args.pattern
     b, n, h, _ = query.shape
     m, num_kv_heads = key.shape[1:3]
-    x = _products(args, rows)
+    x, rows = _prepare(args)
     # An expanded gradient, as of a sum, is slow to reduce.
     grad = torch.zeros_like(query) if grad_out is None else grad_out.contiguous()
     weight = _row_weights(grad, lse, pattern.num_heads, x.size_q)
@@ -332,14 +307,14 @@ def _backward(
         if needs_k:
             weighted_sum(ds.transpose(1, 2), q, to_keys, k, args.scale)
             dk.index_add_(0, group.keys.flatten(), k.view(r * c, *dk.shape[1:]))
-    shape = pattern.kv_indices.shape
-    return [
-        from_blocks(dq, b, n, h, query.dtype) if needs_q else None,
-        from_blocks(dk, b, m, num_kv_heads, key.dtype) if needs_k else None,
-        from_blocks(dv, b, m, num_kv_heads, value.dtype) if needs_v else None,
-        d_bias.view(shape) if needs_bias else None,
-        mass.view(shape) if needs_mass else None,
-    ]
+    # A result must not be the memory of another.
+    return (
+        from_blocks(dq, b, n, h, query.dtype) if needs_q else lse.new_empty(0),
+        from_blocks(dk, b, m, num_kv_heads, key.dtype) if needs_k else lse.new_empty(0),
+        from_blocks(dv, b, m, num_kv_heads, value.dtype) if needs_v else lse.new_empty(0),
+        d_bias.view(pattern.kv_indices.shape) if needs_bias else d_bias,
+        mass.view(pattern.kv_indices.shape) if needs_mass else mass,
+    )
 
 
 def _clear(x: Tensor, some: Tensor, tokens: Tensor) -> None:
@@ -382,3 +357,127 @@ def _row_weights(grad: Tensor, lse: Tensor, pattern_heads: int, size: int) -> Te
     shared = norm.view(b, pattern_heads, h // pattern_heads, ceil_div(n, size), size)
     total = shared.sum((2, 4), keepdim=True).clamp_(min=torch.finfo(lse.dtype).tiny)
     return (shared / total).view(norm.shape)
+
+
+def gather_attention(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Computes output and lse as :func:`block_sparse_attention` defines them."""
+    out, lse = _attend(*flatten(args))
+    return out, lse
+
+
+def flatten(args: Arguments) -> tuple[Any, ...]:
+    """What the forward operator takes: tensors with the batch first, and plain numbers."""
+    pattern, mask = args.pattern, args.mask
+    per_sample = isinstance(mask.query_offset, Tensor)
+    return (
+        args.query, args.key, args.value, pattern.kv_num_blocks, pattern.kv_indices,
+        args.block_bias, args.mass_probe, mask.key_lengths,
+        mask.query_offset if per_sample else None, mask.document_ids, *pattern.block_size,
+        mask.causal, 0 if per_sample else mask.query_offset, args.scale,
+    )  # fmt: skip
+
+
+def unflatten(
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor,
+    block_bias: Tensor | None, key_lengths: Tensor | None, query_offset: Tensor | None,
+    document_ids: Tensor | None, block_q: int, block_k: int, causal: bool, offset: int,
+    scale: float,
+) -> Arguments:  # fmt: skip
+    """The call that :func:`flatten` took apart, without its mass probe."""
+    n, m = query.shape[1], key.shape[1]
+    pattern = BlockPattern(counts, indices, n, m, (block_q, block_k), check_values=False)
+    where = offset if query_offset is None else query_offset
+    mask = AttentionMask(n, m, causal, where, key_lengths, document_ids)
+    return Arguments(query, key, value, pattern, mask, scale, block_bias, None)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather_forward", mutates_args=())
+def forward_op(
+    query: Tensor, key: Tensor, value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor,
+    block_bias: Tensor | None, mass_probe: Tensor | None, key_lengths: Tensor | None,
+    query_offset: Tensor | None, document_ids: Tensor | None, block_q: int, block_k: int,
+    causal: bool, offset: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and lse; ``mass_probe`` matters to the gradient alone."""
+    args = unflatten(
+        query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
+        document_ids, block_q, block_k, causal, offset, scale,
+    )  # fmt: skip
+    # Autocast would run the float32 products in half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        return _forward(args)
+
+
+@forward_op.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    b, n, h, _ = query.shape
+    block_q = rest[9]
+    blocks = _blocks_like(query, block_q)
+    lse = blocks.new_empty(b, h, ceil_div(n, block_q) * block_q)[:, :, :n]
+    return from_blocks(blocks, b, n, h, query.dtype), lse
+
+
+def _blocks_like(x: Tensor, size: int) -> Tensor:
+    """The layout in which gather.py accumulates ``(b, n, h, d)``."""
+    b, n, h, d = x.shape
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(b * h * ceil_div(n, size), size, d, dtype=wide)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gather_backward", mutates_args=())
+def backward_op(
+    grad_out: Tensor | None, grad_lse: Tensor | None, lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block_bias: Tensor | None,
+    key_lengths: Tensor | None, query_offset: Tensor | None, document_ids: Tensor | None,
+    block_q: int, block_k: int, causal: bool, offset: int, scale: float, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, block bias and mass probe; empty where not needed."""
+    args = unflatten(
+        query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
+        document_ids, block_q, block_k, causal, offset, scale,
+    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        return _backward(args, lse, grad_out, grad_lse, needs)
+
+
+@backward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    lse, query, key, value, kv_indices = *args[2:6], args[7]
+    block_q, block_k, needs = args[12], args[13], args[-1]
+    results = []
+    for x, size in ((query, block_q), (key, block_k), (value, block_k)):
+        b, n, h, _ = x.shape
+        results.append(from_blocks(_blocks_like(x, size), b, n, h, x.dtype))
+    results += [lse.new_empty(kv_indices.shape) for _ in range(2)]
+    pairs = zip(results, needs, strict=True)
+    return tuple(x if needed else lse.new_empty(0) for x, needed in pairs)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what :func:`backward` needs: the inputs and the lse."""
+    (
+        query, key, value, counts, indices, bias, probe, lengths, offsets, documents, *constants,
+    ) = inputs  # fmt: skip
+    ctx.save_for_backward(
+        output[1], query, key, value, counts, indices, bias, lengths, offsets, documents
+    )
+    ctx.constants = constants
+    ctx.probe_dtype = None if probe is None else probe.dtype
+    ctx.set_materialize_grads(False)
+
+
+def backward(
+    run: Apply, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
+    """Gradients of all inputs of the forward operator; see :func:`differentiable`."""
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:7]]
+    grads = run(grad_out, grad_lse, *ctx.saved_tensors, *ctx.constants, needs)
+    dq, dk, dv, dbias, mass = (
+        x if needed else None for x, needed in zip(grads, needs, strict=True)
+    )
+    if mass is not None:
+        mass = mass.to(ctx.probe_dtype)
+    return (dq, dk, dv, None, None, dbias, mass, *(None,) * 8)
+
+
+_attend = differentiable(forward_op, backward_op, setup_context, backward)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
@@ -14,30 +14,73 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_arguments,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.cpp import (
-    auto_refusal,
+    auto_unsupported_reason,
     cpp_attention,
-    cpp_refusal,
-)
-from dilated_attention_pytorch.ops.block_sparse_attention.dense import (
-    dense_attention,
-    dense_refusal,
+    cpp_unsupported_reason,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.flash import (
     flash_attention,
-    flash_refusal,
+    flash_unsupported_reason,
 )
-from dilated_attention_pytorch.ops.block_sparse_attention.gather_autograd import (
-    gather_attention,
-)
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import gather_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.reference import reference_attention
+from dilated_attention_pytorch.ops.operators import triton_missing_reason
 from dilated_attention_pytorch.pattern import BlockPattern
 
 Backend = Callable[[Arguments], tuple[Tensor, Tensor | None]]
 
 
+def dense_attention(args: Arguments) -> tuple[Tensor, None]:
+    """PyTorch's own attention, for patterns that leave nothing out; there is no lse.
+
+    On a GPU its gradients may differ in the last bits from run to run, unless
+    ``torch.use_deterministic_algorithms(True)`` asks for others.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (args.query, args.key, args.value))
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        # Spelled out: with enable_gqa some devices fall back to forming all the weights.
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(query, key, value, scale=args.scale)
+    return out.transpose(1, 2), None
+
+
+def dense_unsupported_reason(args: Arguments, return_lse: bool) -> str | None:
+    """Why dense attention cannot stand in for the pattern, or None if it can.
+
+    Looks at what is known without reading the pattern, so that nothing waits for a device.
+    """
+    mask, known = args.mask, args.pattern.complete_for
+    if args.block_bias is not None:
+        return "it adds no block_bias"
+    if args.mass_probe is not None:
+        return "it returns no tile mass"
+    if return_lse:
+        return "it returns no lse"
+    if mask.per_sample:
+        return "it knows no key_lengths, cu_seqlens and query_offset per sample"
+    if known is None:
+        return "the pattern is not known to keep every tile"
+    if mask.q_len == 0 or mask.kv_len == 0:
+        return "there is nothing to attend to"
+    if mask.causal and not _sees_everything(args):
+        # PyTorch multiplies later tokens by 0, so that one that is not finite spoils earlier ones;
+        # with a scale of 0 or below -inf in its mask becomes NaN.
+        return "a causal mask hides tokens, whose values must not matter"
+    if known.causal and not _sees_everything(args):
+        return "the pattern keeps every tile of a causal mask alone"
+    return None
+
+
+def _sees_everything(args: Arguments) -> bool:
+    """Whether the causal mask hides nothing; for masks with one offset."""
+    offset = args.mask.query_offset
+    return not isinstance(offset, Tensor) and offset >= args.mask.kv_len - 1
+
+
 def _triton_attention(args: Arguments) -> tuple[Tensor, Tensor]:
     # Triton is imported on first use: the package itself needs torch alone.
-    from dilated_attention_pytorch.ops.block_sparse_attention.autograd import triton_attention
+    from dilated_attention_pytorch.ops.block_sparse_attention.triton_forward import triton_attention
 
     return triton_attention(args)
 
@@ -135,18 +178,10 @@ def block_sparse_attention(
         torch.Size([1, 128, 2, 16])
     """
     arguments = check_arguments(
-        query,
-        key,
-        value,
-        pattern,
-        causal=causal,
-        scale=scale,
-        block_bias=block_bias,
-        mass_probe=mass_probe,
-        key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens,
+        query, key, value, pattern, causal=causal, scale=scale, block_bias=block_bias,
+        mass_probe=mass_probe, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
         query_offset=query_offset,
-    )
+    )  # fmt: skip
     name, _ = choose_backend(arguments, backend, return_lse)
     out, lse = BACKENDS[name](arguments)
     # A backend without lse is not chosen where it is asked for.
@@ -168,34 +203,32 @@ def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False)
                 f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}."
             )
         if backend == "dense":
-            refusal = dense_refusal(arguments, return_lse)
+            reason = dense_unsupported_reason(arguments, return_lse)
         else:
-            refusal = _REFUSALS[backend](arguments) if backend in _REFUSALS else None
-        if refusal:
-            raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto'.")
+            reason = _UNSUPPORTED.get(backend, lambda _: None)(arguments)
+        if reason:
+            raise ValueError(f"backend={backend!r} cannot run this: {reason}; use backend='auto'.")
         return backend, "asked for by name"
-    if dense_refusal(arguments, return_lse) is None:
+    if dense_unsupported_reason(arguments, return_lse) is None:
         return "dense", "the pattern keeps every tile"
     device = arguments.query.device.type
-    if device == "cpu" and auto_refusal(arguments) is None:
+    if device == "cpu" and auto_unsupported_reason(arguments) is None:
         return "cpp", "the compiled kernel runs on this CPU"
     if device != "cuda":
         return "gather", f"the PyTorch path runs on {device}"
-    refusal = _triton_refusal(arguments)
-    if refusal:
-        return "gather", f"the Triton kernels cannot run this: {refusal}"
-    if flash_refusal(arguments) is None:
+    reason = _triton_unsupported_reason(arguments)
+    if reason:
+        return "gather", f"the Triton kernels cannot run this: {reason}"
+    if flash_unsupported_reason(arguments) is None:
         return "flash", "FlashAttention-4's forward is faster here; the backward is ours"
     return "triton", "the fused kernels run on this GPU"
 
 
-# Looked up once: torch.compile cannot trace it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _triton_refusal(arguments: Arguments) -> str | None:
+def _triton_unsupported_reason(arguments: Arguments) -> str | None:
     """Why the Triton kernels cannot run this, or None if they can."""
     query = arguments.query
     if query.dtype not in _TRITON_DTYPES:
@@ -205,26 +238,16 @@ def _triton_refusal(arguments: Arguments) -> str | None:
         return f"block sizes must be among {_TRITON_BLOCK_SIZES}, got {sizes}"
     if query.shape[3] > 256:
         return f"head_dim must be at most 256, got {query.shape[3]}"
-    if not _HAS_TRITON:
-        return "the triton package is not installed"
-    if query.device.type != "cuda" and not _interpreting():
-        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
-    return None
+    return triton_missing_reason(query.device)
 
 
 # What a backend cannot run; the others run everything.
-_REFUSALS = {
-    "cpp": cpp_refusal,
-    "triton": _triton_refusal,
-    "flash": flash_refusal,
-    "flash_atomic": flash_refusal,
+_UNSUPPORTED: dict[str, Callable[[Arguments], str | None]] = {
+    "cpp": cpp_unsupported_reason,
+    "triton": _triton_unsupported_reason,
+    "flash": flash_unsupported_reason,
+    "flash_atomic": flash_unsupported_reason,
 }
-
-
-def _interpreting() -> bool:
-    from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import INTERPRETED
-
-    return INTERPRETED
 
 
 def explain_backend(
@@ -253,16 +276,8 @@ def explain_backend(
         'gather: the PyTorch path runs on cpu'
     """
     arguments = check_arguments(
-        query,
-        key,
-        value,
-        pattern,
-        causal=causal,
-        scale=scale,
-        block_bias=block_bias,
-        mass_probe=mass_probe,
-        key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens,
+        query, key, value, pattern, causal=causal, scale=scale, block_bias=block_bias,
+        mass_probe=mass_probe, key_lengths=key_lengths, cu_seqlens=cu_seqlens,
         query_offset=query_offset,
-    )
+    )  # fmt: skip
     return ": ".join(choose_backend(arguments, backend, return_lse))

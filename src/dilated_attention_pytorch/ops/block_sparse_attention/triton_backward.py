@@ -1,27 +1,52 @@
-"""The Triton backward kernels of block-sparse attention; names as in ``triton_tiles.py``.
+"""The backward pass of block-sparse attention in Triton, and its operator.
 
-Gradients are deterministic without atomics: one program owns dK and dV of a key tile, another dQ
-of a query tile; both recompute the logits.
+From the probabilities P of a tile, recomputed with the saved lse, and the gradient g of the output:
+
+    dP = g vᵀ,  dS = P (dP - delta)  with  delta = Σ_d g · out - dlse,
+    dq = scale · dS k,  dk = scale · dSᵀ q,  dv = Pᵀ g,
+
+and of each tile its mass ``Σ ‖g‖ P`` and the gradient ``Σ dS`` of its bias. Gradients are
+deterministic without atomics: one program owns dK and dV of a key tile, another dQ of a query tile;
+both recompute the logits. Names as in ``triton_tiles.py``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_by_products import (
+    collect,
+    empty_parts,
+    parts_of,
     store_by_products,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
-    LOG2E,
-    any_left_out,
-    any_tile_left_out,
+    Call,
+    LaunchConfig,
     count_below,
+    count_tiles_left_out,
     document_of,
     finite_part,
+    key_config,
     load_rows,
+    query_config,
+    sources,
     store_rows,
+    unmasked_tiles,
     visible,
+)
+from dilated_attention_pytorch.ops.operators import NAMESPACE
+from dilated_attention_pytorch.ops.triton_device import (
+    INTERPRETED,
+    LOG2E,
+    capability,
+    on_device,
+    strides,
 )
 
 
@@ -66,6 +91,50 @@ def row_kernel(
 
 
 @triton.jit
+def _query_tile(
+    acc, q, g, k_source, v_source, k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len, biases, slot,
+    log_sum, centre, scale2, row, key_limit, offset, documents, q_len,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+    DOCUMENTS: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds one key tile to dQ; also returns the tile's P and dS."""
+    column = start + tl.arange(0, COLUMNS)
+    k = load_rows(
+        k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
+        1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+    )  # fmt: skip
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(biases + slot) * LOG2E
+    if MASKED:
+        if BIAS:
+            key_limit = tl.where(bias == float("-inf"), 0, key_limit)
+        ok = visible(
+            row[:, None], column[None, :], batch, key_limit, offset, documents, q_len,
+            CAUSAL, DOCUMENTS,
+        )  # fmt: skip
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
+    if MASKED:
+        p = tl.where(ok, p, 0.0)
+    v = load_rows(
+        v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+        1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+    )  # fmt: skip
+    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    if MASKED:
+        ds = tl.where(p == 0, 0.0, p * (dp - centre[:, None]))
+        # Where k is not finite, s is neither, nor is ds where k is read.
+        k = finite_part(k)
+    else:
+        ds = p * (dp - centre[:, None])
+    acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    return acc, p, ds
+
+
+@triton.jit
 def query_kernel(
     q_source, q_stride_b, q_stride_h, q_stride_n,
     k_source, k_stride_b, k_stride_h, k_stride_n,
@@ -104,8 +173,9 @@ def query_kernel(
     block64 = tl.cast(block, tl.int64)
     count = tl.load(counts + batch64 * c_stride_b + shared64 * c_stride_p + block64 * c_stride_i)
     entries = indices + batch64 * i_stride_b + shared64 * i_stride_p + block64 * i_stride_i
+    biases = block_bias
     if BIAS:
-        biases = block_bias + batch64 * b_stride_b + shared64 * b_stride_p + block64 * b_stride_i
+        biases += batch64 * b_stride_b + shared64 * b_stride_p + block64 * b_stride_i
     if OFFSETS:
         offset = tl.load(offsets + batch).to(tl.int32)
     key_limit = kv_len
@@ -114,18 +184,10 @@ def query_kernel(
     low = 0
     full = count
     if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
-        unmasked_end = key_limit
-        if CAUSAL:
-            unmasked_end = tl.minimum(unmasked_end, first + offset + 1)
-        if DOCUMENTS:
-            last = tl.minimum(first + ROWS, q_len) - 1
-            start, end = document_of(documents, bounds, batch, first, last, q_len)
-            unmasked_end = tl.minimum(unmasked_end, end)
-            low = count_below(entries, count, 1, BLOCK_K, start)
-        full = count_below(entries, count, 1, BLOCK_K, unmasked_end - BLOCK_K + 1)
-        full = tl.maximum(full, low)
-        if BIAS:
-            full = tl.where(any_left_out(biases, count) > 0, low, full)
+        low, full = unmasked_tiles(
+            entries, biases, count, first, key_limit, offset, documents, bounds, batch, q_len,
+            BLOCK_K, ROWS, CAUSAL, DOCUMENTS, BIAS,
+        )  # fmt: skip
     q = load_rows(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
         PACK, ROWS, D, HEAD_DIM, TMA_Q, UPCAST,
@@ -152,74 +214,27 @@ def query_kernel(
         start = upcoming * BLOCK_K + (step % VISITS) * COLUMNS
         following = (step + 1) // VISITS
         upcoming = tl.load(entries + following, mask=following < full, other=0)
-        k = load_rows(
-            k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+        acc, p, ds = _query_tile(
+            acc, q, g, k_source, v_source, k_stride_b, k_stride_h, k_stride_n,
+            v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+            biases, slot, log_sum, centre, scale2, row, key_limit, offset, documents, q_len,
+            D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, BIAS, False, TMA, UPCAST, PRECISION,
         )  # fmt: skip
-        bias = 0.0
-        if BIAS:
-            bias = tl.load(biases + slot) * LOG2E
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(s * scale2 + (bias - log_sum)[:, None])
-        v = load_rows(
-            v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
-            1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-        )  # fmt: skip
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - centre[:, None])
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-        store_by_products(
-            mass,
-            grad_bias,
-            own + step % VISITS * cells + slot,
-            p,
-            ds,
-            weight,
-            MASS,
-            GRAD_BIAS,
-            PARTS,
-        )
+        cell = own + step % VISITS * cells + slot
+        store_by_products(mass, grad_bias, cell, p, ds, weight, MASS, GRAD_BIAS, PARTS)
     if CAUSAL or LENGTHS or DOCUMENTS or BIAS or not EVEN_KEYS:
         for step in tl.range(0, (count - (full - low)) * VISITS, num_stages=1):
             slot = step // VISITS
             slot = tl.where(slot < low, slot, slot + full - low)
             start = tl.load(entries + slot) * BLOCK_K + (step % VISITS) * COLUMNS
-            column = start + tl.arange(0, COLUMNS)
-            k = load_rows(
-                k_source, k_stride_b, k_stride_h, k_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
+            acc, p, ds = _query_tile(
+                acc, q, g, k_source, v_source, k_stride_b, k_stride_h, k_stride_n,
+                v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
+                biases, slot, log_sum, centre, scale2, row, key_limit, offset, documents, q_len,
+                D, HEAD_DIM, COLUMNS, CAUSAL, DOCUMENTS, BIAS, True, TMA, UPCAST, PRECISION,
             )  # fmt: skip
-            bias = 0.0
-            limit = key_limit
-            if BIAS:
-                bias = tl.load(biases + slot) * LOG2E
-                limit = tl.where(bias == float("-inf"), 0, key_limit)
-            ok = visible(
-                row[:, None], column[None, :], batch, limit, offset, documents, q_len,
-                CAUSAL, DOCUMENTS,
-            )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.where(ok, tl.exp2(s * scale2 + (bias - log_sum)[:, None]), 0.0)
-            v = load_rows(
-                v_source, v_stride_b, v_stride_h, v_stride_n, batch, kv_head, start, kv_len,
-                1, COLUMNS, D, HEAD_DIM, TMA, UPCAST,
-            )  # fmt: skip
-            dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            ds = tl.where(p == 0, 0.0, p * (dp - centre[:, None]))
-            # Where k is not finite, s is neither, nor is ds where k is read.
-            k = finite_part(k)
-            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-            store_by_products(
-                mass,
-                grad_bias,
-                own + step % VISITS * cells + slot,
-                p,
-                ds,
-                weight,
-                MASS,
-                GRAD_BIAS,
-                PARTS,
-            )
+            cell = own + step % VISITS * cells + slot
+            store_by_products(mass, grad_bias, cell, p, ds, weight, MASS, GRAD_BIAS, PARTS)
     store_rows(
         grad_q, dq_stride_b, dq_stride_h, dq_stride_n, batch, head, first, q_len, acc * scale,
         PACK, ROWS, D, HEAD_DIM,
@@ -231,44 +246,13 @@ def query_kernel(
 
 @triton.jit
 def _key_tile(
-    dk,
-    dv,
-    k,
-    v,
-    q_source,
-    g_source,
-    q_stride_b,
-    q_stride_h,
-    q_stride_n,
-    g_stride_b,
-    g_stride_h,
-    g_stride_n,
-    lse2,
-    delta,
-    batch,
-    head,
-    first,
-    bias,
-    q_len,
-    padded_len,
-    num_heads,
-    scale2,
-    column,
-    key_limit,
-    offset,
-    documents,
-    PACK: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASKED: tl.constexpr,
-    TMA_Q: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dk, dv, k, v, q_source, g_source, q_stride_b, q_stride_h, q_stride_n,
+    g_stride_b, g_stride_h, g_stride_n, lse2, delta, batch, head, first, bias,
+    q_len, padded_len, num_heads, scale2, column, key_limit, offset, documents,
+    PACK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
+    TMA_Q: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Adds one query tile to dK and dV. Logits stand transposed, ``(m, n)``."""
     q = load_rows(
         q_source, q_stride_b, q_stride_h, q_stride_n, batch, head, first, q_len,
@@ -387,7 +371,7 @@ def key_kernel(
             full = count_below(entries, count, width, BLOCK_Q, row_end - BLOCK_Q + 1)
             full = tl.maximum(full, low)
             if BIAS:
-                dead = any_tile_left_out(biases, entries, count, width, b_stride_i)
+                dead = count_tiles_left_out(biases, entries, count, width, b_stride_i)
                 full = tl.where(dead > 0, low, full)
         upcoming = tl.load(entries + low, mask=low < full, other=0)
         for step in tl.range(low * VISITS, full * VISITS, num_stages=STAGES):
@@ -437,3 +421,123 @@ def key_kernel(
         grad_v, dv_stride_b, dv_stride_h, dv_stride_n, batch, kv_head, start, kv_len, dv,
         1, COLUMNS, D, HEAD_DIM,
     )  # fmt: skip
+
+
+def launch_backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, starts: Tensor,
+    slots: Tensor, want_bias: bool, want_mass: bool, *, config: LaunchConfig | None = None,
+    config_query: LaunchConfig | None = None, overlap: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, block bias and mass probe (the last two may be empty).
+
+    Args:
+        call: As in the forward pass.
+        out: Its output.
+        lse: Its lse.
+        grad_out: Gradient of the output; last dimension contiguous.
+        grad_lse: Gradient of the lse, contiguous, or None.
+        starts: ``PatternTranspose.offsets``.
+        slots: ``PatternTranspose.slots``.
+        want_bias: Whether the bias's gradient is wanted.
+        want_mass: Whether the tile mass is wanted.
+        config: Launch of the dK, dV kernel.
+        config_query: Launch of the dQ kernel.
+        overlap: Let the dQ kernel fill multiprocessors that the end of the dK, dV kernel leaves
+            idle (programmatic dependent launch, Hopper and later).
+    """
+    grads = _empty_gradients(call.query, call.key, call.indices, want_bias, want_mass)
+    dq, dk, dv, grad_bias, mass = grads
+    batch, q_len, num_heads, head_dim = call.query.shape
+    kv_len, num_kv_heads = call.key.shape[1:3]
+    if call.empty:
+        for x in grads:
+            x.zero_()
+        return grads
+    device = call.query.device
+    query_blocks, width = call.indices.shape[2:]
+    padded_len = query_blocks * call.block_q
+    lse2, delta, norm = rows = [
+        lse.new_empty(batch, num_heads, padded_len, dtype=torch.float32) for _ in range(3)
+    ]
+    config_query = config_query or query_config(call.tile())
+    pack_query = call.pack(config_query.rows)
+    # Before the dK, dV kernel, whose memory must not be given to the one that overlaps it.
+    of_bias, of_mass = (
+        empty_parts(call, config_query, pack_query) if wanted else None
+        for wanted in (want_bias, want_mass)
+    )
+    overlap = overlap and not INTERPRETED and capability(device) >= (9, 0)
+    scales = call.scale, call.scale * LOG2E.value
+    with on_device(device):
+        row_kernel[(triton.cdiv(padded_len, 32), num_heads, batch)](
+            out, *strides(out), grad_out, *strides(grad_out),
+            lse, lse if grad_lse is None else grad_lse, *rows, q_len, padded_len, num_heads,
+            ROWS=32, D=call.padded_head_dim, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None,
+            num_warps=4,
+        )  # fmt: skip
+        config = config or key_config(call.tile())
+        pack = call.pack(config.rows)
+        (query, gradient), tma_q = sources((call.query, grad_out), pack, config.rows, call)
+        (key, value), tma = sources((call.key, call.value), 1, config.columns, call)
+        key_kernel[(triton.cdiv(kv_len, config.columns), batch * num_kv_heads)](
+            *query, *key, *value, *gradient, dk, *strides(dk), dv, *strides(dv), lse2, delta,
+            starts, *starts.stride()[:2], slots, *slots.stride()[:2],
+            *call.mask_arguments(), q_len, kv_len, padded_len, call.offset, *scales, num_heads,
+            query_blocks, width,
+            **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
+            EVEN_QUERIES=q_len % call.block_q == 0,
+            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages, OVERLAP=overlap,
+            **config.options(),
+        )  # fmt: skip
+        config, pack = config_query, pack_query
+        tiles = triton.cdiv(q_len, config.rows)
+        (query, gradient), tma_q = sources((call.query, grad_out), pack, config.rows, call)
+        (key, value), tma = sources((call.key, call.value), 1, config.columns, call)
+        query_kernel[(tiles, num_heads // pack, batch)](
+            *query, *key, *value, *gradient, dq, *strides(dq), *rows,
+            lse2 if of_bias is None else of_bias, lse2 if of_mass is None else of_mass,
+            call.counts, *call.counts.stride(), call.indices, *call.indices.stride()[:3],
+            *call.mask_arguments(), q_len, kv_len, padded_len, call.offset, *scales, num_heads,
+            tiles, query_blocks, width,
+            **call.constants(), PACK=pack, ROWS=config.rows, COLUMNS=config.columns,
+            GRAD_BIAS=want_bias, MASS=want_mass, PARTS=parts_of(config, pack),
+            TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages, OVERLAP=overlap,
+            **config.options(), **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
+    if of_bias is not None:
+        collect(call, config, of_bias, norm, grad_bias, share=False)
+    if of_mass is not None:
+        collect(call, config, of_mass, norm, mass, share=True)
+    return grads
+
+
+def _empty_gradients(
+    query: Tensor, key: Tensor, kv_indices: Tensor, want_bias: bool, want_mass: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias, mass = (
+        query.new_empty(kv_indices.shape if wanted else (0,), dtype=torch.float32)
+        for wanted in (want_bias, want_mass)
+    )
+    dk, dv = key.new_empty(key.shape), key.new_empty(key.shape)
+    return query.new_empty(query.shape), dk, dv, bias, mass
+
+
+@torch.library.custom_op(f"{NAMESPACE}::block_sparse_backward", mutates_args=())
+def backward_op(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block_bias: Tensor | None,
+    starts: Tensor, slots: Tensor, key_lengths: Tensor | None, query_offset: Tensor | None,
+    document_ids: Tensor | None, bounds: Tensor | None, block_q: int, block_k: int, causal: bool,
+    offset: int, scale: float, want_bias: bool, want_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, block bias and mass probe (the last two may be empty)."""
+    call = Call(
+        query, key, value, kv_num_blocks, kv_indices, block_bias, key_lengths, query_offset,
+        document_ids, bounds, block_q, block_k, causal, offset, scale,
+    )  # fmt: skip
+    return launch_backward(call, out, lse, grad_out, grad_lse, starts, slots, want_bias, want_mass)
+
+
+@backward_op.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(args[4], args[5], args[8], *args[-2:])

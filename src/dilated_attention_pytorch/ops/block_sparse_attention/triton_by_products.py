@@ -1,15 +1,30 @@
-"""What each tile tells the selector: its mass and the gradient of its bias; Triton kernels."""
+"""What each tile tells the selector: its mass and the gradient of its bias; Triton kernels.
+
+With ``w_n = ‖dO_n‖`` of each row n (0 where it reads nothing) the mass of tile (i, j) is
+
+    Σ_n w_n Σ_(m in j) P_nm / Σ_n w_n
+
+over the rows of block i and the heads that share the pattern; the gradient of its bias is
+``Σ_n Σ_(m in j) dS_nm``. Programs store what they add up of a tile in parts, one plane per visit;
+``collect_kernel`` adds these up in a fixed order.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import (
-    LOG2E,
+    Call,
+    LaunchConfig,
     count_below,
     load_rows,
+    mass_config,
+    sources,
 )
+from dilated_attention_pytorch.ops.triton_device import LOG2E, on_device
 
 
 @triton.jit
@@ -31,16 +46,9 @@ def store_parts(target, place, per_row, PARTS: tl.constexpr):
 
 @triton.jit
 def store_by_products(
-    mass,
-    grad_bias,
-    place,
-    p,
-    ds,
-    weight,
-    MASS: tl.constexpr,
-    GRAD_BIAS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    mass, grad_bias, place, p, ds, weight,
+    MASS: tl.constexpr, GRAD_BIAS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """What a visited tile says about its score."""
     if MASS:
         store_parts(mass, place, tl.sum(p, 1) * weight, PARTS)
@@ -172,3 +180,75 @@ def collect_kernel(
             )
         cell = (own * query_blocks + block) * width + slot
         tl.store(target + cell, tl.sum(found, 1) / total, mask=slot < width)
+
+
+def parts_of(config: LaunchConfig, pack: int) -> int:
+    """Parts in which a program stores the sum over a tile of ``pack`` heads."""
+    # Elsewhere warps divide the columns, so that none has the sum of its rows.
+    own_rows = config.num_warps % 4 == 0 and pack * config.rows == 16 * config.num_warps
+    return config.num_warps if own_rows else 1
+
+
+def empty_parts(call: Call, config: LaunchConfig, pack: int) -> Tensor:
+    """Room ``(b, planes, i, k, parts)`` for what programs of ``pack`` heads add up of each tile.
+
+    Entries past a row's count stay unwritten.
+    """
+    visits = (call.block_q // config.rows) * (call.block_k // config.columns)
+    batch, _, num_heads, _ = call.query.shape
+    shape = (batch, num_heads // pack * visits, *call.indices.shape[2:], parts_of(config, pack))
+    return call.query.new_empty(shape, dtype=torch.float32)
+
+
+def collect(
+    call: Call, config: LaunchConfig, parts: Tensor, norm: Tensor, target: Tensor, *, share: bool
+) -> None:
+    """Adds up the parts; with ``share`` relative to the rows' gradient norms ``(b, h, rows)``."""
+    batch, heads, blocks, width = call.indices.shape
+    if target.numel() == 0:
+        return
+    with on_device(norm.device):
+        collect_kernel[(blocks, batch * heads)](
+            parts, norm, target, call.counts, *call.counts.stride(),
+            heads, norm.shape[1], blocks, width, parts.shape[1] // heads,
+            call.query.shape[1], norm.shape[2],
+            HEADS_PER_PATTERN=call.heads_per_pattern, BLOCK_Q=call.block_q,
+            ROWS=config.rows, COLUMN_VISITS=call.block_k // config.columns,
+            PARTS=parts.shape[4], SLOTS=min(max(triton.next_power_of_2(width), 16), 64),
+            SHARE=share, num_warps=1,
+        )  # fmt: skip
+
+
+def launch_mass(call: Call, lse: Tensor, grad_out: Tensor, mass: Tensor) -> None:
+    """Writes the tile mass alone, one product per tile.
+
+    Args:
+        call: As in the forward pass: whole blocks, no mask but a causal one of equal lengths.
+        lse: Its lse, contiguous.
+        grad_out: Gradient of the output; last dimension contiguous.
+        mass: ``(b, p, i, k)`` float32, contiguous.
+    """
+    batch, q_len, num_heads, _ = call.query.shape
+    if mass.numel() == 0:
+        return
+    config = mass_config(call.tile())
+    tiles = q_len // config.rows
+    parts = empty_parts(call, config, 1)
+    norm = lse.new_empty(batch, num_heads, q_len)
+    (query, gradient), tma_q = sources((call.query, grad_out), 1, config.rows, call)
+    (key,), tma = sources((call.key,), 1, config.columns, call)
+    constants = call.constants()
+    with on_device(call.query.device):
+        mass_kernel[(tiles, num_heads, batch)](
+            *query, *key, *gradient, lse, norm, parts,
+            call.counts, *call.counts.stride(), call.indices, *call.indices.stride()[:3],
+            q_len, call.key.shape[1], call.scale * LOG2E.value, num_heads, tiles,
+            *call.indices.shape[2:],
+            **{name: constants[name] for name in (
+                "GROUP", "HEADS_PER_PATTERN", "D", "HEAD_DIM", "CAUSAL", "UPCAST", "PRECISION",
+            )},
+            BLOCK=call.block_q, ROWS=config.rows, COLUMNS=config.columns,
+            PARTS=parts_of(config, 1), TMA_Q=tma_q, TMA=tma, STAGES=config.num_stages,
+            **config.options(),
+        )  # fmt: skip
+    collect(call, config, parts, norm, mass, share=True)

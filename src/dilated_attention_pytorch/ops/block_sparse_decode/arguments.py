@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,
     check_qkv,
+    check_scale,
     readable,
 )
 from dilated_attention_pytorch.pattern import check_list_values
@@ -68,18 +68,10 @@ class DecodeArguments:
 
 
 def check_arguments(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    *,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    block_size: int,
-    scale: float | None,
-    block_bias: Tensor | None,
-) -> DecodeArguments:
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, kv_num_blocks: Tensor,
+    kv_indices: Tensor, *, lengths: Tensor | None, starts: Tensor | None, block_size: int,
+    scale: float | None, block_bias: Tensor | None,
+) -> DecodeArguments:  # fmt: skip
     """Validates and normalises; see ``block_sparse_decode`` for the meaning of each."""
     check_qkv(query, key_cache, value_cache, cached=True)
     batch, new, num_heads, head_dim = query.shape
@@ -97,12 +89,7 @@ def check_arguments(
     check_lengths("lengths", lengths, (batch,), query.device)
     if starts is not None:
         check_lengths("starts", starts, (batch,), query.device)
-    if scale is None:
-        scale = 1 / math.sqrt(head_dim)
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
-    elif not abs(scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"scale must be finite in float32, got {scale}.")
+    scale = check_scale(scale, head_dim)
     if block_bias is not None:
         check_floating("block_bias", block_bias)
         if block_bias.shape != kv_indices.shape:
@@ -117,19 +104,14 @@ def check_arguments(
         query, key_cache, value_cache = (x.to(dtype) for x in (query, key_cache, value_cache))
     return DecodeArguments(
         query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths, starts, block_bias,
-        block_size, float(scale),
+        block_size, scale,
     )  # fmt: skip
 
 
 def _check_lists(
-    counts: Tensor,
-    indices: Tensor,
-    batch: int,
-    new: int,
-    num_heads: int,
-    kv_heads: int,
+    counts: Tensor, indices: Tensor, batch: int, new: int, num_heads: int, kv_heads: int,
     device: torch.device,
-) -> None:
+) -> None:  # fmt: skip
     for name, x in (("kv_num_blocks", counts), ("kv_indices", indices)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}.")

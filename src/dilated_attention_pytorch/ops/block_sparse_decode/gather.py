@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import readable
-from dilated_attention_pytorch.ops.block_sparse_attention.gather import all_finite, weighted_sum
+from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
+    all_finite,
+    rows_and_steps,
+    weighted_sum,
+)
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import DecodeArguments
 
 # Numbers of gathered keys at a time on the CPU: 2**18 float32 numbers are 1 MiB, so that the
@@ -117,12 +121,7 @@ class _Rows:
     """A cache as rows of ``head_dim`` numbers, gathered without a copy of the cache."""
 
     def __init__(self, x: Tensor) -> None:
-        dim = x.shape[3]
-        if x.stride(3) != 1 or any(x.stride(axis) % dim for axis in range(3)):
-            x = x.contiguous()
-        self.strides = [x.stride(axis) // dim for axis in range(3)]
-        last = sum((n - 1) * s for n, s in zip(x.shape[:3], self.strides, strict=True))
-        self.rows = x.as_strided((last + 1 if x.numel() else 0, dim), (dim, 1))
+        self.rows, self.strides = rows_and_steps(x)
 
     def take(self, batch: int, heads: Tensor, tokens: Tensor) -> Tensor:
         """Tokens ``(p, n, t)`` of heads ``(p,)`` of one sample as ``(p, n, t, d)``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -15,13 +14,14 @@ from dilated_attention_pytorch.ops.block_sparse_decode.arguments import (
 )
 from dilated_attention_pytorch.ops.block_sparse_decode.gather import gather_decode
 from dilated_attention_pytorch.ops.block_sparse_decode.reference import reference_decode
+from dilated_attention_pytorch.ops.operators import triton_missing_reason
 
 Backend = Callable[[DecodeArguments], tuple[Tensor, Tensor]]
 
 
 def _triton_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     # Triton is imported on first use: the package itself needs torch alone.
-    from dilated_attention_pytorch.ops.block_sparse_decode.operator import triton_decode
+    from dilated_attention_pytorch.ops.block_sparse_decode.triton_decode import triton_decode
 
     return triton_decode(args)
 
@@ -121,22 +121,20 @@ def choose_backend(arguments: DecodeArguments, backend: str) -> str:
     """
     if backend == "auto":
         on_gpu = arguments.query.device.type == "cuda"
-        return "triton" if on_gpu and triton_refusal(arguments) is None else "gather"
+        return "triton" if on_gpu and triton_unsupported_reason(arguments) is None else "gather"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
-    refusal = triton_refusal(arguments) if backend == "triton" else None
-    if refusal:
-        raise ValueError(f"backend={backend!r} cannot run this: {refusal}; use backend='auto'.")
+    reason = triton_unsupported_reason(arguments) if backend == "triton" else None
+    if reason:
+        raise ValueError(f"backend={backend!r} cannot run this: {reason}; use backend='auto'.")
     return backend
 
 
-# Looked up once: torch.compile cannot trace it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def triton_refusal(arguments: DecodeArguments) -> str | None:
+def triton_unsupported_reason(arguments: DecodeArguments) -> str | None:
     """Why the Triton kernels cannot run this, or None if they can."""
     query = arguments.query
     if query.dtype not in _TRITON_DTYPES:
@@ -145,14 +143,4 @@ def triton_refusal(arguments: DecodeArguments) -> str | None:
         return f"block_size must be among {_TRITON_BLOCK_SIZES}, got {arguments.block_size}"
     if query.shape[3] > 256:
         return f"head_dim must be at most 256, got {query.shape[3]}"
-    if not _HAS_TRITON:
-        return "the triton package is not installed"
-    if query.device.type != "cuda" and not _interpreting():
-        return f"they need a CUDA device (or TRITON_INTERPRET=1), got {query.device.type}"
-    return None
-
-
-def _interpreting() -> bool:
-    from dilated_attention_pytorch.ops.block_sparse_decode.triton_kernels import INTERPRETED
-
-    return INTERPRETED
+    return triton_missing_reason(query.device)

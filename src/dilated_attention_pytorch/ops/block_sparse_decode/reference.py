@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.ops.block_sparse_attention.masked_products import (
+from dilated_attention_pytorch.ops.block_sparse_attention.reference import (
     pair_products,
     visible_sum,
 )
