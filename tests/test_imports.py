@@ -67,7 +67,7 @@ OPTIONAL = {
     "peft": ("integrations",),
     "lightning": ("integrations",),
     "matplotlib": ("analysis",),
-    "numpy": ("analysis",),
+    "numpy": (),
     "rich": ("cli",),
     "safetensors": ("tensor_file", "integrations.transformers.tokens"),
 }

@@ -15,21 +15,22 @@ from dilated_attention_pytorch import (
     BlockSparseFixed,
     MultiheadAdaptiveAttention,
 )
-from dilated_attention_pytorch.analysis.attention_mass import tile_mass
-from dilated_attention_pytorch.analysis.head_kinds import HEAD_KINDS, classify
-from dilated_attention_pytorch.analysis.head_statistics import (
-    distance_profile,
-    find_period,
-    head_statistics,
-    pattern_stability,
-)
-from dilated_attention_pytorch.analysis.recorder import record
 from dilated_attention_pytorch.analysis.recording import (
     LayerRecord,
     Recording,
     SampleRecord,
     block_texts,
     byte_tokens,
+    record,
+    tile_mass,
+)
+from dilated_attention_pytorch.analysis.statistics import (
+    HEAD_KINDS,
+    classify,
+    distance_profile,
+    find_period,
+    head_statistics,
+    pattern_stability,
 )
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.pattern import BlockPattern

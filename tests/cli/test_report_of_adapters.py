@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="needs the extra [cli]")
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.analysis.checks import CHECKS
+from dilated_attention_pytorch.analysis.diagnosis import CHECKS
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.integrations.transformers import adapt, save_adapter
 from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig

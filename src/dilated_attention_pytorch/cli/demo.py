@@ -18,7 +18,7 @@ from dilated_attention_pytorch.atomic_file import write_atomically
 from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
 from dilated_attention_pytorch.cli.console import PlainConsole
 from dilated_attention_pytorch.cli.demo_jobs import QUICK, DemoSize, needle_job, text_job
-from dilated_attention_pytorch.cli.demo_page import render_page
+from dilated_attention_pytorch.cli.demo_page import demo_page
 from dilated_attention_pytorch.cli.errors import OK, CommandError
 from dilated_attention_pytorch.cli.holding import holding
 from dilated_attention_pytorch.cli.workers import Event, Job, run_jobs
@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
             print(json.dumps({"methods": rows, "environment": about, "page": str(page)}, indent=2))
         else:
             console.print(_table(rows))
-        content = render_page(results, rows, about, size).encode("utf-8", "backslashreplace")
+        content = demo_page(results, rows, about, size).encode("utf-8", "backslashreplace")
         try:
             write_atomically(page, content)
         except OSError as error:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from html import escape
-from importlib.resources import files
-from string import Template
 from typing import Any
 
-from dilated_attention_pytorch.analysis.report.page import read_asset, to_json
+from dilated_attention_pytorch.analysis.report import render_page
 from dilated_attention_pytorch.cli.demo_jobs import DemoSize
 
 _LABELS = {
@@ -19,7 +17,7 @@ _LABELS = {
 }
 
 
-def render_page(
+def demo_page(
     results: dict[str, dict[str, Any]],
     rows: list[dict[str, Any]],
     environment: dict[str, str],
@@ -37,10 +35,9 @@ def render_page(
         HTML.
     """
     text = next(iter(results.values()))["text"]
-    return Template(_part("page.html")).substitute(
-        style=read_asset("base.css") + _part("page.css"),
-        script=read_asset("base.js") + _part("page.js"),
-        data=to_json(results),
+    return render_page(
+        "demo",
+        results,
         rows="".join(_row(row) for row in rows),
         needle_result=_needle_result(rows),
         text_result=_text_result(rows),
@@ -61,10 +58,6 @@ def render_page(
             f"{environment['minutes']} minutes in all"
         ),
     )
-
-
-def _part(name: str) -> str:
-    return files("dilated_attention_pytorch.cli").joinpath("report", name).read_text("utf-8")
 
 
 def _row(row: dict[str, Any]) -> str:

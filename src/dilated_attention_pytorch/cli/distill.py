@@ -42,7 +42,7 @@ class DistillCommand(PretrainedCommand):
         out = self.parsed.out
         adapter = {"adapter": str(out / "adapter")}
         try:
-            from dilated_attention_pytorch.analysis.selector_plots import plot_recall
+            from dilated_attention_pytorch.analysis.plots import plot_recall
         except ImportError:
             self.console.print("No plot: it needs matplotlib (the extra [viz]).")
             return adapter

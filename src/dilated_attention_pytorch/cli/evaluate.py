@@ -176,7 +176,7 @@ def _write(folder: Path, result: dict[str, Any], console: PlainConsole) -> None:
     content = json.dumps(_finite(result), indent=2) + "\n"
     write_atomically(folder / "results.json", content.encode())
     try:
-        from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
+        from dilated_attention_pytorch.analysis.plots import plot_perplexity
     except ImportError:
         console.print("No plot: it needs matplotlib (the extra [viz]).")
         return

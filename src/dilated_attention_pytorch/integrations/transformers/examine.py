@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
-from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
+from dilated_attention_pytorch.analysis.measures import join_measures, measure_selectors
 from dilated_attention_pytorch.dtypes import check_integers
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.integrations.transformers.offloaded import input_device

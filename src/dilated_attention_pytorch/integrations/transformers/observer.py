@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.analysis.probe import evaluation_mode
+from dilated_attention_pytorch.analysis.recording import evaluation_mode
 from dilated_attention_pytorch.integrations.transformers.adapt import AdaptedModel
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, Selection, SelectionInputs
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe

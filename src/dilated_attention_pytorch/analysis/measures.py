@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.analysis.probe import (
-    LayerPass,
+from dilated_attention_pytorch.analysis.recording import (
+    NamedPass,
     block_sparse_layers,
     call_model,
     evaluation_mode,
+    layer_mass,
+    to_tiles,
     watch_layers,
 )
-from dilated_attention_pytorch.analysis.recorder import layer_mass, to_tiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.held_budget import HeldBudget
 from dilated_attention_pytorch.nn.row_budgets import budget_factor
@@ -103,7 +104,7 @@ def measure_selectors(
         ValueError: If the model holds no adaptive layer, or one that is offloaded, whose weights
             keep no gradient.
     """
-    loss_of = default_loss if loss_function is None else loss_function
+    loss_of = _default_loss if loss_function is None else loss_function
     layers = [x for x in block_sparse_layers(model).values() if isinstance(x, BlockSparseAdaptive)]
     if not layers:
         raise ValueError("model must hold at least one BlockSparseAdaptive layer, got none.")
@@ -112,25 +113,26 @@ def measure_selectors(
             "the weights of model's selectors must be on a device, but wait on meta between the "
             "calls; adapt or load the adapter after the base is offloaded."
         )
-    passes: list[LayerPass] = []
+    passes: list[NamedPass] = []
 
-    def keep(seen: LayerPass) -> None:
+    def keep(seen: NamedPass) -> None:
         if isinstance(seen.layer, BlockSparseAdaptive):
             if seen.output.requires_grad:
                 seen.output.retain_grad()
             passes.append(seen)
 
-    with _untouched(model), torch.enable_grad():
-        with evaluation_mode(model), watch_layers(model, keep):
-            loss = loss_of(model, batch)
-            if loss.requires_grad:
-                loss.backward()
+    def backward() -> None:
         for parameter in model.parameters():
             parameter.grad = None
-        model.train()
         loss = loss_of(model, batch)
         if loss.requires_grad:
             loss.backward()
+
+    with _untouched(model), torch.enable_grad():
+        with watch_layers(model, keep):
+            backward()
+        model.train()
+        backward()
         with torch.no_grad():
             return [_measure(seen) for seen in passes]
 
@@ -149,20 +151,13 @@ def join_measures(parts: Sequence[Sequence[SelectorMeasures]]) -> list[SelectorM
 
 
 def _joined(parts: Sequence[SelectorMeasures]) -> SelectorMeasures:
-    def tiles(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
+    tiles = ("kept", "chosen", "scorable", "by_mean_pooling", "mass", "scores")
     factors = [part.budget_factors for part in parts if part.budget_factors is not None]
     gradients = [part.gradient for part in parts if part.gradient is not None]
     return SelectorMeasures(
         name=parts[0].name,
         layer=parts[0].layer,
-        kept=tiles("kept"),
-        chosen=tiles("chosen"),
-        scorable=tiles("scorable"),
-        by_mean_pooling=tiles("by_mean_pooling"),
-        mass=tiles("mass"),
-        scores=tiles("scores"),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in tiles},
         density=sum(part.density for part in parts) / len(parts),
         budget_factors=torch.cat(factors) if factors else None,
         largest_logit=max(part.largest_logit for part in parts),
@@ -172,8 +167,8 @@ def _joined(parts: Sequence[SelectorMeasures]) -> SelectorMeasures:
     )
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """See :func:`measure_selectors`."""
+def _default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The output's own loss, or a fixed random projection of its first floating-point tensor."""
     result = call_model(model, batch)
     loss = getattr(result, "loss", None)
     if isinstance(loss, Tensor):
@@ -194,13 +189,11 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    for parameter in gradients:
-        parameter.grad = None
     try:
-        with torch.random.fork_rng():
+        # It also gives every module its own mode back.
+        with evaluation_mode(model), torch.random.fork_rng():
             torch.manual_seed(0)
             yield
     finally:
@@ -209,11 +202,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
-        for module, mode in modes.items():
-            module.training = mode
 
 
-def _measure(seen: LayerPass) -> SelectorMeasures:
+def _measure(seen: NamedPass) -> SelectorMeasures:
     layer, pattern, inputs = seen.layer, seen.pattern, seen.inputs
     if not isinstance(layer, BlockSparseAdaptive):
         raise TypeError(f"only BlockSparseAdaptive has a selector, got {type(layer).__name__}.")
@@ -243,9 +234,8 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
     total = torch.stack(norms).norm() if norms else None
     every = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
     scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
-    norms_q, norms_k = (
-        _largest_norm(seen.query, inputs.query_valid), _largest_norm(seen.key, inputs.key_valid)
-    )  # fmt: skip
+    largest_query = _largest_norm(seen.query, inputs.query_valid)
+    largest_key = _largest_norm(seen.key, inputs.key_valid)
     return SelectorMeasures(
         name=seen.name,
         layer=layer,
@@ -258,7 +248,7 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
         density=float(1 - pattern.sparsity),
         budget_factors=factors,
         # Cauchy and Schwarz: no logit is larger than the product of the norms.
-        largest_logit=norms_q * norms_k * scale,
+        largest_logit=largest_query * largest_key * scale,
         finite_output=bool(seen.output.isfinite().all()),
         gradient=None if total is None else float(total),
         finite_gradient=all(bool(x.isfinite().all()) for x in every),
@@ -273,7 +263,7 @@ def _largest_norm(x: Tensor, valid: Tensor | None) -> float:
     return float(norms.amax())
 
 
-def _by_mean_pooling(seen: LayerPass, scorable: Tensor, chosen: Tensor) -> Tensor:
+def _by_mean_pooling(seen: NamedPass, scorable: Tensor, chosen: Tensor) -> Tensor:
     """The best candidates by mean-pooled queries and keys, as many per row as were chosen."""
     inputs, size = seen.inputs, seen.layer.block_size
     q = block_summaries(inputs.query, size, pooling=("mean",), valid=inputs.query_valid)
