@@ -12,10 +12,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dilated_attention_pytorch.cli.demo import METHODS, table_rows
-from dilated_attention_pytorch.cli.demo_jobs import QUICK, block_lists
-from dilated_attention_pytorch.cli.demo_page import demo_page
-from dilated_attention_pytorch.cli.errors import CommandError
+from dilated_attention_pytorch.cli.console import CommandError
+from dilated_attention_pytorch.cli.demo import METHODS, QUICK, block_lists, demo_page, table_rows
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.cli.workers import Job, run_jobs
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any
 
-from dilated_attention_pytorch.cli.errors import CommandError
+from dilated_attention_pytorch.cli.console import CommandError
 
 # Tells how far a job is: share done in [0, 1], and a few words.
 Report = Callable[[float, str], None]
