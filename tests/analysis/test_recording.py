@@ -248,8 +248,8 @@ def test_every_kind_has_a_rule(kind: str) -> None:
     }
     if kind in rule:
         values[rule[kind]] = 1.0
-    assert classify(**values) == kind
-    assert classify(**dict.fromkeys(values, math.nan)) == "mixed"
+    assert classify(values) == kind
+    assert classify(dict.fromkeys(values, math.nan)) == "mixed"
 
 
 def test_distance_profile_counts_tiles() -> None:

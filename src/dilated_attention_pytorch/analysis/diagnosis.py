@@ -141,17 +141,14 @@ def diagnose(
 
 # Verdict, evidence, and the remedy, which is dropped where none is needed.
 Answer = tuple[str, str, str]
-CHECKS: list[Callable[[Measures, History], Finding]] = []
+Check = Callable[[Measures, History], Finding]
+CHECKS: list[Check] = []
 
 
-def _check(
-    name: str, question: str
-) -> Callable[[Callable[[Measures, History], Answer]], Callable[[Measures, History], Finding]]:
+def _check(name: str, question: str) -> Callable[[Callable[[Measures, History], Answer]], Check]:
     """Makes a check of a function, and adds it to the list."""
 
-    def decorate(
-        answer: Callable[[Measures, History], Answer],
-    ) -> Callable[[Measures, History], Finding]:
+    def decorate(answer: Callable[[Measures, History], Answer]) -> Check:
         def check(measures: Measures, history: History) -> Finding:
             verdict, evidence, remedy = answer(measures, history)
             needed = verdict in ("warn", "fail")
@@ -282,17 +279,11 @@ def density(measures: Measures, history: History) -> Answer:
     judged = [m for m in measures if m.layer.config.num_selected_blocks is None]
     if not judged:
         return "skip", "num_selected_blocks sets the blocks per row", ""
-    asked = [float(m.layer.base_sparsity) for m in judged]
-    ratios = [m.density / (1 - x) for m, x in zip(judged, asked, strict=True)]
-    text = _by_layer(
-        judged,
-        [
-            f"{1 - m.density:.3f} for base_sparsity {x:.3f}"
-            for m, x in zip(judged, asked, strict=True)
-        ],
-    )
+    found = [(m.density, float(m.layer.base_sparsity)) for m in judged]
+    text = _by_layer(judged, [f"{1 - x:.3f} for base_sparsity {asked:.3f}" for x, asked in found])
     by_threshold = any(m.layer.config.budget == "threshold" for m in judged)
     hint = " Calibrate the thresholds on text like this one." if by_threshold else ""
+    ratios = [x / (1 - asked) for x, asked in found]
     high, low = max(ratios), min(ratios)
     if high > 1.15:
         remedy = (

@@ -91,14 +91,9 @@ def measure_selectors(
 ) -> list[SelectorMeasures]:
     """Runs a batch once in evaluation and once in training mode, both with a backward pass.
 
-    Parameters, gradients, buffers, modes and random numbers are afterwards as before.
-
-    Args:
-        model: Holds adaptive layers.
-        batch: As :func:`call_model` takes it.
-        loss_function: Called with the model and the batch; returns the loss. None: the output's
-            ``loss`` if it has one, otherwise a fixed random projection of its first
-            floating-point tensor.
+    Parameters, gradients, buffers, modes and random numbers are afterwards as before. Without a
+    ``loss_function`` the loss is the output's ``loss`` if it has one, otherwise a fixed random
+    projection of its first floating-point tensor.
 
     Raises:
         ValueError: If the model holds no adaptive layer, or one that is offloaded, whose weights
@@ -138,14 +133,9 @@ def measure_selectors(
 
 
 def join_measures(parts: Sequence[Sequence[SelectorMeasures]]) -> list[SelectorMeasures]:
-    """Measures of several batches of equal lengths as of one, where they do not fit at once.
+    """Measures of several batches of equal lengths (by batch and layer) as of one.
 
-    Args:
-        parts: By batch and layer.
-
-    Returns:
-        By layer: tiles and scores of all samples, mean densities and gradients, the largest
-        logit.
+    Tiles and scores of all samples, mean densities and gradients, the largest logit.
     """
     return [_joined(layer) for layer in zip(*parts, strict=True)]
 
@@ -215,8 +205,7 @@ def _measure(seen: NamedPass) -> SelectorMeasures:
         inputs.candidates.scored.expand(scores.shape), inputs.candidates.indices, shape[-1]
     )
     chosen = kept & scorable
-    gradient = seen.output.grad
-    weights = None if gradient is None else gradient.norm(dim=-1)
+    weights = None if seen.output.grad is None else seen.output.grad.norm(dim=-1)
     factors = None
     held = layer.held_budget()
     if held is not None and layer.training:
@@ -226,13 +215,12 @@ def _measure(seen: NamedPass) -> SelectorMeasures:
             lambda *_: budget_factor(layer, held, inputs.rows, key_means, inputs.mask.causal),
             seen.query, seen.key, seen.key,
         )  # fmt: skip
+    gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
     norms = [
-        parameter.grad.norm()
-        for name, parameter in layer.named_parameters()
-        if parameter.grad is not None and (name.startswith("scorer.") or name.endswith("_pool"))
+        gradient.norm()
+        for name, gradient in gradients.items()
+        if name.startswith("scorer.") or name.endswith("_pool")
     ]
-    total = torch.stack(norms).norm() if norms else None
-    every = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
     scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
     largest_query = _largest_norm(seen.query, inputs.query_valid)
     largest_key = _largest_norm(seen.key, inputs.key_valid)
@@ -250,8 +238,8 @@ def _measure(seen: NamedPass) -> SelectorMeasures:
         # Cauchy and Schwarz: no logit is larger than the product of the norms.
         largest_logit=largest_query * largest_key * scale,
         finite_output=bool(seen.output.isfinite().all()),
-        gradient=None if total is None else float(total),
-        finite_gradient=all(bool(x.isfinite().all()) for x in every),
+        gradient=float(torch.stack(norms).norm()) if norms else None,
+        finite_gradient=all(bool(x.isfinite().all()) for x in gradients.values()),
     )
 
 

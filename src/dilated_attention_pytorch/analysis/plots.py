@@ -40,6 +40,12 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _single(xlabel: str, ylabel: str, size: tuple[float, float] = (6, 3.6)) -> tuple[Figure, Any]:
+    """A figure with one axis."""
+    figure = _figure(*size)
+    return figure, figure.subplots(subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
+
+
 def _panels(
     count: int, columns: int, width: float, height: float, legend: float = 0
 ) -> tuple[Figure, list[Any]]:
@@ -78,13 +84,11 @@ def plot_block_map(
     kept = record.kept()[head]
     values = kept.float() if record.mass is None else record.spread(record.mass)[head]
     shown = values.masked_fill(~kept, torch.nan)
-    figure = _figure(7, 6.2)
-    axis = figure.subplots()
+    figure, axis = _single("key block", "query block", (7, 6.2))
     axis.set_facecolor("#eceff2")
     image = axis.imshow(shown.numpy(), cmap="viridis", interpolation="nearest", vmin=0)
     if record.mass is not None:
         figure.colorbar(image, ax=axis, label="share of the row's dense attention")
-    axis.set(xlabel="key block", ylabel="query block")
     axis.set_title(f"{record.name}, head {head}: sparsity {pattern.sparsity_per_head[0, head]:.2f}")
     tokens = recording.samples[sample].tokens
     if tokens is not None and pattern.num_query_blocks <= _MAX_LABELS:
@@ -117,14 +121,12 @@ def plot_head_similarity(recording: Recording, *, layer: int = 0) -> Figure:
     """Jaccard similarity of the chosen tiles between the heads of one layer, mean over samples."""
     records = recording.layer(layer)
     matrix = torch.stack([head_similarity(record.chosen()) for record in records]).mean(0)
-    figure = _figure(5, 4.2)
-    axis = figure.subplots()
+    figure, axis = _single("head", "head", (5, 4.2))
     image = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axis, label="Jaccard similarity")
     if len(matrix) <= _MAX_LABELS:
         axis.set_xticks(range(len(matrix)))
         axis.set_yticks(range(len(matrix)))
-    axis.set(xlabel="head", ylabel="head")
     axis.set_title(recording.layer_names[layer])
     return figure
 
@@ -132,14 +134,12 @@ def plot_head_similarity(recording: Recording, *, layer: int = 0) -> Figure:
 def plot_sparsity_by_layer(recording: Recording) -> Figure:
     """The sparsity of every head (dots) and the mean of every layer (line)."""
     statistics = head_statistics(recording)
-    figure = _figure(6, 3.6)
-    axis = figure.subplots()
+    figure, axis = _single("layer", "sparsity")
     for number, heads in enumerate(statistics):
         axis.plot([number] * len(heads), [h.sparsity for h in heads], "o", color="#0072b2", ms=4)
     means = [sum(h.sparsity for h in heads) / len(heads) for heads in statistics]
     axis.plot(means, color="#d55e00", label="mean")
     axis.set_xticks(range(len(statistics)))
-    axis.set(xlabel="layer", ylabel="sparsity")
     axis.legend()
     return figure
 
@@ -164,15 +164,13 @@ def plot_training(history: Sequence[Mapping[str, Any]], field: str = "layer_spar
         layers = len(lines[-1][field])
         lines = [x for x in lines if isinstance(x[field], Sequence) and len(x[field]) == layers]
     steps = [line["step"] for line in lines]
-    figure = _figure(6, 3.6)
-    axis = figure.subplots()
+    figure, axis = _single("step", field.replace("_", " "))
     if by_layer:
         for number, values in enumerate(zip(*(line[field] for line in lines), strict=True)):
             axis.plot(steps, values, label=f"layer {number}")
         axis.legend(fontsize=8)
     else:
         axis.plot(steps, [line[field] for line in lines])
-    axis.set(xlabel="step", ylabel=field.replace("_", " "))
     return figure
 
 
@@ -180,15 +178,13 @@ def plot_annealing(
     initial_temperature: float = 1.0, final_temperature: float = 0.1, annealing_steps: int = 1000
 ) -> Figure:
     """The temperature under every schedule of :class:`AdaptiveSparsityTrainer`."""
-    figure = _figure(6, 3.6)
-    axis = figure.subplots()
+    figure, axis = _single("step", "temperature")
     steps = range(annealing_steps + 1)
     for name, move in SCHEDULES.items():
         values = [
             move(initial_temperature, final_temperature, step / annealing_steps) for step in steps
         ]
         axis.plot(steps, values, label=name)
-    axis.set(xlabel="step", ylabel="temperature")
     axis.legend()
     return figure
 
@@ -234,9 +230,7 @@ def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     by_sparsity = sorted(levels.items(), key=lambda item: float(item[0]))
     for number, (sparsity, measured) in enumerate(by_sparsity):
         colour, steps = f"C{number}", [line["step"] for line in measured]
-        recall = [line[f"recall_{sparsity}"] for line in measured]
-        kept = [line[f"kept_mass_{sparsity}"] for line in measured]
-        best = [line[f"best_mass_{sparsity}"] for line in measured]
+        recall, kept, best = ([line[f"{x}_{sparsity}"] for line in measured] for x in _DRAWN)
         left.plot(steps, recall, color=colour, label=f"sparsity {sparsity}")
         right.plot(steps, kept, color=colour, label=f"sparsity {sparsity}")
         right.plot(steps, best, color=colour, linestyle=":")

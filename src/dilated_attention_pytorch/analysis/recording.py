@@ -53,7 +53,6 @@ class LayerRecord:
     best_mass: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Checks that the tensors fit the pattern."""
         lists = self.pattern.kv_indices
         if lists.shape[0] != 1:
             raise ValueError(f"pattern must have batch 1, got {lists.shape[0]}; record samples.")
@@ -112,7 +111,6 @@ class SampleRecord:
     tokens: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks the number of tokens."""
         for layer in self.layers:
             if self.tokens is not None and len(self.tokens) != layer.pattern.kv_len:
                 raise ValueError(
@@ -134,7 +132,6 @@ class Recording:
     source: str = ""
 
     def __post_init__(self) -> None:
-        """Checks that there are samples with equal layers."""
         if not self.samples:
             raise ValueError("samples must not be empty; no batch came, or no layer is sparse.")
         shapes = {
@@ -162,6 +159,12 @@ def own_blocks(pattern: BlockPattern) -> Tensor:
     last = (rows * pattern.block_size[0]).clamp(max=pattern.q_len) - 1
     own = (last + pattern.kv_len - pattern.q_len) // pattern.block_size[1]
     return own.clamp(0, pattern.num_key_blocks - 1)
+
+
+def tile_distances(pattern: BlockPattern) -> Tensor:
+    """``(i, j)`` int64: blocks between every tile and the row's own block."""
+    columns = torch.arange(pattern.num_key_blocks, device=pattern.device)
+    return (own_blocks(pattern)[:, None] - columns).abs()
 
 
 def visible_tiles(pattern: BlockPattern) -> Tensor:
@@ -199,10 +202,9 @@ class NamedPass(LayerPass):
 
 @contextmanager
 def watch_layers(model: nn.Module, observer: Callable[[NamedPass], None]) -> Iterator[None]:
-    """Calls ``observer`` after every forward pass of every block-sparse layer, while open.
+    """Calls ``observer`` after every forward pass that chose, of every block-sparse layer.
 
-    Packed documents (``cu_seqlens``) are refused: their patterns count blocks per document. Passes
-    whose pattern was given are left out.
+    Packed documents (``cu_seqlens``) are refused: their patterns count blocks per document.
     """
     names = {layer: name for name, layer in block_sparse_layers(model).items()}
 
@@ -438,17 +440,10 @@ def _slot_scores(seen: NamedPass) -> Tensor | None:
 def to_tiles(
     values: Tensor, indices: Tensor | None, num_key_blocks: int, *, empty: float = 0
 ) -> Tensor:
-    """Moves values of candidates to their tiles.
+    """Moves values of candidates ``(b, h, i, c)`` to their tiles ``(b, h, i, j)``.
 
-    Args:
-        values: ``(b, h, i, c)``.
-        indices: The candidates' key blocks, ascending; those that are no candidate lie outside
-            the sequence or repeat their neighbour. None: all key blocks.
-        num_key_blocks: j.
-        empty: Value of tiles that are no candidates.
-
-    Returns:
-        ``(b, h, i, j)``.
+    ``indices`` are the candidates' key blocks, ascending (None: all); those that are no candidate
+    lie outside the sequence or repeat their neighbour.
     """
     if indices is None:
         return values

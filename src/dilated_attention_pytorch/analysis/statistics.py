@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,51 +15,31 @@ from dilated_attention_pytorch.analysis.recording import (
     LayerRecord,
     Recording,
     own_blocks,
+    tile_distances,
     visible_tiles,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
 
-SINK, LOCAL, PERIODIC = "sink", "local", "periodic"
-CONTENT, LONG_RANGE, MIXED = "content-driven", "long-range", "mixed"
-
-# Share of the rows that choose the first block from afar (uniform choice: at most a quarter).
-_SINK_SHARE = 0.8
-# Share of near ones among the chosen tiles (uniform choice: three eighths at most).
-_LOCALITY = 0.7
-# Share of the distance profile's variance that a period explains.
-_PERIODICITY = 0.6
-# Jaccard distance between the patterns of different inputs.
-_DIVERSITY = 0.5
-# Mean distance as a share of what the row can see (uniform choice: a half).
-_MEAN_DISTANCE = 1 / 3
-
-HEAD_KINDS = {
-    PERIODIC: f"the distance repeats: a period explains {_PERIODICITY:.0%} of the profile or more",
-    SINK: f"at least {_SINK_SHARE:.0%} of the rows choose the first block from afar",
-    LOCAL: f"at least {_LOCALITY:.0%} of the k tiles of a row lie within 1.5 k blocks",
-    CONTENT: f"patterns of two inputs differ by {_DIVERSITY:.0%} (Jaccard) or more",
-    LONG_RANGE: "the mean distance is a third of what the row can see, or more",
-    MIXED: "none of these",
-}
+# By kind: the statistic that names it, its least value, and the rule in words. A uniform choice has
+# a sink share of a quarter, a locality of three eighths and a distance of a half at most.
+_RULES = {
+    "periodic": ("periodicity", 0.6, "the distance repeats: a period explains {:.0%} of the "
+                 "profile or more"),
+    "sink": ("sink_share", 0.8, "at least {:.0%} of the rows choose the first block from afar"),
+    "local": ("locality", 0.7, "at least {:.0%} of the k tiles of a row lie within 1.5 k blocks"),
+    "content-driven": ("diversity", 0.5, "patterns of two inputs differ by {:.0%} (Jaccard) or "
+                       "more"),
+    "long-range": ("mean_distance", 1 / 3, "the mean distance is a third of what the row can see, "
+                   "or more"),
+}  # fmt: skip
+HEAD_KINDS = {kind: words.format(least) for kind, (_, least, words) in _RULES.items()}
+HEAD_KINDS["mixed"] = "none of these"
 
 
-def classify(
-    *,
-    diversity: float,
-    locality: float,
-    sink_share: float,
-    periodicity: float,
-    mean_distance: float,
-) -> str:
-    """The first kind of :data:`HEAD_KINDS`, in its order, whose rule holds; NaN fulfils none."""
-    rules = {
-        PERIODIC: periodicity >= _PERIODICITY,
-        SINK: sink_share >= _SINK_SHARE,
-        LOCAL: locality >= _LOCALITY,
-        CONTENT: diversity >= _DIVERSITY,
-        LONG_RANGE: mean_distance >= _MEAN_DISTANCE,
-    }
-    return next((kind for kind, holds in rules.items() if holds), MIXED)
+def classify(values: Mapping[str, float]) -> str:
+    """The first kind whose rule holds for a head's statistics; NaN fulfils none."""
+    kinds = (kind for kind, (name, least, _) in _RULES.items() if values[name] >= least)
+    return next(kinds, "mixed")
 
 
 class PatternStatistics:
@@ -109,14 +89,7 @@ class PatternStatistics:
 
 
 def jaccard(rows: Tensor) -> Tensor:
-    """Jaccard similarity of all pairs of boolean rows.
-
-    Args:
-        rows: ``(n, tiles)`` booleans.
-
-    Returns:
-        ``(n, n)`` float32; two empty rows are alike (1).
-    """
+    """Jaccard similarity of all pairs of boolean rows ``(n, tiles)``; empty ones are alike."""
     x = rows.float()
     both = x @ x.T
     size = x.sum(-1)
@@ -125,13 +98,9 @@ def jaccard(rows: Tensor) -> Tensor:
 
 
 def pattern_diversity(samples: list[Tensor]) -> list[float]:
-    """Mean Jaccard distance between samples of one length, per head.
+    """Mean Jaccard distance between samples ``(h, i, j)`` of one length, per head.
 
-    Args:
-        samples: Booleans ``(h, i, j)``, one for each sample.
-
-    Returns:
-        ``h`` numbers in [0, 1]: 0: always the same tiles, or no two samples of one length.
+    0: always the same tiles, or no two samples of one length.
     """
     by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for kept in samples:
@@ -238,14 +207,13 @@ def _layer_statistics(number: int, records: Sequence[LayerRecord]) -> list[HeadS
         values = {name: float(column[head]) for name, column in columns.items()}
         profile = profiles[head]
         values["periodicity"], period = find_period(profile)
-        rules = ("diversity", "locality", "sink_share", "periodicity", "mean_distance")
         out.append(
             HeadStatistics(
                 layer=number,
                 head=head,
                 period=period,
                 distance_profile=tuple(profile.tolist()),
-                kind=classify(**{name: values[name] for name in rules}),
+                kind=classify(values),
                 **values,
             )
         )
@@ -264,9 +232,7 @@ def distance_profile(records: Sequence[LayerRecord]) -> Tensor:
     for record in records:
         used = record.pattern.slot_used()[0].flatten(1)
         kept.scatter_add_(1, record.distances().flatten(1), used.double())
-        columns = torch.arange(record.pattern.num_key_blocks, device="cpu")
-        every = (own_blocks(record.pattern)[:, None] - columns).abs()
-        visible = visible_tiles(record.pattern)
+        every, visible = tile_distances(record.pattern), visible_tiles(record.pattern)
         allowed.scatter_add_(0, every.flatten(), visible.flatten().double())
     return kept / allowed.clamp(min=1)
 
@@ -279,8 +245,7 @@ def _places(records: Sequence[LayerRecord]) -> dict[str, Tensor]:
     for record in records:
         pattern = record.pattern
         own, visible = own_blocks(pattern), visible_tiles(pattern)
-        columns = torch.arange(pattern.num_key_blocks, device="cpu")
-        reach = torch.where(visible, (own[:, None] - columns).abs(), 0).amax(-1).clamp(min=1)
+        reach = torch.where(visible, tile_distances(pattern), 0).amax(-1).clamp(min=1)
         tiles, distance = record.chosen_slots(), record.distances()
         count = tiles.sum(-1)
         selective = (count > 0) & (count <= _SELECTIVE_SHARE * visible.sum(-1))
