@@ -48,11 +48,9 @@ class UsageError(CommandError):
 
 @contextmanager
 def failing(remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raises CommandError in the place of errors of ``kinds``, and where memory runs out.
+    """Raises CommandError in the place of ``kinds`` of errors, whose own words say enough.
 
-    Args:
-        remedy: How to need less memory.
-        kinds: Errors whose own words say enough.
+    Where memory runs out, ``remedy`` says how to need less.
     """
     try:
         yield
@@ -150,11 +148,7 @@ def shell_word(text: object) -> str:
 
 
 def write_page(path: Path, html: str, console: PlainConsole) -> None:
-    """Writes a page whole or not at all, and says where it is.
-
-    Raises:
-        CommandError: If it cannot be written; what was there before stays.
-    """
+    """Writes a page, whole or not at all (CommandError), and says where it is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, html.encode("utf-8", "backslashreplace"))
@@ -166,11 +160,7 @@ def write_page(path: Path, html: str, console: PlainConsole) -> None:
 def write_plot(draw: Callable[[Any], Any], rows: Any, path: Path, console: PlainConsole) -> bool:
     """Writes what ``draw`` makes of rows as PNG, whole or not at all.
 
-    Returns:
-        Whether it did; False where there is no matplotlib.
-
-    Raises:
-        OSError: If it cannot be written; what was there before stays.
+    False: there is no matplotlib.
     """
     try:
         figure = draw(rows)

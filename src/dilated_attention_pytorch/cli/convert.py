@@ -143,7 +143,6 @@ class PretrainedCommand(FolderCommand):
         return {"base_sparsity": run.config.base_sparsity}
 
     def about(self, loop: Any) -> str:
-        """Sizes of what is trained and of the text."""
         count = sum(p.numel() for p in loop.training.trained())
         return (
             f"{count:,} parameters to train, on {printable(loop.text.source)}: "
@@ -151,11 +150,9 @@ class PretrainedCommand(FolderCommand):
         )
 
     def state(self, progress: Progress) -> list[str]:
-        """The loss."""
         return [f"loss {progress.result['loss']:.4f}"]
 
     def measured(self, values: dict[str, Any]) -> str:
-        """All values."""
         words = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         return words or "nothing to measure: the blocks that are always read leave no choice"
 
@@ -184,7 +181,6 @@ class PretrainedCommand(FolderCommand):
         """Further lines of the summary: what a finished job has written."""
 
     def rows(self, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """Name by name."""
         for key, value in summary.items():
             shown = f"{value:.4f}" if isinstance(value, float) else printable(value)
             yield _WORDS.get(key, key.replace("_", " ")), shown
@@ -196,7 +192,6 @@ class DistillCommand(PretrainedCommand):
     TITLE = "Distill"
 
     def results(self, loop: Any) -> dict[str, str]:
-        """The adapter, and the plot where matplotlib is there."""
         out = self.parsed.out
         found = {"adapter": str(out / "adapter")}
         if write_plot(plot_recall, loop.metrics.read(), out / "recall.png", self.console):
@@ -214,7 +209,6 @@ class TuneCommand(PretrainedCommand):
         return {} if run.attention == "dense" else {"base_sparsity": run.base_sparsity}
 
     def results(self, loop: Any) -> dict[str, str]:
-        """The folders that are there."""
         out, names = self.parsed.out, ("adapter", "lora", "model")
         return {name: str(out / name) for name in names if (out / name).is_dir()}
 

@@ -54,21 +54,13 @@ _READABLE = frozenset({9, 10, *range(32, 127)})
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much to train.
+    """How much to train."""
 
-    Attributes:
-        needle: The needle task, smaller than that of ``experiments/needle.py``. Dense attention and
-            the best fixed pattern leave their initial plateau within the steps below; with 500
-            steps they did not.
-        needle_steps: Optimiser steps on it.
-        needle_every: Steps between two measurements.
-        text_steps: Optimiser steps on text.
-        text_bytes: Bytes of text to use at most.
-        seq_len: Bytes per sequence of text.
-    """
-
+    # Smaller than that of experiments/needle.py. Dense attention and the best fixed pattern leave
+    # their initial plateau within the steps below; with 500 steps they did not.
     needle: NeedleTask = field(default_factory=lambda: NeedleTask(seq_len=384, num_keys=48))
     needle_steps: int = 1200
+    # Steps between two measurements.
     needle_every: int = 100
     text_steps: int = 120
     text_bytes: int = 4_000_000

@@ -97,7 +97,13 @@ def evaluate(parsed: argparse.Namespace) -> int:
         remedy = "lower --lengths, or use --dtype bfloat16"
         stack.enter_context(failing(remedy, OSError, ValueError))
         evaluation = _build(parsed)
-        rows = _measure(evaluation, console)
+        rows, cells = [], evaluation.cells()
+        with counting_bar(console) as bar:
+            task = bar.add_task("measuring", total=len(cells))
+            for text, length, method, sparsity in cells:
+                bar.update(task, description=f"{text}, {length:,} tokens: {method} {sparsity:g}")
+                rows.append(evaluation.measure(text, length, method, sparsity))
+                bar.advance(task)
         dense = [
             {"text": text, "length": length, **evaluation.dense(text, length)}
             for text in evaluation.texts
@@ -163,18 +169,6 @@ def _build(parsed: argparse.Namespace) -> Any:
     if parsed.lora is not None:
         load_lora(model, parsed.lora)
     return Evaluation(model, tokenizer, texts, settings, adapter)
-
-
-def _measure(evaluation: Any, console: PlainConsole) -> list[dict[str, Any]]:
-    rows = []
-    with counting_bar(console) as bar:
-        cells = evaluation.cells()
-        task = bar.add_task("measuring", total=len(cells))
-        for text, length, method, sparsity in cells:
-            bar.update(task, description=f"{text}, {length:,} tokens: {method} {sparsity:g}")
-            rows.append(evaluation.measure(text, length, method, sparsity))
-            bar.advance(task)
-    return rows
 
 
 def _finite(value: Any) -> Any:

@@ -154,27 +154,21 @@ def _at_work(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """A model and windows of text, ready to be recorded and diagnosed.
+    """A model and windows of text, ready to be recorded and diagnosed."""
 
-    Attributes:
-        name: What a page about it is called.
-        source: What it is and where it lies, and of a run how far it was trained.
-        note: What of its metrics could not be read; None: nothing.
-        unlearned: Why nothing in it learns to choose, as the end of a sentence; None: something
-            does.
-        record: What the model reads in the windows.
-        diagnose: The checks; only where something learns.
-        charts: Curves of the training; what was not logged is left out.
-        stability: How much of the patterns stayed since the checkpoint before; None: not known.
-    """
-
+    # What a page about it is called.
     name: str
+    # What it is and where it lies, and of a run how far it was trained.
     source: str
+    # What of its metrics could not be read.
     note: str | None
+    # Why nothing in it learns to choose, as the end of a sentence; None: something does.
     unlearned: str | None
     record: Callable[[], Recording]
+    # Only where something learns.
     diagnose: Callable[[], Diagnosis]
     charts: list[Chart]
+    # How much of the patterns stayed since the checkpoint before; None: not known.
     stability: Callable[[Recording], Sequence[Sequence[float]] | None]
 
 

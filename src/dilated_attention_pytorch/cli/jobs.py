@@ -67,12 +67,7 @@ class StopRequest:
 
 @contextmanager
 def holding(folder: Path, console: PlainConsole, *, create: bool = True) -> Iterator[None]:
-    """Holds a folder while a command writes into it.
-
-    Args:
-        folder: Of the command.
-        console: Where a file system without locks is mentioned.
-        create: Make the folder where there is none.
+    """Holds a folder while a command writes into it, and makes it where ``create`` says so.
 
     Raises:
         CommandError: If another command holds it, or it cannot be written to.
@@ -93,11 +88,7 @@ def holding(folder: Path, console: PlainConsole, *, create: bool = True) -> Iter
 
 
 class FolderCommand(ABC):
-    """A command that trains in a folder; subclasses say what, and in which words.
-
-    Args:
-        parsed: The command line, with the options of :func:`add_run_folder`.
-    """
+    """A command that trains in a folder; subclasses say what, and in which words."""
 
     # Of the summary.
     TITLE: ClassVar[str]
@@ -135,11 +126,7 @@ class FolderCommand(ABC):
         """The summary for people: names and values."""
 
     def run(self) -> int:
-        """Trains and prints; returns the exit code.
-
-        Raises:
-            CommandError: If it cannot be done.
-        """
+        """Trains and prints; returns the exit code."""
         out, name = self.parsed.out, self.parsed.name
         with (
             # A new run makes its folder; where there is none to go on with, none is made.

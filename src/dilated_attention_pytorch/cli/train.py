@@ -54,7 +54,6 @@ class TrainCommand(FolderCommand):
             raise UsageError(str(error)) from error
 
     def about(self, loop: TrainingLoop) -> str:
-        """Sizes of model and text."""
         text, run = loop.text, loop.training.run
         parameters = sum(p.numel() for p in loop.training.model.parameters())
         files, others = len(text.train_files), len(text.validation_files)
@@ -66,7 +65,6 @@ class TrainCommand(FolderCommand):
         )
 
     def state(self, progress: Progress) -> list[str]:
-        """Loss, sparsity and temperature."""
         result = progress.result
         words = [f"loss {result.loss:.3f}"]
         if result.sparsity is not None:
@@ -76,13 +74,11 @@ class TrainCommand(FolderCommand):
         return words
 
     def measured(self, values: dict[str, Any]) -> str:
-        """Bits per byte."""
         words = f"held-out {values['validation_bits_per_byte']:.3f} bits per byte"
         sparsity = values["validation_sparsity"]
         return words if sparsity is None else f"{words}, sparsity {sparsity:.3f}"
 
     def summary(self, loop: TrainingLoop) -> dict[str, Any]:
-        """Losses, sparsity, times and files."""
         training = loop.training
         run = training.run
         rate = per_second(training.step_count * run.batch_size * run.seq_len, training.seconds)
@@ -105,8 +101,6 @@ class TrainCommand(FolderCommand):
         }
 
     def rows(self, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """The same with units."""
-
         def number(name: str, digits: int) -> str:
             value = summary[name]
             return "-" if value is None else f"{value:,.{digits}f}"
