@@ -16,9 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from dilated_attention_pytorch import fixed_pattern
 from dilated_attention_pytorch.analysis import plots, record
-from dilated_attention_pytorch.analysis.probe import evaluation_mode, watch_layers
-from dilated_attention_pytorch.analysis.recorder import layer_mass
-from dilated_attention_pytorch.analysis.selector_measures import measure_selectors
+from dilated_attention_pytorch.analysis.measures import measure_selectors
+from dilated_attention_pytorch.analysis.recording import evaluation_mode, layer_mass, watch_layers
 from dilated_attention_pytorch.tasks.needle import (
     NeedleModel,
     NeedleRun,

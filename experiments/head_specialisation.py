@@ -2,7 +2,7 @@
 
 The needle task with four heads, one layer, where questions of three kinds are mixed: the answer
 lies in the block before, four blocks back, or anywhere. Beside the accuracy: what kind of head each
-one became (``analysis.head_kinds``), and how alike the heads are. See ``harness.py``.
+one became (``analysis.HEAD_KINDS``), and how alike the heads are. See ``harness.py``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def report() -> None:
     What was measured anew replaces the committed row of the same cell, and nothing else. Rows at
     sparsities that leave nothing to choose say nothing and are left out.
     """
-    from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
+    from dilated_attention_pytorch.analysis.plots import plot_perplexity
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "results.json"

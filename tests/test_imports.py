@@ -58,7 +58,7 @@ OPTIONAL = {
     "peft": ("hf",),
     "lightning": ("integrations.lightning",),
     "matplotlib": ("analysis",),
-    "numpy": ("analysis",),
+    "numpy": (),
     "rich": ("cli",),
     "safetensors": ("files", "hf.model_folder"),
 }

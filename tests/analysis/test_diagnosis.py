@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, BlockSparseFixed
-from dilated_attention_pytorch.analysis.checks import CHECKS, selection_quality
-from dilated_attention_pytorch.analysis.diagnosis import Diagnosis, diagnose
-from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
+from dilated_attention_pytorch.analysis.diagnosis import (
+    CHECKS,
+    Diagnosis,
+    diagnose,
+    selection_quality,
+)
+from dilated_attention_pytorch.analysis.measures import join_measures, measure_selectors
 from dilated_attention_pytorch.tasks.needle import (
     NeedleModel,
     NeedleRun,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.analysis import Recording, plots, record
-from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
+from dilated_attention_pytorch.analysis.plots import plot_perplexity
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,22 @@ from dilated_attention_pytorch import (
     BlockSparseFixed,
     MultiheadAdaptiveAttention,
 )
-from dilated_attention_pytorch.analysis.attention_mass import tile_mass
-from dilated_attention_pytorch.analysis.head_kinds import HEAD_KINDS, classify
-from dilated_attention_pytorch.analysis.head_statistics import (
-    distance_profile,
-    find_period,
-    head_statistics,
-    pattern_stability,
-)
-from dilated_attention_pytorch.analysis.recorder import record
 from dilated_attention_pytorch.analysis.recording import (
     LayerRecord,
     Recording,
     SampleRecord,
     block_texts,
     byte_tokens,
+    record,
+    tile_mass,
+)
+from dilated_attention_pytorch.analysis.statistics import (
+    HEAD_KINDS,
+    classify,
+    distance_profile,
+    find_period,
+    head_statistics,
+    pattern_stability,
 )
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.pattern import BlockPattern
@@ -247,8 +248,8 @@ def test_every_kind_has_a_rule(kind: str) -> None:
     }
     if kind in rule:
         values[rule[kind]] = 1.0
-    assert classify(**values) == kind
-    assert classify(**dict.fromkeys(values, math.nan)) == "mixed"
+    assert classify(values) == kind
+    assert classify(dict.fromkeys(values, math.nan)) == "mixed"
 
 
 def test_distance_profile_counts_tiles() -> None:

@@ -16,8 +16,7 @@ import torch
 
 pytest.importorskip("rich", reason="needs the extra [cli]")
 
-from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
-from dilated_attention_pytorch.cli.console import PlainConsole
+from dilated_attention_pytorch.cli.console import PlainConsole, ProgressBar, words_column
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.foreign_text import printable
 from dilated_attention_pytorch.train.run_folder import lock_folder

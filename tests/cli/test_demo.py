@@ -12,10 +12,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dilated_attention_pytorch.cli.demo import METHODS, table_rows
-from dilated_attention_pytorch.cli.demo_jobs import QUICK, block_lists
-from dilated_attention_pytorch.cli.demo_page import render_page
-from dilated_attention_pytorch.cli.errors import CommandError
+from dilated_attention_pytorch.cli.console import CommandError
+from dilated_attention_pytorch.cli.demo import METHODS, QUICK, block_lists, demo_page, table_rows
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.cli.workers import Job, run_jobs
 
@@ -107,7 +105,7 @@ def sample_results():
 
 def test_text_and_hardware_names_cannot_break_the_page():
     results = sample_results()
-    content = render_page(results, table_rows(results), ENVIRONMENT, QUICK)
+    content = demo_page(results, table_rows(results), ENVIRONMENT, QUICK)
     page = _Page(content)
     assert content.count("<script") == 2
     assert json.loads(page.scripts["data"]) == results
@@ -118,7 +116,7 @@ def test_the_page_says_what_the_numbers_say():
     results = sample_results()
     results["adaptive"]["needle"]["accuracy"] = 0.123
     results["strided"]["needle"]["accuracy"] = 0.9
-    content = render_page(results, table_rows(results), ENVIRONMENT, QUICK)
+    content = demo_page(results, table_rows(results), ENVIRONMENT, QUICK)
     assert "answers <b>12.3%</b>" in content
     assert "strided, answers <b>90.0%</b>" in content
     assert "Adaptive attention comes out number 2 of 5" in content

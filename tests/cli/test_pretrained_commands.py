@@ -252,7 +252,7 @@ def test_help_needs_no_transformers_and_lists_the_commands(
 
 
 def test_defaults_shown_are_those_of_the_dataclasses() -> None:
-    from dilated_attention_pytorch.cli.pretrained_options import RUN_DEFAULTS, SELECTOR_DEFAULTS
+    from dilated_attention_pytorch.cli.options import RUN_DEFAULTS, SELECTOR_DEFAULTS
     from dilated_attention_pytorch.config import AdaptiveConfig
     from dilated_attention_pytorch.hf.train_selectors import (
         DistillRun,

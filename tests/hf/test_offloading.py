@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.analysis.recorder import record
-from dilated_attention_pytorch.analysis.selector_measures import measure_selectors
+from dilated_attention_pytorch.analysis.measures import measure_selectors
+from dilated_attention_pytorch.analysis.recording import record
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.hf.adapter import load_adapter, save_adapter
 from dilated_attention_pytorch.hf.attention import ATTENTION_NAME

@@ -5,17 +5,23 @@ from dilated_attention_pytorch.analysis.distill_to_fixed import (
     DistilledPatterns,
     distill_to_fixed,
 )
-from dilated_attention_pytorch.analysis.head_kinds import HEAD_KINDS
-from dilated_attention_pytorch.analysis.head_statistics import (
+from dilated_attention_pytorch.analysis.recording import (
+    LayerRecord,
+    Recording,
+    SampleRecord,
+    record,
+)
+from dilated_attention_pytorch.analysis.report import Chart, render_report
+from dilated_attention_pytorch.analysis.statistics import (
+    HEAD_KINDS,
     HeadStatistics,
     head_statistics,
     pattern_stability,
 )
-from dilated_attention_pytorch.analysis.recorder import record
-from dilated_attention_pytorch.analysis.recording import LayerRecord, Recording, SampleRecord
 
 __all__ = [
     "HEAD_KINDS",
+    "Chart",
     "Diagnosis",
     "DistilledPatterns",
     "HeadStatistics",
@@ -27,4 +33,5 @@ __all__ = [
     "head_statistics",
     "pattern_stability",
     "record",
+    "render_report",
 ]

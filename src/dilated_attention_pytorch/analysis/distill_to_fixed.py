@@ -67,8 +67,7 @@ class DistilledPatterns:
             near = next((p.device for p in [*layer.parameters(), *out.parameters()]), "cpu")
             if layer is out:
                 return fixed.to(near)
-            parent, _, own = name.rpartition(".")
-            setattr(out.get_submodule(parent), own, fixed.to(near))
+            out.set_submodule(name, fixed.to(near), strict=True)
         return out
 
     def save(self, path: str | Path) -> None:
@@ -94,20 +93,16 @@ class DistilledPatterns:
             versions=_FILE_VERSIONS,
         )
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name.removeprefix(prefix): x
-                for name, x in tensors.items()
-                if name.startswith(prefix)
-            }
-
         size = about.get("block_size")
         if type(size) is not int or not 1 <= size <= _LARGEST_BLOCK or len(about) != 1:
             raise ValueError(
                 f"{path} must say a block_size from 1 to {_LARGEST_BLOCK}, and nothing else, got "
                 f"{short_repr(about)}."
             )
-        frequency, mean_count = part("frequency."), part("mean_count.")
+        frequency, mean_count = (
+            {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            for prefix in ("frequency.", "mean_count.")
+        )
         if set(frequency) != set(mean_count) or len(tensors) != 2 * len(frequency):
             raise ValueError(
                 f"{path} must hold a frequency and a mean_count of every layer, got "

@@ -7,24 +7,31 @@ Nothing is shown and no global state of matplotlib is touched.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dilated_attention_pytorch.analysis.head_statistics import (
+from dilated_attention_pytorch.analysis.recording import Recording, block_texts
+from dilated_attention_pytorch.analysis.statistics import (
     distance_profile,
     head_similarity,
     head_statistics,
 )
-from dilated_attention_pytorch.analysis.recording import Recording, block_texts
+from dilated_attention_pytorch.foreign_text import printable
 from dilated_attention_pytorch.train.trainer import SCHEDULES
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 _MAX_LABELS = 40
+# What is drawn of a level of sparsity, and how its name reads.
+_DRAWN = ("recall", "kept_mass", "best_mass")
+_RECALL = re.compile(r"recall_\d+(\.\d+)?")
+# Of the axis of sparsities: less would show by how little the measured ones differ.
+_LEAST_SPAN = 0.1
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -33,14 +40,32 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _grid(count: int, size: float, *, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A row (or more) of equal axes."""
-    columns = math.ceil(count / rows)
-    figure = _figure(size * columns, size * rows)
+def _single(xlabel: str, ylabel: str, size: tuple[float, float] = (6, 3.6)) -> tuple[Figure, Any]:
+    """A figure with one axis."""
+    figure = _figure(*size)
+    return figure, figure.subplots(subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
+
+
+def _panels(
+    count: int, columns: int, width: float, height: float, legend: float = 0
+) -> tuple[Figure, list[Any]]:
+    """A figure, with room for a legend beside the panels, and its axes."""
+    rows = math.ceil(count / columns)
+    figure = _figure(width * columns + legend, height * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for unused in axes[count:]:
         unused.set_visible(False)
     return figure, axes[:count]
+
+
+def _layer_panels(recording: Recording, size: float) -> tuple[Figure, list[Any]]:
+    """A panel for every layer, with its name."""
+    names = recording.layer_names
+    columns = math.ceil(len(names) / math.ceil(len(names) / 4))
+    figure, axes = _panels(len(names), columns, size, size)
+    for name, axis in zip(names, axes, strict=True):
+        axis.set_title(name, fontsize=9)
+    return figure, axes
 
 
 def plot_block_map(
@@ -59,14 +84,11 @@ def plot_block_map(
     kept = record.kept()[head]
     values = kept.float() if record.mass is None else record.spread(record.mass)[head]
     shown = values.masked_fill(~kept, torch.nan)
-    figure = _figure(7, 6.2)
-    axis = figure.subplots()
+    figure, axis = _single("key block", "query block", (7, 6.2))
     axis.set_facecolor("#eceff2")
     image = axis.imshow(shown.numpy(), cmap="viridis", interpolation="nearest", vmin=0)
     if record.mass is not None:
         figure.colorbar(image, ax=axis, label="share of the row's dense attention")
-    axis.set_xlabel("key block")
-    axis.set_ylabel("query block")
     axis.set_title(f"{record.name}, head {head}: sparsity {pattern.sparsity_per_head[0, head]:.2f}")
     tokens = recording.samples[sample].tokens
     if tokens is not None and pattern.num_query_blocks <= _MAX_LABELS:
@@ -85,15 +107,11 @@ def _brief(text: str) -> str:
 
 def plot_distance_profiles(recording: Recording) -> Figure:
     """How much of each distance the heads read: one panel per layer, one line per head."""
-    layers = range(len(recording.layer_names))
-    figure, axes = _grid(len(layers), 4.0, rows=math.ceil(len(layers) / 4))
-    for number, axis in zip(layers, axes, strict=True):
+    figure, axes = _layer_panels(recording, 4.0)
+    for number, axis in enumerate(axes):
         for head, profile in enumerate(distance_profile(recording.layer(number))):
             axis.plot(profile.numpy(), label=f"head {head}", linewidth=1.2)
-        axis.set_ylim(0, 1.02)
-        axis.set_title(recording.layer_names[number], fontsize=9)
-        axis.set_xlabel("distance in blocks")
-        axis.set_ylabel("share of the tiles read")
+        axis.set(ylim=(0, 1.02), xlabel="distance in blocks", ylabel="share of the tiles read")
         if len(axis.lines) <= 8:
             axis.legend(fontsize=7)
     return figure
@@ -103,15 +121,12 @@ def plot_head_similarity(recording: Recording, *, layer: int = 0) -> Figure:
     """Jaccard similarity of the chosen tiles between the heads of one layer, mean over samples."""
     records = recording.layer(layer)
     matrix = torch.stack([head_similarity(record.chosen()) for record in records]).mean(0)
-    figure = _figure(5, 4.2)
-    axis = figure.subplots()
+    figure, axis = _single("head", "head", (5, 4.2))
     image = axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(image, ax=axis, label="Jaccard similarity")
     if len(matrix) <= _MAX_LABELS:
         axis.set_xticks(range(len(matrix)))
         axis.set_yticks(range(len(matrix)))
-    axis.set_xlabel("head")
-    axis.set_ylabel("head")
     axis.set_title(recording.layer_names[layer])
     return figure
 
@@ -119,15 +134,12 @@ def plot_head_similarity(recording: Recording, *, layer: int = 0) -> Figure:
 def plot_sparsity_by_layer(recording: Recording) -> Figure:
     """The sparsity of every head (dots) and the mean of every layer (line)."""
     statistics = head_statistics(recording)
-    figure = _figure(6, 3.6)
-    axis = figure.subplots()
+    figure, axis = _single("layer", "sparsity")
     for number, heads in enumerate(statistics):
         axis.plot([number] * len(heads), [h.sparsity for h in heads], "o", color="#0072b2", ms=4)
     means = [sum(h.sparsity for h in heads) / len(heads) for heads in statistics]
     axis.plot(means, color="#d55e00", label="mean")
     axis.set_xticks(range(len(statistics)))
-    axis.set_xlabel("layer")
-    axis.set_ylabel("sparsity")
     axis.legend()
     return figure
 
@@ -152,16 +164,13 @@ def plot_training(history: Sequence[Mapping[str, Any]], field: str = "layer_spar
         layers = len(lines[-1][field])
         lines = [x for x in lines if isinstance(x[field], Sequence) and len(x[field]) == layers]
     steps = [line["step"] for line in lines]
-    figure = _figure(6, 3.6)
-    axis = figure.subplots()
+    figure, axis = _single("step", field.replace("_", " "))
     if by_layer:
         for number, values in enumerate(zip(*(line[field] for line in lines), strict=True)):
             axis.plot(steps, values, label=f"layer {number}")
         axis.legend(fontsize=8)
     else:
         axis.plot(steps, [line[field] for line in lines])
-    axis.set_xlabel("step")
-    axis.set_ylabel(field.replace("_", " "))
     return figure
 
 
@@ -169,16 +178,13 @@ def plot_annealing(
     initial_temperature: float = 1.0, final_temperature: float = 0.1, annealing_steps: int = 1000
 ) -> Figure:
     """The temperature under every schedule of :class:`AdaptiveSparsityTrainer`."""
-    figure = _figure(6, 3.6)
-    axis = figure.subplots()
+    figure, axis = _single("step", "temperature")
     steps = range(annealing_steps + 1)
     for name, move in SCHEDULES.items():
         values = [
             move(initial_temperature, final_temperature, step / annealing_steps) for step in steps
         ]
         axis.plot(steps, values, label=name)
-    axis.set_xlabel("step")
-    axis.set_ylabel("temperature")
     axis.legend()
     return figure
 
@@ -192,9 +198,8 @@ def plot_kept_mass(recording: Recording) -> Figure:
     Raises:
         ValueError: If the recording did not measure the attention.
     """
-    layers = range(len(recording.layer_names))
-    figure, axes = _grid(len(layers), 3.6, rows=math.ceil(len(layers) / 4))
-    for number, axis in zip(layers, axes, strict=True):
+    figure, axes = _layer_panels(recording, 3.6)
+    for number, axis in enumerate(axes):
         for record in recording.layer(number):
             if record.mass is None or record.best_mass is None:
                 raise ValueError("the recording holds no attention; record with measure_mass=True.")
@@ -204,7 +209,96 @@ def plot_kept_mass(recording: Recording) -> Figure:
                 color="#0072b2",
             )  # fmt: skip
         axis.plot([0, 1], [0, 1], color="#666666", linewidth=0.8)
-        axis.set_xlabel("best choice of as many tiles")
-        axis.set_ylabel("attention kept")
-        axis.set_title(recording.layer_names[number], fontsize=9)
+        axis.set(xlabel="best choice of as many tiles", ylabel="attention kept")
     return figure
+
+
+def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Recall of the true top blocks and kept mass by step, one line per sparsity.
+
+    Args:
+        metrics: Lines of a distillation's metrics file.
+    """
+    # By level: a line that lacks one of the three is left out.
+    levels: dict[str, list[Mapping[str, Any]]] = {}
+    for line in metrics:
+        for level in (x.removeprefix("recall_") for x in line if _RECALL.fullmatch(x)):
+            if all(isinstance(line.get(f"{x}_{level}"), int | float) for x in _DRAWN):
+                levels.setdefault(level, []).append(line)
+    figure = _figure(9, 3.6)
+    left, right = figure.subplots(1, 2, sharex=True)
+    by_sparsity = sorted(levels.items(), key=lambda item: float(item[0]))
+    for number, (sparsity, measured) in enumerate(by_sparsity):
+        colour, steps = f"C{number}", [line["step"] for line in measured]
+        recall, kept, best = ([line[f"{x}_{sparsity}"] for line in measured] for x in _DRAWN)
+        left.plot(steps, recall, color=colour, label=f"sparsity {sparsity}")
+        right.plot(steps, kept, color=colour, label=f"sparsity {sparsity}")
+        right.plot(steps, best, color=colour, linestyle=":")
+    left.set(xlabel="step", ylabel="recall of the true top blocks")
+    right.set(xlabel="step", ylabel="kept attention mass (dotted: best choice)")
+    if levels:
+        left.legend()
+    return figure
+
+
+def plot_perplexity(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity in percent above dense by sparsity, one panel per text, length and block size.
+
+    Linear up to one percent, logarithmic beyond: at high sparsities everybody loses much. Who
+    misses the sparsity asked for has its point where it is, not where it should be.
+
+    Args:
+        rows: Of an evaluation: ``text``, ``length``, ``block_size``, ``method``,
+            ``measured_sparsity``, ``ratio``.
+    """
+    panels = sorted({(row["text"], row["length"], row["block_size"]) for row in rows})
+    figure, axes = _panels(len(panels), min(len(panels), 3), 4, 3.4, legend=2.2)
+    # One colour for a method, one line style for a budget; the oracle in black.
+    styles = {"": "-", "threshold": "--", "allotted": "-."}
+    plain = dict.fromkeys(_name(row["method"]) for row in rows)
+    colours = {name: f"C{number}" for number, name in enumerate(plain)} | {"oracle": "black"}
+    methods = sorted(
+        {row["method"] for row in rows}, key=lambda m: (list(plain).index(_name(m)), m)
+    )
+    lines_by_method: dict[str, Any] = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        text, length, block_size = panel
+        for method in methods:
+            points = sorted(
+                (row["measured_sparsity"], 100 * (row["ratio"] - 1))
+                for row in rows
+                if row["method"] == method
+                and (row["text"], row["length"], row["block_size"]) == panel
+            )
+            if points:
+                name, rule = _name(method), method.partition(":")[2]
+                (lines_by_method[method],) = axis.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3, label=method,
+                    color=colours[name], linestyle=styles.get(rule, ":"),
+                    linewidth=2.5 if method == "adapter" else 1.2,
+                )  # fmt: skip
+        axis.axhline(0.0, color="grey", linewidth=0.8)
+        axis.set_yscale("symlog", linthresh=1, linscale=0.5, subs=(2, 5))
+        axis.set_ylim(bottom=min(min(line.get_ydata()) for line in axis.get_lines()) - 0.2)
+        for shown in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            shown("{x:g}")
+        left, right = axis.get_xlim()
+        if right - left < _LEAST_SPAN:
+            middle = (left + right) / 2
+            axis.set_xlim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
+        axis.set_title(
+            f"{printable(text)}: {length:,} tokens, blocks of {block_size}", fontsize=9,
+            # The name of a file is no formula.
+            parse_math=False,
+        )  # fmt: skip
+        axis.set(xlabel="measured sparsity", ylabel="perplexity above dense, %")
+    if lines_by_method:
+        shown = [method for method in methods if method in lines_by_method]
+        handles = [lines_by_method[method] for method in shown]
+        figure.legend(handles, shown, fontsize=8, loc="outside right upper")
+    return figure
+
+
+def _name(method: str) -> str:
+    """A method without its budget."""
+    return method.partition(":")[0]

@@ -1,18 +1,26 @@
-"""What a model chose for some samples: the neutral input of statistics, plots and report.
+"""What the block-sparse layers of a model choose for some samples, and how it is recorded.
 
-Nothing here knows where a recording comes from: :func:`record` fills one from a model of this
-package, an adapter of a pretrained model can fill one as well.
+A :class:`Recording` is the neutral input of statistics, plots and report: :func:`record` fills one
+from a model of this package, an adapter of a pretrained model can fill one as well.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, LayerPass, observe_passes
+from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.pattern import BlockPattern
 
 
@@ -41,7 +49,6 @@ class LayerRecord:
     best_mass: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Checks that the tensors fit the pattern."""
         lists = self.pattern.kv_indices
         if lists.shape[0] != 1:
             raise ValueError(f"pattern must have batch 1, got {lists.shape[0]}; record samples.")
@@ -100,7 +107,6 @@ class SampleRecord:
     tokens: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks the number of tokens."""
         for layer in self.layers:
             if self.tokens is not None and len(self.tokens) != layer.pattern.kv_len:
                 raise ValueError(
@@ -122,7 +128,6 @@ class Recording:
     source: str = ""
 
     def __post_init__(self) -> None:
-        """Checks that there are samples with equal layers."""
         if not self.samples:
             raise ValueError("samples must not be empty; no batch came, or no layer is sparse.")
         shapes = {
@@ -152,10 +157,10 @@ def own_blocks(pattern: BlockPattern) -> Tensor:
     return own.clamp(0, pattern.num_key_blocks - 1)
 
 
-def own_tiles(pattern: BlockPattern) -> Tensor:
-    """``(i, j)`` booleans: the row's own block."""
+def tile_distances(pattern: BlockPattern) -> Tensor:
+    """``(i, j)`` int64: blocks between every tile and the row's own block."""
     columns = torch.arange(pattern.num_key_blocks, device=pattern.device)
-    return own_blocks(pattern)[:, None] == columns
+    return (own_blocks(pattern)[:, None] - columns).abs()
 
 
 def visible_tiles(pattern: BlockPattern) -> Tensor:
@@ -179,5 +184,309 @@ def byte_tokens(content: bytes) -> tuple[str, ...]:
 
 def block_texts(tokens: Iterable[str], block_size: int) -> list[str]:
     """The text of every block."""
-    every = list(tokens)
+    every = tuple(tokens)
     return ["".join(every[n : n + block_size]) for n in range(0, len(every), block_size)]
+
+
+@dataclass(frozen=True, eq=False)
+class NamedPass(LayerPass):
+    """One forward pass of a layer that chose, with the layer's name inside the model."""
+
+    name: str
+    inputs: SelectionInputs
+
+
+@contextmanager
+def watch_layers(model: nn.Module, observer: Callable[[NamedPass], None]) -> Iterator[None]:
+    """Calls ``observer`` after every forward pass that chose, of every block-sparse layer.
+
+    Packed documents (``cu_seqlens``) are refused: their patterns count blocks per document.
+    """
+    names = {layer: name for name, layer in block_sparse_layers(model).items()}
+
+    def show(seen: LayerPass) -> None:
+        if seen.inputs is None:
+            return
+        name = names[seen.layer]
+        if seen.inputs.mask.document_ids is not None:
+            raise ValueError(
+                f"{name}: cu_seqlens must be None while a model is analysed; give every "
+                "document as a sample of its own."
+            )
+        observer(NamedPass(**vars(seen), name=name))
+
+    with observe_passes(list(names), show):
+        yield
+
+
+def block_sparse_layers(model: nn.Module) -> dict[str, BlockSparseLayer]:
+    """The block-sparse layers of a model by name (a bare layer is called ``"layer"``)."""
+    return {
+        name or "layer": module
+        for name, module in model.named_modules()
+        if isinstance(module, BlockSparseLayer)
+    }
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for all modules while open; afterwards every module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Calls a model with a batch of any kind that :func:`record` takes.
+
+    Raises:
+        TypeError: If the model cannot be called with so many arguments, or not by these names.
+    """
+    if isinstance(batch, Mapping):
+        _check_call(model, **batch)
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        _check_call(model, *batch)
+        return model(*batch)
+    if isinstance(model, BlockSparseLayer) and isinstance(batch, Tensor):
+        return model(batch, batch, batch)
+    return model(batch)
+
+
+def _check_call(model: nn.Module, /, *arguments: Any, **named: Any) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError as error:
+        holds = sorted(named) if named else f"{len(arguments)} entries"
+        raise TypeError(
+            f"a batch must hold what {type(model).__name__}.forward{signature} is called with, but "
+            f"holds {holds} ({error}). Give a loader without labels and the like, such as "
+            "((inputs,) for inputs, labels in loader)."
+        ) from None
+
+
+@torch.no_grad()
+def tile_mass(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    weights: Tensor | None = None,
+    pattern_heads: int | None = None,
+) -> Tensor:
+    r"""The share of a query block's *dense* attention that each key block holds.
+
+    :math:`m_{ij} = \sum_n w_n \sum_{m \in j} \mathrm{softmax}_m(s\, q_n \cdot k_m)` over the tokens
+    n of query block i, with weights that sum to one per block (and group of heads). Computed one
+    query block at a time; quadratic in time, linear in memory.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+        mask: The token rule.
+        block_size: Tokens per block.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+        weights: ``(batch, q_len, num_heads)``, not negative: how much each row counts, such as the
+            norm of its output gradient. None: all alike.
+        pattern_heads: Heads to return; those that share a pattern are merged. None: num_heads.
+
+    Returns:
+        ``(batch, pattern_heads, i, j)`` float32. Rows sum to 1, or to 0 where no token of the
+        block sees a key or has weight.
+    """
+    batch, q_len, heads, dim = query.shape
+    groups = heads if pattern_heads is None else pattern_heads
+    scale = dim**-0.5 if scale is None else scale
+    q, k = query.float().transpose(1, 2), key.float().transpose(1, 2)
+    k = k.repeat_interleave(heads // k.shape[1], 1)
+    if weights is None:
+        weights = torch.ones(batch, q_len, heads, dtype=torch.float32, device=query.device)
+    w = weights.float().transpose(1, 2)
+    blocks = ceil_div(mask.kv_len, block_size)
+    columns = torch.arange(mask.kv_len, device=query.device).view(1, 1, 1, -1)
+    rows = []
+    for start in range(0, q_len, block_size):
+        stop = min(start + block_size, q_len)
+        numbers = torch.arange(start, stop, device=query.device).view(1, 1, -1, 1)
+        visible = mask.tokens(numbers, columns)
+        logits = (q[:, :, start:stop] @ k.transpose(-1, -2) * scale).masked_fill(
+            ~visible, -torch.inf
+        )
+        seen = visible.any(-1, keepdim=True)
+        p = logits.masked_fill(~seen, 0).softmax(-1).masked_fill(~seen, 0)
+        p = F.pad(p, (0, blocks * block_size - mask.kv_len))
+        tiles = p.unflatten(-1, (blocks, block_size)).sum(-1)
+        # (batch, groups, heads of the group, tokens)
+        share = (w[:, :, start:stop] * seen[..., 0]).unflatten(1, (groups, -1))
+        share = share / share.sum((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        rows.append((tiles.unflatten(1, (groups, -1)) * share[..., None]).sum((2, 3)))
+    return torch.stack(rows, 2)
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    texts: Iterable[Sequence[str]] | None = None,
+    max_samples: int = 8,
+    measure_mass: bool = True,
+    source: str = "",
+) -> Recording:
+    """Runs batches in evaluation mode and records every choice.
+
+    Args:
+        model: Holds block-sparse layers (adaptive or fixed).
+        batches: Tensors, tuples or lists of positional arguments, mappings of keyword arguments,
+            or objects for a model that takes one. A bare layer takes one tensor as query, key and
+            value.
+        texts: The strings of each sample's tokens, in order. None: the input is no text.
+        max_samples: Stop after as many samples.
+        measure_mass: Also compute dense attention, to compare with (quadratic time).
+        source: What is recorded, in words.
+
+    Returns:
+        The recording, on the CPU.
+
+    Raises:
+        ValueError: If the model holds no block-sparse layer, no batch came, or documents are
+            packed (``cu_seqlens``).
+
+    Example:
+        >>> layer = BlockSparseAdaptive(num_heads=2, head_dim=16)
+        >>> recording = record(layer, [torch.randn(3, 512, 2, 16)])
+        >>> len(recording.samples), recording.layer_names
+        (3, ['layer'])
+    """
+    if not block_sparse_layers(model):
+        raise ValueError("model must hold a block-sparse layer of this package, got none.")
+    strings = None if texts is None else iter(texts)
+    samples: list[SampleRecord] = []
+    with evaluation_mode(model):
+        for batch in batches:
+            passes: list[list[LayerRecord]] = []
+            with watch_layers(model, lambda seen: passes.append(_records(seen, measure_mass))):  # noqa: B023
+                call_model(model, batch)
+            for layers in zip(*passes, strict=True):
+                tokens = None if strings is None else tuple(next(strings))
+                samples.append(SampleRecord(tuple(layers), tokens))
+            if len(samples) >= max_samples:
+                break
+    return Recording(tuple(samples[:max_samples]), source)
+
+
+def _records(seen: NamedPass, measure_mass: bool) -> list[LayerRecord]:
+    """One record per sample of the batch."""
+    pattern, batch = seen.pattern, seen.query.shape[0]
+    scores = _slot_scores(seen)
+    mass = best = None
+    if measure_mass:
+        dense = layer_mass(seen)
+        mass = _take_slots(dense, pattern)
+        best = _best_mass(dense, pattern, scores)
+    return [
+        LayerRecord(
+            seen.name,
+            _sample_pattern(pattern, n),
+            *(None if x is None else x[min(n, len(x) - 1)].cpu() for x in (scores, mass, best)),
+        )
+        for n in range(batch)
+    ]
+
+
+def layer_mass(seen: NamedPass, weights: Tensor | None = None) -> Tensor:
+    """:func:`tile_mass` of a pass, ``(batch, heads of the pattern, i, j)``.
+
+    Queries of padding count for nothing, whatever they and their ``weights`` hold.
+    """
+    layer, query, valid = seen.layer, seen.query, seen.inputs.query_valid
+    if valid is not None:
+        query = torch.where(valid[..., None, None], query, 0)
+        given = query.new_ones(query.shape[:3]) if weights is None else weights
+        weights = torch.where(valid[..., None], given, 0)
+    return tile_mass(
+        query,
+        seen.key,
+        seen.inputs.mask,
+        block_size=layer.block_size,
+        scale=layer.scale,
+        weights=weights,
+        pattern_heads=seen.pattern.num_heads,
+    )
+
+
+def _slot_scores(seen: NamedPass) -> Tensor | None:
+    """Scores of the kept tiles ``(b, h, i, k)`` float32, NaN where forced; None: no selector."""
+    if not isinstance(seen.layer, BlockSparseAdaptive):
+        return None
+    candidates, pattern = seen.inputs.candidates, seen.pattern
+    scores = seen.layer.score(seen.inputs)[0].float()
+    scores = scores.masked_fill(~candidates.scored.expand(scores.shape), torch.nan)
+    tiles = to_tiles(scores, candidates.indices, pattern.num_key_blocks, empty=torch.nan)
+    return _take_slots(tiles, pattern)
+
+
+def to_tiles(
+    values: Tensor, indices: Tensor | None, num_key_blocks: int, *, empty: float = 0
+) -> Tensor:
+    """Moves values of candidates ``(b, h, i, c)`` to their tiles ``(b, h, i, j)``.
+
+    ``indices`` are the candidates' key blocks, ascending (None: all); those that are no candidate
+    lie outside the sequence or repeat their neighbour.
+    """
+    if indices is None:
+        return values
+    index = indices.expand(values.shape)
+    inside = (index >= 0) & (index < num_key_blocks)
+    # Of a repeated candidate the first one counts.
+    inside[..., 1:] &= index[..., 1:] != index[..., :-1]
+    out = values.new_full((*values.shape[:3], num_key_blocks + 1), empty)
+    return out.scatter(-1, torch.where(inside, index, num_key_blocks), values)[..., :-1]
+
+
+def _take_slots(tiles: Tensor, pattern: BlockPattern) -> Tensor:
+    """Values of the kept tiles, ``(b, h, i, j)`` to ``(b, h, i, k)``."""
+    index = pattern.kv_indices.long().clamp(max=max(tiles.shape[-1] - 1, 0))
+    return tiles.gather(-1, index.expand(*tiles.shape[:3], -1))
+
+
+def _best_mass(mass: Tensor, pattern: BlockPattern, scores: Tensor | None) -> Tensor:
+    """What the best choice of as many tiles would hold, ``(b, h, i)``.
+
+    Forced tiles (NaN in ``scores``) stay; without scores all tiles are free.
+    """
+    kept = pattern.to_dense().expand(mass.shape)
+    forced = torch.zeros_like(kept)
+    if scores is not None:
+        used = pattern.slot_used().expand(scores.shape)
+        index = torch.where(used & scores.isnan(), pattern.kv_indices, mass.shape[-1]).long()
+        wide = mass.new_zeros(*mass.shape[:3], mass.shape[-1] + 1, dtype=torch.bool)
+        forced = wide.scatter(-1, index, True)[..., :-1]
+    free = mass.masked_fill(forced, 0).sort(-1, descending=True).values.cumsum(-1)
+    count = (kept & ~forced).sum(-1, keepdim=True)
+    best = free.gather(-1, (count - 1).clamp(min=0)).masked_fill(count == 0, 0)[..., 0]
+    return best + mass.masked_fill(~forced, 0).sum(-1)
+
+
+def _sample_pattern(pattern: BlockPattern, number: int) -> BlockPattern:
+    """One sample of a pattern, on the CPU."""
+    row = slice(number, number + 1) if pattern.kv_indices.shape[0] > 1 else slice(0, 1)
+    allowed = pattern.kv_num_allowed
+    if allowed is not None and allowed.shape[0] > 1:
+        allowed = allowed[number : number + 1]
+    return BlockPattern(
+        pattern.kv_num_blocks[row].cpu(),
+        pattern.kv_indices[row].cpu(),
+        pattern.q_len,
+        pattern.kv_len,
+        pattern.block_size,
+        None if allowed is None else allowed.cpu(),
+        check_values=False,
+    )

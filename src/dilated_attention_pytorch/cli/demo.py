@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import time
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,68 @@ import torch
 from rich.progress import BarColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.bar import ProgressBar, words_column
-from dilated_attention_pytorch.cli.console import PlainConsole
-from dilated_attention_pytorch.cli.demo_jobs import QUICK, DemoSize, needle_job, text_job
-from dilated_attention_pytorch.cli.demo_page import render_page
-from dilated_attention_pytorch.cli.errors import OK, CommandError
-from dilated_attention_pytorch.cli.holding import holding
-from dilated_attention_pytorch.cli.workers import Event, Job, run_jobs
-from dilated_attention_pytorch.files import write_atomically
-from dilated_attention_pytorch.foreign_text import printable
+from dilated_attention_pytorch.analysis.report import render_page
+from dilated_attention_pytorch.cli.console import (
+    OK,
+    PlainConsole,
+    ProgressBar,
+    words_column,
+    write_page,
+)
+from dilated_attention_pytorch.cli.jobs import holding
+from dilated_attention_pytorch.cli.workers import Event, Job, Report, run_jobs
+from dilated_attention_pytorch.config import AdaptiveConfig
+from dilated_attention_pytorch.tasks.needle import (
+    NeedleRun,
+    NeedleTask,
+    build_needle_model,
+    needle_config,
+    train_needle,
+)
+from dilated_attention_pytorch.tasks.text import load_text
+from dilated_attention_pytorch.train.language_model import (
+    LanguageModelRun,
+    LanguageModelTraining,
+)
 
-METHODS = ("dense", "adaptive", "local", "strided", "dilated")
-DEFAULT_OUT = "demo-report"
+# By method: what the page says of it.
+METHODS = {
+    "dense": "reads everything",
+    "adaptive": "learns what to read from the content",
+    "local": "the nearest blocks",
+    "strided": "every n-th block, by head",
+    "dilated": "a lattice, shifted by head",
+}
+# Bytes that a reader of the page sees as they are.
+_READABLE = frozenset({9, 10, *range(32, 127)})
 
 
-def add_parser(commands: Any) -> None:
+@dataclass(frozen=True)
+class DemoSize:
+    """How much to train."""
+
+    # Smaller than that of experiments/needle.py. Dense attention and the best fixed pattern leave
+    # their initial plateau within the steps below; with 500 steps they did not.
+    needle: NeedleTask = field(default_factory=lambda: NeedleTask(seq_len=384, num_keys=48))
+    needle_steps: int = 1200
+    # Steps between two measurements.
+    needle_every: int = 100
+    text_steps: int = 120
+    text_bytes: int = 4_000_000
+    seq_len: int = 512
+
+
+QUICK = DemoSize(
+    needle=NeedleTask(seq_len=64, num_keys=8),
+    needle_steps=4,
+    needle_every=2,
+    text_steps=12,
+    text_bytes=200_000,
+    seq_len=128,
+)
+
+
+def add_demo(commands: Any) -> None:
     """Adds the command to the program."""
     parser = commands.add_parser(
         "demo",
@@ -37,10 +86,10 @@ def add_parser(commands: Any) -> None:
         "the Python standard library's sources, prints a table and writes a page. Takes a few "
         "minutes on two CPU cores; needs no GPU and no network.",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=demo)
     parser.add_argument(
-        "--out", type=Path, default=Path(DEFAULT_OUT), metavar="DIR",
-        help=f"where the page goes, as index.html (default: {DEFAULT_OUT})",
+        "--out", type=Path, default=Path("demo-report"), metavar="DIR",
+        help="where the page goes, as index.html (default: demo-report)",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true", help="a few steps only, to see that everything runs"
@@ -50,7 +99,7 @@ def add_parser(commands: Any) -> None:
     )
 
 
-def run(parsed: argparse.Namespace) -> int:
+def demo(parsed: argparse.Namespace) -> int:
     """Trains everything, prints the table and writes the page."""
     console = PlainConsole(stderr=parsed.json)
     size = QUICK if parsed.quick else DemoSize()
@@ -59,18 +108,13 @@ def run(parsed: argparse.Namespace) -> int:
     with holding(parsed.out, console):
         start = time.perf_counter()
         results = _train(size, console)
-        about = environment(time.perf_counter() - start)
+        about = _environment(time.perf_counter() - start)
         rows = table_rows(results)
         if parsed.json:
             print(json.dumps({"methods": rows, "environment": about, "page": str(page)}, indent=2))
         else:
             console.print(_table(rows))
-        content = render_page(results, rows, about, size).encode("utf-8", "backslashreplace")
-        try:
-            write_atomically(page, content)
-        except OSError as error:
-            raise CommandError(f"cannot write {page}: {error.strerror}.") from error
-    console.print(f"Open {printable(page.resolve())} in a browser.", soft_wrap=True)
+        write_page(page, demo_page(results, rows, about, size), console)
     return OK
 
 
@@ -133,7 +177,7 @@ def table_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def environment(seconds: float) -> dict[str, str]:
+def _environment(seconds: float) -> dict[str, str]:
     """Hardware and versions, for the foot of the page."""
     return {
         "processor": _processor(),
@@ -174,3 +218,184 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             style="bold" if row["attention"] == "adaptive" else None,
         )
     return table
+
+
+def needle_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
+    """Trains one method on the needle task."""
+    torch.set_num_threads(1)
+    task = size.needle
+    run = NeedleRun(
+        method,
+        needle_config(task),
+        steps=size.needle_steps,
+        batch_size=8,
+        learning_rate=5e-3,
+        task=task,
+    )
+    model = build_needle_model(run)
+    curve = []
+    for progress in train_needle(run, model, size.needle_every):
+        curve.append([progress.step, progress.accuracy])
+        report(progress.step / run.steps, f"accuracy {progress.accuracy:.2f}")
+    batch = task.batch(1, torch.Generator().manual_seed(7))
+    model.eval()
+    with torch.no_grad():
+        logits, answers = model(batch)
+        infos = model.transformer.patterns(model.embed(batch))
+    blocks = task.seq_len // task.block_size
+    return {
+        "curve": curve,
+        "accuracy": progress.accuracy,
+        "sparsity": 0.0 if progress.sparsity is None else progress.sparsity,
+        "seconds": progress.seconds,
+        "layers": block_lists(infos, run.num_layers, blocks),
+        "answers": batch.target[0].tolist(),
+        # Nothing is asked in the first block.
+        "right": [None, *(logits.argmax(-1) == answers).tolist()],
+    }
+
+
+def text_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
+    """Trains one method as a byte-level language model."""
+    text = load_text(max_bytes=size.text_bytes, seq_len=size.seq_len)
+    # A fixed budget, so that every sparse method computes exactly as many tiles; the block before
+    # is read by all, since no choice is as sure to help as that one.
+    config = AdaptiveConfig(
+        block_size=16, base_sparsity=0.75, query_scope="past", budget="fixed", num_local_blocks=1
+    )
+    run = LanguageModelRun(
+        attention=method,
+        config=config,
+        seq_len=size.seq_len,
+        batch_size=4,
+        steps=size.text_steps,
+        validation_sequences=64,
+        threads=1,
+    )
+    training = LanguageModelTraining(run, text)
+    losses: list[float] = []
+    curve = []
+    every = max(1, size.text_steps // 15)
+    while not training.done:
+        losses.append(training.step().loss)
+        if len(losses) == every or training.done:
+            mean = sum(losses) / len(losses)
+            curve.append([training.step_count, mean])
+            report(training.step_count / run.steps, f"loss {mean:.2f}")
+            losses = []
+    measured = training.validate()
+    window = _readable_window(training.validation)
+    with torch.no_grad():
+        infos = training.model.eval().patterns(window[None, :-1])
+    shown = bytes(window[:-1].tolist())
+    cuts = range(0, len(shown), config.block_size)
+    return {
+        "curve": curve,
+        "loss": measured.loss,
+        "bits": measured.bits_per_byte,
+        "sparsity": 0.0 if measured.sparsity is None else measured.sparsity,
+        "seconds": training.seconds,
+        "layers": block_lists(infos, run.num_layers, len(cuts)),
+        "blocks": [shown[a : a + config.block_size].decode("ascii", "replace") for a in cuts],
+        "block_size": config.block_size,
+        "seen_bytes": run.steps * run.batch_size * run.seq_len,
+        "heads": run.num_heads,
+    }
+
+
+def block_lists(
+    infos: list[dict[str, Any]], num_layers: int, blocks: int
+) -> list[list[list[list[int]]]]:
+    """Key blocks by layer, head and query block of the first sample; no infos: dense."""
+    if not infos:
+        everything = [list(range(row + 1)) for row in range(blocks)]
+        return [[everything] for _ in range(num_layers)]
+    return [
+        [
+            [row.nonzero().flatten().tolist() for row in head]
+            for head in info["pattern"].to_dense()[0]
+        ]
+        for info in infos
+    ]
+
+
+def _readable_window(windows: torch.Tensor) -> torch.Tensor:
+    """The held-out window that reads most like prose: in the library, a docstring amid code."""
+
+    def letters(window: torch.Tensor) -> float:
+        values = window.tolist()
+        if not _READABLE.issuperset(values):
+            return 0.0
+        return sum(value == 32 or 97 <= value <= 122 for value in values) / len(values)
+
+    return max(windows, key=letters)
+
+
+def demo_page(
+    results: dict[str, dict[str, Any]],
+    rows: list[dict[str, Any]],
+    environment: dict[str, str],
+    size: DemoSize,
+) -> str:
+    """The page of what the jobs returned by method, of the table, the hardware and the size."""
+    text = next(iter(results.values()))["text"]
+    return render_page(
+        "demo",
+        results,
+        rows="".join(_row(row) for row in rows),
+        needle_result=_needle_result(rows),
+        text_result=_text_result(rows),
+        blocks=size.needle.seq_len // size.needle.block_size,
+        needle_tokens=size.needle.seq_len,
+        needle_block=size.needle.block_size,
+        needle_steps=f"{size.needle_steps:,}",
+        chance=f"{1 / size.needle.num_values:.1%}",
+        text_steps=f"{size.text_steps:,}",
+        text_tokens=size.seq_len,
+        text_block=text["block_size"],
+        text_heads=text["heads"],
+        text_layers=len(text["layers"]),
+        seen=f"{text['seen_bytes'] / 1e6:.2f}",
+        environment=escape(
+            "{processor}, {cores} cores, Python {python}, torch {torch}, {date}; {minutes} minutes "
+            "in all".format(**environment)
+        ),
+    )
+
+
+def _row(row: dict[str, Any]) -> str:
+    name = row["attention"]
+    return (
+        f'<tr class="{"own" if name == "adaptive" else ""}"><th scope="row">'
+        f'<span class="key" data-method="{name}"></span>{name}'
+        f"<small>{METHODS[name]}</small></th>"
+        f"<td>{row['needle_sparsity']:.2f}</td><td>{row['needle_accuracy']:.1%}</td>"
+        f"<td>{row['text_sparsity']:.2f}</td><td>{row['text_loss']:.3f}</td>"
+        f"<td>{row['text_bits_per_byte']:.3f}</td><td>{row['seconds']:.0f}</td></tr>"
+    )
+
+
+def _needle_result(rows: list[dict[str, Any]]) -> str:
+    """What the numbers of this run say, whatever they are."""
+    by_name = {row["attention"]: row for row in rows}
+    adaptive = by_name["adaptive"]
+    fixed = [row for row in rows if row["attention"] not in ("adaptive", "dense")]
+    best = max(fixed, key=lambda row: row["needle_accuracy"])
+    return (
+        f"Adaptive attention answers <b>{adaptive['needle_accuracy']:.1%}</b> of the questions "
+        f"while it computes {1 - adaptive['needle_sparsity']:.0%} of the tiles. The best fixed "
+        f"pattern with the same number of tiles, {best['attention']}, answers "
+        f"<b>{best['needle_accuracy']:.1%}</b>; dense attention, with all tiles, "
+        f"<b>{by_name['dense']['needle_accuracy']:.1%}</b>."
+    )
+
+
+def _text_result(rows: list[dict[str, Any]]) -> str:
+    ranked = sorted(rows, key=lambda row: row["text_loss"])
+    place = [row["attention"] for row in ranked].index("adaptive") + 1
+    losses = ", ".join(f"{row['attention']} {row['text_loss']:.3f}" for row in ranked)
+    return (
+        f"Held-out loss in nats per byte, lowest first: {losses}. Adaptive attention comes out "
+        f"number {place} of {len(ranked)} in this run, and the losses span "
+        f"{ranked[-1]['text_loss'] - ranked[0]['text_loss']:.3f}."
+    )

@@ -12,18 +12,24 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dilated_attention_pytorch.cli.console import PlainConsole
-from dilated_attention_pytorch.cli.errors import OK, UsageError
-from dilated_attention_pytorch.cli.folder_command import named_options
-from dilated_attention_pytorch.cli.holding import holding
-from dilated_attention_pytorch.cli.measuring import measuring_bar, measuring_errors
-from dilated_attention_pytorch.cli.pretrained_options import (
+from dilated_attention_pytorch.analysis.plots import plot_perplexity
+from dilated_attention_pytorch.cli.console import (
+    OK,
+    PlainConsole,
+    UsageError,
+    counting_bar,
+    failing,
+    write_plot,
+)
+from dilated_attention_pytorch.cli.jobs import holding
+from dilated_attention_pytorch.cli.options import (
     add_model_and_text,
+    add_option,
     check_lora_folder,
     check_model_folder,
+    named_options,
     require_transformers,
 )
-from dilated_attention_pytorch.cli.write_figure import write_figure
 from dilated_attention_pytorch.files import write_atomically
 from dilated_attention_pytorch.foreign_text import printable
 
@@ -33,7 +39,7 @@ _NO_CHOICE = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_evaluate(commands: Any) -> None:
     """Adds the command to the program."""
     parser = commands.add_parser(
         "evaluate",
@@ -42,7 +48,7 @@ def add_parser(commands: Any) -> None:
         "attention mass, needle-in-a-haystack retrieval and speed, of an adapter and of "
         "training-free selectors.",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=evaluate)
     add_model_and_text(parser, required=True)
     parser.add_argument(
         "--adapter", metavar="DIR", help="what distill wrote; without it baselines alone"
@@ -67,19 +73,15 @@ def add_parser(commands: Any) -> None:
          "them); 'none': none"),
         ("depths", float, "of the needles (default: 0.1 0.5 0.9); -1: no retrieval"),
     ):  # fmt: skip
-        parser.add_argument(
-            f"--{name}", type=kind, nargs="+", default=argparse.SUPPRESS, help=what,
-            metavar={int: "N", float: "X", str: "NAME"}[kind],
-        )  # fmt: skip
-    parser.add_argument(
-        "--tolerance", type=float, metavar="X", default=argparse.SUPPRESS,
-        help="by how much budgets by thresholds may exceed a sparsity before they are calibrated "
-        "again (default: 0.005); -1: never again",
+        add_option(parser, name, kind, what, many=True)
+    add_option(
+        parser, "tolerance", float, "by how much budgets by thresholds may exceed a sparsity "
+        "before they are calibrated again (default: 0.005); -1: never again",
     )  # fmt: skip
     for name, what in (
         ("windows", "windows per text and length (default: 4)"),
-        ("calibration-windows", "windows to calibrate thresholds on (default: 2)"),
-        ("block-size", "tokens per block of baselines (default: the adapter's, or 32)"),
+        ("calibration_windows", "windows to calibrate thresholds on (default: 2)"),
+        ("block_size", "tokens per block of baselines (default: the adapter's, or 32)"),
         ("needles", "needles per depth (default: 4)"),
         (
             "prefixes",
@@ -88,43 +90,48 @@ def add_parser(commands: Any) -> None:
         ),
         ("repeats", "timed passes; 0: no timing (default: 3)"),
     ):
-        parser.add_argument(
-            f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS, help=what
-        )
-    # The former name of --baselines.
-    parser.add_argument(
-        "--rivals", dest="baselines", nargs="+", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
+        add_option(parser, name, int, what)
 
 
-def run(parsed: argparse.Namespace) -> int:
+def evaluate(parsed: argparse.Namespace) -> int:
     """Measures; returns the exit code."""
     require_transformers()
     console = PlainConsole(stderr=True)
     with ExitStack() as stack:
         if parsed.out is not None:
             stack.enter_context(holding(parsed.out, console))
-        stack.enter_context(measuring_errors())
+        remedy = "lower --lengths, or use --dtype bfloat16"
+        stack.enter_context(failing(remedy, OSError, ValueError))
         evaluation = _build(parsed)
-        rows = _measure(evaluation, console)
+        rows, cells = [], evaluation.cells()
+        with counting_bar(console) as bar:
+            task = bar.add_task("measuring", total=len(cells))
+            for text, length, method, sparsity in cells:
+                bar.update(task, description=f"{text}, {length:,} tokens: {method} {sparsity:g}")
+                rows.append(evaluation.measure(text, length, method, sparsity))
+                bar.advance(task)
         dense = [
             {"text": text, "length": length, **evaluation.dense(text, length)}
             for text in evaluation.texts
             for length in evaluation.settings.lengths
         ]
-        result = {"model": parsed.model, "adapter": parsed.adapter, "dense": dense, "rows": rows}
+        result = _finite(
+            {"model": parsed.model, "adapter": parsed.adapter, "dense": dense, "rows": rows}
+        )
         if parsed.out is not None:
-            _write(parsed.out, result, console)
+            content = json.dumps(result, indent=2) + "\n"
+            write_atomically(parsed.out / "results.json", content.encode())
+            write_plot(plot_perplexity, rows, parsed.out / "perplexity.png", console)
     if parsed.json:
-        print(json.dumps(_finite(result), indent=2))
-    else:
-        for text in evaluation.texts:
-            PlainConsole().print(_table(text, result))
-            for row in rows:
-                if row["text"] == text and "prefix_loss" in row:
-                    PlainConsole().print(_prefix_words(row))
-        if any(map(_without_choice, rows)):
-            PlainConsole().print(_NO_CHOICE)
+        print(json.dumps(result, indent=2))
+        return OK
+    for text in evaluation.texts:
+        PlainConsole().print(_table(text, dense, rows))
+        for row in rows:
+            if row["text"] == text and "prefix_loss" in row:
+                PlainConsole().print(_prefix_words(row))
+    if any(map(_without_choice, rows)):
+        PlainConsole().print(_NO_CHOICE)
     return OK
 
 
@@ -173,29 +180,6 @@ def _build(parsed: argparse.Namespace) -> Any:
     return Evaluation(model, tokenizer, texts, settings, adapter)
 
 
-def _measure(evaluation: Any, console: PlainConsole) -> list[dict[str, Any]]:
-    rows = []
-    with measuring_bar(console) as bar:
-        cells = evaluation.cells()
-        task = bar.add_task("measuring", total=len(cells))
-        for text, length, method, sparsity in cells:
-            bar.update(task, description=f"{text}, {length:,} tokens: {method} {sparsity:g}")
-            rows.append(evaluation.measure(text, length, method, sparsity))
-            bar.advance(task)
-    return rows
-
-
-def _write(folder: Path, result: dict[str, Any], console: PlainConsole) -> None:
-    content = json.dumps(_finite(result), indent=2) + "\n"
-    write_atomically(folder / "results.json", content.encode())
-    try:
-        from dilated_attention_pytorch.analysis.selector_plots import plot_perplexity
-    except ImportError:
-        console.print("No plot: it needs matplotlib (the extra [viz]).")
-        return
-    write_figure(plot_perplexity(result["rows"]), folder / "perplexity.png")
-
-
 def _finite(value: Any) -> Any:
     """NaN, for what was not measured, as null."""
     if isinstance(value, dict):
@@ -219,7 +203,7 @@ def _prefix_words(row: dict[str, Any]) -> str:
     )
 
 
-def _table(text: str, result: dict[str, Any]) -> Table:
+def _table(text: str, dense: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Table:
     table = Table(
         title=f"{printable(text)}: perplexity relative to dense attention", title_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
@@ -231,10 +215,9 @@ def _table(text: str, result: dict[str, Any]) -> Table:
             table.add_column(heading, overflow="fold")
         else:
             table.add_column(heading, justify="right", no_wrap=True)
-    dense = [{"method": "dense", "sparsity": 0.0, "measured_sparsity": 0.0, "ratio": 1.0, **row}
-             for row in result["dense"]]  # fmt: skip
-    for row in sorted((r for r in dense + result["rows"] if r["text"] == text),
-                      key=lambda r: r["length"]):  # fmt: skip
+    known = {"method": "dense", "sparsity": 0.0, "measured_sparsity": 0.0, "ratio": 1.0}
+    every = [row for row in [*({**known, **row} for row in dense), *rows] if row["text"] == text]
+    for row in sorted(every, key=lambda row: row["length"]):
         needles = [value for name, value in row.items() if name.startswith("retrieval_")]
         table.add_row(
             f"{row['length']:,}", row["method"],

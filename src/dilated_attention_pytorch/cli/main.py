@@ -9,25 +9,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from dilated_attention_pytorch.cli.errors import (
-    FAILURE,
-    INTERRUPTED,
-    USAGE,
-    CommandError,
-    UsageError,
-)
 from dilated_attention_pytorch.foreign_text import printable
 
 _NEEDS_RICH = "the command line needs rich: pip install 'dilated-attention-pytorch[cli]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code, as in `errors`."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
     try:
         import rich  # noqa: F401
     except ImportError:
         print(f"dilated-attention: error: {_NEEDS_RICH}", file=sys.stderr)
-        return FAILURE
+        return 1
+    from dilated_attention_pytorch.cli.console import FAILURE, CommandError
+
     parsed, unknown = _parser().parse_known_args(arguments)
     usage = vars(parsed).pop("usage")
     if unknown:
@@ -36,22 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _shown_warnings(parsed.name):
             code: int = parsed.command(parsed)
         sys.stdout.flush()
-    except UsageError as error:
-        return _report(parsed.name, error, USAGE)
-    except CommandError as error:
-        return _report(parsed.name, error, FAILURE)
-    except OSError as error:
-        # A disk that is full, or a pipe that nobody reads any more.
-        return _report(parsed.name, error, FAILURE)
+    # An OSError: a disk that is full, or a pipe that nobody reads any more.
+    except (CommandError, OSError) as error:
+        # One line, whatever the names and texts in it hold.
+        print(f"dilated-attention {parsed.name}: error: {printable(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, CommandError) else FAILURE
     except KeyboardInterrupt:
         print(f"dilated-attention {parsed.name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return code
-
-
-def _report(name: str, error: Exception, code: int) -> int:
-    # One line, whatever the names and texts in it hold.
-    print(f"dilated-attention {name}: error: {printable(error)}", file=sys.stderr)
+        return 130
     return code
 
 
@@ -83,16 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dilated_attention_pytorch.cli import (
-        allot,
-        demo,
-        diagnose_command,
-        distill,
-        evaluate,
-        report_command,
-        train,
-        tune,
-    )
+    from dilated_attention_pytorch.cli import convert, demo, evaluate, examine, train
 
     parser = _Parser(
         prog="dilated-attention",
@@ -100,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    train.add_parser(commands)
-    demo.add_parser(commands)
-    distill.add_parser(commands)
-    allot.add_parser(commands)
-    tune.add_parser(commands)
-    evaluate.add_parser(commands)
-    report_command.add_parser(commands)
-    diagnose_command.add_parser(commands)
+    train.add_train(commands)
+    demo.add_demo(commands)
+    convert.add_distill(commands)
+    convert.add_allot(commands)
+    convert.add_tune(commands)
+    evaluate.add_evaluate(commands)
+    examine.add_report(commands)
+    examine.add_diagnose(commands)
     for command in commands.choices.values():
         # Whose usage a wrong option shows.
         command.set_defaults(usage=command)

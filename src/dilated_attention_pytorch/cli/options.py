@@ -1,13 +1,15 @@
-"""Command-line options of a training run, and the dataclasses they make."""
+"""Command-line options, and the dataclasses that they make."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from dilated_attention_pytorch.cli.errors import UsageError
+from dilated_attention_pytorch.cli.console import CommandError, UsageError
 from dilated_attention_pytorch.config import (
     BUDGETS,
     ESTIMATORS,
@@ -27,86 +29,167 @@ from dilated_attention_pytorch.train.loop import LoopSettings, TextSettings
 from dilated_attention_pytorch.train.trainer import SCHEDULES
 
 _RUN = LanguageModelRun()
-
+_CONFIG = frozenset(f.name for f in dataclasses.fields(AdaptiveConfig))
 # Fields that say something to fixed patterns, too; the others need --attention adaptive.
 _SHARED = frozenset(
     {"block_size", "base_sparsity", "num_selected_blocks", "num_local_blocks", "num_sink_blocks",
      "segment_lengths", "dilation_rates"}
 )  # fmt: skip
-_ADAPTIVE_RUN = frozenset({"annealing_share", "schedule", "sparsity_weight"})
-_CONFIG = frozenset(f.name for f in dataclasses.fields(AdaptiveConfig))
+_ADAPTIVE_ALONE = frozenset({"annealing_share", "schedule", "sparsity_weight", "config.num_layers"})
+_OWN_CONFIG = _CONFIG - {"num_layers"}
+_SCORER_FLAGS = {"hidden_dim": "--scorer-dim", "config.num_layers": "--scorer-layers"}
+_INTERVALS = {
+    "log_every": "write a line of metrics",
+    "validate_every": "measure on held-out text",
+    "checkpoint_every": "write a checkpoint",
+}
+_SINK = "always read: blocks at the start"
+# Of pretrained models: shown as defaults without importing transformers, which takes seconds.
+RUN_DEFAULTS: dict[str, Any] = {
+    "seq_len": 2048, "batch_size": 1, "steps": 300, "weight_decay": 0.0, "validation_windows": 2,
+    "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
+}  # fmt: skip
+SELECTOR_DEFAULTS: dict[str, Any] = {
+    "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "block_size": 32,
+}  # fmt: skip
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of model, training, attention and text; absent ones leave no trace."""
+def add_option(
+    group: argparse._ActionsContainer,
+    name: str,
+    kind: type,
+    what: str,
+    defaults: object = None,
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    many: bool = False,
+) -> None:
+    """Adds an option that leaves no trace where it is not named: its default is shown only."""
+    default = getattr(defaults, name.rpartition(".")[2], None)
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    shown = "" if default is None else f" (default: {default})"
+    if choices is None and metavar is None:
+        metavar = {int: "N", float: "X", str: "NAME"}[kind]
+    group.add_argument(
+        flag or _flag(name), dest=name, type=kind, choices=choices, nargs="+" if many else None,
+        default=argparse.SUPPRESS, help=what + shown, metavar=metavar,
+    )  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def named_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options that :func:`add_option` added and the user named; lists as tuples."""
+    skipped = {"command", "name", "out", "resume", "json"}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parsed).items()
+        if name not in skipped
+    }
+
+
+def _take(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Takes what a dataclass has fields for."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    return {name: values.pop(name) for name in names if name in values}
+
+
+def add_run_folder(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--out``, ``--resume`` and ``--json``."""
+    parser.add_argument(
+        "--out", type=Path, default=Path(default), metavar="DIR",
+        help=f"where metrics, checkpoints and the result go (default: {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, with its settings; of a run that somebody else made, "
+        "name the files that it reads",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the summary as JSON (progress goes to stderr)"
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``train``: model, training, attention and text."""
     model = parser.add_argument_group("model and training")
-    _add(model, "attention", str, "what attends", choices=ATTENTION_NAMES)
-    _add(model, "dim", int, "model dimension")
-    _add(model, "num_heads", int, "heads", flag="--heads")
-    _add(model, "num_layers", int, "transformer blocks", flag="--layers")
-    _add(model, "seq_len", int, "bytes per sequence")
-    _add(model, "batch_size", int, "sequences per step")
-    _add(model, "steps", int, "optimiser steps")
-    _add(model, "learning_rate", float, "peak learning rate", flag="--lr")
-    _add(model, "weight_decay", float, "of AdamW")
-    _add(model, "seed", int, "of weights, data order and exploration")
-    _add(model, "threads", int, "CPU threads")
-    _add(model, "device", str, "cpu, cuda, cuda:1, ...")
+    add_option(model, "attention", str, "what attends", _RUN, choices=ATTENTION_NAMES)
+    add_option(model, "dim", int, "model dimension", _RUN)
+    add_option(model, "num_heads", int, "heads", _RUN, flag="--heads")
+    add_option(model, "num_layers", int, "transformer blocks", _RUN, flag="--layers")
+    add_option(model, "seq_len", int, "bytes per sequence", _RUN)
+    add_option(model, "batch_size", int, "sequences per step", _RUN)
+    add_option(model, "steps", int, "optimiser steps", _RUN)
+    add_option(model, "learning_rate", float, "peak learning rate", _RUN, flag="--lr")
+    add_option(model, "weight_decay", float, "of AdamW", _RUN)
+    add_option(model, "seed", int, "of weights, data order and exploration", _RUN)
+    add_option(model, "threads", int, "CPU threads", _RUN)
+    add_option(model, "device", str, "cpu, cuda, cuda:1, ...", _RUN)
     _add_attention_options(parser)
     text = parser.add_argument_group("text")
-    text.add_argument(
-        "--text", dest="paths", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
-        help="files, or folders to read with all below (default: the Python standard library's "
-        "own sources); any bytes will do",
+    add_option(
+        text, "paths", str, "files, or folders to read with all below (default: the Python "
+        "standard library's own sources); any bytes will do", flag="--text", metavar="PATH",
+        many=True,
     )  # fmt: skip
-    _add(text, "validation_share", float, "share of the bytes to hold out", TextSettings())
-    _add(text, "max_bytes", int, "stop after as many bytes", TextSettings())
-    _add(text, "validation_sequences", int, "held-out sequences to measure on")
+    held = TextSettings()
+    add_option(text, "validation_share", float, "share of the bytes to hold out", held)
+    add_option(text, "max_bytes", int, "stop after as many bytes", held)
+    add_option(text, "validation_sequences", int, "held-out sequences to measure on", _RUN)
     intervals = parser.add_argument_group("intervals, in steps")
-    _add(intervals, "log_every", int, "write a line of metrics", LoopSettings())
-    _add(intervals, "validate_every", int, "measure on held-out text", LoopSettings())
-    _add(intervals, "checkpoint_every", int, "write a checkpoint", LoopSettings())
+    for name, what in _INTERVALS.items():
+        add_option(intervals, name, int, what, LoopSettings())
 
 
 def _add_attention_options(parser: argparse.ArgumentParser) -> None:
     config = _RUN.config
     shared = parser.add_argument_group("sparse attention, adaptive or fixed")
-    shared.add_argument(
-        "--base-sparsity", type=float, metavar="X", default=argparse.SUPPRESS,
-        help="share of the tiles to leave out (default: 0.9 from 1,024 bytes on, 0.8 below; less "
-        "where rows would choose fewer blocks than are always read)",
+    add_option(
+        shared, "base_sparsity", float, "share of the tiles to leave out (default: 0.9 from 1,024 "
+        "bytes on, 0.8 below; less where rows would choose fewer blocks than are always read)",
     )  # fmt: skip
-    shared.add_argument(
-        "--block-size",
-        type=int,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="tokens per block (default: by length, 16 below 2,048 bytes, 32, 64 from 4,096 on)",
+    add_option(
+        shared, "block_size", int,
+        "tokens per block (default: by length, 16 below 2,048 bytes, 32, 64 from 4,096 on)",
+    )  # fmt: skip
+    add_option(shared, "num_selected_blocks", int, "blocks per row, in place of a sparsity", config)
+    add_option(
+        shared, "num_local_blocks", int, "always read: neighbours before the own block", config
     )
-    _add(shared, "num_selected_blocks", int, "blocks per row, in place of a sparsity", config)
-    _add(shared, "num_local_blocks", int, "always read: neighbours before the own block", config)
-    _add(shared, "num_sink_blocks", int, "always read: blocks at the start", config)
-    _add(shared, "segment_lengths", int, "tokens per segment, one for each dilation group", many=1)
-    _add(shared, "dilation_rates", int, "rate of each dilation group", many=1)
+    add_option(shared, "num_sink_blocks", int, _SINK, config)
+    add_option(
+        shared, "segment_lengths", int, "tokens per segment, one for each dilation group", many=True
+    )
+    add_option(shared, "dilation_rates", int, "rate of each dilation group", many=True)
     own = parser.add_argument_group("adaptive attention")
-    _add(own, "query_scope", str, "what a choice sees: past is strictly causal", config,
-         choices=QUERY_SCOPES)  # fmt: skip
-    _add(own, "estimator", str, "how the scorer learns", config, choices=ESTIMATORS)
-    _add(own, "selector_weight", float, "strength of the mass estimator", config)
-    _add(own, "scorer", str, "kind of scorer", config, choices=SCORERS)
-    _add(own, "hidden_dim", int, "width of the scorer", config, flag="--scorer-dim")
-    _add(own, "num_layers", int, "depth of the scorer", config, flag="--scorer-layers",
-         dest="config.num_layers")  # fmt: skip
-    _add(own, "pooling", str, "block summaries", config, choices=POOLINGS, many=1)
     # Thresholds are calibrated on a trained model; there are none to train with.
     budgets = tuple(name for name in BUDGETS if name != "threshold")
-    _add(own, "budget", str, "how blocks are shared out", config, choices=budgets)
-    _add(own, "num_explore_blocks", int, "random extra blocks while training", config)
-    _add(own, "temperature", float, "of the noise, at the start", config)
-    _add(own, "min_temperature", float, "of the noise, at the end", config)
-    _add(own, "annealing_share", float, "share of the steps over which it falls")
-    _add(own, "schedule", str, "how it falls", choices=tuple(SCHEDULES))
-    _add(own, "sparsity_weight", float, "weight of the sparsity loss")
+    for name, kind, what, choices in (
+        ("query_scope", str, "what a choice sees: past is strictly causal", QUERY_SCOPES),
+        ("estimator", str, "how the scorer learns", ESTIMATORS),
+        ("selector_weight", float, "strength of the mass estimator", None),
+        ("scorer", str, "kind of scorer", SCORERS),
+        ("hidden_dim", int, "width of the scorer", None),
+        ("config.num_layers", int, "depth of the scorer", None),
+        ("pooling", str, "block summaries", POOLINGS),
+        ("budget", str, "how blocks are shared out", budgets),
+        ("num_explore_blocks", int, "random extra blocks while training", None),
+        ("temperature", float, "of the noise, at the start", None),
+        ("min_temperature", float, "of the noise, at the end", None),
+    ):
+        add_option(
+            own, name, kind, what, config, flag=_SCORER_FLAGS.get(name), choices=choices,
+            many=name == "pooling",
+        )  # fmt: skip
+    add_option(own, "annealing_share", float, "share of the steps over which it falls", _RUN)
+    add_option(own, "schedule", str, "how it falls", _RUN, choices=tuple(SCHEDULES))
+    add_option(own, "sparsity_weight", float, "weight of the sparsity loss", _RUN)
     for name, what in (
         ("learnable_temperature", "learn a factor on the temperature"),
         ("share_across_heads", "one pattern for all heads"),
@@ -118,38 +201,10 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
-def _add(
-    group: argparse._ArgumentGroup,
-    name: str,
-    kind: type,
-    what: str,
-    defaults: object = _RUN,
-    *,
-    flag: str | None = None,
-    dest: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    many: int = 0,
-) -> None:
-    default = getattr(defaults, name)
-    if isinstance(default, tuple):
-        default = " ".join(map(str, default))
-    shown = "" if default is None else f" (default: {default})"
-    # SUPPRESS keeps apart what the user named and what is a default.
-    group.add_argument(
-        flag or _flag(name), dest=dest or name, type=kind, choices=choices,
-        nargs="+" if many else None, default=argparse.SUPPRESS, help=what + shown,
-        metavar=None if choices else {int: "N", float: "X", str: "NAME"}[kind],
-    )  # fmt: skip
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def build_settings(
     options: Mapping[str, Any],
 ) -> tuple[LanguageModelRun, TextSettings, LoopSettings]:
-    """Makes the dataclasses of a new run.
+    """Makes the dataclasses of a new run of ``train``.
 
     Raises:
         UsageError: If an option would be ignored or a value is out of range.
@@ -157,64 +212,176 @@ def build_settings(
     attention = options.get("attention", _RUN.attention)
     _refuse_ignored(attention, options)
     changes = dict(options)
-    config: dict[str, Any] = {
-        name: changes.pop(name) for name in list(changes) if name in _CONFIG - {"num_layers"}
-    }
+    config = {name: changes.pop(name) for name in _OWN_CONFIG & set(changes)}
     if "config.num_layers" in changes:
         config["num_layers"] = changes.pop("config.num_layers")
     # A fixed pattern knows no budget rule, so the user cannot be asked to name one.
     if attention != "adaptive" and "num_selected_blocks" in config:
         config["budget"] = "fixed"
-    seq_len = changes.get("seq_len", _RUN.seq_len)
     try:
-        changes["config"] = _fitting_config(config, seq_len)
+        changes["config"] = _fitting_config(config, max(changes.get("seq_len", _RUN.seq_len), 1))
         text = TextSettings(**_take(changes, TextSettings))
         loop = LoopSettings(**_take(changes, LoopSettings))
         run = LanguageModelRun(**changes)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    if words := _no_choice(run):
-        raise UsageError(words)
+    by_share = run.config.num_selected_blocks is None and run.segment_lengths is None
+    if attention == "adaptive" and by_share:
+        refuse_nothing_to_choose(run.config, run.config.base_sparsity, run.seq_len)
     return run, text, loop
 
 
-def _no_choice(run: LanguageModelRun) -> str | None:
-    """Why a selector would never choose; None where it can."""
-    config = run.config
-    by_share = config.num_selected_blocks is None and run.segment_lengths is None
-    if run.attention != "adaptive" or not by_share:
-        return None
-    return nothing_to_choose(config, config.base_sparsity, run.seq_len)
+def refuse_nothing_to_choose(config: AdaptiveConfig, sparsity: float, seq_len: int) -> None:
+    """Raises UsageError where a selector would never choose."""
+    if words := nothing_to_choose(config, sparsity, seq_len):
+        raise UsageError(words)
 
 
 def _fitting_config(named: Mapping[str, Any], seq_len: int) -> AdaptiveConfig:
     """With a block size and a sparsity that leave something to choose, unless they are named."""
     config = AdaptiveConfig.from_dict({**_RUN.config.to_dict(), **named})
     if "block_size" not in named:
-        config = dataclasses.replace(config, block_size=fitting_block_size(max(seq_len, 1)))
+        config = dataclasses.replace(config, block_size=fitting_block_size(seq_len))
     if "base_sparsity" in named or config.num_selected_blocks is not None:
         return config
     forced = config.num_sink_blocks, config.num_local_blocks
-    sparsity = fitting_sparsity(max(seq_len, 1), config.block_size, *forced)
+    sparsity = fitting_sparsity(seq_len, config.block_size, *forced)
     return dataclasses.replace(config, base_sparsity=sparsity)
-
-
-def _take(changes: dict[str, Any], kind: type) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(kind)]
-    return {name: changes.pop(name) for name in names if name in changes}
 
 
 def _refuse_ignored(attention: str, options: Mapping[str, Any]) -> None:
     if attention == "adaptive":
         return
-    unused = {name for name in options if name in _CONFIG - {"num_layers"} or "." in name}
-    unused |= _ADAPTIVE_RUN & set(options)
-    unused |= {"segment_lengths", "dilation_rates"} & set(options)
+    unused = (_OWN_CONFIG | _ADAPTIVE_ALONE | _SHARED) & set(options)
     if attention != "dense":
         unused -= _SHARED
     if unused:
-        flags = ", ".join(
-            {"config.num_layers": "--scorer-layers", "hidden_dim": "--scorer-dim"}.get(n, _flag(n))
-            for n in sorted(unused)
-        )
+        flags = ", ".join(_SCORER_FLAGS.get(name, _flag(name)) for name in sorted(unused))
         raise UsageError(f"{flags}: no effect with --attention {attention}; leave it out.")
+
+
+def require_transformers() -> None:
+    """Raises CommandError unless transformers can be imported, and quietens its loading bars."""
+    try:
+        from dilated_attention_pytorch.hf.model_folder import quieten
+    except ImportError as error:
+        raise CommandError(
+            "this command needs transformers: pip install 'dilated-attention-pytorch[hf]' "
+            f"({error})"
+        ) from error
+    quieten()
+
+
+def add_model_and_text(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Adds ``--model`` and ``--text``."""
+    default = None if required else argparse.SUPPRESS
+    parser.add_argument(
+        "--model", metavar="DIR", required=required, default=default,
+        help="folder of the pretrained model, with its tokenizer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", nargs="+", metavar="PATH", required=required, default=default,
+        help="text files, or folders to read with all below",
+    )  # fmt: skip
+
+
+def check_model_folder(folder: str) -> None:
+    """Raises UsageError unless there is a model there; nothing is looked for on the Hub."""
+    if not (Path(folder) / "config.json").is_file():
+        missing = "it has no config.json" if Path(folder).is_dir() else "there is no such folder"
+        raise UsageError(
+            f"--model must be the folder of a pretrained model, got {folder}: {missing}. "
+            "Download the model first; save_pretrained writes such a folder."
+        )
+
+
+def check_lora_folder(folder: str) -> None:
+    """Raises CommandError unless there are changes there; nothing is looked for on the Hub."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise CommandError(
+                f"cannot load low-rank changes from {folder}: there is no {name}. Name the folder "
+                "lora that dilated-attention tune wrote."
+            )
+
+
+def add_job_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Adds what distilling and tuning share; ``folder`` is the default of ``--out``."""
+    add_model_and_text(parser, required=False)
+    add_run_folder(parser, folder)
+    run = SimpleNamespace(**RUN_DEFAULTS)
+    for name, kind, what in (
+        ("seq_len", int, "tokens per window"),
+        ("batch_size", int, "windows per step"),
+        ("steps", int, "optimiser steps"),
+        ("weight_decay", float, "of AdamW"),
+        ("validation_windows", int, "held-out windows to measure on"),
+        ("seed", int, "of weights and data order"),
+        ("device", str, "cpu, cuda, cuda:1, ..."),
+        ("dtype", str, "float32, or bfloat16 for autocast"),
+    ):
+        add_option(parser, name, kind, what, run)
+    add_option(
+        parser, "learning_rate", float, "peak learning rate of the selectors", run, flag="--lr"
+    )
+    add_option(
+        parser, "layers", int, "layers to make sparse (default: all without a sliding window)",
+        many=True,
+    )  # fmt: skip
+    text = TextSettings()
+    add_option(parser, "validation_share", float, "share of the text to hold out", text)
+    add_option(parser, "max_bytes", int, "read as many bytes at most", text)
+    for name, what in _INTERVALS.items():
+        add_option(parser, name, int, f"steps between two: {what}", LoopSettings())
+    config, group = AdaptiveConfig(**SELECTOR_DEFAULTS), parser.add_argument_group("selectors")
+    for name, kind, what, choices in (
+        ("block_size", int, "tokens per block", None),
+        ("base_sparsity", float, "share of the tiles to leave out", None),
+        ("num_sink_blocks", int, _SINK, None),
+        ("num_local_blocks", int, "always read: blocks before the own one", None),
+        ("pooling", str, "block summaries", POOLINGS),
+        ("scorer", str, "kind of scorer", SCORERS),
+        ("query_stride", int, "score every so many queries of a block", None),
+        ("hidden_dim", int, "rank or width of the scorer", None),
+        ("num_layers", int, "depth of another scorer", None),
+        ("budget", str, "how blocks are shared out", BUDGETS),
+        ("threshold_floor", float, "share of an even budget that every row keeps", None),
+    ):
+        add_option(group, name, kind, what, config, choices=choices, many=name == "pooling")
+
+
+def build_job(command: str, options: Mapping[str, Any]) -> Any:
+    """The :class:`PretrainedJob` of ``distill`` or ``tune`` that the named options describe.
+
+    Raises:
+        UsageError: If a value is out of range or ``--model`` or ``--text`` is missing.
+    """
+    from dilated_attention_pytorch.hf.job import PretrainedJob
+    from dilated_attention_pytorch.hf.train_selectors import (
+        DistillRun,
+        TuneRun,
+        distilled_config,
+    )
+
+    values = dict(options)
+    for name in ("model", "text"):
+        if name not in values:
+            raise UsageError(f"--{name} is missing; only --resume goes without.")
+    check_model_folder(values["model"])
+    try:
+        intervals = LoopSettings(**_take(values, LoopSettings))
+        config = {name: values.pop(name) for name in _CONFIG & set(values)}
+        job = {
+            name: values.pop(name)
+            for name in ("model", "text", "validation_share", "max_bytes")
+            if name in values
+        }
+        if command == "tune" and "base_sparsity" in config:
+            values["base_sparsity"] = config["base_sparsity"]
+        settings: type[DistillRun | TuneRun] = DistillRun if command == "distill" else TuneRun
+        run = settings(config=distilled_config(**config), **values)
+        sparsity = getattr(run, "base_sparsity", run.config.base_sparsity)
+        refuse_nothing_to_choose(run.config, sparsity, run.seq_len)
+        return PretrainedJob(run=run, intervals=intervals, **job)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
-
-from dilated_attention_pytorch.cli.errors import UsageError
-from dilated_attention_pytorch.cli.folder_command import (
-    FolderCommand,
+from dilated_attention_pytorch.cli.console import UsageError
+from dilated_attention_pytorch.cli.jobs import FolderCommand
+from dilated_attention_pytorch.cli.options import (
     add_run_folder,
+    add_training_options,
+    build_settings,
     named_options,
-    speed,
-    summary_table,
 )
-from dilated_attention_pytorch.cli.options import add_run_options, build_settings
 from dilated_attention_pytorch.foreign_text import printable
 from dilated_attention_pytorch.tasks.text import TextError
 from dilated_attention_pytorch.train.checkpoint import CheckpointError, checkpoint_path
@@ -23,7 +20,7 @@ from dilated_attention_pytorch.train.language_model import LanguageModelRun
 from dilated_attention_pytorch.train.loop import Progress, TrainingLoop, per_second
 
 
-def add_parser(commands: Any) -> None:
+def add_train(commands: Any) -> None:
     """Adds the command to the program."""
     parser = commands.add_parser(
         "train",
@@ -32,18 +29,15 @@ def add_parser(commands: Any) -> None:
         "the Python standard library's sources or on text of your own. Ctrl-C stops it after the "
         "current step; --resume goes on, with bit for bit the result of an uninterrupted run.",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=lambda parsed: TrainCommand(parsed).run())
     add_run_folder(parser, "runs/train")
-    add_run_options(parser)
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Trains; returns the exit code."""
-    return TrainCommand(parsed).run()
+    add_training_options(parser)
 
 
 class TrainCommand(FolderCommand):
     """Trains a language model from nothing."""
+
+    TITLE = "Training"
 
     def open(self) -> TrainingLoop:
         """Starts or resumes; settings that are named for a resumed run must be its own."""
@@ -59,7 +53,6 @@ class TrainCommand(FolderCommand):
             raise UsageError(str(error)) from error
 
     def about(self, loop: TrainingLoop) -> str:
-        """Sizes of model and text."""
         text, run = loop.text, loop.training.run
         parameters = sum(p.numel() for p in loop.training.model.parameters())
         files, others = len(text.train_files), len(text.validation_files)
@@ -70,24 +63,21 @@ class TrainCommand(FolderCommand):
             f"({len(text.validation):,} bytes of {others:,} held out)"
         )
 
-    def state(self, progress: Progress) -> str:
-        """Loss, sparsity, temperature and speed."""
+    def state(self, progress: Progress) -> list[str]:
         result = progress.result
         words = [f"loss {result.loss:.3f}"]
         if result.sparsity is not None:
             words.append(f"sparsity {result.sparsity:.3f}")
         if result.temperature is not None:
             words.append(f"temperature {result.temperature:.2f}")
-        return "  ".join([*words, *speed(progress)])
+        return words
 
     def measured(self, values: dict[str, Any]) -> str:
-        """Bits per byte."""
         words = f"held-out {values['validation_bits_per_byte']:.3f} bits per byte"
         sparsity = values["validation_sparsity"]
         return words if sparsity is None else f"{words}, sparsity {sparsity:.3f}"
 
     def summary(self, loop: TrainingLoop) -> dict[str, Any]:
-        """Losses, sparsity, times and files."""
         training = loop.training
         run = training.run
         rate = per_second(training.step_count * run.batch_size * run.seq_len, training.seconds)
@@ -109,38 +99,34 @@ class TrainCommand(FolderCommand):
             "checkpoint": str(checkpoint_path(loop.checkpoints, training.step_count)),
         }
 
-    def table(self, summary: dict[str, Any]) -> Table:
-        """The same with units."""
-        table = summary_table("Training")
-
-        def number(value: float | None, digits: int) -> str:
+    def rows(self, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        def number(name: str, digits: int) -> str:
+            value = summary[name]
             return "-" if value is None else f"{value:,.{digits}f}"
 
-        table.add_row("attention", summary["attention"])
-        table.add_row("steps", f"{summary['steps']:,} of {summary['steps_planned']:,}")
-
-        def at(step: int | None) -> str:
+        def at(name: str) -> str:
             """Of which step a value is, if not of the last."""
+            step = summary[name]
             return "" if step in (None, summary["steps"]) else f" (step {step:,})"
 
-        loss = number(summary["training_loss"], 4)
-        when = at(summary["training_loss_step"])
-        table.add_row("training loss", f"{loss} nats per byte{when}")
-        bits = summary["validation_bits_per_byte"]
-        loss = number(summary["validation_loss"], 4)
-        when = at(summary["validation_step"])
-        table.add_row("held-out loss", f"{loss} nats, {number(bits, 4)} bits per byte{when}")
-        dense = summary["attention"] == "dense"
-        sparsity = "0 (dense)" if dense else number(summary["validation_sparsity"], 4) + when
-        table.add_row("sparsity, held-out", sparsity)
+        loss, bits = number("validation_loss", 4), number("validation_bits_per_byte", 4)
+        when, dense = at("validation_step"), summary["attention"] == "dense"
+        sparsity = "0 (dense)" if dense else number("validation_sparsity", 4) + when
+        yield "attention", summary["attention"]
+        yield "steps", f"{summary['steps']:,} of {summary['steps_planned']:,}"
+        yield (
+            "training loss",
+            f"{number('training_loss', 4)} nats per byte{at('training_loss_step')}",
+        )
+        yield "held-out loss", f"{loss} nats, {bits} bits per byte{when}"
+        yield "sparsity, held-out", sparsity
         if summary["base_sparsity"] is not None:
-            table.add_row("sparsity, asked for", f"{summary['base_sparsity']:g}")
-        table.add_row("parameters", f"{summary['parameters']:,}")
-        table.add_row("seconds", number(summary["seconds"], 1))
-        table.add_row("tokens/s", number(summary["tokens_per_second"], 0))
-        table.add_row("metrics", printable(summary["metrics"]))
-        table.add_row("checkpoint", printable(summary["checkpoint"]))
-        return table
+            yield "sparsity, asked for", f"{summary['base_sparsity']:g}"
+        yield "parameters", number("parameters", 0)
+        yield "seconds", number("seconds", 1)
+        yield "tokens/s", number("tokens_per_second", 0)
+        yield "metrics", printable(summary["metrics"])
+        yield "checkpoint", printable(summary["checkpoint"])
 
 
 def _base_sparsity(run: LanguageModelRun) -> float | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any
 
-from dilated_attention_pytorch.cli.errors import CommandError
+from dilated_attention_pytorch.cli.console import CommandError
 
 # Tells how far a job is: share done in [0, 1], and a few words.
 Report = Callable[[float, str], None]
@@ -22,18 +22,13 @@ Report = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work.
-
-    Attributes:
-        name: Shown to the user.
-        function: Called as ``function(report, *arguments)``; importable by name, as the result is.
-        arguments: Of the function.
-        weight: Expected share of the whole, for the progress.
-    """
+    """One piece of work, under the name that the user sees."""
 
     name: str
+    # Called as function(report, *arguments); importable by name, as the result is.
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    # Expected share of the whole, for the progress.
     weight: float = 1.0
 
 
@@ -49,12 +44,7 @@ class Event:
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, on_event: Callable[[Event], None]) -> list[Any]:
-    """Runs all jobs and returns their results in order.
-
-    Args:
-        jobs: Started in this order.
-        processes: At once.
-        on_event: Called in this process for every piece of news.
+    """Runs all jobs, some ``processes`` at once, and returns their results in order.
 
     Raises:
         CommandError: If a job fails or its process dies.

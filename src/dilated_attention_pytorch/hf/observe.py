@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
-from dilated_attention_pytorch.analysis.probe import evaluation_mode
-from dilated_attention_pytorch.analysis.selector_measures import join_measures, measure_selectors
+from dilated_attention_pytorch.analysis.measures import join_measures, measure_selectors
+from dilated_attention_pytorch.analysis.recording import evaluation_mode
 from dilated_attention_pytorch.hf.adapt import AdaptedModel
 from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import token_texts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.analysis.probe import call_model, evaluation_mode
+from dilated_attention_pytorch.analysis.recording import call_model, evaluation_mode
 from dilated_attention_pytorch.analysis.statistics import PatternStatistics
 from dilated_attention_pytorch.config import as_int, check_sparsity
 from dilated_attention_pytorch.foreign_text import short_repr

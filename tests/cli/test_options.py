@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dilated_attention_pytorch.cli.errors import UsageError
+from dilated_attention_pytorch.cli.console import UsageError
 from dilated_attention_pytorch.cli.options import build_settings
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dilated_attention_pytorch.analysis.checks import CHECKS
+from dilated_attention_pytorch.analysis.diagnosis import CHECKS
 from dilated_attention_pytorch.cli.main import main
 
 TEXT = "Each word of this sentence is as good as any other word of it. " * 400

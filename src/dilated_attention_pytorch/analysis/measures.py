@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.analysis.probe import (
-    LayerPass,
+from dilated_attention_pytorch.analysis.recording import (
+    NamedPass,
     block_sparse_layers,
     call_model,
     evaluation_mode,
+    layer_mass,
+    to_tiles,
     watch_layers,
 )
-from dilated_attention_pytorch.analysis.recorder import layer_mass, to_tiles
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.budgets import content_factor
 from dilated_attention_pytorch.nn.held_budget import HeldBudget
@@ -91,20 +92,15 @@ def measure_selectors(
 ) -> list[SelectorMeasures]:
     """Runs a batch once in evaluation and once in training mode, both with a backward pass.
 
-    Parameters, gradients, buffers, modes and random numbers are afterwards as before.
-
-    Args:
-        model: Holds adaptive layers.
-        batch: As :func:`call_model` takes it.
-        loss_function: Called with the model and the batch; returns the loss. None: the output's
-            ``loss`` if it has one, otherwise a fixed random projection of its first
-            floating-point tensor.
+    Parameters, gradients, buffers, modes and random numbers are afterwards as before. Without a
+    ``loss_function`` the loss is the output's ``loss`` if it has one, otherwise a fixed random
+    projection of its first floating-point tensor.
 
     Raises:
         ValueError: If the model holds no adaptive layer, or one that is offloaded, whose weights
             keep no gradient.
     """
-    loss_of = default_loss if loss_function is None else loss_function
+    loss_of = _default_loss if loss_function is None else loss_function
     layers = [x for x in block_sparse_layers(model).values() if isinstance(x, BlockSparseAdaptive)]
     if not layers:
         raise ValueError("model must hold at least one BlockSparseAdaptive layer, got none.")
@@ -113,57 +109,46 @@ def measure_selectors(
             "the weights of model's selectors must be on a device, but wait on meta between the "
             "calls; adapt or load the adapter after the base is offloaded."
         )
-    passes: list[LayerPass] = []
+    passes: list[NamedPass] = []
 
-    def keep(seen: LayerPass) -> None:
+    def keep(seen: NamedPass) -> None:
         if isinstance(seen.layer, BlockSparseAdaptive):
             if seen.output.requires_grad:
                 seen.output.retain_grad()
             passes.append(seen)
 
-    with _untouched(model), torch.enable_grad():
-        with evaluation_mode(model), watch_layers(model, keep):
-            loss = loss_of(model, batch)
-            if loss.requires_grad:
-                loss.backward()
+    def backward() -> None:
         for parameter in model.parameters():
             parameter.grad = None
-        model.train()
         loss = loss_of(model, batch)
         if loss.requires_grad:
             loss.backward()
+
+    with _untouched(model), torch.enable_grad():
+        with watch_layers(model, keep):
+            backward()
+        model.train()
+        backward()
         with torch.no_grad():
             return [_measure(seen) for seen in passes]
 
 
 def join_measures(parts: Sequence[Sequence[SelectorMeasures]]) -> list[SelectorMeasures]:
-    """Measures of several batches of equal lengths as of one, where they do not fit at once.
+    """Measures of several batches of equal lengths (by batch and layer) as of one.
 
-    Args:
-        parts: By batch and layer.
-
-    Returns:
-        By layer: tiles and scores of all samples, mean densities and gradients, the largest
-        logit.
+    Tiles and scores of all samples, mean densities and gradients, the largest logit.
     """
     return [_joined(layer) for layer in zip(*parts, strict=True)]
 
 
 def _joined(parts: Sequence[SelectorMeasures]) -> SelectorMeasures:
-    def tiles(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
+    tiles = ("kept", "chosen", "scorable", "by_mean_pooling", "mass", "scores")
     factors = [part.budget_factors for part in parts if part.budget_factors is not None]
     gradients = [part.gradient for part in parts if part.gradient is not None]
     return SelectorMeasures(
         name=parts[0].name,
         layer=parts[0].layer,
-        kept=tiles("kept"),
-        chosen=tiles("chosen"),
-        scorable=tiles("scorable"),
-        by_mean_pooling=tiles("by_mean_pooling"),
-        mass=tiles("mass"),
-        scores=tiles("scores"),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in tiles},
         density=sum(part.density for part in parts) / len(parts),
         budget_factors=torch.cat(factors) if factors else None,
         largest_logit=max(part.largest_logit for part in parts),
@@ -173,8 +158,8 @@ def _joined(parts: Sequence[SelectorMeasures]) -> SelectorMeasures:
     )
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """See :func:`measure_selectors`."""
+def _default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The output's own loss, or a fixed random projection of its first floating-point tensor."""
     result = call_model(model, batch)
     loss = getattr(result, "loss", None)
     if isinstance(loss, Tensor):
@@ -195,13 +180,11 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    for parameter in gradients:
-        parameter.grad = None
     try:
-        with torch.random.fork_rng():
+        # It also gives every module its own mode back.
+        with evaluation_mode(model), torch.random.fork_rng():
             torch.manual_seed(0)
             yield
     finally:
@@ -210,11 +193,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
-        for module, mode in modes.items():
-            module.training = mode
 
 
-def _measure(seen: LayerPass) -> SelectorMeasures:
+def _measure(seen: NamedPass) -> SelectorMeasures:
     layer, pattern, inputs = seen.layer, seen.pattern, seen.inputs
     if not isinstance(layer, BlockSparseAdaptive):
         raise TypeError(f"only BlockSparseAdaptive has a selector, got {type(layer).__name__}.")
@@ -225,8 +206,7 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
         inputs.candidates.scored.expand(scores.shape), inputs.candidates.indices, shape[-1]
     )
     chosen = kept & scorable
-    gradient = seen.output.grad
-    weights = None if gradient is None else gradient.norm(dim=-1)
+    weights = None if seen.output.grad is None else seen.output.grad.norm(dim=-1)
     factors = None
     held = layer.held_budget()
     if held is not None and layer.training:
@@ -237,17 +217,15 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
         factors = layer.called(
             lambda *_: content_factor(layer, held, complexity), seen.query, seen.key, seen.key
         )
+    gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
     norms = [
-        parameter.grad.norm()
-        for name, parameter in layer.named_parameters()
-        if parameter.grad is not None and (name.startswith("scorer.") or name.endswith("_pool"))
+        gradient.norm()
+        for name, gradient in gradients.items()
+        if name.startswith("scorer.") or name.endswith("_pool")
     ]
-    total = torch.stack(norms).norm() if norms else None
-    every = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
     scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
-    norms_q, norms_k = (
-        _largest_norm(seen.query, inputs.query_valid), _largest_norm(seen.key, inputs.key_valid)
-    )  # fmt: skip
+    largest_query = _largest_norm(seen.query, inputs.query_valid)
+    largest_key = _largest_norm(seen.key, inputs.key_valid)
     return SelectorMeasures(
         name=seen.name,
         layer=layer,
@@ -260,10 +238,10 @@ def _measure(seen: LayerPass) -> SelectorMeasures:
         density=float(1 - pattern.sparsity),
         budget_factors=factors,
         # Cauchy and Schwarz: no logit is larger than the product of the norms.
-        largest_logit=norms_q * norms_k * scale,
+        largest_logit=largest_query * largest_key * scale,
         finite_output=bool(seen.output.isfinite().all()),
-        gradient=None if total is None else float(total),
-        finite_gradient=all(bool(x.isfinite().all()) for x in every),
+        gradient=float(torch.stack(norms).norm()) if norms else None,
+        finite_gradient=all(bool(x.isfinite().all()) for x in gradients.values()),
     )
 
 
@@ -275,7 +253,7 @@ def _largest_norm(x: Tensor, valid: Tensor | None) -> float:
     return float(norms.amax())
 
 
-def _by_mean_pooling(seen: LayerPass, scorable: Tensor, chosen: Tensor) -> Tensor:
+def _by_mean_pooling(seen: NamedPass, scorable: Tensor, chosen: Tensor) -> Tensor:
     """The best candidates by mean-pooled queries and keys, as many per row as were chosen."""
     inputs, size = seen.inputs, seen.layer.block_size
     q = block_summaries(inputs.query, size, pooling=("mean",), valid=inputs.query_valid)

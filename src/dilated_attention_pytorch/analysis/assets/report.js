@@ -10,7 +10,7 @@ for (const mark of document.querySelectorAll(".kind"))
 const limited = data.limit !== null;
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
-/* Unpacking: see packing.py. */
+/* Unpacking: see report.py. */
 function varints(bytes) {
   const out = new Uint32Array(bytes.length);
   let count = 0, value = 0, shift = 0;

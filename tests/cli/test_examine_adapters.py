@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="needs the extra [cli]")
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.analysis.checks import CHECKS
+from dilated_attention_pytorch.analysis.diagnosis import CHECKS
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import save_adapter

@@ -1,0 +1,274 @@
+"""``distill``, ``tune`` and ``allot``: what makes a pretrained model's attention sparse."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dilated_attention_pytorch.analysis.plots import plot_recall
+from dilated_attention_pytorch.cli.console import (
+    OK,
+    PlainConsole,
+    UsageError,
+    counting_bar,
+    failing,
+    shell_word,
+    write_plot,
+)
+from dilated_attention_pytorch.cli.jobs import FolderCommand, StopRequest, holding
+from dilated_attention_pytorch.cli.options import (
+    add_job_options,
+    add_model_and_text,
+    add_option,
+    build_job,
+    check_model_folder,
+    named_options,
+    require_transformers,
+)
+from dilated_attention_pytorch.foreign_text import printable
+from dilated_attention_pytorch.selection.bounds import nothing_to_choose
+from dilated_attention_pytorch.train.loop import Progress
+
+# Options that say what a run reads: naming them for --resume says that they may be read.
+_FILES = frozenset({"model", "text", "adapter"})
+# Names in the table where those in JSON would not do.
+_WORDS = {"base_sparsity": "sparsity, asked for", "sparsity": "sparsity, held-out"}
+
+
+def add_distill(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "distill",
+        help="make a pretrained model's attention sparse: distil its selectors",
+        description="Trains one selector per attention layer of a frozen pretrained model on "
+        "where the model's own attention goes, and writes them as an adapter. Ctrl-C stops after "
+        "the current step; --resume goes on exactly.",
+    )
+    parser.set_defaults(command=lambda parsed: DistillCommand(parsed).run())
+    add_job_options(parser, "runs/distill")
+
+
+def add_tune(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "tune",
+        help="tune a sparse pretrained model end to end",
+        description="Trains the selectors of a pretrained model, and low-rank changes or all of "
+        "its weights, on the language-modelling loss at a sparsity. Ctrl-C stops after the current "
+        "step; --resume goes on exactly.",
+    )
+    parser.set_defaults(command=lambda parsed: TuneCommand(parsed).run())
+    add_job_options(parser, "runs/tune")
+    for name, choices, what in (
+        ("train", ("selectors", "lora", "all"), "what is trained (default: lora)"),
+        ("attention", ("sparse", "dense"), "dense: the baseline (default: sparse)"),
+    ):
+        add_option(parser, name, str, what, choices=choices)
+    start = "selectors to start from, as distill wrote them"
+    add_option(parser, "adapter", str, start, metavar="DIR")
+    for name, kind, what in (
+        ("base_learning_rate", float, "peak rate of LoRA or of the weights (default: 0.0001)"),
+        ("lora_rank", int, "rank of the changes (default: 16)"),
+        ("sparsity_warmup", float, "share of the steps from dense to sparse (default: 0.1)"),
+        ("calibrate_every", int, "steps between two calibrations (default: 50)"),
+        ("selector_every", int, "selectors learn in one of so many steps (default: 8)"),
+    ):
+        add_option(parser, name, kind, what)
+
+
+def add_allot(commands: Any) -> None:
+    """Adds the command to the program."""
+    parser = commands.add_parser(
+        "allot",
+        help="share an adapter's budget among the layers by what sparsity costs in each",
+        description="Measures the loss with one layer sparse and the others dense, at several "
+        "sparsities, on held-out text, and writes an adapter whose layers have the sparsities "
+        "that cost least at the same mean. The same command again goes on where it stopped.",
+    )
+    parser.set_defaults(command=allot)
+    add_model_and_text(parser, required=True)
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="what distill wrote")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True,
+        help="where costs.json and the new adapter go",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the shares as JSON")
+    lengths = "tokens per window: the lengths of use (default: 2048)"
+    add_option(parser, "lengths", int, lengths, many=True)
+    add_option(parser, "windows", int, "held-out windows per length (default: 3)")
+    add_option(parser, "max_bytes", int, "read as many bytes at most")
+    add_option(parser, "device", str, "cpu, cuda, ... (default: cpu)")
+    add_option(
+        parser, "dtype", str, "of the model's weights (default: float32)",
+        choices=("float32", "bfloat16", "float16"),
+    )  # fmt: skip
+
+
+class PretrainedCommand(FolderCommand):
+    """Trains on a pretrained model; subclasses say what they write."""
+
+    REMEDY = "lower --batch-size or --seq-len, or use --dtype bfloat16"
+    BEFORE = "Loading the model, preparing the selectors, measuring: minutes on a CPU."
+
+    def open(self) -> Any:
+        """Starts or resumes; a resumed job takes no settings but the files that it reads."""
+        require_transformers()
+        from dilated_attention_pytorch.hf.job import PretrainedLoop
+
+        options = named_options(self.parsed)
+        if self.parsed.resume:
+            named = {name: options.pop(name) for name in _FILES & set(options)}
+            if options:
+                raise UsageError(
+                    f"--resume takes the settings of the run: leave {sorted(options)} out."
+                )
+            return PretrainedLoop.resume(self.parsed.out, named)
+        try:
+            return PretrainedLoop.start(self.parsed.out, build_job(self.parsed.name, options))
+        except FileExistsError as error:
+            raise UsageError(str(error)) from error
+
+    def asked(self, run: Any) -> dict[str, float]:
+        """The sparsity that was asked for."""
+        return {"base_sparsity": run.config.base_sparsity}
+
+    def about(self, loop: Any) -> str:
+        count = sum(p.numel() for p in loop.training.trained())
+        return (
+            f"{count:,} parameters to train, on {printable(loop.text.source)}: "
+            f"{len(loop.text.train):,} tokens ({len(loop.text.validation):,} held out)"
+        )
+
+    def state(self, progress: Progress) -> list[str]:
+        return [f"loss {progress.result['loss']:.4f}"]
+
+    def measured(self, values: dict[str, Any]) -> str:
+        words = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        return words or "nothing to measure: the blocks that are always read leave no choice"
+
+    def summary(self, loop: Any) -> dict[str, Any]:
+        """Measurements, time and files; writes the result of a finished job."""
+        training = loop.training
+        summary = {
+            "finished": training.done,
+            "steps": training.step_count,
+            "steps_planned": training.run.steps,
+            **self.asked(training.run),
+            "seconds": round(training.seconds, 1),
+            "trained_parameters": sum(p.numel() for p in training.trained()),
+            **loop.latest,
+            "measured_at_step": loop.measured_at,
+            "metrics": str(loop.metrics.path),
+        }
+        if training.done:
+            self.console.print("Calibrating and writing the result.")
+            loop.save_result()
+            summary |= self.results(loop)
+        return summary
+
+    @abstractmethod
+    def results(self, loop: Any) -> dict[str, str]:
+        """Further lines of the summary: what a finished job has written."""
+
+    def rows(self, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        for key, value in summary.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else printable(value)
+            yield _WORDS.get(key, key.replace("_", " ")), shown
+
+
+class DistillCommand(PretrainedCommand):
+    """Writes an adapter and a plot of how well it chooses."""
+
+    TITLE = "Distill"
+
+    def results(self, loop: Any) -> dict[str, str]:
+        out = self.parsed.out
+        found = {"adapter": str(out / "adapter")}
+        if write_plot(plot_recall, loop.metrics.read(), out / "recall.png", self.console):
+            found["plot"] = str(out / "recall.png")
+        return found
+
+
+class TuneCommand(PretrainedCommand):
+    """Writes what was trained."""
+
+    TITLE = "Tune"
+
+    def asked(self, run: Any) -> dict[str, float]:
+        """The same; dense attention leaves nothing out."""
+        return {} if run.attention == "dense" else {"base_sparsity": run.base_sparsity}
+
+    def results(self, loop: Any) -> dict[str, str]:
+        out, names = self.parsed.out, ("adapter", "lora", "model")
+        return {name: str(out / name) for name in names if (out / name).is_dir()}
+
+
+def allot(parsed: argparse.Namespace) -> int:
+    """Measures and writes; returns the exit code."""
+    require_transformers()
+    from dilated_attention_pytorch.hf.layer_shares import AllotJob, Allotment
+
+    console = PlainConsole(stderr=True)
+    check_model_folder(parsed.model)
+    try:
+        job = AllotJob(**named_options(parsed))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with (
+        holding(parsed.out, console),
+        failing("lower --lengths, or use --dtype bfloat16", OSError, ValueError),
+    ):
+        allotment = Allotment(job, parsed.out)
+        config = next(iter(allotment.source.configs.values()))
+        for length in job.lengths:
+            if words := nothing_to_choose(config, allotment.source.base_sparsity, length):
+                console.print(words, soft_wrap=True)
+        finished = True
+        with StopRequest() as stop, counting_bar(console) as bar:
+            task = bar.add_task("measuring", total=allotment.total, completed=allotment.done)
+            for length, layer in allotment.steps():
+                words = f"{length:,} tokens, layer {layer}"
+                bar.update(task, completed=allotment.done, description=words)
+                if stop():
+                    finished = False
+                    break
+    if finished:
+        _print_shares(allotment, parsed)
+        return OK
+    console.print(
+        f"Stopped after {allotment.done} of {allotment.total} measurements, which "
+        f"{shell_word(parsed.out)} keeps. The same command goes on.",
+        soft_wrap=True,
+    )
+    return stop.exit_code
+
+
+def _print_shares(allotment: Any, parsed: argparse.Namespace) -> None:
+    mean, every = allotment.source.base_sparsity, allotment.costs()
+    shares = {costs.length: costs.allot(mean) for costs in every}
+    noise = {costs.length: costs.noise for costs in every}
+    if parsed.json:
+        print(json.dumps({"adapter": str(parsed.out / "adapter"), "sparsity": mean,
+                          "layers": shares, "noise": noise}, indent=2))  # fmt: skip
+        return
+    console = PlainConsole()
+    table = Table(title=f"sparsity by layer, {mean:g} in the mean", title_justify="left")
+    table.add_column("layer", justify="right")
+    for length in shares:
+        table.add_column(f"{length:,} tokens", justify="right")
+    for layer in allotment.source.configs:
+        table.add_row(str(layer), *(f"{found[layer]:.3f}" for found in shares.values()))
+    console.print(table)
+    if any(noise.values()):
+        found = ", ".join(f"{value:.5f} at {length:,} tokens" for length, value in noise.items())
+        console.print(
+            f"Noise of a cost (nats): {found}. Shares differ as far as costs stand out of it; more "
+            "--windows lower it.", soft_wrap=True,
+        )  # fmt: skip
+    console.print(f"The adapter is in {printable(parsed.out / 'adapter')}.", soft_wrap=True)
