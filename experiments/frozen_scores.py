@@ -34,7 +34,7 @@ from dilated_attention_pytorch.hf.observe import CountTiles
 from dilated_attention_pytorch.hf.train_selectors import (
     distilled_config,
 )
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from fetch_smollm2 import CACHE
 
 OUT = Path(__file__).parent / "results" / "frozen_scores" / "results.json"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dilated_attention_pytorch import fixed_pattern
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.scoring.summaries import past_windows
-from dilated_attention_pytorch.scoring.training_free import mean_pool_scores
+from dilated_attention_pytorch.scoring.tile_mass import mean_pool_scores
 
 
 class MeanPooled(BlockSparseTrainingFree):

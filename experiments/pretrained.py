@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from dilated_attention_pytorch.selection.bounds import most_sparse
+from dilated_attention_pytorch.selection.budget import most_sparse
 from pretrained_report import read_lines, report
 from pretrained_texts import (
     MEASURED_ON,

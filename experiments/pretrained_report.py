@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dilated_attention_pytorch.selection.bounds import most_sparse
+from dilated_attention_pytorch.selection.budget import most_sparse
 from pretrained_texts import MEASURED_ON, RUNS
 
 RESULTS = Path(__file__).parent / "results" / "pretrained"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import BlockSparseAdaptive
-from dilated_attention_pytorch.nn import estimators, select
+from dilated_attention_pytorch.nn import select
 
 _LOW = 0xFFFFFFFF
 
@@ -56,4 +56,4 @@ def share_noise(monkeypatch: Any, seed: int, layer: BlockSparseAdaptive) -> None
         return draw(generator, like)
 
     monkeypatch.setattr(select, "gumbel_noise", lambda like, _: drawn(like)[0])
-    monkeypatch.setattr(estimators, "uniform_noise", lambda like, _: drawn(like)[1])
+    monkeypatch.setattr(select, "uniform_noise", lambda like, _: drawn(like)[1])

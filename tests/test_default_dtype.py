@@ -24,13 +24,13 @@ from dilated_attention_pytorch import (
 )
 from dilated_attention_pytorch.analysis import HeadStatistics, head_statistics, record
 from dilated_attention_pytorch.config import ESTIMATORS, SCORERS
-from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
-from dilated_attention_pytorch.nn.state import SelectorState
-from dilated_attention_pytorch.nn.training_free import (
+from dilated_attention_pytorch.nn.baselines import (
+    FIXED_PATTERNS,
     METHODS,
     BlockSparseTrainingFree,
     TrainingFreeConfig,
 )
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from dilated_attention_pytorch.selection.top_k import gumbel_noise
 from dilated_attention_pytorch.tasks.needle import NeedleTask

@@ -24,7 +24,7 @@ from dilated_attention_pytorch import (
     explain_backend,
     gumbel_softmax_topk,
 )
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.runtime import FLOATS, INTEGERS
 
 SIZE, N = 8, 24

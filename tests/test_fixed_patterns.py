@@ -7,7 +7,7 @@ import torch
 
 from brute_force import running_round, water_level
 from dilated_attention_pytorch import BlockPattern, fixed_pattern
-from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
+from dilated_attention_pytorch.nn.baselines import FIXED_PATTERNS
 
 RANKED = [name for name in FIXED_PATTERNS if name not in ("dense", "random")]
 

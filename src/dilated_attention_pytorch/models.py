@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
-from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.baselines import FIXED_PATTERNS, BlockSparseFixed
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.fixed import BlockSparseFixed
 from dilated_attention_pytorch.pattern import BlockPattern
 
 ATTENTION_NAMES = ("adaptive", *FIXED_PATTERNS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, BlockSparseFixed
 from dilated_attention_pytorch.analysis import Recording, record
 from dilated_attention_pytorch.analysis.distill_to_fixed import DistilledPatterns, distill_to_fixed
-from dilated_attention_pytorch.nn.fixed import BlockSparseDistilled
+from dilated_attention_pytorch.nn.baselines import BlockSparseDistilled
 
 
 class Model(nn.Module):

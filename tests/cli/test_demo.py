@@ -13,9 +13,16 @@ from html.parser import HTMLParser
 import pytest
 
 from dilated_attention_pytorch.cli.console import CommandError
-from dilated_attention_pytorch.cli.demo import METHODS, QUICK, block_lists, demo_page, table_rows
+from dilated_attention_pytorch.cli.demo import (
+    METHODS,
+    QUICK,
+    Job,
+    block_lists,
+    demo_page,
+    run_jobs,
+    table_rows,
+)
 from dilated_attention_pytorch.cli.main import main
-from dilated_attention_pytorch.cli.workers import Job, run_jobs
 
 ENVIRONMENT = {"processor": "<CPU> & co", "cores": "2", "python": "3", "torch": "2", "date": "d",
                "minutes": "1"}  # fmt: skip

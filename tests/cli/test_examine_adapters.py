@@ -21,7 +21,7 @@ from dilated_attention_pytorch.analysis.diagnosis import CHECKS
 from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import save_adapter
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 SHORT = ["--seq-len", "128", "--block-size", "16", "--base-sparsity", "0.5"]
 DISTILL = [*SHORT, "--steps", "4", "--validate-every", "2",

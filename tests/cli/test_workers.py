@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dilated_attention_pytorch.cli.workers import _ctrl_c_held_back
+from dilated_attention_pytorch.cli.demo import _ctrl_c_held_back
 
 
 def test_ctrl_c_waits_until_the_processes_have_started():

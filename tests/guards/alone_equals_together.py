@@ -21,16 +21,16 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.config import BUDGETS, SCORERS
-from dilated_attention_pytorch.fixed_patterns import FIXED_PATTERNS
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.fixed import BlockSparseFixed
-from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
-from dilated_attention_pytorch.nn.state import SelectorState
-from dilated_attention_pytorch.nn.training_free import (
+from dilated_attention_pytorch.nn.baselines import (
+    FIXED_PATTERNS,
     METHODS,
+    BlockSparseFixed,
     BlockSparseTrainingFree,
     TrainingFreeConfig,
 )
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
+from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from guards.reports import write_report
 

@@ -361,7 +361,7 @@ def adapter_kinds() -> list[Kind]:
     """Both files of an adapter, read, and where they are forged applied to a model."""
     from dilated_attention_pytorch import AdaptiveConfig
     from dilated_attention_pytorch.hf import AdapterError, SelectorAdapter, adapt
-    from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+    from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
     from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
     from dilated_attention_pytorch.selection.threshold import ThresholdTable
     from tiny_models import tiny_model

@@ -19,7 +19,7 @@ from dilated_attention_pytorch import (
     MultiheadAdaptiveAttention,
     block_sparse_decode,
 )
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from guards import draws, oracle, rounding
 from guards.attention_calls import Outcome, difference
 from guards.draws import DTYPES, PLANTS, Coin, Dice, draw_pattern, draw_rule, lay_out

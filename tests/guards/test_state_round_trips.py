@@ -25,9 +25,12 @@ from dilated_attention_pytorch import (
     MultiheadAdaptiveAttention,
 )
 from dilated_attention_pytorch.models import Transformer, build_attention
+from dilated_attention_pytorch.nn.baselines import (
+    BlockSparseDistilled,
+    BlockSparseTrainingFree,
+    TrainingFreeConfig,
+)
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer
-from dilated_attention_pytorch.nn.fixed import BlockSparseDistilled
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 HEADS, DIM, TOKENS = 2, 8, 88

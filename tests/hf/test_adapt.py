@@ -22,7 +22,7 @@ from dilated_attention_pytorch.hf.adapter_file import AdapterError
 from dilated_attention_pytorch.hf.attention import SELECTOR, register
 from dilated_attention_pytorch.hf.families import FAMILIES
 from dilated_attention_pytorch.hf.model_folder import load_model
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=16)
 

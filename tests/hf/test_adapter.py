@@ -21,7 +21,7 @@ from dilated_attention_pytorch.hf.adapter_file import AdapterError
 from dilated_attention_pytorch.hf.calibration import calibrate
 from dilated_attention_pytorch.hf.observe import CountTiles
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 CONFIGS: dict[int, Any] = {
     0: AdaptiveConfig(base_sparsity=0.6, block_size=16, pooling=("mean", "attention")),

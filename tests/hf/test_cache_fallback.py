@@ -28,7 +28,7 @@ from dilated_attention_pytorch.hf.observe import CountTiles
 from dilated_attention_pytorch.hf.train_selectors import (
     distilled_config,
 )
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 SPARSE = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")

@@ -24,7 +24,7 @@ from transformers import DynamicCache, StaticCache
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
-from dilated_attention_pytorch.nn import scoring_layer
+from dilated_attention_pytorch.nn import selector
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
@@ -218,13 +218,13 @@ def test_rejected_drafts_are_taken_back(drafts: str) -> None:
 def test_the_past_is_never_summarised_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens pooled by 24 steps of two layers, whatever the length of the prompt."""
     pooled: list[tuple[int, int]] = []
-    original = scoring_layer.block_summaries
+    original = selector.block_summaries
 
     def count(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         pooled.append((x.shape[2], x.shape[1]))
         return original(x, *args, **kwargs)
 
-    monkeypatch.setattr(scoring_layer, "block_summaries", count)
+    monkeypatch.setattr(selector, "block_summaries", count)
     model, found = tiny_model(max_position_embeddings=2048), []
     with adapt(model, SPARSE):
         for length in (64, 1024):

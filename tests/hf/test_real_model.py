@@ -20,7 +20,7 @@ from dilated_attention_pytorch.hf.model_folder import (
     load_tokenizer,
     tokenize,
 )
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 MODEL, TEXTS = CACHE / "smollm2", CACHE / "texts"

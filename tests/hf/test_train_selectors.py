@@ -40,7 +40,7 @@ from dilated_attention_pytorch.hf.train_selectors import (
     distilled_config,
     mass_cross_entropy,
 )
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 # They start from nothing, so that training shows.
 CONFIG = distilled_config(

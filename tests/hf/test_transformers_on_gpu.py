@@ -30,7 +30,7 @@ from dilated_attention_pytorch.hf.train_selectors import (
     Tuning,
     distilled_config,
 )
-from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import METHODS, TrainingFreeConfig
 
 pytestmark = [
     pytest.mark.gpu,

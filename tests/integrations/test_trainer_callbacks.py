@@ -151,7 +151,7 @@ def test_an_unknown_number_of_steps_has_no_quarter() -> None:
 @pytest.mark.slow
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    from dilated_attention_pytorch.integrations.hf_trainer import AdaptiveSparsityCallback
+    from dilated_attention_pytorch.train.hf_trainer import AdaptiveSparsityCallback
 
     def run(
         steps: int, resume: bool, callback: Any = None, folder: str = "out"
@@ -206,7 +206,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_lightning(tmp_path: Path) -> None:
     pl = pytest.importorskip("lightning.pytorch", reason="needs lightning")
-    from dilated_attention_pytorch.integrations.lightning import AdaptiveSparsityCallback
+    from dilated_attention_pytorch.train.lightning import AdaptiveSparsityCallback
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:

@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.nn import buffers
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.nn.buffers import HostValues
 from dilated_attention_pytorch.nn.state import SelectorState
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import (
     MOST_LENGTHS,
     ThresholdTable,

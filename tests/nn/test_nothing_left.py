@@ -13,7 +13,7 @@ from dilated_attention_pytorch import (
     MultiheadAdaptiveAttention,
     NothingToChooseWarning,
 )
-from dilated_attention_pytorch.selection.bounds import (
+from dilated_attention_pytorch.selection.budget import (
     fitting_block_size,
     fitting_sparsity,
     most_sparse,

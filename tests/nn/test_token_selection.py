@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
 from dilated_attention_pytorch.nn import scorings
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import SelectorState
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
 
 pytest.importorskip("triton", reason="the triton package is not installed")

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from dilated_attention_pytorch import BlockSparseFixed
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.nn.training_free import (
+from dilated_attention_pytorch.nn.baselines import (
     METHODS,
     BlockSparseTrainingFree,
     TrainingFreeConfig,
 )
-from dilated_attention_pytorch.scoring.tile_mass import tile_mass
-from dilated_attention_pytorch.scoring.training_free import (
+from dilated_attention_pytorch.scoring.tile_mass import (
     antidiagonal_scores,
     mean_pool_scores,
     min_max_scores,
+    tile_mass,
 )
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 

@@ -6,11 +6,11 @@ import torch
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries
-from dilated_attention_pytorch.scoring.tile_mass import tile_mass
-from dilated_attention_pytorch.scoring.training_free import (
+from dilated_attention_pytorch.scoring.tile_mass import (
     antidiagonal_scores,
     mean_pool_scores,
     min_max_scores,
+    tile_mass,
 )
 
 N, REAL, SIZE = 64, torch.tensor([64, 25]), 16

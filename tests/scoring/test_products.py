@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.training_free import (
+from dilated_attention_pytorch.nn.baselines import (
     METHODS,
     BlockSparseTrainingFree,
     TrainingFreeConfig,
 )
-from dilated_attention_pytorch.scoring.products import finite_rows, score_products, take_columns
+from dilated_attention_pytorch.scoring.scorer import finite_rows, score_products, take_columns
 
 SCORERS = ("bilinear", "mlp", "low_rank")
 

@@ -7,12 +7,13 @@ import torch
 
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
-from dilated_attention_pytorch.selection.bounds import (
+from dilated_attention_pytorch.selection.budget import (
     halvings,
     most_scored_blocks,
     most_visible_blocks,
+    round_budget,
+    water_level_budget,
 )
-from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
 
 KEEPS = [0.02, 0.1, 0.25, 0.5, 0.77, 0.9, 0.999, 1.0]
 LENGTHS = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.analysis.recording import Recording
 from dilated_attention_pytorch.files import read_tensor_file, write_tensor_file
 from dilated_attention_pytorch.foreign_text import short_repr
+from dilated_attention_pytorch.nn.baselines import BlockSparseDistilled
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.fixed import BlockSparseDistilled
 
 _FILE_FORMAT = "dilated_attention_pytorch.distilled_patterns"
 _LARGEST_BLOCK = 2**20

@@ -32,7 +32,7 @@ from dilated_attention_pytorch.cli.options import (
     require_transformers,
 )
 from dilated_attention_pytorch.foreign_text import printable
-from dilated_attention_pytorch.selection.bounds import nothing_to_choose
+from dilated_attention_pytorch.selection.budget import nothing_to_choose
 from dilated_attention_pytorch.train.loop import Progress
 
 # Options that say what a run reads: naming them for --resume says that they may be read.

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.config import (
     AdaptiveConfig,
 )
 from dilated_attention_pytorch.models import ATTENTION_NAMES
-from dilated_attention_pytorch.selection.bounds import (
+from dilated_attention_pytorch.selection.budget import (
     fitting_block_size,
     fitting_sparsity,
     nothing_to_choose,

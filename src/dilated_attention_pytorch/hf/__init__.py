@@ -12,7 +12,7 @@ from dilated_attention_pytorch.hf.mask import plain_mask
 from dilated_attention_pytorch.hf.model_folder import load_lora, tokenize
 from dilated_attention_pytorch.hf.observe import CountTiles, diagnose_adapted, record_adapted
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 
 __all__ = [

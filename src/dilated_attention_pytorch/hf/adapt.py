@@ -14,8 +14,8 @@ from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register
 from dilated_attention_pytorch.hf.families import AttentionSite, find_attention
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts, costs_near
 
 Selector = BlockSparseAdaptive | BlockSparseTrainingFree

@@ -25,7 +25,7 @@ from dilated_attention_pytorch.foreign_text import MAX_BYTES, json_digest, parse
 from dilated_attention_pytorch.hf.adapt import SelectorConfig, make_selector
 from dilated_attention_pytorch.hf.attention import SELECTOR
 from dilated_attention_pytorch.hf.families import AttentionSite, real_values
-from dilated_attention_pytorch.nn.training_free import TrainingFreeConfig
+from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.runtime import with_dimension
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable

@@ -32,8 +32,8 @@ from dilated_attention_pytorch.hf.observe import (
     measure_kept_mass,
 )
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.training_free import METHODS, TrainingFreeConfig
-from dilated_attention_pytorch.selection.bounds import most_sparse
+from dilated_attention_pytorch.nn.baselines import METHODS, TrainingFreeConfig
+from dilated_attention_pytorch.selection.budget import most_sparse
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 

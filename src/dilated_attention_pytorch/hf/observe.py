@@ -18,9 +18,9 @@ from dilated_attention_pytorch.hf.adapt import AdaptedModel
 from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import token_texts
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs, even_budget
-from dilated_attention_pytorch.nn.training_free import BlockSparseTrainingFree
 from dilated_attention_pytorch.runtime import check_integers
 from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.selection.top_k import choose_top_k

@@ -5,7 +5,7 @@ from dilated_attention_pytorch.nn.adaptive import (
     NothingToChooseWarning,
     create_adaptive_block_sparse,
 )
-from dilated_attention_pytorch.nn.fixed import BlockSparseFixed, fixed_pattern
+from dilated_attention_pytorch.nn.baselines import BlockSparseFixed, fixed_pattern
 from dilated_attention_pytorch.nn.multihead import MultiheadAdaptiveAttention
 from dilated_attention_pytorch.nn.state import SelectorState
 

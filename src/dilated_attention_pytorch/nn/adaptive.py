@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import AdaptiveConfig, as_int
-from dilated_attention_pytorch.nn import decode
+from dilated_attention_pytorch.nn.decode import decode, remember
 from dilated_attention_pytorch.nn.block_sparse import stand_in
 from dilated_attention_pytorch.nn.budgets import threshold_sample
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
@@ -20,7 +20,7 @@ from dilated_attention_pytorch.nn.select import select
 from dilated_attention_pytorch.nn.selector import SelectorLayer
 from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.runtime import tracing
-from dilated_attention_pytorch.selection.bounds import nothing_to_choose
+from dilated_attention_pytorch.selection.budget import nothing_to_choose
 from dilated_attention_pytorch.selection.threshold import ThresholdSample
 
 
@@ -175,7 +175,7 @@ class BlockSparseAdaptive(SelectorLayer):
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self.check_inputs(query, key, value)
-            decode.remember(
+            remember(
                 self,
                 stand_in("selector_query", selector_query, query),
                 stand_in("selector_key", selector_key, key),
@@ -224,7 +224,7 @@ class BlockSparseAdaptive(SelectorLayer):
         """
 
         def run(query: Tensor, key: Tensor, _: Tensor) -> Tensor:
-            decode.remember(
+            remember(
                 self, query, key, state, key_lengths=key_lengths, starts=starts,
                 query_offset=query_offset,
             )  # fmt: skip
@@ -285,7 +285,7 @@ class BlockSparseAdaptive(SelectorLayer):
             ValueError: If shapes do not fit, or the state is full.
         """
         return self.called(
-            lambda query, key, value: decode.decode(
+            lambda query, key, value: decode(
                 self, query, key, value, state, selector_query=selector_query,
                 selector_key=selector_key, choose=choose,
             ),

@@ -30,7 +30,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.runtime import tracing
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype
-from dilated_attention_pytorch.selection.bounds import halvings
+from dilated_attention_pytorch.selection.budget import halvings
 from dilated_attention_pytorch.selection.hierarchical import ChosenLevel
 from dilated_attention_pytorch.selection.threshold import (
     MOST_LENGTHS,

@@ -23,17 +23,15 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     threshold_lists,
 )
 from dilated_attention_pytorch.pattern import BlockPattern
-from dilated_attention_pytorch.selection.bounds import (
-    most_scored_blocks,
-    most_visible_blocks,
-    most_visible_share,
-)
 from dilated_attention_pytorch.selection.budget import (
     LEAST_FACTOR,
     MOST_FACTOR,
     blocks_above,
     content_complexity,
     most_by_score,
+    most_scored_blocks,
+    most_visible_blocks,
+    most_visible_share,
     next_budget,
     round_budget,
     running_budget,

@@ -16,8 +16,8 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.budgets import newest_thresholds, rule_of
-from dilated_attention_pytorch.nn.estimators import slot_bias
 from dilated_attention_pytorch.nn.scorings import has_token_kernel
+from dilated_attention_pytorch.nn.select import slot_bias
 from dilated_attention_pytorch.nn.selector import CachedKeys, SelectorLayer
 from dilated_attention_pytorch.nn.state import RING_BLOCKS, Memory, NewestRow, SelectorState
 from dilated_attention_pytorch.ops.block_selection.interface import threshold_lists

@@ -13,7 +13,6 @@ from torch import Tensor
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.selector import SelectorLayer
-from dilated_attention_pytorch.ops.block_selection.reference import choose_reference
 from dilated_attention_pytorch.selection.hierarchical import (
     ChosenLevel,
     SuperBlocks,
@@ -24,6 +23,7 @@ from dilated_attention_pytorch.selection.hierarchical import (
     look_up,
     parent_slots,
 )
+from dilated_attention_pytorch.selection.top_k import choose_reference
 
 
 def narrow_down(

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.runtime import CalledModule
-from dilated_attention_pytorch.scoring.products import score_products, take_columns
+from dilated_attention_pytorch.scoring.scorer import score_products, take_columns
 from dilated_attention_pytorch.scoring.summaries import exact_dtype, past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
 

@@ -13,7 +13,7 @@ from dilated_attention_pytorch import (
     explain_backend,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention import cpp
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
 
 pytestmark = pytest.mark.skipif(build_failure() is not None, reason=f"no kernel: {build_failure()}")
 

@@ -12,11 +12,9 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import BlockPattern, block_sparse_attention, explain_backend
-from dilated_attention_pytorch.ops.block_sparse_attention import cpp, cpp_build
+from dilated_attention_pytorch.ops.block_sparse_attention import cpp
 
-needs_compiler = pytest.mark.skipif(
-    cpp_build.find_compiler() is None, reason="there is no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(cpp.find_compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +22,9 @@ def forget(monkeypatch, tmp_path):
     """Each test looks for the library anew, in a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpp, "AUTO_LOGITS", 0)
-    cpp_build._load.cache_clear()
+    cpp._load.cache_clear()
     yield
-    cpp_build._load.cache_clear()
+    cpp._load.cache_clear()
 
 
 def call(backend="auto"):
@@ -40,7 +38,7 @@ def call(backend="auto"):
 
 def build_elsewhere():
     script = (
-        "from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure\n"
+        "from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure\n"
         "assert build_failure() is None, build_failure()"
     )
     return subprocess.Popen([sys.executable, "-c", script])
@@ -71,7 +69,7 @@ def test_a_compiler_that_fails(monkeypatch):
 
 
 def test_switched_off(monkeypatch):
-    monkeypatch.setenv(cpp_build.SWITCH, "0")
+    monkeypatch.setenv(cpp.SWITCH, "0")
     refuse("environment variable DILATED_ATTENTION_CPP is 0")
 
 
@@ -79,10 +77,10 @@ def test_switched_off(monkeypatch):
 def test_built_once_and_found_again(monkeypatch):
     out, backend = call()
     assert backend.startswith("cpp")
-    (library,) = cpp_build.cache_folder().iterdir()
+    (library,) = cpp.cache_folder().iterdir()
     built = library.stat().st_mtime_ns
-    cpp_build._load.cache_clear()
-    monkeypatch.setattr(cpp_build, "_compile", lambda *_: pytest.fail("compiled again"))
+    cpp._load.cache_clear()
+    monkeypatch.setattr(cpp, "_compile", lambda *_: pytest.fail("compiled again"))
     assert torch.equal(call()[0], out)
     assert library.stat().st_mtime_ns == built
 
@@ -91,7 +89,7 @@ def test_built_once_and_found_again(monkeypatch):
 def test_a_damaged_library_is_built_anew():
     # By another process: this one would be handed what it has loaded.
     assert build_elsewhere().wait(timeout=120) == 0
-    (library,) = cpp_build.cache_folder().iterdir()
+    (library,) = cpp.cache_folder().iterdir()
     library.write_bytes(b"no library")
     assert call("cpp")[1].startswith("cpp")
     assert library.stat().st_size > 1000
@@ -108,7 +106,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
 def test_processes_that_build_at_the_same_time():
     running = [build_elsewhere() for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
-    names = [path.name for path in cpp_build.cache_folder().iterdir()]
+    names = [path.name for path in cpp.cache_folder().iterdir()]
     assert len(names) == 1
     assert names[0].endswith(".so")
 
@@ -116,11 +114,11 @@ def test_processes_that_build_at_the_same_time():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A library that a compiler has made, for stubs that copy it."""
-    if cpp_build.find_compiler() is None:
+    if cpp.find_compiler() is None:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("built")
-    source = Path(cpp_build.__file__).with_name("cpp_forward.cpp").read_text()
-    return cpp_build._compile(cpp_build.find_compiler(), source, folder)
+    source = Path(cpp.__file__).with_name("cpp_forward.cpp").read_text()
+    return cpp._compile(cpp.find_compiler(), source, folder)
 
 
 @pytest.fixture
@@ -132,19 +130,19 @@ def stub(tmp_path, monkeypatch):
         path.write_text(f'#!/bin/sh\nfor out; do :; done\n[ "$1" = --version ] && exit 0\n{line}\n')
         path.chmod(0o700)
         monkeypatch.setenv("CXX", str(path))
-        cpp_build._load.cache_clear()
+        cpp._load.cache_clear()
 
     return make
 
 
 def kept():
-    (path,) = cpp_build.cache_folder().iterdir()
+    (path,) = cpp.cache_folder().iterdir()
     return path
 
 
 def used(builds):
     """That the kernel runs, and how often the stub has built it so far."""
-    cpp_build._load.cache_clear()
+    cpp._load.cache_clear()
     assert call("cpp")[1].startswith("cpp")
     return len(builds.read_text().splitlines()) if builds.exists() else 0
 
@@ -182,7 +180,7 @@ def test_what_somebody_else_owns_is_not_loaded(tmp_path, stub, built):
     assert used(builds) == 1
     os.chown(kept(), 12345, 12345)
     assert [used(builds), used(builds)] == [2, 2]
-    os.chown(cpp_build.cache_folder(), 12345, 12345)
+    os.chown(cpp.cache_folder(), 12345, 12345)
     assert [used(builds), used(builds)] == [3, 4]
 
 
@@ -191,14 +189,14 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path, stub, built):
     stub(f"echo >> {builds}; cp {built} $out")
     assert used(builds) == 1
     for mode in (0o777, 0o720, 0o702):
-        cpp_build.cache_folder().chmod(mode)
+        cpp.cache_folder().chmod(mode)
         before = used(builds)
         assert used(builds) == before + 1
-    cpp_build.cache_folder().chmod(0o755)
+    cpp.cache_folder().chmod(0o755)
     assert used(builds) == before + 1
     # Nor one that a link leads to.
-    cpp_build.cache_folder().rename(tmp_path / "elsewhere")
-    cpp_build.cache_folder().symlink_to(tmp_path / "elsewhere")
+    cpp.cache_folder().rename(tmp_path / "elsewhere")
+    cpp.cache_folder().symlink_to(tmp_path / "elsewhere")
     assert used(builds) == before + 2
 
 
@@ -225,8 +223,8 @@ def test_no_home_no_account_and_no_absolute_place(tmp_path, stub, built, monkeyp
             monkeypatch.delenv("XDG_CACHE_HOME")
         else:
             monkeypatch.setenv("XDG_CACHE_HOME", place)
-        cpp_build._load.cache_clear()
-        assert cpp_build.cache_folder() is None
+        cpp._load.cache_clear()
+        assert cpp.cache_folder() is None
         assert call("cpp")[1].startswith("cpp")
     assert not (tmp_path / "relative").exists()
 
@@ -234,7 +232,7 @@ def test_no_home_no_account_and_no_absolute_place(tmp_path, stub, built, monkeyp
         raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "TemporaryDirectory", nowhere)
-    cpp_build._load.cache_clear()
+    cpp._load.cache_clear()
     refuse("No usable temporary directory")
 
 
@@ -255,7 +253,7 @@ def test_any_compiler_that_fails_is_explained(stub, line, reason):
 
 
 def test_a_library_without_the_kernel(tmp_path, stub):
-    compiler = cpp_build.find_compiler()
+    compiler = cpp.find_compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     (tmp_path / "empty.cpp").write_text("int nothing;")
@@ -269,7 +267,7 @@ def test_a_library_without_the_kernel(tmp_path, stub):
 
 @pytest.mark.parametrize("line", ["sleep 60", "sleep 60 & sleep 60", "yes"])
 def test_a_compiler_that_does_not_end(stub, monkeypatch, line):
-    monkeypatch.setattr(cpp_build, "_SECONDS", 0.4)
+    monkeypatch.setattr(cpp, "_SECONDS", 0.4)
     stub(line)
     start = time.monotonic()
     refuse("timed out after")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch import BlockPattern, block_sparse_attention
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
 
 NAN, INF = float("nan"), float("inf")
 SIZE, HEADS, KV_HEADS, DIM = 16, 2, 1, 8

@@ -1,15 +1,39 @@
-"""The compiled CPU kernel as an operator; its gradients are those of the PyTorch path."""
+"""Compiles ``cpp_forward.cpp`` with the user's own compiler at first use, and keeps the library.
+
+The source includes no header of PyTorch, so that this takes a second or two. The library lies in
+the user's cache folder under a name made from everything that it depends on and from its own
+content; processes that build it at the same time each put a whole file in its place. What is
+loaded runs as the user: a library whose content is not what its name says, or that somebody else
+owns or may write, folder included, is not loaded but built anew.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import hashlib
+import os
+import platform
+import selectors
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.files import write_atomically
 from dilated_attention_pytorch.mask import document_bounds
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import Arguments
-from dilated_attention_pytorch.ops.block_sparse_attention.cpp_build import build_failure, library
 from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
     backward,
     backward_op,
@@ -23,6 +47,266 @@ from dilated_attention_pytorch.ops.operators import (
     empty_results,
     rows_of,
 )
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    "-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC",
+)  # fmt: skip
+# For the instructions of this very machine; not every compiler knows the first.
+MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+# Set to 0, nothing is compiled or loaded.
+SWITCH = "DILATED_ATTENTION_CPP"
+# A compile takes two; a slow machine needs ten times as long.
+_SECONDS = 60
+# Bytes of what the compiler prints that are read.
+_SHOWN = 10_000
+# Bytes of a library; ours has a hundredth.
+_LARGEST = 1 << 24
+# Seconds between two looks at it.
+_PAUSE = 0.1
+
+
+def build_failure() -> str | None:
+    """Why there is no compiled library, or None if there is; builds it if need be."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        RuntimeError: If there is none; says why.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"The compiled CPU kernel cannot be had: {reason}.")
+    return loaded
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library and None, or None and the reason; looked for once in a process."""
+    if os.environ.get(SWITCH) == "0":
+        return None, f"the environment variable {SWITCH} is 0"
+    if os.name != "posix":
+        return None, f"it is built on Linux and macOS alone, not on {platform.system()}"
+    try:
+        compiler = find_compiler()
+    except ValueError as error:
+        return None, f"the environment variable CXX is no command: {error}"
+    if compiler is None:
+        return None, (
+            f"there is no C++ compiler ($CXX, {', '.join(COMPILERS)}); install one "
+            "(Debian: apt install g++, Fedora: dnf install gcc-c++, macOS: xcode-select --install)"
+        )
+    try:
+        return _cached_or_built(compiler), None
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return None, f"building it with {shlex.join(compiler)} failed: {error}"
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C++ compiler: ``$CXX``, or the first one on the path; None: none.
+
+    Raises:
+        ValueError: If ``$CXX`` has a quote that does not end.
+    """
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    if wanted:
+        return wanted if shutil.which(wanted[0]) else None
+    return next(([name] for name in COMPILERS if shutil.which(name)), None)
+
+
+def cache_folder() -> Path | None:
+    """Where libraries are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, in a folder of our own.
+
+    A variable that holds no absolute path does not count. None: there is no such place, as for an
+    account without a home.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path("~/.cache").expanduser()
+        except RuntimeError:
+            return None
+    return base / "dilated_attention_pytorch" if base.is_absolute() else None
+
+
+def _cached_or_built(compiler: list[str]) -> ctypes.CDLL:
+    source = resources.files(__package__).joinpath("cpp_forward.cpp").read_text("utf-8")
+    version = _run_compiler([*compiler, "--version"]).output
+    parts = (source, str(FLAGS), str(MACHINE_FLAGS), shlex.join(compiler), version, _machine())
+    words = "\0".join(parts).encode("utf-8", "backslashreplace")
+    key = hashlib.sha256(words).hexdigest()[:32]
+    cache = _own_cache()
+    for path in sorted(cache.glob(f"{key}-*.so")) if cache is not None else ():
+        content = _intact(path)
+        if content is not None:
+            with contextlib.suppress(OSError):
+                return _open(content, cache)
+    content = _built(compiler, source, cache)
+    if cache is not None:
+        # Where it cannot be kept, the next process builds it again.
+        with contextlib.suppress(OSError):
+            _keep(content, cache, key)
+    return _open(content, cache)
+
+
+def _own_cache() -> Path | None:
+    """The cache folder, made if need be; None if there is none that is the user's alone."""
+    folder = cache_folder()
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder if _is_private(os.lstat(folder), stat.S_ISDIR) else None
+    except OSError:
+        return None
+
+
+def _is_private(found: os.stat_result, kind: Callable[[int], bool]) -> bool:
+    """Whether it is of a kind, is the user's, and nobody else may write it."""
+    return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _intact(path: Path) -> bytes | None:
+    """The content of a library, if it is the user's and what its name says; else None."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not _is_private(os.fstat(descriptor), stat.S_ISREG):
+                return None
+            content = file.read(_LARGEST)
+    except OSError:
+        return None
+    return content if _name_of(path.name.partition("-")[0], content) == path.name else None
+
+
+def _name_of(key: str, content: bytes) -> str:
+    return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _keep(content: bytes, cache: Path, key: str) -> None:
+    """Puts a library into the cache, in the place of damaged ones for the same use."""
+    for path in cache.glob(f"{key}-*.so"):
+        if _intact(path) is None:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    write_atomically(cache / _name_of(key, content), content, mode=0o700)
+
+
+def _open(content: bytes, cache: Path | None) -> ctypes.CDLL:
+    """Loads a library from a file that nobody else can change or cut short.
+
+    A file that is cut while it is mapped ends the process.
+
+    Raises:
+        OSError: If it cannot be loaded, or lacks the kernel.
+    """
+    for place in _places(cache):
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as work:
+                path = Path(work) / "forward.so"
+                path.write_bytes(content)
+                # A loaded library needs its name no more.
+                loaded = ctypes.CDLL(str(path))
+            break
+        except OSError as error:
+            # No room there, or nothing there may be executed.
+            reason = error
+    else:
+        raise reason
+    if not hasattr(loaded, "block_sparse_forward"):
+        raise OSError("the library has no block_sparse_forward")
+    return loaded
+
+
+def _places(cache: Path | None) -> list[Path | None]:
+    """Where a folder for a while may be made; None: where the system has such folders."""
+    return [None] if cache is None else [None, cache]
+
+
+def _built(compiler: list[str], source: str, cache: Path | None) -> bytes:
+    """Compiles; returns the library's content."""
+    for place in _places(cache):
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as work:
+                return _compile(compiler, source, Path(work)).read_bytes()
+        except OSError as error:
+            reason = error
+    raise reason
+
+
+def _compile(compiler: list[str], source: str, folder: Path) -> Path:
+    """Compiles into a folder that nobody else uses; returns the library's path.
+
+    Raises:
+        ValueError: If the compiler refuses.
+    """
+    (folder / "forward.cpp").write_text(source, "utf-8")
+    out, complaint = folder / "forward.so", ""
+    for flags in MACHINE_FLAGS:
+        done = _run_compiler(
+            [*compiler, *FLAGS, *flags, str(folder / "forward.cpp"), "-o", str(out)]
+        )
+        if done.status == 0:
+            return out
+        complaint = complaint or done.output.strip()[-500:] or f"exit status {done.status}"
+    raise ValueError(complaint)
+
+
+class _Done(NamedTuple):
+    """What a command has left: its exit status and the end of all that it printed."""
+
+    status: int
+    output: str
+
+
+def _run_compiler(command: list[str]) -> _Done:
+    """Runs a command of the compiler, which may hang, never end to print, or print anything.
+
+    Raises:
+        OSError: If it cannot be started.
+        subprocess.TimeoutExpired: If it takes too long; it and what it has started are ended.
+    """
+    deadline, printed = time.monotonic() + _SECONDS, b""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        with selectors.DefaultSelector() as waiting, process.stdout as pipe:  # type: ignore[union-attr]
+            waiting.register(pipe, selectors.EVENT_READ)
+            while True:
+                ended = process.poll() is not None
+                if not waiting.select(0 if ended else _PAUSE):
+                    # What it has started may go on, and hold the pipe.
+                    if ended:
+                        break
+                elif chunk := os.read(pipe.fileno(), 1 << 16):
+                    printed = (printed + chunk)[-_SHOWN:]
+                else:
+                    break
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(shlex.join(command[:1]), _SECONDS)
+        status = process.wait(max(deadline - time.monotonic(), _PAUSE))
+    finally:
+        if process.poll() is None:
+            # A compiler is several processes.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return _Done(status, printed.decode("utf-8", "replace"))
+
+
+def _machine() -> str:
+    """What the compiler's choice of instructions depends on: a home may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return f"{platform.platform()} {platform.node()}"
+    names = ("flags", "Features", "model name", "CPU part", "isa")
+    return "\n".join(sorted({x for x in lines if x.partition(":")[0].strip() in names}))
+
 
 # Logits of dense attention from which on `auto` takes the kernel. Below, the first call would wait
 # for a compiler to save a few milliseconds.

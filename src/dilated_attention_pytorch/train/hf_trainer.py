@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dilated_attention_pytorch.train.monitor import (
-    ScalarWriter,
-    SparsityMonitor,
-    default_schedules,
-)
+from dilated_attention_pytorch.train.monitor import ScalarWriter, SparsityMonitor, default_schedules
 from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer
 
 

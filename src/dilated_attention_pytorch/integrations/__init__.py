@@ -1,1 +1,0 @@
-"""Bridges to other libraries; each is imported explicitly and needs an extra."""
