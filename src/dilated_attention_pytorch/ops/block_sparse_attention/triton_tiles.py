@@ -306,10 +306,7 @@ class Call:
         return max(16, triton.next_power_of_2(self.query.shape[3]))
 
     def pack(self, rows: int) -> int:
-        """Heads that one tile of at most 64 rows holds.
-
-        A power of two that divides those sharing keys and list.
-        """
+        """Heads in a tile of at most 64 rows: a power of two dividing those of one key and list."""
         shared = min(self.group, self.heads_per_pattern)
         pack = 1
         while shared % (2 * pack) == 0 and 2 * pack * rows <= 64:
