@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import AdaptiveConfig, as_int
-from dilated_attention_pytorch.nn.decode import decode, remember
 from dilated_attention_pytorch.nn.block_sparse import stand_in
 from dilated_attention_pytorch.nn.budgets import threshold_sample
+from dilated_attention_pytorch.nn.decode import decode, remember
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.scorings import scoring_of
 from dilated_attention_pytorch.nn.select import select
