@@ -23,13 +23,13 @@ from dilated_attention_pytorch.nn.autograd import (
 )
 from dilated_attention_pytorch.nn.held_budget import mark_pass
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
-from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,
     check_qkv,
     make_mask,
     readable,
 )
+from dilated_attention_pytorch.ops.block_sparse_attention.interface import attend
 from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.runtime import CalledModule, check_floating
 
@@ -327,7 +327,6 @@ class BlockSparseLayer(CalledModule, ABC):
             query, key, value = (documents.align(x) for x in (query, key, value))
             score_query = query if same[0] else documents.align(score_query)
             score_key = key if same[1] else documents.align(score_key)
-            cu_seqlens = documents.cu_seqlens
             mask = AttentionMask(
                 documents.length,
                 documents.length,
@@ -359,14 +358,10 @@ class BlockSparseLayer(CalledModule, ABC):
             real = (tokens < query_lengths[:, None])[..., None, None]
             # Their outputs are replaced below, but 0 * nan in the backward pass is nan.
             query = torch.where(real, query, 0)
-        out = block_sparse_attention(
-            query, key, value, selection.pattern, causal=is_causal, scale=self.scale,
-            block_bias=selection.block_bias, mass_probe=selection.mass_probe,
-            key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
-            backend=self.backend,
+        out = attend(
+            query, key, value, selection.pattern, mask, scale=self.scale,
+            block_bias=selection.block_bias, mass_probe=selection.mass_probe, backend=self.backend,
         )  # fmt: skip
-        if not isinstance(out, Tensor):
-            out = out[0]
         if self.training and is_distributed():
             out = reach_all_parameters(out, self)
         if documents is not None:

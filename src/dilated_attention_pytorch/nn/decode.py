@@ -21,8 +21,12 @@ from dilated_attention_pytorch.nn.select import slot_bias
 from dilated_attention_pytorch.nn.selector import CachedKeys, SelectorLayer
 from dilated_attention_pytorch.nn.state import RING_BLOCKS, Memory, NewestRow, SelectorState
 from dilated_attention_pytorch.ops.block_selection.interface import threshold_lists
-from dilated_attention_pytorch.ops.block_sparse_attention.arguments import check_lengths, make_mask
-from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
+from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
+    check_lengths,
+    check_scale,
+    make_mask,
+)
+from dilated_attention_pytorch.ops.block_sparse_decode.arguments import arrange
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
 from dilated_attention_pytorch.pattern import pack_ascending
 from dilated_attention_pytorch.runtime import check_floating
@@ -263,9 +267,10 @@ def _attend(
     if query.device.type == "cpu":
         # Lists have room for the most that a row may read; there it would all be gathered.
         width = int(memory.counts.max())
-    arguments = check_arguments(
+    arguments = arrange(
         query, key, value, memory.counts[:, :, None], memory.indices[:, :, None, :width],
-        lengths=state.lengths, starts=state.starts, block_size=layer.block_size, scale=layer.scale,
+        lengths=state.lengths, starts=state.starts, block_size=layer.block_size,
+        scale=check_scale(layer.scale, layer.head_dim),
         block_bias=memory.bias[:, :, None, :width] if memory.bias.shape[2] else None,
     )  # fmt: skip
     backend = layer.backend if layer.backend in BACKENDS else "auto"

@@ -63,6 +63,27 @@ def check_arguments(
 ) -> Arguments:
     """Validates and normalises; see ``block_sparse_attention`` for the meaning of each."""
     check_qkv(query, key, value)
+    mask = make_mask(
+        query.shape[0], query.shape[1], key.shape[1], device=query.device, causal=causal,
+        key_lengths=key_lengths, cu_seqlens=cu_seqlens, query_offset=query_offset,
+    )  # fmt: skip
+    return arrange(
+        query, key, value, pattern, mask, scale=scale, block_bias=block_bias, mass_probe=mass_probe
+    )
+
+
+def arrange(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    mask: AttentionMask,
+    *,
+    scale: float | None,
+    block_bias: Tensor | None,
+    mass_probe: Tensor | None,
+) -> Arguments:
+    """:func:`check_arguments` of inputs that were checked and whose mask was made before."""
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern must be a BlockPattern, got {type(pattern).__name__}.")
     batch, q_len, num_heads, head_dim = query.shape
@@ -84,10 +105,6 @@ def check_arguments(
         raise ValueError(
             f"pattern is on {pattern.device} but query on {query.device}; use pattern.to(...)."
         )
-    mask = make_mask(
-        batch, q_len, kv_len, device=query.device, causal=causal, key_lengths=key_lengths,
-        cu_seqlens=cu_seqlens, query_offset=query_offset,
-    )  # fmt: skip
     scale = check_scale(scale, head_dim)
     if pattern.batch_size != batch:
         pattern = replace(

@@ -1,10 +1,6 @@
-"""Compiles ``cpp_forward.cpp`` with the user's own compiler at first use, and keeps the library.
+"""The compiled CPU kernel as an operator; its gradients are those of the PyTorch path.
 
-The source includes no header of PyTorch, so that this takes a second or two. The library lies in
-the user's cache folder under a name made from everything that it depends on and from its own
-content; processes that build it at the same time each put a whole file in its place. What is
-loaded runs as the user: a library whose content is not what its name says, or that somebody else
-owns or may write, folder included, is not loaded but built anew.
+The user's own compiler builds ``cpp_forward.cpp`` at first use, and the library is kept.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     Arguments,
+    arrange,
     check_arguments,
 )
 from dilated_attention_pytorch.ops.block_sparse_attention.cpp import (
@@ -186,6 +188,26 @@ def block_sparse_attention(
     out, lse = BACKENDS[name](arguments)
     # A backend without lse is not chosen where it is asked for.
     return out if lse is None or not return_lse else (out, lse)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: BlockPattern,
+    mask: AttentionMask,
+    *,
+    scale: float | None,
+    block_bias: Tensor | None,
+    mass_probe: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """:func:`block_sparse_attention` for layers, which checked their inputs and made the mask."""
+    arguments = arrange(
+        query, key, value, pattern, mask, scale=scale, block_bias=block_bias, mass_probe=mass_probe
+    )
+    name, _ = choose_backend(arguments, backend)
+    return BACKENDS[name](arguments)[0]
 
 
 def choose_backend(arguments: Arguments, backend: str, return_lse: bool = False) -> tuple[str, str]:

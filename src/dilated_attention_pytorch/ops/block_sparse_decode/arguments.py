@@ -97,6 +97,19 @@ def check_arguments(
                 f"block_bias must be shaped like kv_indices {tuple(kv_indices.shape)}, got "
                 f"{tuple(block_bias.shape)}."
             )
+    return arrange(
+        query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths=lengths, starts=starts,
+        block_size=block_size, scale=scale, block_bias=block_bias,
+    )  # fmt: skip
+
+
+def arrange(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, kv_num_blocks: Tensor,
+    kv_indices: Tensor, *, lengths: Tensor, starts: Tensor | None, block_size: int, scale: float,
+    block_bias: Tensor | None,
+) -> DecodeArguments:  # fmt: skip
+    """:func:`check_arguments` of what was checked before."""
+    if block_bias is not None:
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         block_bias = block_bias.to(wide)
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:

@@ -1,4 +1,4 @@
-"""The oracle: dense logits over the whole cache, masked to the kept blocks; up to float64."""
+"""The public decode op: its oracle, the PyTorch path, and the choice of a backend."""
 
 from __future__ import annotations
 
