@@ -25,7 +25,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 def test_the_tree_on_the_page_is_the_tree() -> None:
     spec = importlib.util.spec_from_file_location("tree", ROOT / "docs" / "tree.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert PAGE.read_text() == module.page(), "run python docs/tree.py"
@@ -102,4 +103,5 @@ def test_the_way_of_a_token_of_transformers(monkeypatch: pytest.MonkeyPatch) -> 
     with adapt(model, config), way(decoding, "BACKENDS", monkeypatch) as files:
         model.generate(tokens(1, 64), max_new_tokens=2, do_sample=False)
     once = list(dict.fromkeys(files))
-    assert once and len(once) <= 8, once
+    assert once
+    assert len(once) <= 8, once
