@@ -281,7 +281,7 @@ def density(measures: Measures, history: History) -> Answer:
         return "skip", "num_selected_blocks sets the blocks per row", ""
     found = [(m.density, float(m.layer.base_sparsity)) for m in judged]
     text = _by_layer(judged, [f"{1 - x:.3f} for base_sparsity {asked:.3f}" for x, asked in found])
-    by_threshold = any(m.layer.config.budget == "threshold" for m in judged)
+    by_threshold = any(m.layer.budget.calibrated for m in judged)
     hint = " Calibrate the thresholds on text like this one." if by_threshold else ""
     ratios = [x / (1 - asked) for x, asked in found]
     high, low = max(ratios), min(ratios)

@@ -227,7 +227,7 @@ class CachedAttention:
             state.reset()
             return self._look_at_all(state)
         # As without the padding, where the first tokens are a prompt.
-        one_by_one = selector.config.query_scope == "block"
+        one_by_one = not selector.past
         if one_by_one and (part.new > MOST_CHOICES or not part.begun):
             return self._look_at_all(state)
         query, key, value = self._cached()

@@ -138,7 +138,7 @@ def calibrated_selectors(
     return {
         number: selector
         for number, selector in adapted.selectors.items()
-        if isinstance(selector, Selector) and selector.config.budget == "threshold"
+        if isinstance(selector, Selector) and selector.budget.calibrated
     }
 
 

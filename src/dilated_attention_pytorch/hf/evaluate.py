@@ -456,7 +456,7 @@ def block_choosers(adapted: AdaptedModel) -> list[BlockSparseAdaptive]:
     return [
         selector
         for selector in adapted.selectors.values()
-        if isinstance(selector, BlockSparseAdaptive) and selector.config.query_scope == "block"
+        if isinstance(selector, BlockSparseAdaptive) and not selector.past
     ]
 
 
@@ -481,7 +481,7 @@ def prefix_losses(adapted: AdaptedModel, windows: Tensor, positions: int) -> dic
     tables = [
         (selector, table)
         for selector in block_choosers(adapted)
-        if selector.config.budget == "threshold" and (table := selector.threshold_table())
+        if selector.budget.calibrated and (table := selector.threshold_table())
     ]
     generator = torch.Generator("cpu").manual_seed(length)
     texts = [window[None].to(input_device(model)).long() for window in windows]

@@ -203,7 +203,7 @@ def at_sparsity(
     own = copy.deepcopy(selector)
     if isinstance(own, Selector):
         own.set_base_sparsity(sparsity)
-        if own.config.budget == "threshold":
+        if own.budget.calibrated:
             found = calibrate_threshold(samples, sparsity)
             own.set_thresholds(ThresholdTable((length,), (found,)))
     return own

@@ -427,8 +427,8 @@ class Tuning(Distillation):
         )
         for number, selector in self.adapted.selectors.items():
             if isinstance(selector, BlockSparseAdaptive):
-                calibrated = selector.config.budget == "threshold"
-                selector.set_base_sparsity((goal if calibrated else warm)[number])
+                goals = goal if selector.budget.calibrated else warm
+                selector.set_base_sparsity(goals[number])
                 # Selectors that were distilled need little noise to explore.
                 selector.set_temperature(selector.config.min_temperature)
 

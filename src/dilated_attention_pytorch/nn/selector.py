@@ -193,6 +193,7 @@ class SelectorLayer(FormerScalars, BudgetLayer):
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
         if config.budget == "adaptive":
+            # With num_selected_blocks they have no part, and are in states that were saved.
             self.add_budget_terms()
         if config.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.zeros(1))

@@ -406,8 +406,7 @@ class AdaptiveSparsityTrainer:
 
 def _has_start(layer: BlockSparseAdaptive) -> bool:
     """Whether a layer may begin dense and move by itself."""
-    by_share = layer.config.budget in ("adaptive", "fixed")
-    return by_share and layer.config.num_selected_blocks is None and layer.learns_by_mass
+    return layer.budget.by_share and layer.learns_by_mass
 
 
 def _check(state: Mapping[str, Any]) -> None:
