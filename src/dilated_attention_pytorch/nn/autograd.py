@@ -27,7 +27,7 @@ def generator_state(device: torch.device, generator: torch.Generator | None) -> 
     return None if generator is None else generator.get_state()
 
 
-def watch_replay(query: Tensor, state: Tensor | None) -> Tensor:
+def watch_rng(query: Tensor, state: Tensor | None) -> Tensor:
     """Passes ``query`` on; its backward pass raises RuntimeError if a second run drew otherwise.
 
     The second run of ``torch.utils.checkpoint`` would then choose other blocks than the output was

@@ -19,7 +19,7 @@ from dilated_attention_pytorch.nn.autograd import (
     generator_state,
     is_distributed,
     reach_all_parameters,
-    watch_replay,
+    watch_rng,
 )
 from dilated_attention_pytorch.nn.held_budget import mark_pass
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
@@ -338,9 +338,9 @@ class BlockSparseLayer(CalledModule, ABC):
         if key_lengths is not None and one_sequence and query_lengths is None:
             query_lengths = key_lengths
         inputs: SelectionInputs | None = None
-        replayed: Tensor | None = None
+        rng_state: Tensor | None = None
         if pattern is None:
-            replayed = generator_state(query.device, generator) if self.draws else None
+            rng_state = generator_state(query.device, generator) if self.draws else None
             inputs = self._inputs(
                 score_query, score_key, mask, documents, has_diagonal, generator, query_lengths
             )
@@ -351,7 +351,7 @@ class BlockSparseLayer(CalledModule, ABC):
             query = selection.query
         if selection.key is not None and score_key is key:
             key = selection.key
-        query = watch_replay(query, replayed)
+        query = watch_rng(query, rng_state)
         real: Tensor | None = None
         if query_lengths is not None:
             tokens = torch.arange(q_len, device=query.device)

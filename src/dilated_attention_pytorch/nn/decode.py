@@ -108,8 +108,8 @@ def remember(
     rows = row_ranges(mask, size, has_diagonal=True, device=key.device)
     means = None
     if layer.keeps_summaries:
-        codes, means = layer.scoring.encode(layer, key, valid)
-        memory.codes[:, :, 1 : blocks + 1] = codes
+        encoded, means = layer.scoring.encode(layer, key, valid)
+        memory.encoded_keys[:, :, 1 : blocks + 1] = encoded
     layer.budget.remember(layer, memory, rows, means, blocks)
 
 
@@ -193,7 +193,7 @@ def allocate(
         known=counter(),
         queries=query.new_zeros(batch, RING_BLOCKS * size, *query.shape[2:]),
         keys=key.new_zeros(batch, RING_BLOCKS * size, *key.shape[2:]),
-        codes=table(sample.shape[1], sample.shape[3], dtype=sample.dtype),
+        encoded_keys=table(sample.shape[1], sample.shape[3], dtype=sample.dtype),
         unit_sums=table(
             layer.num_kv_heads if complexity else 0, layer.head_dim, dtype=torch.float32
         ),
@@ -392,9 +392,9 @@ def _summarise(layer: SelectorLayer, memory: Memory, row: NewestRow) -> Tensor |
     if layer.past:
         # Whichever token of the row chooses sees what its first one does.
         valid[:, size + 1 :] = False
-    codes, means = layer.scoring.encode(layer, tokens, valid)
+    encoded, means = layer.scoring.encode(layer, tokens, valid)
     for step in (-1, 0):
-        row.put(memory.codes, step, codes[:, :, step + 1 : step + 2])
+        row.put(memory.encoded_keys, step, encoded[:, :, step + 1 : step + 2])
     if not layer.budget.by_content:
         return None
     units = unit_means(means)

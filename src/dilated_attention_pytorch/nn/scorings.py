@@ -124,7 +124,7 @@ class SummaryScoring(Scoring):
         if not torch.is_grad_enabled() and not len(scorer.query_tower):
             q, k = scorer.called(encode, queries, keys)
         else:
-            q, k = (codes.float() for codes in scorer.encode(queries, keys))
+            q, k = (x.float() for x in scorer.encode(queries, keys))
         with torch.no_grad():
             if numbers is None:
                 return (q, k), products_op(q.detach(), k.detach())
@@ -170,7 +170,9 @@ class SummaryScoring(Scoring):
             real = real & row.asks(start, size, memory.known)
         with layer.exactly(query.device):
             asked = _network(layer).encode_queries(layer.pool_queries(query, real))
-            return _network(layer).compare(asked, memory.codes[:, :, 1 : blocks + 1], numbers)
+            return _network(layer).compare(
+                asked, memory.encoded_keys[:, :, 1 : blocks + 1], numbers
+            )
 
 
 class TokenScoring(Scoring):
@@ -216,7 +218,7 @@ class TokenScoring(Scoring):
     def encode(
         self, layer: SelectorLayer, key: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """No codes."""
+        """Nothing is encoded."""
         means = key_means(key, valid, layer.block_size)
         dtype = exact_dtype(_low_rank(layer).key_map.dtype)
         none = torch.zeros(key.shape[0], 0, means.shape[1], 0, dtype=dtype, device=key.device)

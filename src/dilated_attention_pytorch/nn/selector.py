@@ -58,10 +58,10 @@ class Scoring(ABC):
     def encode(
         self, layer: SelectorLayer, key: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What decoding keeps of blocks of keys ``(b, m, g, d)``: codes, and the blocks' means.
+        """What decoding keeps of blocks of keys ``(b, m, g, d)``: encoded summaries, and means.
 
-        Codes ``(b, p, j, e)``, of which each depends on its block alone; none (p = e = 0) where
-        scores read tokens. Means ``(b, j, g, d)``, for budgets by content.
+        Encoded keys ``(b, p, j, e)``, each of its block alone; none (p = e = 0) where scores read
+        tokens. Means ``(b, j, g, d)``, for budgets by content.
         """
 
     @abstractmethod

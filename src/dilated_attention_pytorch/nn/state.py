@@ -12,8 +12,8 @@ from dilated_attention_pytorch.candidates import RowRange
 from dilated_attention_pytorch.ops.ring_buffer import append_tokens
 from dilated_attention_pytorch.runtime import check_integers
 
-# Tokens that the rings hold, in blocks: the newest token's block, the one before, and one more so
-# that a block of rejected tokens overwrites nothing that is needed again.
+# Tokens that the ring buffers hold, in blocks: the newest token's block, the one before, and one
+# more so that a block of rejected tokens overwrites nothing that is needed again.
 RING_BLOCKS = 3
 
 
@@ -29,8 +29,8 @@ class Memory:
         known: ``(b,)`` int64: the first token whose query is known, with those that follow.
         queries: ``(b, ring, h, d)``: the latest queries, token t at place ``t % ring``.
         keys: ``(b, ring, g, d)``: the latest keys, likewise.
-        codes: ``(b, p, J + 1, e)``: encoded key summaries; of half-precision tokens in float32,
-            so that a forward pass with the fused kernels chooses alike.
+        encoded_keys: ``(b, p, J + 1, e)``: encoded key summaries; of half-precision tokens in
+            float32, so that a forward pass with the fused kernels chooses alike.
         unit_sums: ``(b, g, J + 1, d)`` float32: sums of the blocks' unit-norm means, up to and
             with each block; g = 0 without an adaptive budget.
         factors: ``(b, p, J + 1)``: each row's share of the base budget; p = 0 where no later
@@ -49,7 +49,7 @@ class Memory:
     known: Tensor
     queries: Tensor
     keys: Tensor
-    codes: Tensor
+    encoded_keys: Tensor
     unit_sums: Tensor
     factors: Tensor
     earned: Tensor
@@ -61,7 +61,7 @@ class Memory:
     bias: Tensor
 
     def window(self, name: str, first: Tensor, count: int, step: int = 1) -> tuple[Tensor, Tensor]:
-        """Tokens from the rings.
+        """Tokens from the ring buffers.
 
         Args:
             name: ``"queries"`` or ``"keys"``.
@@ -144,7 +144,7 @@ class NewestRow:
 
 
 # The axis along which each tensor grows with the blocks.
-_GROWING = {"codes": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2, "masses": 2}
+_GROWING = {"encoded_keys": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2, "masses": 2}
 
 
 class SelectorState:
@@ -153,8 +153,8 @@ class SelectorState:
     Block summaries (encoded for the scorer), running budgets, the latest queries and keys, and the
     list of blocks that the newest tokens read: numbers for each block, not for each token. The
     keys and values themselves stay with whoever owns them. A block is summarised while its tokens
-    arrive and never again; whatever is kept can be computed again from the rings, so that cropping
-    needs no copies.
+    arrive and never again; whatever is kept can be computed again from the ring buffers, so that
+    cropping needs no copies.
 
     Args:
         max_tokens: Room for so many tokens per sample, allocated at once: shapes and addresses
@@ -193,7 +193,7 @@ class SelectorState:
         self.max_tokens, self.compile = max_tokens, compile
         self.starts: Tensor | None = None
         self.num_tokens = 0
-        # The most that num_tokens has been: what the rings were overwritten by.
+        # The most that num_tokens has been: what the ring buffers were overwritten by.
         self._most_tokens = 0
         # Whether all samples are known to be equally long.
         self.uniform = True
@@ -253,7 +253,7 @@ class SelectorState:
                 memory.bias = _longer(memory.bias, 2, wider)
 
     def append(self, query: Tensor, key: Tensor, *, cached: bool) -> None:
-        """Puts at most a block of new tokens into the rings and counts them.
+        """Puts at most a block of new tokens into the ring buffers and counts them.
 
         Args:
             query: ``(b, n, h, d)``.
@@ -336,8 +336,8 @@ class SelectorState:
 
         Raises:
             TypeError: If a tensor does not hold integers.
-            ValueError: If more are to go than the rings hold (for ints: with tensors the host does
-                not know).
+            ValueError: If more are to go than the ring buffers hold (for ints: with tensors the
+                host does not know).
         """
         memory = self.filled()
         if isinstance(length, int):
