@@ -127,10 +127,8 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert "perplexity relative to dense" in words
     assert f"{saved['prefix_loss']:.4f} nats from the prefix alone and" in words
     assert f"and {calibrated['teacher_forced_loss']:.4f} in that pass." in words
-    # The former name, and nothing beside the table.
-    former = [*arguments[:-3], "--prefixes", "0"]
-    former[former.index("--baselines")] = "--rivals"
-    assert main(former) == 0
+    # Nothing beside the table.
+    assert main([*arguments[:-3], "--prefixes", "0"]) == 0
     assert "prefix alone" not in capsys.readouterr().out
 
 

@@ -252,7 +252,9 @@ class CachedAttention:
         out = whole_attention(selector, self.query, self.key, self.value, self.mask)
         query, key, value = self._cached()
         if self.step.seen is None:
-            offset = torch.full((len(query),), self.step.place, device=query.device)
+            offset = torch.full(
+                (len(query),), self.step.place, dtype=torch.long, device=query.device
+            )
             selector.remember(query, key, state, query_offset=offset)
             return out
         tokens = self._compact(self.step.seen)
@@ -267,7 +269,7 @@ class CachedAttention:
         return self.query, self.key[:, : self.step.end], self.value[:, : self.step.end]
 
     def _compact(self, seen: Tensor) -> CompactTokens:
-        offset = torch.full((len(seen),), self.step.place, device=seen.device)
+        offset = torch.full((len(seen),), self.step.place, dtype=torch.long, device=seen.device)
         return CompactTokens.of(seen, offset, self.query.shape[1])
 
 
