@@ -67,8 +67,10 @@ def make_layer(
     ``explored`` is the share of random blocks of training, which count, too.
     """
     torch.manual_seed(0)
-    # Unrelated content gets one and a half times the base budget.
-    config = AdaptiveConfig(base_sparsity=1 - (1 - sparsity - explored) / 1.5, **more)
+    # Unrelated content is kept at 27/17 of the base odds.
+    wanted = 1 - sparsity - explored
+    odds = wanted / (1 - wanted) * 17 / 27
+    config = AdaptiveConfig(base_sparsity=1 / (1 + odds), **more)
     segments, rates = (SEGMENTS, RATES) if linear else (None, None)
     return BlockSparseAdaptive(segments, rates, heads, dim, config, num_kv_heads=kv_heads)
 

@@ -135,3 +135,12 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (DOCS.parent / "mkdocs.yml").read_text()
     for page in PAGES:
         assert f": {page.name}" in navigation
+
+
+def test_documentation_imports_from_package_roots() -> None:
+    """Where a name lies inside a package is nobody's business; callbacks need another package."""
+    roots = "hf|train|analysis|train.hf_trainer|train.lightning".replace(".", r"\.")
+    for page in (*PAGES, README, DOCS.parent / "CONTRIBUTING.md"):
+        for code in EXAMPLE.findall(page.read_text()):
+            deep = re.findall(r"from dilated_attention_pytorch\.(\S+) import", code)
+            assert all(re.fullmatch(roots, name) for name in deep), (page.name, deep)
