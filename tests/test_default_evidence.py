@@ -20,7 +20,7 @@ RESULTS = ROOT / "experiments" / "results"
 OPEN = {
     "trainer": {"annealing_steps"},
     "distill": {
-        "seq_len", "batch_size", "learning_rate", "weight_decay", "validation_windows",
+        "seq_len", "learning_rate", "weight_decay", "validation_windows",
     },
 }  # fmt: skip
 # No settings of what is learned, but of where and how often.
