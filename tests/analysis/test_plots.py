@@ -23,7 +23,9 @@ def recording() -> Recording:
     return record(layer, [torch.randn(2, 128, 3, 8)], texts=words)
 
 
-def test_block_map(recording: Recording) -> None:
+def test_block_map(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whatever another test has imported: the plot must not.
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     figure = plots.plot_block_map(recording, sample=1, head=2)
     assert isinstance(figure, Figure)
     layer = recording.samples[1].layers[0]

@@ -60,7 +60,11 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, caps
     # What was measured before the stop says when.
     shown = output.decode()
     assert re.search(r"held-out loss .*\(step 0\)", shown), shown
-    assert re.search(r"training loss .*\(step \d+\)", shown) or number == signal.SIGTERM, shown
+    lines = [json.loads(line) for line in metrics.read_bytes().splitlines()]
+    logged = [line["step"] for line in lines if "loss" in line][-1]
+    stopped = int(re.search(r"steps +│ (\d+) of 80", shown).group(1))
+    when = rf" \(step {logged}\)" if logged < stopped else ""
+    assert re.search(rf"training loss +│ [\d.]+ nats per byte{when} ", shown), shown
     assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     for name in ("validation_loss", "training_loss", "validation_sparsity", "steps"):

@@ -22,6 +22,7 @@ from dilated_attention_pytorch.hf.calibration import calibrate
 from dilated_attention_pytorch.hf.observe import CountTiles
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
+from dilated_attention_pytorch.nn.block_sparse import Watch
 
 CONFIGS: dict[int, Any] = {
     0: AdaptiveConfig(base_sparsity=0.6, block_size=16, pooling=("mean", "attention")),
@@ -156,8 +157,8 @@ def test_a_floor_evens_the_rows_out_at_the_same_sparsity():
             calibrate(adapted, tokens, 0.6, lengths=(256,), windows=4)
             counts = []
             for selector in adapted.selectors.values():
-                selector.observers.append(
-                    lambda _, pattern, kept=counts: kept.append(pattern.kv_num_blocks[..., -4:])
+                selector.watch(
+                    Watch(lambda x, kept=counts: kept.append(x.pattern.kv_num_blocks[..., -4:]))
                 )
             with CountTiles(adapted) as tiles, torch.no_grad():
                 for window in tokens.split(256):

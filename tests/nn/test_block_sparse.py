@@ -416,7 +416,6 @@ def test_observers_belong_to_one_layer_and_one_mode() -> None:
         seen.clear()
         layer.eval()(x, x, x)
         assert seen == ["pattern", "pass"]
-        layer.observers.clear()
     with observe_passes([layer], lambda _: None, training_only=True):
         assert not layer.observed
         assert layer.train().observed

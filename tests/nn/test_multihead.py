@@ -17,7 +17,7 @@ from dilated_attention_pytorch import (
     MultiheadAdaptiveAttention,
 )
 from dilated_attention_pytorch.config import BUDGETS, SCORERS
-from dilated_attention_pytorch.nn.block_sparse import LayerPass, observe_passes
+from dilated_attention_pytorch.nn.block_sparse import LayerPass, Watch, observe_passes
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
 DIM, HEADS = 32, 4
@@ -419,7 +419,7 @@ def test_inside_an_encoder(norm_first: bool, grad: bool) -> None:
     ours.load_state_dict(dense.state_dict())
     calls: list[BlockSparseAdaptive] = []
     for block in ours.layers:
-        block.self_attn.attention.observers.append(lambda layer, _: calls.append(layer))
+        block.self_attn.attention.watch(Watch(lambda seen: calls.append(seen.layer)))
     x = tokens(4, 50, DIM)
     mask = later(50, 50)
     right = torch.arange(50) >= torch.tensor([50, 30, 50, 1])[:, None]

@@ -12,6 +12,7 @@ from torch import Tensor
 from choice_noise import share_noise
 from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
 from dilated_attention_pytorch.nn import select
+from dilated_attention_pytorch.nn.block_sparse import observe_patterns
 from dilated_attention_pytorch.nn.budgets import ShareBudget
 from dilated_attention_pytorch.nn.state import SelectorState
 
@@ -58,9 +59,8 @@ def step(layer: BlockSparseAdaptive, tensors: list[Tensor]) -> tuple[BlockPatter
     generator = torch.Generator(DEVICE).manual_seed(3)
     patterns: list[BlockPattern] = []
     # return_pattern=True would also read the temperature, and wait for it.
-    layer.observers.append(lambda _, pattern: patterns.append(pattern))
-    out = layer(*tensors, is_causal=True, generator=generator)
-    layer.observers.clear()
+    with observe_patterns([layer], lambda _, pattern: patterns.append(pattern)):
+        out = layer(*tensors, is_causal=True, generator=generator)
     loss = layer.get_sparsity_loss()
     weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
     wanted = (*tensors, *layer.parameters())

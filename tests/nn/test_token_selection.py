@@ -11,7 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch import AdaptiveConfig, BlockPattern, BlockSparseAdaptive
 from dilated_attention_pytorch.nn import scorings
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
+from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable, calibrate_threshold
@@ -307,10 +307,9 @@ def choices_on_gpu(layer: BlockSparseAdaptive, query: Tensor, key: Tensor) -> tu
     for backend in ("auto", "gather"):
         layer.backend = backend
         patterns: list[BlockPattern] = []
-        layer.observers.append(lambda _, p, kept=patterns: kept.append(p))
-        with torch.no_grad():
+        watch = observe_patterns([layer], lambda _, p, kept=patterns: kept.append(p))
+        with watch, torch.no_grad():
             layer(query, key, key, is_causal=True)
-        layer.observers.clear()
         found.append(patterns[0].to_dense())
     layer.backend = "auto"
     return found[0], found[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,6 @@ class LayerPass:
 
 
 PassObserver = Callable[[LayerPass], None]
-PatternObserver = Callable[["BlockSparseLayer", BlockPattern], None]
 
 
 @dataclass(eq=False)
@@ -69,7 +68,7 @@ class Watch:
     """
 
     observer: PassObserver
-    training_only: bool
+    training_only: bool = False
 
 
 class BlockSparseLayer(CalledModule, ABC):
@@ -114,8 +113,6 @@ class BlockSparseLayer(CalledModule, ABC):
         self.block_size, self.pattern_heads = block_size, pattern_heads
         self.num_local_blocks, self.num_sink_blocks = num_local_blocks, num_sink_blocks
         self.scale, self.backend = scale, backend
-        # Called with the layer and the pattern after every forward pass.
-        self.observers: list[PatternObserver] = []
         # A tuple, which no thread changes while another one reads it.
         self._watches: tuple[Watch, ...] = ()
 
@@ -140,8 +137,7 @@ class BlockSparseLayer(CalledModule, ABC):
     @property
     def observed(self) -> bool:
         """Whether somebody observes the passes of the mode that the layer is in."""
-        watches = (self.training or not watch.training_only for watch in self._watches)
-        return bool(self.observers) or any(watches)
+        return any(self.training or not watch.training_only for watch in self._watches)
 
     def watch(self, watch: Watch) -> None:
         """Begins to show an observer every forward pass."""
@@ -153,7 +149,7 @@ class BlockSparseLayer(CalledModule, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the observers: they look at this layer, not at copies of it."""
-        return {**self.__dict__, "observers": [], "_watches": ()}
+        return {**self.__dict__, "_watches": ()}
 
     def with_pattern(
         self,
@@ -281,8 +277,6 @@ class BlockSparseLayer(CalledModule, ABC):
         out: Tensor,
     ) -> None:
         """Calls the observers."""
-        for observer in tuple(self.observers):
-            observer(self, pattern)
         for watch in self._watches:
             if self.training or not watch.training_only:
                 watch.observer(LayerPass(self, query, key, inputs, pattern, out))
@@ -465,21 +459,11 @@ def observe_passes(
             layer.unwatch(watch)
 
 
-@contextmanager
 def observe_patterns(
-    layers: Sequence[BlockSparseLayer], observer: PatternObserver
-) -> Iterator[None]:
+    layers: Sequence[BlockSparseLayer], observer: Callable[[BlockSparseLayer, BlockPattern], Any]
+) -> AbstractContextManager[None]:
     """Calls ``observer(layer, pattern)`` after every forward pass of the layers, while open."""
-    seen = []
-    try:
-        for layer in layers:
-            layer.observers.append(observer)
-            seen.append(layer)
-        yield
-    finally:
-        for layer in seen:
-            if observer in layer.observers:
-                layer.observers.remove(observer)
+    return observe_passes(layers, lambda seen: observer(seen.layer, seen.pattern))
 
 
 def _check_query_lengths(lengths: Tensor, key_lengths: Tensor | None, query: Tensor) -> None:

@@ -11,6 +11,7 @@ from dilated_attention_pytorch import (
     block_sparse_attention,
     explain_backend,
 )
+from dilated_attention_pytorch.nn.block_sparse import observe_patterns
 
 DEVICES = [
     "cpu",
@@ -93,8 +94,8 @@ def test_a_pattern_that_only_looks_complete_is_not_trusted():
 def chosen_backends(layer, *tensors, **options):
     """Which backend ``auto`` takes for the pattern that a layer chose."""
     found = []
-    layer.observers.append(lambda _, pattern: found.append(pattern))
-    out = layer(*tensors, **options)
+    with observe_patterns([layer], lambda _, pattern: found.append(pattern)):
+        out = layer(*tensors, **options)
     causal = options.get("is_causal", False)
     return out, found[0], explain_backend(*tensors, found[0], causal=causal)
 

@@ -109,7 +109,7 @@ def test_monitor_measures_training_passes_and_writes() -> None:
     assert {step for _, _, step in writer.lines} == {2, 4}
     assert len(writer.lines) == 6
     monitor.stop()
-    assert not model.layer.observers
+    assert not model.layer.observed
     with pytest.raises(ValueError, match="every"):
         SparsityMonitor(schedules(), every=0)
     with pytest.raises(ValueError, match="BlockSparseAdaptive"):
@@ -187,7 +187,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     assert temperatures == pytest.approx([temperature for temperature, _ in EXPECTED[:6]])
     logged = [line for line in trainer.state.log_history if "sparsity/layer" in line]
     assert logged[-1]["sparsity/temperature"] == pytest.approx(EXPECTED[5][0])
-    assert not whole.layer.observers
+    assert not whole.layer.observed
     run(3, False, folder="two")
     resumed, seen, _ = run(6, True, folder="two")
     assert seen == EXPECTED[3:6]
