@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import traceback
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import dilated_attention_pytorch
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive, SelectorState
 from dilated_attention_pytorch.ops.block_sparse_attention import interface as attention
 from dilated_attention_pytorch.ops.block_sparse_decode import interface as decoding
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "dilated_attention_pytorch"
+PACKAGE = Path(dilated_attention_pytorch.__file__).parent
 PAGE = ROOT / "docs" / "architecture.md"
 
 
@@ -49,9 +50,12 @@ def test_what_the_page_names_exists() -> None:
 
 def on_the_stack() -> list[str]:
     """The package's files that the running call came through."""
-    files = (Path(frame.filename) for frame in traceback.extract_stack())
+    files, frame = [], sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        files.append(Path(frame.f_code.co_filename))
     inside = [str(f.relative_to(PACKAGE)) for f in files if f.is_relative_to(PACKAGE)]
-    return list(dict.fromkeys(inside))
+    return list(dict.fromkeys(reversed(inside)))
 
 
 @contextmanager
