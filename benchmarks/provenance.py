@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +46,13 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def where(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A table of the machines, versions and commits that runs come from, as lines."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for run in runs:
+        place = run["environment"]
+        found[place["device"], place["torch"]].add(place["commit"])
+    rows = (f"| {' | '.join(key)} | {' '.join(sorted(x))} |" for key, x in sorted(found.items()))
+    return ["| ran on | torch | commits |", "|---|---|---|", *rows, ""]

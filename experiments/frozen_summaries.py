@@ -32,7 +32,7 @@ from dilated_attention_pytorch.tasks.needle import (
     needle_config,
     train_needle,
 )
-from needle import environment, load_runs
+from needle import environment, load_runs, where
 
 RESULTS = Path(__file__).parent / "results" / "frozen_summaries"
 SUMMARIES = (
@@ -121,13 +121,12 @@ def write_table(runs: list[dict[str, Any]], path: Path) -> None:
             found = cells.get((pooling, steps), {})
             row.append(" ".join(f"{found[seed]:.3f}" for seed in sorted(found)) or "-")
         lines.append(f"| {pooling} | " + " | ".join(row) + " |")
-    about = runs[0]["environment"]
     lines += [
         "",
         f"Share of queries (from block {TOP + 1} on) whose block is in the top {TOP}; one number "
-        f"per seed; bilinear scorer of rank 32 on frozen queries and keys. {about['device']}, "
-        f"torch {about['torch']}, commit {about['commit']}.",
+        "per seed; bilinear scorer of rank 32 on frozen queries and keys.",
         "",
+        *where(runs),
     ]
     path.write_text("\n".join(lines))
 

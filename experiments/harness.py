@@ -27,6 +27,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from provenance import where
 from workers import Execute, Job, Workers
 
 if TYPE_CHECKING:
@@ -153,14 +154,7 @@ def write_results(experiment: Experiment, runs: Runs, folder: Path) -> None:
     for name in cells:
         row = [" ".join(_number(x) for x in values(runs, name, key)) for key in experiment.columns]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
-    places: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        place = run["environment"]
-        places[f"{place['device']}, torch {place['torch']}"].add(place["commit"])
-    shown = "; ".join(
-        f"{place}, commit {' '.join(sorted(commits))}" for place, commits in sorted(places.items())
-    )
-    lines += ["", f"One number per seed. Ran on {shown}.", ""]
+    lines += ["", "One number per seed.", "", *where(runs)]
     (folder / "README.md").write_text("\n".join(lines))
     experiment.plot(runs).savefig(folder / "plot.png", dpi=110)
 

@@ -20,7 +20,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, parameter_groups
+from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.models import build_attention, scorer_parameters
-from dilated_attention_pytorch.selection.hierarchical import pairs_per_row
 from dilated_attention_pytorch.tasks.needle import NeedleModel, NeedleTask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -80,6 +80,24 @@ class Variant:
 
 
 VARIANTS = (Variant(), Variant((8,), 7), Variant((16,), 5), Variant((4, 4), 9))
+
+
+def pairs_per_row(num_key_blocks: int, hierarchy: Sequence[int], kept: int, forced: int = 1) -> int:
+    """Pairs that one row scores at most, of all levels together.
+
+    Args:
+        num_key_blocks: Key blocks, j.
+        hierarchy: Children per super-block, from the finest level up.
+        kept: Super-blocks kept by score on every level.
+        forced: Super-blocks that are kept in any case.
+    """
+    counts = [num_key_blocks]
+    for size in hierarchy:
+        counts.append(ceil_div(counts[-1], size))
+    total = counts[-1]
+    for level, size in reversed(list(enumerate(hierarchy))):
+        total += min((kept + forced) * size, counts[level])
+    return total
 
 
 def build(config: AdaptiveConfig, seed: int, device: str) -> NeedleModel:

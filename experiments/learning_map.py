@@ -39,7 +39,7 @@ from dilated_attention_pytorch.tasks.needle import NeedleBatch, NeedleTask, need
 from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer, parameter_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from provenance import environment
+from provenance import environment, where
 
 RESULTS = Path(__file__).parent / "results" / "learning_map"
 STEPS = 2000
@@ -317,17 +317,14 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         )
     sparse = [r for r in runs if r["sparsity"] is not None]
     miss = max((abs(r["sparsity"] - r["asked"]) for r in sparse), default=0.0)
-    places = sorted({
-        f"{r['environment']['device']}, torch {r['environment']['torch']}, commit "
-        f"{r['environment']['commit']}" for r in runs
-    })  # fmt: skip
     lines += [
         "",
         "A cell is geometry (tokens x block x keys a block), learning rate and batch size. The "
         f"sparsity on held-out sequences is at most {miss:.3f} from what was asked.",
         "",
-        f"{STEPS} steps. Ran on {'; '.join(places)}.",
+        f"{STEPS} steps.",
         "",
+        *where(runs),
     ]
     (folder / "README.md").write_text("\n".join(lines))
     draw(found, methods).savefig(folder / "plot.png", dpi=110)

@@ -37,7 +37,7 @@ from dilated_attention_pytorch.tasks.needle import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from provenance import environment
+from provenance import environment, where
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "needle"
@@ -194,17 +194,13 @@ def write_table(runs: list[dict[str, Any]], path: Path) -> None:
         if any(cell != "-" for cell in row):
             lines.append(f"| {variant.about} | " + " | ".join(row) + " |")
     steps = sorted({run["steps"] for run in runs})
-    devices = sorted({run["environment"]["device"] for run in runs})
-    commits = sorted({run["environment"]["commit"] for run in runs})
-    torches = sorted({run["environment"]["torch"] for run in runs})
     note = (
         "Accuracy on 256 held-out sequences by seed, from 0 on unless named; 512 tokens in 32 "
         "blocks, the diagonal block and 2 scored blocks (of up to 31) kept in every row unless "
         f"said otherwise; {', '.join(map(str, steps))} steps of {NeedleRun.batch_size} "
-        f"sequences. Ran on {', '.join(devices)}; torch "
-        f"{', '.join(torches)}; commit {', '.join(commits)}."
+        "sequences."
     )
-    path.write_text("\n".join([*lines, "", note, ""]))
+    path.write_text("\n".join([*lines, "", note, "", *where(runs)]))
 
 
 def write_plot(runs: list[dict[str, Any]], path: Path) -> None:

@@ -31,7 +31,7 @@ from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.train.language_model import LanguageModelTraining
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from provenance import environment
+from provenance import environment, where
 
 RESULTS = Path(__file__).parent / "results" / "train_defaults"
 METHODS = ("dense", "adaptive")
@@ -125,11 +125,8 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
             f"{statistics.mean(r['sparsity'] for r in sparse):.3f} | "
             f"{statistics.mean(r['chosen'] for r in sparse):.2f} | {' | '.join(losses)} |"
         )
-    places = sorted({
-        f"{r['environment']['device']}, torch {r['environment']['torch']}, commit "
-        f"{r['environment']['commit']}, {r['text']}" for r in runs
-    })  # fmt: skip
-    lines += ["", f"{runs[0]['steps']} steps. Ran on {'; '.join(places)}.", ""]
+    texts = "; ".join(sorted({run["text"] for run in runs}))
+    lines += ["", f"{runs[0]['steps']} steps on {texts}.", "", *where(runs)]
     (folder / "README.md").write_text("\n".join(lines))
 
 

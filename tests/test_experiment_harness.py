@@ -247,3 +247,12 @@ def test_what_segments_let_a_model_find() -> None:
     reachable = sum((i % 8) / i for i in range(1, 32)) / 31
     alone = module.ceiling({"run": module.SEGMENTS["128 tokens"]})
     assert alone == pytest.approx(reachable + (1 - reachable) / 16)
+
+
+def test_pairs_per_row() -> None:
+    pairs_per_row = load("hierarchical").pairs_per_row
+    assert pairs_per_row(512, (), 0) == 512
+    assert pairs_per_row(512, (16,), 5) == 32 + 6 * 16
+    assert pairs_per_row(512, (4, 4), 9) == 32 + 10 * 4 + 10 * 4
+    # Keeping everything scores everything, and the super-blocks besides.
+    assert pairs_per_row(30, (8,), 99) == 4 + 30

@@ -80,6 +80,11 @@ class Candidates:
         """Candidates per row, c."""
         return self.scored.shape[-1]
 
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Forced blocks of every row, and forced and other candidates, int64."""
+        forced = self.forced.sum(-1)
+        return forced, forced + self.scored.sum(-1)
+
 
 @dataclass(frozen=True)
 class CandidateRule:

@@ -16,7 +16,6 @@ from dilated_attention_pytorch.selection.hierarchical import (
     coarse_summaries,
     grouped_mass_probe,
     look_up,
-    pairs_per_row,
     parent_slots,
 )
 
@@ -108,14 +107,6 @@ def test_the_target_of_a_super_block_is_the_mass_of_its_tiles() -> None:
     soft = torch.tensor([0.3, 0.9]).softmax(0)
     want = 0.5 * 0.6 * (soft - torch.tensor([0.25, 0.75]))
     torch.testing.assert_close(got[0, 0, 0], torch.tensor([want[0], 0.0, want[1]]))
-
-
-def test_pairs_per_row() -> None:
-    assert pairs_per_row(512, (), 0) == 512
-    assert pairs_per_row(512, (16,), 5) == 32 + 6 * 16
-    assert pairs_per_row(512, (4, 4), 9) == 32 + 10 * 4 + 10 * 4
-    # Keeping everything scores everything, and the super-blocks besides.
-    assert pairs_per_row(30, (8,), 99) == 4 + 30
 
 
 def make(hierarchy: tuple[int, ...], keep: int = 99, **settings: Any) -> BlockSparseAdaptive:

@@ -82,8 +82,7 @@ class Scored:
             numbers, forced, limit = find_candidates(inputs.rule, inputs.rows, inputs.intervals)
             return cls(inputs, scores, forced, limit, True, numbers)
         candidates = inputs.candidates
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
+        forced, limit = candidates.counts()
         return cls(inputs, scores, forced, limit, False, candidates.indices)
 
     def key_means(self) -> Tensor:

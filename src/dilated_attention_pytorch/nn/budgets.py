@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ from dilated_attention_pytorch.selection.threshold import (
     threshold_budget,
     thresholds_at,
 )
+
+_Lengths = TypeVar("_Lengths", bound=int | Tensor)
 
 
 class ShareBudget(Budget):
@@ -196,8 +198,7 @@ class ShareBudget(Budget):
         blocks: int,
     ) -> Tensor:
         """The next of the running shares, or the row's place in a level over all rows so far."""
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
+        forced, limit = candidates.counts()
         keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
         held = layer.held_budget()
         if held is not None and complexity is not None:
@@ -284,8 +285,7 @@ class CountBudget(Budget):
         blocks: int,
     ) -> Tensor:
         """The number, or all candidates."""
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
+        forced, limit = candidates.counts()
         return torch.minimum(forced + self.count, limit).expand(scores.shape[:3])
 
 
@@ -408,9 +408,7 @@ def room(layer: BudgetLayer, rows: RowRange, blocks: int) -> tuple[Tensor, Tenso
         # The sinks and the neighbours of the diagonal overlap in the first rows.
         limit = rows.num_allowed.long()
         return limit.clamp(max=layer.num_sink_blocks + layer.num_local_blocks + 1), limit
-    candidates = rule_of(layer, blocks).build(rows)
-    forced = candidates.forced.sum(-1)
-    return forced, forced + candidates.scored.sum(-1)
+    return rule_of(layer, blocks).build(rows).counts()
 
 
 def _count_above(scores: Tensor, candidates: Candidates, threshold: float | Tensor) -> Tensor:
@@ -434,9 +432,7 @@ def threshold_floor(layer: BudgetLayer, inputs: SelectionInputs) -> Tensor | Non
 
     def compute() -> Tensor:
         candidates = inputs.candidates
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
-        return floor_budget(share, sparsity, forced, limit, rows, candidates.width)
+        return floor_budget(share, sparsity, *candidates.counts(), rows, candidates.width)
 
     # It follows from lengths and the rule alone, so layers of a model share it.
     return rows.remember((rule, "floor", share, sparsity), compute)
@@ -451,8 +447,7 @@ def row_lengths(layer: BudgetLayer, inputs: SelectionInputs) -> int | Tensor:
     """
     mask, size = inputs.mask, layer.block_size
     if not layer.looks_back(mask):
-        lengths = sample_lengths(inputs, size)
-        return -(-lengths // layer.length_step) * layer.length_step
+        return _rounded(layer, sample_lengths(inputs, size))
 
     def count() -> Tensor:
         return _span_lengths(mask, size, inputs.query.device)
@@ -483,6 +478,11 @@ def sample_lengths(inputs: SelectionInputs, block_size: int) -> int | Tensor:
     return torch.minimum(found, (mask.q_len + mask.offset_column()) + torch.zeros_like(found))
 
 
+def _rounded(layer: BudgetLayer, lengths: _Lengths) -> _Lengths:
+    """Lengths up to the next multiple of ``length_step``."""
+    return cast(_Lengths, -(-lengths // layer.length_step) * layer.length_step)
+
+
 def _span_lengths(mask: AttentionMask, block_size: int, device: torch.device) -> Tensor:
     """Keys that the first query of each block sees, ``(1 or b, 1, i)``, at least 1."""
     spans = mask.spans(torch.arange(0, mask.q_len, block_size, device=device))
@@ -509,11 +509,9 @@ def row_thresholds(layer: BudgetLayer, inputs: SelectionInputs) -> float | Tenso
 
 def newest_thresholds(layer: BudgetLayer, memory: Memory, row: NewestRow) -> Tensor:
     """The row's threshold in each sample, ``(b, 1, 1)``."""
-    if layer.past:
-        # Those that the row's first token sees, whichever token chooses.
-        lengths = row.number * layer.block_size + 1
-    else:
-        lengths = -(-memory.lengths // layer.length_step) * layer.length_step
+    # With "past" those that the row's first token sees, whichever token chooses.
+    first = row.number * layer.block_size + 1
+    lengths = first if layer.past else _rounded(layer, memory.lengths)
     return thresholds_at(layer.threshold_rows(), lengths.view(-1, 1, 1))
 
 

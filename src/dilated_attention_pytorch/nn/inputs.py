@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -152,19 +153,18 @@ def even_budget(inputs: SelectionInputs, scores: Tensor, sparsity: float | Tenso
         sparsity: Mean sparsity to meet, forced blocks included; a 0-dim tensor or a number.
     """
     candidates, rows = inputs.candidates, inputs.rows
-    forced = candidates.forced.sum(-1)
-    limit = forced + candidates.scored.sum(-1)
+    forced, limit = candidates.counts()
     shape = torch.broadcast_shapes(scores.shape[:3], limit.shape)
     keep = torch.ones(shape, dtype=torch.float32, device=scores.device) - sparsity
     exact = water_level_budget(keep, forced, limit, rows, candidates.width)
     return (round_budget(exact, rows) - forced).clamp(min=0)
 
 
-def bound_of(count: Tensor, width: int) -> int:
+def bound_of(count: Tensor, width: int | Callable[[], int]) -> int:
     """An upper bound of ``count``: the largest on a CPU; else ``width``, to wait for nothing."""
     if count.device.type == "cpu" and not torch.compiler.is_compiling():
         return int(count.max()) if count.numel() else 0
-    return width
+    return width() if callable(width) else width
 
 
 @dataclass(frozen=True, eq=False)

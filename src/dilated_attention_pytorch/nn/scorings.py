@@ -73,10 +73,9 @@ class SummaryScoring(Scoring):
         Scores of all candidates carry no gradient; those of the kept tiles do, which is all that
         the tile mass teaches.
         """
-        learning = layer.training and torch.is_grad_enabled() and layer.config.selector_weight > 0
         numbers, forced, limit = find_candidates(inputs.rule, inputs.rows, inputs.intervals)
         levels: list[ChosenLevel] = []
-        with torch.set_grad_enabled(learning):
+        with torch.set_grad_enabled(layer.teaches):
             queries, keys, *passed = self.summarise(layer, inputs)
             if narrow:
                 numbers, levels = narrow_down(layer, inputs, queries, keys, kernels=True)

@@ -60,7 +60,7 @@ def hard_selection(
     used = pattern.slot_used()
     scored = candidates.scored.expand(scores.shape).gather(-1, slots) & used
     if config.estimator == "mass":
-        if not learning or config.selector_weight == 0:
+        if not layer.teaches:
             return Selection(pattern)
         kept = scores.gather(-1, slots) / layer.temperature_factor()
         probe = mass_probe(layer, chosen_from, kept, scored, pattern, evidence)
@@ -170,10 +170,7 @@ def choose_with_pytorch(layer: SelectorLayer, scored: Scored, budgets: RowBudget
     """Ranks with noise in training, and ties the choice to the scores by the estimator."""
     config, inputs, scores, explore = layer.config, scored.inputs, scored.scores, layer.explores
     count = (budgets.whole - scored.forced.int()).clamp(min=0)
-    if count.device.type == "cpu" and not torch.compiler.is_compiling():
-        bound = int(count.max()) if count.numel() else 0
-    else:
-        bound = layer.budget.most(layer, inputs)
+    bound = bound_of(count, lambda: layer.budget.most(layer, inputs))
     ranked = scores.detach()
     if explore:
         noise = gumbel_noise(scores, inputs.generator)
@@ -193,7 +190,7 @@ def choose_with_kernels(layer: SelectorLayer, scored: Scored, budgets: RowBudget
     from dilated_attention_pytorch.ops.block_selection.scores import kept_op
 
     config, inputs, explore = layer.config, scored.inputs, layer.explores
-    learning = layer.training and torch.is_grad_enabled() and config.selector_weight > 0
+    learning = layer.teaches
     seed = temperature = None
     extra = config.num_explore_blocks if explore else 0
     if explore:

@@ -371,6 +371,11 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         return self._host.read("temperature", self.temperature, lambda x: bool(x > 0))
 
     @property
+    def teaches(self) -> bool:
+        """Whether the backward pass of this forward pass teaches the selector by the mass."""
+        return self.training and torch.is_grad_enabled() and self.learns_by_mass
+
+    @property
     def learns_by_mass(self) -> bool:
         """Whether backward passes in training teach the selector by the mass of the tiles."""
         return self.config.estimator == "mass" and self.config.selector_weight > 0

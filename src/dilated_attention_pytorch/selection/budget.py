@@ -601,8 +601,7 @@ def most_scored_blocks(
             num_heads, ceil_div(kv_len, block_size), block_size, causal, segment_lengths,
             dilation_rates, num_local_blocks, num_sink_blocks,
         ).build(rows)  # fmt: skip
-        forced = candidates.forced.sum(-1)
-        limit = forced + candidates.scored.sum(-1)
+        forced, limit = candidates.counts()
         width = candidates.width
     shape = torch.broadcast_shapes(forced.shape, limit.shape)
     level = water_level_budget(

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.selection.mass_target import mass_target_gradient
 
 
@@ -235,25 +234,3 @@ class _GroupedMass(torch.autograd.Function):
         grouped = torch.zeros(scores.shape, dtype=torch.float32, device=scores.device)
         grouped.scatter_add_(-1, slots, mass)
         return mass_target_gradient(scores, scored, grouped, ctx.weight), None, None, None, None
-
-
-def pairs_per_row(num_key_blocks: int, hierarchy: Sequence[int], kept: int, forced: int = 1) -> int:
-    """Pairs that one row scores at most, of all levels together.
-
-    Args:
-        num_key_blocks: Key blocks, j.
-        hierarchy: Children per super-block, from the finest level up.
-        kept: Super-blocks kept by score on every level.
-        forced: Super-blocks that are kept in any case.
-
-    Example:
-        >>> pairs_per_row(512, (16,), 5), pairs_per_row(512, (8, 8), 4), pairs_per_row(512, (), 0)
-        (128, 88, 512)
-    """
-    counts = [num_key_blocks]
-    for size in hierarchy:
-        counts.append(ceil_div(counts[-1], size))
-    total = counts[-1]
-    for level, size in reversed(list(enumerate(hierarchy))):
-        total += min((kept + forced) * size, counts[level])
-    return total

@@ -342,25 +342,27 @@ class AdaptiveSparsityTrainer:
             RuntimeError: If no model is attached.
             ValueError: If ``num_samples`` is not positive or the loader is empty.
         """
-        layers = self._layers()
+        model, layers = self._attached(), self._layers()
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        assert self.model is not None
         statistics = PatternStatistics(num_samples)
         watch = observe_patterns(layers, statistics.add)
-        with evaluation_mode(self.model), torch.no_grad(), watch:
+        with evaluation_mode(model), torch.no_grad(), watch:
             for batch in dataloader:
-                call_model(self.model, batch)
+                call_model(model, batch)
                 if statistics.finish_batch():
                     break
         return statistics.summary()
 
     def _layers(self) -> list[BlockSparseAdaptive]:
+        return _adaptive_layers(self._attached())
+
+    def _attached(self) -> nn.Module:
         if self.model is None:
             raise RuntimeError(
                 "AdaptiveSparsityTrainer has no model; pass model=... or call attach(model)."
             )
-        return _adaptive_layers(self.model)
+        return self.model
 
     def _arrival(self, layer: BlockSparseAdaptive) -> int:
         """When a layer has its sparsity; -1: it waits for its start; 0: it is left as it is."""
