@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.budget_layer import Scored, key_means
@@ -38,6 +38,10 @@ class SummaryScoring(Scoring):
     """A network compares summaries of query and key blocks: ``scorer="bilinear"``, ``"mlp"``."""
 
     by_summaries = True
+
+    def make(self, layer: SelectorLayer) -> nn.Module:
+        """A network."""
+        return layer.new_network()
 
     def score(
         self, layer: SelectorLayer, inputs: SelectionInputs, *, kernels: bool, narrow: bool = False
@@ -178,6 +182,18 @@ class TokenScoring(Scoring):
     """Projected tokens say where attention goes: ``scorer="low_rank"``."""
 
     by_summaries = False
+
+    def make(self, layer: SelectorLayer) -> nn.Module:
+        """Maps of queries and keys."""
+        config = layer.config
+        # Nothing of a choice but the threshold changes between two sampled queries.
+        layer.length_step = config.query_stride
+        return LowRankScorer(
+            layer.num_heads, layer.head_dim, layer.num_kv_heads,
+            rank=min(config.hidden_dim, layer.head_dim), scale=layer.scale,
+            query_stride=config.query_stride,
+            heads_per_pattern=layer.num_heads // layer.pattern_heads,
+        )  # fmt: skip
 
     def score(
         self, layer: SelectorLayer, inputs: SelectionInputs, *, kernels: bool, narrow: bool = False

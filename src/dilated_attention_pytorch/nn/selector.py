@@ -19,7 +19,6 @@ from dilated_attention_pytorch.nn.held_budget import initial_state
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import Memory, NewestRow, SelectorState
 from dilated_attention_pytorch.runtime import FormerScalars
-from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype, past_windows
 
@@ -36,6 +35,10 @@ class Scoring(ABC):
     """
 
     by_summaries: bool
+
+    @abstractmethod
+    def make(self, layer: SelectorLayer) -> nn.Module:
+        """The module with the weights of a new layer, ``layer.scorer``."""
 
     @abstractmethod
     def score(
@@ -175,20 +178,12 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         self.config, self.scoring = config, scoring
         self.past = config.query_scope == "past"
         self.threshold_floor = config.threshold_floor
-        self.scorer: ImportanceScorer | LowRankScorer
-        if scoring.by_summaries:
-            self.scorer = self._new_scorer()
-        else:
-            self.length_step = config.query_stride
-            self.scorer = LowRankScorer(
-                num_heads, head_dim, kv_heads, rank=min(config.hidden_dim, head_dim), scale=scale,
-                query_stride=config.query_stride, heads_per_pattern=num_heads // pattern_heads,
-            )  # fmt: skip
+        self.scorer = scoring.make(self)
         if config.hierarchy and self.segment_lengths is not None:
             raise ValueError(
                 "hierarchy chooses among all blocks and segment_lengths limits them; give one."
             )
-        self.coarse_scorers = nn.ModuleList(self._new_scorer() for _ in config.hierarchy)
+        self.coarse_scorers = nn.ModuleList(self.new_network() for _ in config.hierarchy)
         if "attention" in config.pooling and scoring.by_summaries:
             self.query_pool = nn.Parameter(torch.randn(num_heads, head_dim) * head_dim**-0.5)
             self.key_pool = nn.Parameter(torch.randn(self.num_kv_heads, head_dim) * head_dim**-0.5)
@@ -202,7 +197,8 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         self.add_budget(budget, config.base_sparsity)
         self.register_buffer("budget_state", initial_state().to(self.temperature.device))
 
-    def _new_scorer(self) -> ImportanceScorer:
+    def new_network(self) -> ImportanceScorer:
+        """A network that compares summaries, with weights of its own."""
         config = self.config
         return ImportanceScorer(
             self.head_dim * len(config.pooling),
