@@ -462,7 +462,7 @@ def test_scores_begin_to_decide_where_the_target_is_peaked_and_something_is_left
         if state[NEXT, 1] < 1:
             break
     assert (float(state[NEXT, 1]) == pytest.approx(0.8)) == starts
-    assert float(state[NEXT, 2]) == pytest.approx(0.3 if starts else 2.0)
+    assert float(state[NEXT, 2]) == pytest.approx(0.3 if starts else 64.0)
     if starts:
         # At the step in which it first counts as peaked, not before.
         assert [peak >= PEAKED for peak, _ in seen] == [even < 1 for _, even in seen]

@@ -83,7 +83,7 @@ def test_scores_win_the_same_blocks_with_kernels(case: str) -> None:
     want, got = step(layer, "gather", options), step(layer, "triton", options)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-6)
-    set_threshold(layer, 2.0)
+    set_threshold(layer, 64.0)
     without = step(layer, "gather", options)[0]
     assert int(want[0].sum()) > int(without.sum())
 
@@ -116,7 +116,7 @@ def test_evaluation_counts_nothing_where_no_score_can_win(
         set_threshold(layer, 0.12)
         with pytest.raises(CountedError):
             layer(query, key, value, is_causal=True)
-        set_threshold(layer, 2.0)
+        set_threshold(layer, 64.0)
         layer(query, key, value, is_causal=True)
     with pytest.raises(CountedError):
         # What training will do is not known on the host.
@@ -143,7 +143,7 @@ def test_generation_counts_nothing_where_no_score_can_win(scope: str) -> None:
 def test_recorded_programs_count_for_later_thresholds() -> None:
     layer, given = make({}).eval(), tuple(inputs(1))
     program = torch.export.export(layer, given, {"is_causal": True}, strict=False).module()
-    for threshold in (0.12, 2.0):
+    for threshold in (0.12, 64.0):
         set_threshold(layer, threshold)
         program.budget_state.copy_(layer.budget_state)
         want = layer(*given, is_causal=True)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilated_attention_pytorch.selection.budget import NO_THRESHOLD
+
 # Rows of the buffer: numbers for the next pass, evidence, and the latest passes.
 _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
@@ -34,8 +36,6 @@ LEAVE_PLATEAU = (
     "needs no choice by content: compare with a fixed pattern."
 )
 _LARGEST_LEVEL = 8.0
-# Above every softmax: no score decides.
-_OFF = 2.0
 # Little changes at once: the threshold takes some ten steps to find its place.
 _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
@@ -45,7 +45,7 @@ _MEMORY, _STEP = 0.1, 0.01
 
 def initial_state() -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
-    held, none = [1.0, 1.0, _OFF], [-1.0, -1.0]
+    held, none = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0]
     rows = [[*held, *none], [0.0] * 5, *[[*held, *none]] * _MOST_PASSES]
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
@@ -54,7 +54,7 @@ def could_be_held(state: Tensor) -> bool:
     """Whether training could have left these numbers in a layer's buffer; waits for them."""
     numbers = state[:, :_MARK].clone()
     numbers[_EVIDENCE] = numbers[_NEXT]
-    least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, _OFF]))
+    least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, NO_THRESHOLD]))
     return bool(((numbers >= least) & (numbers <= most)).all() & state.isfinite().all())
 
 
@@ -86,7 +86,8 @@ class HeldBudget:
         state: The layer's buffer, ``(66, 5)``.
         level: Factor on the rows' shares.
         even: Share of each row's budget above its forced blocks that it gets in any case.
-        threshold: Of the softmaxed scores, from which on blocks are kept besides.
+        threshold: Of the softmaxed scores, from which on blocks are kept besides; as in
+            ``blocks_above``.
         moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
         scores_decide: False where the host knows that no score reaches the threshold.
     """
@@ -145,7 +146,7 @@ class HeldBudget:
             asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
             shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
             level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
-            threshold = (self.threshold * kept**0.3).clamp(1e-5, _OFF)
+            threshold = (self.threshold * kept**0.3).clamp(1e-5, NO_THRESHOLD)
             free = self.moves & (keep < 1) & torch.isfinite(shared + kept)
             moved = torch.stack([level, self.even, threshold])
             moves = torch.stack([free, torch.zeros_like(free), free & (self.even < 1)])
@@ -154,7 +155,7 @@ class HeldBudget:
 
 def scores_may_decide(state: Tensor) -> bool:
     """Whether a score can reach the threshold of evaluation in a layer's buffer; waits for it."""
-    return float(state[_NEXT, _THRESHOLD]) <= 1
+    return float(state[_NEXT, _THRESHOLD]) < NO_THRESHOLD
 
 
 def peak_of(state: Tensor) -> Tensor:

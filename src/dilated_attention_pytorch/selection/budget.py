@@ -353,17 +353,25 @@ def _running(values: Tensor, document: Tensor) -> Tensor:
 # What a block's expected mass loses with each other head that expects more of it: heads that all
 # want one block then cost less than their number, and the budget reaches more rows.
 _CLAIMED = math.exp(-1.0)
+# Blocks to choose from at which a threshold is a share of the softmaxed scores.
+_FEW_OPTIONS = 16.0
+# A threshold that no score reaches, whatever the length.
+NO_THRESHOLD = 64.0
 
 
 def blocks_above(
     scores: Tensor, scored: Tensor, threshold: Tensor, most: Tensor, *, heads_compete: bool
 ) -> Tensor:
-    """Scored blocks of each row whose softmaxed score reaches a threshold.
+    r"""Scored blocks of each row whose softmaxed score reaches a threshold.
+
+    That is :math:`p_j (n / 16)^{1/4} \ge \tau` with n blocks to choose from. The more there are,
+    the more of the softmax goes to those that nobody reads: by p alone late rows would get less
+    than early ones that need the same.
 
     Args:
         scores: ``(batch, heads, i, c)``.
         scored: Booleans that broadcast to it: which may be chosen; the softmax is over these.
-        threshold: 0-dim.
+        threshold: 0-dim, of a row with 16 blocks to choose from.
         most: The most that a row may get, integers that broadcast to ``(batch, heads, i)``.
         heads_compete: Whether column c is the same block in all heads; a block then counts
             ``e**-n`` times its mass for a head with n others above it.
@@ -373,7 +381,7 @@ def blocks_above(
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log().view(1, 2, 1, 2)
-        >>> count = [torch.ones(2, dtype=torch.bool), torch.tensor(0.5), torch.tensor(2)]
+        >>> count = [torch.ones(2, dtype=torch.bool), torch.tensor(0.3), torch.tensor(2)]
         >>> blocks_above(scores, *count, heads_compete=False).tolist()
         [[[1], [1]]]
         >>> blocks_above(scores, *count, heads_compete=True).tolist()
@@ -388,7 +396,9 @@ def blocks_above(
         for head in range(heads):
             above += expected[:, head : head + 1] > expected
         expected = expected * _CLAIMED**above
-    count = ((expected >= threshold) & scored).sum(-1, dtype=torch.int32)
+    options = scored.sum(-1, keepdim=True).clamp(min=1).float()
+    reach = threshold / (options / _FEW_OPTIONS).sqrt().sqrt()
+    count = ((expected >= reach) & scored).sum(-1, dtype=torch.int32)
     return torch.minimum(count, most.to(torch.int32))
 
 

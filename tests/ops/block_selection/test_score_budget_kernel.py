@@ -86,7 +86,7 @@ class Both:
 def test_as_many_as_in_pytorch(blocks: int, heads: int) -> None:
     both = Both(*problem(blocks, heads), draw(2, heads, blocks, blocks))
     both.agree(1e-5, 0.01, 0.06, 0.3)
-    assert not both.found(2.0).any()
+    assert not both.found(64.0).any()
     if blocks > 7:
         assert both.found(0.01).any()
 
@@ -142,8 +142,8 @@ def test_what_is_no_number_counts_as_in_pytorch() -> None:
     scores[:, 0, 5] = float("nan")
     scores[:, 1, 7, 2] = float("inf")
     both = Both(rows, rule, scores)
-    both.agree(0.1, 0.19)
-    assert both.found(0.19)[0, 0, 5] == 3
+    both.agree(0.08, 0.14)
+    assert both.found(0.14)[0, 0, 5] == 3
     assert both.found(1e-5)[0, 1, 7] == 0
 
 

@@ -4,8 +4,9 @@ The expected mass of a block is its share of the softmaxed scores of its row:
 
 * ``threshold``: ``softmax_j(s_ij) >= τ`` over all that a row sees, its forced blocks included,
   which are kept anyway;
-* ``above``: over the blocks that may be chosen by score alone. Where a pattern's heads compete,
-  n heads that expect strictly more of a block leave ``e**-n`` of a head's mass.
+* ``above``: over the n blocks that may be chosen by score alone, and at least
+  ``τ / (n / 16)**(1/4)``. Where a pattern's heads compete, m heads that expect strictly more of a
+  block leave ``e**-m`` of a head's mass.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from dilated_attention_pytorch.ops.triton_device import (
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Differences of numbers within it are finite.
 _LIMIT = tl.constexpr(1.0e38)
+# A threshold that nothing reaches: ``NO_THRESHOLD``.
+_OFF = tl.constexpr(64.0)
 # Scores that a program holds at once: 32 a thread.
 _TILE = 4096
 
@@ -166,8 +169,8 @@ def above_kernel(
     lane = tl.arange(0, T)
     cut = tl.load(threshold)
     count = tl.zeros((H,), tl.int32)
-    # No mass is larger than 1.
-    if cut <= 1.0:
+    if cut < _OFF:
+        options = tl.zeros((H,), tl.float32)
         peak = tl.full((H,), -_LIMIT, tl.float32)
         total = tl.zeros((H,), tl.float32)
         for start in range(first, last, T):
@@ -175,12 +178,15 @@ def above_kernel(
                 source, entries, start + lane, head, columns, heads, low, end, sink_end,
                 near_first, near_end, LISTS,
             )  # fmt: skip
+            options += tl.sum((score > float("-inf")).to(tl.float32), 1)
             higher = tl.minimum(tl.maximum(peak, tl.max(score, 1)), _LIMIT)
             total = total * tl.exp(peak - higher) + tl.sum(tl.exp(score - higher[:, None]), 1)
             peak = higher
         # With an infinite score no block has any mass, as in PyTorch.
         known = (total > 0.0) & (total < float("inf"))
         total = tl.where(known, total, 1.0)
+        many = tl.sqrt_rn(tl.sqrt_rn(tl.maximum(options, 1.0) / 16.0))
+        reach = tl.div_rn(cut, many)[:, None]
         for start in range(first, last, T):
             score = _scored(
                 source, entries, start + lane, head, columns, heads, low, end, sink_end,
@@ -188,8 +194,8 @@ def above_kernel(
             )  # fmt: skip
             mass = tl.div_rn(tl.exp(score - peak[:, None]), total[:, None])
             mass = tl.where(known[:, None] & (score > float("-inf")), mass, 0.0)
-            # What has more of a block than one that reaches the threshold reaches it too.
-            if tl.max(tl.max(mass, 1), 0) >= cut:
+            # Who has more of a block than a head that reaches the threshold reaches it too.
+            if tl.max(tl.max((mass >= reach).to(tl.int32), 1), 0) > 0:
                 expected = mass
                 if H > 1:
                     above = tl.zeros((H, T), tl.float32)
@@ -197,7 +203,7 @@ def above_kernel(
                         theirs = tl.sum(tl.where((head == other)[:, None], mass, 0.0), 0)
                         above += (theirs[None, :] > mass).to(tl.float32)
                     expected = mass * tl.exp(-above)
-                reached = (expected >= cut) & (score > float("-inf"))
+                reached = (expected >= reach) & (score > float("-inf"))
                 count += tl.sum(reached.to(tl.int32), 1)
     real = head < heads
     bound = tl.load(most + batch * m_stride_b + head * m_stride_h + row, mask=real, other=0)
