@@ -22,10 +22,12 @@ from dilated_attention_pytorch import (
 )
 from dilated_attention_pytorch.nn.held_budget import (
     PEAKED,
+    SKILLED,
     HeldBudget,
     MarginEvidence,
     initial_state,
     peak_of,
+    start_of,
 )
 from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.train.language_model import (
@@ -38,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 HEADS, DIM, BLOCK, LENGTH = 2, 8, 8, 192
 # Of the buffer: numbers for the next pass, evidence, latest pass; level, even share, threshold.
 NEXT, EVIDENCE, LATEST, NUMBERS = 0, 1, 2, 3
+SKILL = 3
 
 
 def make(base_sparsity: float = 0.77, **settings: object) -> BlockSparseAdaptive:
@@ -487,6 +490,25 @@ def test_budgets_that_scores_have_no_part_in_measure_the_peak_alone() -> None:
         assert torch.equal(state, before)
 
 
+def test_skill_is_how_near_the_best_block_by_score_comes_to_the_best_one() -> None:
+    state = initial_state()
+    row = [0.3, 0.5, 0.05, 0.15]
+    mass = torch.tensor([row, row, row]).view(1, 1, 3, 4)
+    scored = SCORED.clone()
+    # A row of two blocks does not count, nor does a forced one.
+    scored[0, 0, 2, 2:] = False
+    evidence(state, [2, 2, 2], None).learn(SCORES, scored, mass * scored)
+    want = 0.1 * (0.3 - 0.25) / (0.5 - 0.25)
+    assert float(state[EVIDENCE, SKILL]) == pytest.approx(want)
+    assert start_of(state).tolist() == [float(peak_of(state)), float(state[EVIDENCE, SKILL])]
+    evidence(state, [2, 2, 2], None).learn(SCORES.flip(-1), SCORED, mass.flip(-1).sort(-1)[0])
+    assert float(state[EVIDENCE, SKILL]) == pytest.approx(0.9 * want + 0.1)
+    # Where all blocks are alike nothing is known.
+    before = float(state[EVIDENCE, SKILL])
+    evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, torch.full_like(mass, 0.25))
+    assert float(state[EVIDENCE, SKILL]) == before
+
+
 def test_rows_of_two_blocks_know_nothing_of_the_peak() -> None:
     state = initial_state()
     state[EVIDENCE, 0] = 0.5
@@ -556,10 +578,14 @@ def test_training_is_dense_from_the_first_step_to_the_cap_and_then_warms_up() ->
     assert trainer.arrivals == [33]
 
 
-def test_a_layer_leaves_the_dense_start_when_its_target_is_peaked() -> None:
+def test_a_layer_leaves_the_dense_start_when_its_selector_meets_a_peaked_target() -> None:
     model = nn.ModuleList([make(0.9), make(0.8)])
     trainer = AdaptiveSparsityTrainer(model, annealing_steps=200)
+    model[0].budget_state[EVIDENCE, 0] = PEAKED
+    model[0].budget_state[EVIDENCE, SKILL] = SKILLED - 0.01
+    model[1].budget_state[EVIDENCE, SKILL] = SKILLED + 0.01
     bases(trainer, 35)
+    assert trainer.arrivals == [-1, -1], "either alone is not enough"
     model[1].budget_state[EVIDENCE, 0] = PEAKED
     seen = bases(trainer, 25)
     assert trainer.arrivals == [-1, 60], "looked at every tenth step: at 40, and 20 of warm-up"
@@ -567,8 +593,11 @@ def test_a_layer_leaves_the_dense_start_when_its_target_is_peaked() -> None:
     assert float(model[1].base_sparsity) == pytest.approx(0.8)
 
 
-def test_layers_that_are_peaked_already_are_left_alone() -> None:
+@pytest.mark.parametrize("skill", [SKILLED + 0.01, 0.0])
+def test_layers_that_are_peaked_already_are_left_alone(skill: float) -> None:
+    """Also those that were trained before skill was measured."""
     layer = trained()
+    layer.budget_state[EVIDENCE, SKILL] = skill
     trainer = AdaptiveSparsityTrainer(layer, annealing_steps=30)
     assert bases(trainer, 40) == pytest.approx([0.9] * 40)
     assert trainer.arrivals == [0]
@@ -655,5 +684,10 @@ def test_dense_training_gives_queries_and_keys_the_gradient_of_dense_attention(
     F.scaled_dot_product_attention(*leaves, is_causal=causal).square().sum().backward()
     for x, leaf in zip(got, leaves, strict=True):
         torch.testing.assert_close(x, leaf.grad.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    # From then on they learn for the selector, too; values have no part in it.
+    layer.budget_state[EVIDENCE, 0] = PEAKED
+    asked = train(layer, inputs, causal)
+    assert not any(torch.allclose(x, y, atol=1e-5) for x, y in zip(asked[:2], got, strict=False))
+    torch.testing.assert_close(asked[2], got[2])
     layer.set_base_sparsity(0.5)
     assert not torch.allclose(train(layer, inputs, causal)[0], got[0], atol=1e-3)

@@ -14,6 +14,7 @@ from dilated_attention_pytorch.config import AdaptiveConfig, as_int
 from dilated_attention_pytorch.nn.block_sparse import stand_in
 from dilated_attention_pytorch.nn.budgets import threshold_sample
 from dilated_attention_pytorch.nn.decode import decode, remember
+from dilated_attention_pytorch.nn.held_budget import PEAKED, peak_of
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.nn.scorings import scoring_of
 from dilated_attention_pytorch.nn.select import select
@@ -123,9 +124,9 @@ class BlockSparseAdaptive(SelectorLayer):
         _warn_if_nothing_is_left(self, inputs)
         apart = self.training and self.keeps_all
         if apart:
-            # Nothing is chosen yet, and what the selector asks of queries and keys would keep
-            # attention from finding where to look (docs/log.md, "Where learning starts").
-            inputs = inputs.without_gradient()
+            # Until attention has found where to look, what the selector asks of queries and keys
+            # would keep it from that (docs/log.md, "Where learning starts").
+            inputs = inputs.asking_if(peak_of(self.budget_state) >= PEAKED)
         found = select(self, inputs)
         return replace(found, query=None, key=None) if apart else found
 

@@ -23,13 +23,16 @@ _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 _MOST_PASSES = 64
 # Columns; marks in the rows of passes alone.
 _LEVEL, _EVEN, _THRESHOLD, _MARK = 0, 1, 2, 3
-# Columns of the evidence: how peaked the selector's target is, and the mass of the last blocks of
-# rows that the even share gave most, and of those that the scores did.
-_PEAK, _EVEN_MASS = 0, 1
+# Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
+# that the even share gave most, and of those that the scores did; and the selector's skill.
+_PEAK, _EVEN_MASS, _SKILL = 0, 1, 3
 
 # From here on the selector's target, as a share of the way from uniform to one block, says where
-# to read: dense starts end, and scores begin to decide on budgets.
+# to read: queries and keys learn for the selector, too, and scores begin to decide on budgets.
 PEAKED = 0.4
+# And from here on the selector says it, too: the mass of its best block, as a share of the way from
+# a block at random to the best one. Dense starts end where both hold.
+SKILLED = 0.8
 # What to do where it never does.
 LEAVE_PLATEAU = (
     "A higher learning rate, more sequences per step or longer annealing may help; or the data "
@@ -158,6 +161,14 @@ def scores_may_decide(state: Tensor) -> bool:
     return float(state[_NEXT, _THRESHOLD]) < NO_THRESHOLD
 
 
+def start_of(state: Tensor) -> Tensor:
+    """How clear the selector's target has been lately, and how well it was met, ``(2,)``.
+
+    The second one is 0 in a layer that has not learned, or did before it was measured.
+    """
+    return torch.stack([state[_EVIDENCE, _PEAK], state[_EVIDENCE, _SKILL]])
+
+
 def peak_of(state: Tensor) -> Tensor:
     """How peaked the selector's target has been lately, 0-dim in [0, 1], of a layer's buffer."""
     return state[_EVIDENCE, _PEAK]
@@ -200,15 +211,21 @@ class MarginEvidence:
         options = scored.sum(-1).float()
         entropy = -torch.special.xlogy(target, target).sum(-1)
         peaked = 1 - entropy / options.clamp(min=2).log()
-        weight = mass.amax(-1) * (options > 2)
+        best, ranked = mass.amax(-1), scores.float().masked_fill(~scored, -torch.inf)
+        weight = best * (options > 2)
         peak = torch.lerp(state[_EVIDENCE, _PEAK], _mean(peaked, weight), _MEMORY)
         # Where no row has three blocks to compare, nothing is known of it.
         known = peak.isfinite() & (weight > 0).any()
         state[_EVIDENCE, _PEAK] = torch.where(known, peak, state[_EVIDENCE, _PEAK])
+        first = mass.gather(-1, ranked.argmax(-1, keepdim=True))[..., 0]
+        chance = total[..., 0] / options.clamp(min=1)
+        won, there = ((x - chance) * (options > 2) for x in (first, best))
+        skill = torch.lerp(state[_EVIDENCE, _SKILL], won.sum() / there.sum(), _MEMORY)
+        state[_EVIDENCE, _SKILL] = torch.where(skill.isfinite(), skill, state[_EVIDENCE, _SKILL])
         if self.by_score is None:
             return
         # The last of a row's own blocks, by score.
-        order = scores.float().masked_fill(~scored, -torch.inf).argsort(-1, descending=True)
+        order = ranked.argsort(-1, descending=True)
         last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
         margin = mass.gather(-1, last)[..., 0]
         chose = self.count > 0

@@ -61,9 +61,10 @@ class SelectionInputs:
         """What rows see and must read, :meth:`CandidateRule.intervals`."""
         return self.rows.remember((self.rule, "intervals"), lambda: self.rule.intervals(self.rows))
 
-    def without_gradient(self) -> SelectionInputs:
-        """The same, so that what is chosen by them asks nothing of queries and keys."""
-        return replace(self, query=self.query.detach(), key=self.key.detach())
+    def asking_if(self, asks: Tensor) -> SelectionInputs:
+        """The same; what is chosen by them asks something of queries and keys only if ``asks``."""
+        query, key = (torch.where(asks, x, x.detach()) for x in (self.query, self.key))
+        return replace(self, query=query, key=key)
 
     def limited_to(self, indices: Tensor) -> SelectionInputs:
         """The same with other candidates: ``(b, p, i, c)`` ascending, negative where none."""

@@ -16,7 +16,7 @@ from dilated_attention_pytorch.config import as_int, check_sparsity
 from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
-from dilated_attention_pytorch.nn.held_budget import PEAKED, peak_of
+from dilated_attention_pytorch.nn.held_budget import PEAKED, SKILLED, peak_of, start_of
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 
 Schedule = Callable[[float, float, float], float]
@@ -144,10 +144,11 @@ class AdaptiveSparsityTrainer:
     out what to look at; then they move to their configured ``base_sparsity`` over
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
-    the way from uniform to one block), at the latest after ``annealing_steps``. Some are left as
-    they are: layers that say so already, as trained ones do; those whose selector is not taught by
-    the mass of its tiles, or whose budget is no share; and those that were set to a sparsity of
-    their own.
+    the way from uniform to one block) and the selector says it, too (the mass of its best block
+    stands 0.8 of the way from a block at random to the best one), at the latest after
+    ``annealing_steps``. Some are left as they are: layers that say so already, as trained ones do;
+    those whose selector is not taught by the mass of its tiles, or whose budget is no share; and
+    those that were set to a sparsity of their own.
 
     At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
     of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
@@ -390,9 +391,11 @@ class AdaptiveSparsityTrainer:
             return
         # One wait for the device, however many layers there are.
         device = layers[waiting[0]].budget_state.device
-        peaks = torch.stack([peak_of(layers[n].budget_state).to(device) for n in waiting])
-        for n, peak in zip(waiting, peaks.tolist(), strict=True):
-            if last or peak >= PEAKED:
+        starts = torch.stack([start_of(layers[n].budget_state).to(device) for n in waiting])
+        for n, (peak, skill) in zip(waiting, starts.tolist(), strict=True):
+            # Layers that were trained before skill was measured have none.
+            skilled = skill >= SKILLED or (first and skill == 0)
+            if last or (peak >= PEAKED and skilled):
                 self.arrivals[n] = 0 if first else self.current_step + self._warmup
 
     def _apply(self) -> None:
