@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.models import build_attention
+from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.tasks.needle import NeedleBatch, NeedleTask, needle_config
 from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer, parameter_groups
@@ -71,6 +72,42 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Problem(Protocol):
+    """What a run trains on: a cell of the map, or one of ``beyond_needles.py``."""
+
+    @property
+    def name(self) -> str:
+        """Its key in the results."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences a step."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of 32."""
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers."""
+
+    def config(self, **changes: Any) -> AdaptiveConfig:
+        """Settings of the layers."""
+
+    def model(self) -> nn.Module:
+        """A model with ``attend_by(layers)``, and logits of a batch."""
+
+    def batch(self, size: int, generator: torch.Generator) -> Any:
+        """Sequences with ``answer``, -100 where nothing is asked."""
+
+    def judged(self, batch: Any) -> Tensor:
+        """Booleans: the answers that held-out accuracy counts."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One square of the map."""
@@ -96,6 +133,20 @@ class Cell:
         """Heads of 32."""
         return GEOMETRIES[self.geometry][5]
 
+    num_layers = 1
+
+    def model(self) -> nn.Module:
+        """The plain model."""
+        return PlainModel(self.task, self.num_heads)
+
+    def batch(self, size: int, generator: torch.Generator) -> NeedleBatch:
+        """Sequences of the task."""
+        return self.task.batch(size, generator)
+
+    def judged(self, batch: NeedleBatch) -> Tensor:
+        """All of them."""
+        return batch.answer != -100
+
     def config(self, **changes: Any) -> AdaptiveConfig:
         """The defaults at a sparsity that leaves every row its own block and some scored ones."""
         asked = GEOMETRIES[self.geometry][6]
@@ -111,7 +162,7 @@ CELLS = [Cell(g, rate, size) for rate, size in RECIPES for g in GEOMETRIES]
 class PlainModel(nn.Module):
     """Embeddings, one attention layer and an output, as PyTorch initialises them."""
 
-    def __init__(self, task: NeedleTask, num_heads: int, attention: nn.Module) -> None:
+    def __init__(self, task: NeedleTask, num_heads: int) -> None:
         super().__init__()
         dim = 32 * num_heads
         self.key, self.value = nn.Embedding(task.num_keys, dim), nn.Embedding(task.num_values, dim)
@@ -120,7 +171,11 @@ class PlainModel(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.answer = nn.Linear(dim, task.num_values)
-        self.num_heads, self.attention = num_heads, attention
+        self.num_heads, self.attention = num_heads, nn.Identity()
+
+    def attend_by(self, layers: Sequence[nn.Module]) -> None:
+        """Takes its attention layer."""
+        (self.attention,) = layers
 
     def forward(self, batch: NeedleBatch) -> Tensor:
         """Logits at every token ``(batch, seq_len, values)``."""
@@ -132,27 +187,41 @@ class PlainModel(nn.Module):
         return self.answer(self.last(x))
 
 
+def make_attention(name: str, num_heads: int, config: AdaptiveConfig) -> nn.Module:
+    """A layer with heads of 32."""
+    if name != "mean_pool":
+        return build_attention(name, num_heads, 32, config)
+    settings = TrainingFreeConfig(
+        method=name, base_sparsity=config.base_sparsity, block_size=config.block_size,
+        num_sink_blocks=0,
+    )  # fmt: skip
+    return BlockSparseTrainingFree(settings, num_heads, 32)
+
+
 @dataclass
 class Run:
     """One training; :meth:`step` waits for nothing on the device."""
 
-    cell: Cell
+    cell: Problem
     method: str
     seed: int
     steps: int
     device: str
+    methods: Mapping[str, dict[str, Any]] = field(default_factory=lambda: METHODS)
     batch_size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        settings = METHODS[self.method]
+        settings = self.methods[self.method]
         self.batch_size = self.cell.batch_size
         torch.manual_seed(self.seed)
-        task, heads = self.cell.task, self.cell.num_heads
         # All methods of a seed start from the same weights; a selector draws its own behind them.
-        self.model = PlainModel(task, heads, nn.Identity())
+        self.model = self.cell.model()
         attention = settings["attention"]
         self.config = self.cell.config(**settings.get("config", {}))
-        self.model.attention = build_attention(attention, heads, 32, self.config)
+        layers = range(self.cell.num_layers)
+        self.model.attend_by(
+            [make_attention(attention, self.cell.num_heads, self.config) for _ in layers]
+        )
         self.model.to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
         graph = self.device == "cuda"
@@ -200,10 +269,10 @@ class Run:
                     self.graph, self.since_change = None, 0
         self.done += 1
 
-    def _scheduled(self) -> float | None:
-        if self.trainer is None:
-            return None
-        return self.trainer.sparsity(self.config.base_sparsity, self.trainer.arrivals[0])
+    def _scheduled(self) -> list[float]:
+        trainer = self.trainer
+        arrivals = [] if trainer is None else trainer.arrivals
+        return [trainer.sparsity(self.config.base_sparsity, arrival) for arrival in arrivals]
 
     def _replay(self) -> None:
         self.since_change += 1
@@ -219,7 +288,7 @@ class Run:
 
     def _update(self) -> None:
         self.model.train()
-        batch = self.cell.task.batch(self.batch_size, self.generator)
+        batch = self.cell.batch(self.batch_size, self.generator)
         kept: list[Tensor] = []
         layers = [m for m in self.model.modules() if isinstance(m, BlockSparseLayer)]
         with observe_patterns(layers, lambda _, pattern: kept.append(pattern.sparsity)):
@@ -233,7 +302,7 @@ class Run:
         right = ((logits.argmax(-1) == batch.answer) & asked).sum() / asked.sum()
         self.latest[0].copy_(right)
         if kept:
-            self.latest[1].copy_(kept[0])
+            self.latest[1].copy_(torch.stack([x.mean() for x in kept]).mean())
 
     def result(self) -> dict[str, Any]:
         """What the finished run has shown."""
@@ -264,8 +333,8 @@ def evaluate(run: Run, batches: int = 8) -> tuple[float, float | None]:
     )
     with watch:
         for _ in range(batches):
-            batch = run.cell.task.batch(32, generator)
-            asked = batch.answer != -100
+            batch = run.cell.batch(run.batch_size, generator)
+            asked = run.cell.judged(batch)
             right += int(((model(batch).argmax(-1) == batch.answer) & asked).sum())
             total += int(asked.sum())
     return right / total, sum(shares) / len(shares) if shares else None
