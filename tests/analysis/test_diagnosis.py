@@ -234,11 +234,12 @@ def test_attention_that_no_choice_can_hold() -> None:
     assert verdict("kept mass", layer, 0.01 * bare_input(layer)) == "warn"
 
 
-def test_a_budget_that_ran_away() -> None:
+@pytest.mark.parametrize("offset", [5.0, -5.0])
+def test_a_budget_that_ran_away(offset: float) -> None:
     layer = bare()
     assert verdict("budget", layer, bare_input(layer)) == "pass"
     with torch.no_grad():
-        layer.budget_offset.fill_(5.0)
+        layer.budget_offset.fill_(offset)
     assert verdict("budget", layer, bare_input(layer)) == "fail"
 
 

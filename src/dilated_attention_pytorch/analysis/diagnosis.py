@@ -20,6 +20,7 @@ from dilated_attention_pytorch.analysis.measures import (
 )
 from dilated_attention_pytorch.analysis.statistics import pair_similarities, pattern_diversity
 from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED, peak_of
+from dilated_attention_pytorch.selection.budget import LEAST_FACTOR, MOST_FACTOR
 
 Measures = Sequence[SelectorMeasures]
 History = Sequence[Mapping[str, Any]]
@@ -341,8 +342,12 @@ def budget_saturation(measures: Measures, history: History) -> Answer:
     if not judged:
         return "skip", 'needs budget="adaptive"', ""
     # Equal at both ends of its range: gain and offset have run away, and get no gradient there.
-    stuck = [float(((f <= 0) | (f >= f.new_tensor(2.0))).float().mean()) for _, f in judged]
-    text = "rows at the limits of 0 and 2 times the base; " + _by_layer(
+    ends = f"{LEAST_FACTOR:g} and {MOST_FACTOR:g} times the odds of the base"
+    stuck = [
+        float(((f <= f.new_tensor(LEAST_FACTOR)) | (f >= MOST_FACTOR)).float().mean())
+        for _, f in judged
+    ]
+    text = f"rows at the limits of {ends}; " + _by_layer(
         [m for m, _ in judged], [f"{x:.0%}" for x in stuck]
     )
     remedy = (
