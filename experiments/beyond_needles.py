@@ -12,7 +12,6 @@ beyond_needles/`` holds ``runs.jsonl`` (one line a run) and ``README.md`` (the t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -30,23 +29,14 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.models import rotary, rotary_table
 from dilated_attention_pytorch.tasks.text import load_text
-from learning_map import Run, load_runs, train_together
+from learning_map import METHODS, add_options, run_missing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from provenance import environment, where
+from provenance import where
 
 RESULTS = Path(__file__).parent / "results" / "beyond_needles"
-STEPS, SEEDS, SPARSITIES = 2000, (0, 1, 2, 3, 4), (0.75, 0.9)
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"attention": "dense"},
-    "adaptive": {"attention": "adaptive"},
-    "fixed budget": {"attention": "adaptive", "config": {"budget": "fixed"}},
-    "local": {"attention": "local"},
-    "dilated": {"attention": "dilated"},
-    "sink and local": {"attention": "sink_local"},
-    "mean pooling": {"attention": "mean_pool"},
-}
-PATTERNS = ("local", "dilated", "sink and local")
+SPARSITIES = (0.75, 0.9)
+PATTERNS = ("local", "dilated", "sink_local")
 BLOCK, NUM_NAMES, NUM_VALUES = 16, 128, 12
 # Kinds of tokens.
 NOISE, ENTRY, QUERY, ALIAS = range(4)
@@ -366,7 +356,7 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     found: dict[tuple[str, float, str], list[float]] = defaultdict(list)
     for run in runs:
         found[run["cell"], run["asked"], run["method"]].append(run["accuracy"])
-    columns = ("dense", "adaptive", "fixed budget", "best pattern", "mean pooling")
+    columns = ("dense", "adaptive", "fixed", "best pattern", "mean_pool")
     lines = [
         "# Beyond needles", "", "Accuracy, mean of the seeds (the lowest).", "",
         f"| problem | sparsity | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|",
@@ -377,6 +367,7 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
             key=statistics.mean, default=[],
         )  # fmt: skip
         row = [best if name == "best pattern" else found[cell, asked, name] for name in columns]
+        row[0] = found[cell, SPARSITIES[0], "dense"]
         shown = [f"{statistics.mean(x):.3f} ({min(x):.3f})" if x else "not run" for x in row]
         lines.append(f"| {cell} | {asked:g} | {' | '.join(shown)} |")
     lines += ["", *where(runs)]
@@ -389,37 +380,22 @@ def main(given: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=[b.name for b in BASES], metavar="PROBLEM")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--together", type=int, default=15, help="runs that share the device")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="two steps of two, nothing kept")
+    add_options(parser, tuple(METHODS), RESULTS)
     parsed = parser.parse_args(given)
     if parsed.quick:
         parsed.out, parsed.steps = Path(tempfile.mkdtemp(prefix="beyond-needles-")), 2
         parsed.only, parsed.seeds = ["tracking", "patches"], [0]
         parsed.methods = ["dense", "adaptive"]
-    parsed.out.mkdir(parents=True, exist_ok=True)
-    log = parsed.out / "runs.jsonl"
-    done = {(r["cell"], r["asked"], r["method"], r["seed"]) for r in load_runs(log)}
-    wanted = [
+    wanted = (
         (problem, method, seed)
         for problem in problems(parsed.only)
         for seed in parsed.seeds
         for method in parsed.methods
-        if (problem.name, problem.sparsity, method, seed) not in done
-    ]
-    for first in range(0, len(wanted), parsed.together):
-        some = wanted[first : first + parsed.together]
-        runs = [Run(*each, parsed.steps, parsed.device, METHODS) for each in some]
-        for result in train_together(runs):
-            with log.open("a") as file:
-                file.write(json.dumps({**result, "environment": environment(parsed.device)}) + "\n")
-        print(f"{first + len(some)} of {len(wanted)} runs", flush=True)
-    if runs_there := load_runs(log):
-        write_page(runs_there, parsed.out)
+        # Dense attention has one sparsity.
+        if method != "dense" or problem.sparsity == SPARSITIES[0]
+    )
+    if runs := run_missing(wanted, parsed):
+        write_page(runs, parsed.out)
         print(f"wrote {parsed.out}/README.md")
     return 0
 

@@ -7,7 +7,7 @@ layer, PyTorch's own first weights, no normalised queries. ``results/learning_ma
 ``runs.jsonl`` (one line a run), ``README.md`` (the map and what it says) and ``plot.png``.
 
     python experiments/learning_map.py --device cuda              # what is not there yet
-    python experiments/learning_map.py --only adaptive --cells 384x16x3:0.004:32 --seeds 0 1
+    python experiments/learning_map.py --methods adaptive --cells 384x16x3:0.004:32 --seeds 0 1
     python experiments/learning_map.py --quick                    # seconds; nothing kept
 
 On a GPU a step is one CUDA graph and ``--together`` runs share the card, each on a stream of its
@@ -17,13 +17,14 @@ own; data lie on the device.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +70,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense"},
     "adaptive": {"attention": "adaptive"},
     "fixed": {"attention": "adaptive", "config": {"budget": "fixed"}},
+    # Beyond the map.
+    **{name: {"attention": name} for name in ("local", "dilated", "sink_local", "mean_pool")},
 }
+MAPPED = ("dense", "adaptive", "fixed")
 
 
 class Problem(Protocol):
@@ -207,11 +211,10 @@ class Run:
     seed: int
     steps: int
     device: str
-    methods: Mapping[str, dict[str, Any]] = field(default_factory=lambda: METHODS)
     batch_size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        settings = self.methods[self.method]
+        settings = METHODS[self.method]
         self.batch_size = self.cell.batch_size
         torch.manual_seed(self.seed)
         # All methods of a seed start from the same weights; a selector draws its own behind them.
@@ -353,6 +356,40 @@ def train_together(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         yield {**run.result(), "seconds": round(seconds, 1), "together": len(runs)}
 
 
+def add_options(parser: argparse.ArgumentParser, methods: Sequence[str], out: Path) -> None:
+    """What is to be run, where, and how many at once."""
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--together", type=int, default=15, help="runs that share the device")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--quick", action="store_true", help="two steps of a few, nothing kept")
+
+
+def run_missing(
+    wanted: Iterable[tuple[Problem, str, int]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Trains the wanted problems, methods and seeds that are not there; all finished runs."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "runs.jsonl"
+    done = {(r["cell"], r["asked"], r["method"], r["seed"]) for r in load_runs(log)}
+    missing = [
+        (problem, method, seed)
+        for problem, method, seed in wanted
+        if (problem.name, problem.config().base_sparsity, method, seed) not in done
+    ]
+    for first in range(0, len(missing), options.together):
+        some = missing[first : first + options.together]
+        runs = [Run(*each, options.steps, options.device) for each in some]
+        for result in train_together(runs):
+            with log.open("a") as file:
+                line = {**result, "environment": environment(options.device)}
+                file.write(json.dumps(line) + "\n")
+        print(f"{first + len(some)} of {len(missing)} runs", flush=True)
+    return load_runs(log)
+
+
 def load_runs(path: Path) -> list[dict[str, Any]]:
     """The finished runs."""
     if not path.exists():
@@ -430,38 +467,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--cells", nargs="+", choices=[c.name for c in CELLS], metavar="CELL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--together", type=int, default=15, help="runs that share the device")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="one cell, two steps, nothing kept")
+    add_options(parser, MAPPED, RESULTS)
     parsed = parser.parse_args()
     if parsed.quick:
         parsed.out, parsed.steps = Path(tempfile.mkdtemp(prefix="learning-map-")), 2
         parsed.cells, parsed.seeds = ["256x16x1:0.004:32"], [0]
-    parsed.out.mkdir(parents=True, exist_ok=True)
-    log = parsed.out / "runs.jsonl"
-    done = {(r["cell"], r["method"], r["seed"]) for r in load_runs(log)}
-    wanted = [
-        (cell, method, seed)
-        for cell in CELLS
-        if parsed.cells is None or cell.name in parsed.cells
-        for seed in parsed.seeds
-        for method in parsed.only
-        if (cell.name, method, seed) not in done
-    ]
-    for first in range(0, len(wanted), parsed.together):
-        some = wanted[first : first + parsed.together]
-        runs = [Run(*each, parsed.steps, parsed.device) for each in some]
-        for result in train_together(runs):
-            with log.open("a") as file:
-                line = {**result, "environment": environment(parsed.device)}
-                file.write(json.dumps(line) + "\n")
-        print(f"{first + len(some)} of {len(wanted)} runs", flush=True)
-    if runs := load_runs(log):
+    cells = [c for c in CELLS if parsed.cells is None or c.name in parsed.cells]
+    wanted = itertools.product(cells, parsed.methods, parsed.seeds)
+    if runs := run_missing(wanted, parsed):
         write_page(runs, parsed.out)
         print(f"wrote {parsed.out}/README.md and plot.png")
     return 0
