@@ -12,16 +12,29 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[1]
+# What a run writes itself, and pages about it, do not make it another program.
+_WRITTEN = (":(exclude)benchmarks/results", ":(exclude)experiments/results", ":(exclude)docs")
+
 
 def commit() -> str:
-    """The checked-out commit, or ``PROJECT_COMMIT`` where there is no repository."""
+    """The checked-out commit, or ``PROJECT_COMMIT`` where there is no repository.
+
+    It ends in ``-dirty`` where a tracked file differs that is no result and no page.
+    """
     named = os.environ.get("PROJECT_COMMIT")
     if named is not None:
         return named
-    here = str(Path(__file__).parent)
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
+    return found + "-dirty" * bool(changed) or "unknown"
 
 
 def environment(device: str) -> dict[str, Any]:

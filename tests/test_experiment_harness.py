@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -256,3 +257,27 @@ def test_pairs_per_row() -> None:
     assert pairs_per_row(512, (4, 4), 9) == 32 + 10 * 4 + 10 * 4
     # Keeping everything scores everything, and the super-blocks besides.
     assert pairs_per_row(30, (8,), 99) == 4 + 30
+
+
+def test_what_a_run_writes_makes_no_other_program_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    provenance = load("provenance")
+    monkeypatch.delenv("PROJECT_COMMIT", raising=False)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.commit() == "unknown"
+    result, page, code = (tmp_path / x for x in ("benchmarks/results/a", "docs/b", "src/c"))
+    for path in (result, page, code):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init"], ["add", "."], [*who, "commit", "-m", "a"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+    found = provenance.commit()
+    assert len(found) == 12
+    result.write_text("2")
+    page.write_text("2")
+    (tmp_path / "untracked").write_text("2")
+    assert provenance.commit() == found
+    code.write_text("2")
+    assert provenance.commit() == f"{found}-dirty"
