@@ -447,18 +447,25 @@ def draw(
     """A square a cell: how many of its seeds reach 0.98."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(methods), 5), layout="constrained")
-    for axis, method in zip(
-        figure.subplots(1, len(methods), squeeze=False)[0], methods, strict=True
-    ):
+    there = {cell for (cell, _), runs in found.items() if runs}
+    run = [c for c in CELLS if c.name in there]
+    geometries = list(dict.fromkeys(c.geometry for c in run))
+    recipes = list(dict.fromkeys((c.learning_rate, c.batch_size) for c in run))
+    size = (1.8 + len(methods) * (0.6 + 0.5 * len(recipes)), 1.4 + 0.3 * len(geometries))
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle("share of seeds at 0.98", fontsize=10)
+    figure.supxlabel("learning rate, sequences a step", fontsize=8)
+    axes = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+    for axis, method in zip(axes, methods, strict=True):
         picture = [
-            [_share(found.get((Cell(g, *recipe).name, method), [])) for recipe in RECIPES]
-            for g in GEOMETRIES
+            [_share(found.get((Cell(g, *recipe).name, method), [])) for recipe in recipes]
+            for g in geometries
         ]
-        axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_xticks(range(len(RECIPES)), [f"{a:g}\n{b}" for a, b in RECIPES], fontsize=7)
-        axis.set_yticks(range(len(GEOMETRIES)), list(GEOMETRIES), fontsize=7)
-        axis.set_title(f"{method}: share of seeds at 0.98")
+        shown = axis.imshow(picture, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(recipes)), [f"{a:g}\n{b}" for a, b in recipes], fontsize=7)
+        axis.set_yticks(range(len(geometries)), geometries, fontsize=7)
+        axis.set_title(method, fontsize=9)
+    figure.colorbar(shown, ax=axes)
     return figure
 
 
