@@ -237,6 +237,29 @@ def test_checkpointing_gives_the_gradients_and_the_state_of_the_plain_run(
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scorer", ["bilinear", "mlp", "low_rank"])
+def test_the_same_seed_and_inputs_after_a_step_are_another_pass(
+    scorer: str, dtype: torch.dtype
+) -> None:
+    """As of somebody who sets one seed before every step of a benchmark."""
+    layer = make(scorer=scorer).to(dtype)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    inputs = [x.to(dtype) for x in draw("needles", torch.Generator().manual_seed(6))]
+    levels = []
+    for _ in range(4):
+        train(layer, inputs)
+        levels.append(float(layer.budget_state[NEXT, 0]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(set(levels)) == 4
+    # The same pass, with nothing learned in between: as gradient caching runs it.
+    train(layer, inputs)
+    before = layer.budget_state[NEXT, 0].clone()
+    train(layer, inputs)
+    assert layer.budget_state[NEXT, 0] == before
+
+
 def test_checkpointing_that_rewinds_no_generator_is_an_error() -> None:
     layer = make(0.9, hard_sparsity=True)
     leaves = [x.requires_grad_() for x in draw("needles", torch.Generator().manual_seed(6))]

@@ -135,6 +135,11 @@ class BlockSparseLayer(CalledModule, ABC):
         return False
 
     @property
+    def taught(self) -> Tensor | None:
+        """A weight that every step of training changes; None where training teaches none."""
+        return None
+
+    @property
     def observed(self) -> bool:
         """Whether somebody observes the passes of the mode that the layer is in."""
         return any(self.training or not watch.training_only for watch in self._watches)
@@ -429,7 +434,7 @@ class BlockSparseLayer(CalledModule, ABC):
                 query_valid = torch.arange(mask.q_len, device=query.device) < query_lengths[:, None]
             elif has_diagonal and mask.q_len == mask.kv_len:
                 query_valid = key_valid
-        mark = mark_pass(query, generator) if self.moves_budgets else None
+        mark = mark_pass(query, self.taught, generator) if self.moves_budgets else None
         return SelectionInputs(
             query, key, mask, rows, rule, query_valid, key_valid, generator, mark
         )

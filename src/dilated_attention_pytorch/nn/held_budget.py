@@ -17,6 +17,9 @@ from torch import Tensor
 
 from dilated_attention_pytorch.selection.budget import NO_THRESHOLD
 
+# Integers as wide as a weight's elements, by bytes; and how many marks float32 tells apart.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MARKS = 2**24
 # Rows of the buffer: numbers for the next pass, evidence, and the latest passes.
 _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
@@ -61,22 +64,30 @@ def could_be_held(state: Tensor) -> bool:
     return bool(((numbers >= least) & (numbers <= most)).all() & state.isfinite().all())
 
 
-def mark_pass(query: Tensor, generator: torch.Generator | None) -> Tensor | None:
+def mark_pass(
+    query: Tensor, weight: Tensor | None, generator: torch.Generator | None
+) -> Tensor | None:
     """By what a forward pass in training is known when it runs again; None in ``torch.func``.
 
     Activation checkpointing rewinds the generators before it runs a pass again, in compiled code
-    too: the same random number and nearly the same queries are the same pass.
+    too: the same random number, the same weights and nearly the same queries are the same pass.
+    Whoever sets one seed before every step has learned between two of them.
 
     Args:
         query: ``(batch, q_len, num_heads, head_dim)``.
+        weight: One that every step of training changes; None: there is none.
         generator: Source of randomness, None for torch's default.
 
     Returns:
-        A random number and a sum of the queries, float32 ``(2,)``.
+        A number of 24 bits, in [0, 1), and a sum of the queries, float32 ``(2,)``.
     """
     if _transformed():
         return None
     drawn = torch.rand(1, dtype=torch.float32, device=query.device, generator=generator)
+    if weight is not None:
+        # Of integers, which add up to the same in any order.
+        bits = weight.detach().view(_BITS[weight.element_size()]).sum()
+        drawn = ((drawn * _MARKS).long() + bits).remainder(_MARKS).float() / _MARKS
     part = query.detach()[..., 0].float().nan_to_num().sum().view(1)
     return torch.cat([drawn, part])
 

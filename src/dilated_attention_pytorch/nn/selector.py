@@ -345,6 +345,11 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         """Whether passes draw random numbers: noise, random blocks, or what they are known by."""
         return self.moves_budgets or self.explores
 
+    @property
+    def taught(self) -> Tensor | None:
+        """The first of the scorer's weights, which every way of training it moves."""
+        return next(self.scorer.parameters(), None)
+
     # As the host reads it; outside of torch.compile a plain read.
     _outer_temperature = host_property(lambda layer: layer.temperature)
     _outer_explores = host_property(lambda layer: layer._read_explores())
