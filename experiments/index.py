@@ -104,8 +104,8 @@ content beats an even one of the same sparsity.
 nearly all as soon. In *512x16x2* dense attention itself waits for 450 to 1,030 steps, and two of
 four seeds do: the dense start ends before [the others have
 begun](log.md#a-plateau-longer-than-the-dense-start-2026-11-30-open). With four heads at 0.94 there
-is not room for all (*640x16x2 tighter*), and where a quarter asks three of five seeds do. Where room
-is tight or needs are uneven the mean is 0.05 to 0.33 above the even budget's.
+is not room for all (*640x16x2 tighter*), and where a quarter asks three of five seeds do. Where
+room is tight or needs are uneven the mean is 0.05 to 0.33 above the even budget's.
 
 LEARNING_MAP
 
@@ -117,9 +117,9 @@ LEARNING_MAP
 
 **Finding.** Not finished. In *several* a row has three questions to three blocks. At 0.75 the
 default is a little ahead of the even budget, far ahead of a fixed pattern and of mean pooling, and
-0.18 behind dense attention; at 0.9, with fewer than two blocks a row and head, it is behind the even
-budget. In *tracking* (two hops) and *both ways* dense attention does not learn in 2,000 steps, so
-that they decide nothing yet; at 0.9 mean pooling tracks better than the default.
+0.18 behind dense attention; at 0.9, with fewer than two blocks a row and head, it is behind the
+even budget. In *tracking* (two hops) and *both ways* dense attention does not learn in 2,000 steps,
+so that they decide nothing yet; at 0.9 mean pooling tracks better than the default.
 
 BEYOND_NEEDLES
 
