@@ -347,8 +347,14 @@ class SelectorLayer(FormerScalars, BudgetLayer):
 
     @property
     def taught(self) -> Tensor | None:
-        """The first of the scorer's weights, which every way of training it moves."""
-        return next(self.scorer.parameters(), None)
+        """The first of the scorer's weights, which every way of training it moves.
+
+        None where it is in parts: a scorer under ``fully_shard`` of its own is whole in its own
+        call alone, and at another time in a pass that runs again.
+        """
+        weight = next(self.scorer.parameters(), None)
+        in_parts = hasattr(self.scorer, "unshard") or hasattr(weight, "to_local")
+        return None if in_parts else weight
 
     # As the host reads it; outside of torch.compile a plain read.
     _outer_temperature = host_property(lambda layer: layer.temperature)
