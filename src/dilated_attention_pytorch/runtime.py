@@ -99,6 +99,12 @@ class FormerScalars(nn.Module):
         super()._load_from_state_dict(given, prefix, *args, **kwargs)
 
 
+def checksum_of(weight: Tensor) -> Tensor:
+    """The sum of a weight's elements as integers of their bits, 0-dim: exact in any order."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.detach().view(bits).sum()
+
+
 def with_dimension(saved: Any) -> Any:
     """A tensor without a dimension as one of shape ``(1,)``; anything else as it is."""
     return saved.reshape(1) if isinstance(saved, Tensor) and saved.dim() == 0 else saved

@@ -74,6 +74,29 @@ def run(name, shard):
     }
 
 
+def passes_that_run_again(shard):
+    """Levels and noted passes of three steps with one seed, each pass run twice, as by a cache.
+
+    The scorer is sharded by itself: it is whole inside of its own calls alone.
+    """
+    torch.manual_seed(0)
+    config = AdaptiveConfig(block_size=16, base_sparsity=0.5)
+    layer = shard(BlockSparseAdaptive(None, None, 2, 16, config))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    x = torch.randn(2, 80, 2, 16, requires_grad=True)
+    levels = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            layer(x, x, x)
+        torch.manual_seed(1)
+        layer(x, x, x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        levels.append(float(layer.budget_state[0, 0]))
+    return levels, int((layer.budget_state[2:, 3] >= 0).sum())
+
+
 def plain(module):
     return module.bfloat16()
 
@@ -94,6 +117,8 @@ def worker(rank, path):
 
     # Both take the same inputs, so the mean of their gradients is that of either.
     found = {name: run(name, shard) for name in CASES}
+    levels, noted = passes_that_run_again(shard)
+    assert len(set(levels)) == noted == 3
     if rank == 0:
         torch.save(found, f"{path}/found.pt")
     dist.destroy_process_group()

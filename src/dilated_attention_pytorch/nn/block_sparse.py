@@ -21,7 +21,6 @@ from dilated_attention_pytorch.nn.autograd import (
     reach_all_parameters,
     watch_rng,
 )
-from dilated_attention_pytorch.nn.held_budget import mark_pass
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
     check_lengths,
@@ -129,14 +128,8 @@ class BlockSparseLayer(CalledModule, ABC):
         """Whether passes draw random numbers."""
         return False
 
-    @property
-    def moves_budgets(self) -> bool:
-        """Whether a pass changes what the next one goes by."""
-        return False
-
-    @property
-    def taught(self) -> Tensor | None:
-        """A weight that every step of training changes; None where training teaches none."""
+    def mark(self, query: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """By what a pass is known where it runs again; None where no other pass could differ."""
         return None
 
     @property
@@ -434,7 +427,7 @@ class BlockSparseLayer(CalledModule, ABC):
                 query_valid = torch.arange(mask.q_len, device=query.device) < query_lengths[:, None]
             elif has_diagonal and mask.q_len == mask.kv_len:
                 query_valid = key_valid
-        mark = mark_pass(query, self.taught, generator) if self.moves_budgets else None
+        mark = self.mark(query, generator)
         return SelectionInputs(
             query, key, mask, rows, rule, query_valid, key_valid, generator, mark
         )

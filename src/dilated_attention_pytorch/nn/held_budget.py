@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.selection.budget import NO_THRESHOLD
 
-# Integers as wide as a weight's elements, by bytes; and how many marks float32 tells apart.
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Marks that float32 tells apart.
 _MARKS = 2**24
 # Rows of the buffer: numbers for the next pass, evidence, and the latest passes.
 _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
@@ -65,7 +64,7 @@ def could_be_held(state: Tensor) -> bool:
 
 
 def mark_pass(
-    query: Tensor, weight: Tensor | None, generator: torch.Generator | None
+    query: Tensor, checksum: Callable[[Tensor], Tensor], generator: torch.Generator | None
 ) -> Tensor | None:
     """By what a forward pass in training is known when it runs again; None in ``torch.func``.
 
@@ -75,7 +74,8 @@ def mark_pass(
 
     Args:
         query: ``(batch, q_len, num_heads, head_dim)``.
-        weight: One that every step of training changes; None: there is none.
+        checksum: Called with the queries; an integer of weights that every step of training
+            changes, 0-dim, the same to the bit where they are the same.
         generator: Source of randomness, None for torch's default.
 
     Returns:
@@ -84,12 +84,9 @@ def mark_pass(
     if _transformed():
         return None
     drawn = torch.rand(1, dtype=torch.float32, device=query.device, generator=generator)
-    if weight is not None:
-        # Of integers, which add up to the same in any order.
-        bits = weight.detach().view(_BITS[weight.element_size()]).sum()
-        drawn = ((drawn * _MARKS).long() + bits).remainder(_MARKS).float() / _MARKS
+    number = ((drawn * _MARKS).long() + checksum(query)).remainder(_MARKS).float() / _MARKS
     part = query.detach()[..., 0].float().nan_to_num().sum().view(1)
-    return torch.cat([drawn, part])
+    return torch.cat([number, part])
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.budget_layer import Scored, key_means
@@ -39,7 +39,7 @@ class SummaryScoring(Scoring):
 
     by_summaries = True
 
-    def make(self, layer: SelectorLayer) -> nn.Module:
+    def make(self, layer: SelectorLayer) -> ImportanceScorer:
         """A network."""
         return layer.new_network()
 
@@ -183,7 +183,7 @@ class TokenScoring(Scoring):
 
     by_summaries = False
 
-    def make(self, layer: SelectorLayer) -> nn.Module:
+    def make(self, layer: SelectorLayer) -> LowRankScorer:
         """Maps of queries and keys."""
         config = layer.config
         # Nothing of a choice but the threshold changes between two sampled queries.

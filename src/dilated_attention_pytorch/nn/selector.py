@@ -15,10 +15,11 @@ from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer, Scored, setting
 from dilated_attention_pytorch.nn.budgets import budget_of
 from dilated_attention_pytorch.nn.buffers import host_property, readable
-from dilated_attention_pytorch.nn.held_budget import initial_state
+from dilated_attention_pytorch.nn.held_budget import initial_state, mark_pass
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import Memory, NewestRow, SelectorState
 from dilated_attention_pytorch.runtime import FormerScalars
+from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import block_summaries, exact_dtype, past_windows
 
@@ -37,7 +38,7 @@ class Scoring(ABC):
     by_summaries: bool
 
     @abstractmethod
-    def make(self, layer: SelectorLayer) -> nn.Module:
+    def make(self, layer: SelectorLayer) -> ImportanceScorer | LowRankScorer:
         """The module with the weights of a new layer, ``layer.scorer``."""
 
     @abstractmethod
@@ -345,16 +346,11 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         """Whether passes draw random numbers: noise, random blocks, or what they are known by."""
         return self.moves_budgets or self.explores
 
-    @property
-    def taught(self) -> Tensor | None:
-        """The first of the scorer's weights, which every way of training it moves.
-
-        None where it is in parts: a scorer under ``fully_shard`` of its own is whole in its own
-        call alone, and at another time in a pass that runs again.
-        """
-        weight = next(self.scorer.parameters(), None)
-        in_parts = hasattr(self.scorer, "unshard") or hasattr(weight, "to_local")
-        return None if in_parts else weight
+    def mark(self, query: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """By a random number, the queries and the scorer's weights, where budgets move."""
+        if not self.moves_budgets:
+            return None
+        return mark_pass(query, self.scorer.checksum, generator)
 
     # As the host reads it; outside of torch.compile a plain read.
     _outer_temperature = host_property(lambda layer: layer.temperature)

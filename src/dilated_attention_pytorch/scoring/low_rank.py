@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.runtime import CalledModule
+from dilated_attention_pytorch.runtime import CalledModule, checksum_of
 from dilated_attention_pytorch.scoring.scorer import score_products, take_columns
 from dilated_attention_pytorch.scoring.summaries import exact_dtype, past_windows
 from dilated_attention_pytorch.scoring.tile_mass import chunks, mass_of_rows
@@ -217,6 +217,11 @@ class LowRankScorer(CalledModule):
         return self.called(
             lambda q, k: self._rate(q, k, last, block_size), query, key, visible, block_size
         )
+
+    def checksum(self, like: Tensor) -> Tensor:
+        """Of a weight that every way of training moves, as :func:`checksum_of`; on any inputs."""
+        mask = AttentionMask(like.shape[1], like.shape[1])
+        return self.called(lambda *_: checksum_of(self.query_map), like, like, mask, 1)
 
     def _rate(self, query: Tensor, key: Tensor, last: Tensor, block_size: int) -> Tensor:
         groups = self.num_heads // self.num_kv_heads

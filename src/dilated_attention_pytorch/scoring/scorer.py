@@ -20,6 +20,7 @@ from dilated_attention_pytorch.runtime import (
     FormerScalars,
     check_floating,
     check_integers,
+    checksum_of,
 )
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
 
@@ -255,6 +256,10 @@ class ImportanceScorer(FormerScalars, CalledModule):
     def compare(self, q: Tensor, k: Tensor, candidates: Tensor | None = None) -> Tensor:
         """Scores encoded blocks; see :meth:`forward`."""
         return self.called(lambda q, k: self._compare(q, k, candidates), q, k)
+
+    def checksum(self, like: Tensor) -> Tensor:
+        """Of a weight that every way of training moves, as :func:`checksum_of`; on any inputs."""
+        return self.called(lambda *_: checksum_of(self.query_in), like)
 
     def _encode_queries(self, summaries: Tensor) -> Tensor:
         q = self._enter(summaries, self.query_in, 1)
