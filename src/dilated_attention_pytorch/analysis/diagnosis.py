@@ -245,9 +245,8 @@ def selection_quality(measures: Measures, history: History) -> Answer:
     lucky = [m.name for m, (a, b, _) in zip(judged, found, strict=True) if a < b + 0.1 * (1 - b)]
     if lucky:
         remedy = (
-            f"No better than chance: {', '.join(lucky)}. Train longer, check the gradient, keep "
-            'estimator="mass" and num_explore_blocks=2, and give frozen models pooling=("mean", '
-            '"attention").'
+            f"Hardly better than chance: {', '.join(lucky)}. Train longer, check the gradient, "
+            'keep estimator="mass", and give frozen models pooling=("mean", "attention").'
         )
         return "fail", text, remedy
     worse = [m.name for m, (a, _, c) in zip(judged, found, strict=True) if a < c]
