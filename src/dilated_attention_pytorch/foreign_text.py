@@ -88,13 +88,17 @@ def unsealed(value: Any, name: str, *, required: bool) -> dict[str, Any]:
     return rest
 
 
-def short_repr(value: Any) -> str:
-    """How a value is shown in an error, which must not grow with it."""
+# Characters that an error shows of a place or a list of files.
+PLACE = 500
+
+
+def short_repr(value: Any, most: int = 60) -> str:
+    """How a value is shown in an error, which must not grow with it: by ``most`` characters."""
     if isinstance(value, int) and value.bit_length() > 64:
         # Python refuses to write long ones in decimal.
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -128,3 +128,16 @@ def test_forged_signatures_are_refused(weights: Any, folder: Path) -> None:
     path.write_text(json.dumps(about))
     with pytest.raises(AdapterError):
         load_adapter(tiny_model(), folder)
+
+
+@pytest.mark.parametrize("field", ["name", "model_type"])
+def test_no_error_grows_with_what_a_file_says_of_its_base(field: str, folder: Path) -> None:
+    path = folder / "adapter.json"
+    about = json.loads(path.read_text())
+    about["base"][field] = "a" * 100_000
+    about["base"]["hidden_size"] += 1
+    about["digest"] = _digest(about)
+    path.write_text(json.dumps(about))
+    with pytest.raises(AdapterError, match="another base model") as caught:
+        load_adapter(tiny_model(), folder)
+    assert len(str(caught.value)) < 2000

@@ -15,6 +15,7 @@ import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 
 from dilated_attention_pytorch.files import replace_files
+from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, SelectorConfig, adapt
 from dilated_attention_pytorch.hf.adapter_file import (
     CONFIG_NAME,
@@ -127,7 +128,9 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         are missing or others, it warns (:class:`AdapterWarning`).
         """
         own = base_identity(model, find_attention(model))
-        made_for = f"({self.base.get('name') or 'unnamed'}, {self.base.get('model_type')})"
+        name = self.base.get("name")
+        shown = short_repr(name, PLACE) if name else "unnamed"
+        made_for = f"({shown}, {short_repr(self.base.get('model_type'))})"
         found = difference(self.base, own)
         if found:
             raise AdapterError(

@@ -88,7 +88,8 @@ def difference(saved: dict[str, Any], found: dict[str, Any]) -> str | None:
     """Says how two bases differ, or returns None; names do not count."""
     for name in (*_CONFIG_FIELDS, "head_dim"):
         if saved.get(name) != found[name]:
-            return f"{name} is {saved.get(name)!r} there and {found[name]!r} here"
+            there, here = short_repr(saved.get(name)), short_repr(found[name])
+            return f"{name} is {there} there and {here} here"
     for layer, numbers in found["signature"].items():
         other = saved.get("signature", {}).get(layer)
         if other is None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dilated_attention_pytorch.foreign_text import short_repr
+
 
 def execution_device(owner: nn.Module, weight: Tensor) -> torch.device:
     """Where a module computes with its weight, which may wait elsewhere in between.
@@ -154,13 +156,12 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
             f"model must be a transformers model, got {type(model).__name__}, which has no config."
         )
     kind = config.model_type
+    shown = f"model of type {short_repr(kind)}"
     if kind not in FAMILIES:
         hint = ""
         if hasattr(config, "text_config"):
             hint = " Of a model for images and text, load the text model alone."
-        raise ValueError(
-            f"model of type {kind!r} is not supported; supported are {sorted(FAMILIES)}.{hint}"
-        )
+        raise ValueError(f"{shown} is not supported; supported are {sorted(FAMILIES)}.{hint}")
     _refuse_features(config)
     sites = [
         _site(module, config)
@@ -169,8 +170,8 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     ]
     if not sites:
         raise ValueError(
-            f"model of type {kind!r} holds no {FAMILIES[kind]}; remote code with attention of its "
-            "own is not supported."
+            f"{shown} holds no {FAMILIES[kind]}; remote code with attention of its own is not "
+            "supported."
         )
     return sorted(sites, key=lambda site: site.number)
 

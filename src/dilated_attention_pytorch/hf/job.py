@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_types, from_plain
+from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError, size_difference
@@ -172,9 +173,10 @@ class PretrainedLoop(FolderLoop[Distillation, TokenText]):
         for name, value in given.items():
             value = list(value) if name == "text" else value
             if own.get(name) != value:
+                there, here = short_repr(own.get(name), PLACE), short_repr(value, PLACE)
                 raise ValueError(
-                    f"the run to resume has other settings: {name} is {own.get(name)!r} there and "
-                    f"{value!r} here. Leave it out, or start a new run with another --out."
+                    f"the run to resume has other settings: {name} is {there} there and {here} "
+                    "here. Leave it out, or start a new run with another --out."
                 )
         check_named(folder, state[cls.KEY], state.get(MARK), [x for x in own if x not in given])
         loop = cls(folder, job)
@@ -337,8 +339,10 @@ def _find_base(folder: Path, adapter: SelectorAdapter) -> str:
         if found is None:
             return str(name)
         raise AdapterError(
-            f"the adapter in {folder} was made for {name!r}, where another model is now: {found}. "
-            "Give the base model's folder (--model)."
+            f"the adapter in {folder} was made for {short_repr(name, PLACE)}, where another model "
+            f"is now: {found}. Give the base model's folder (--model)."
         )
-    known = f"was made for {name!r}, which is no folder here" if name else "does not name its base"
+    known = "does not name its base"
+    if name:
+        known = f"was made for {short_repr(name, PLACE)}, which is no folder here"
     raise AdapterError(f"the adapter in {folder} {known}; give the base model's folder (--model).")

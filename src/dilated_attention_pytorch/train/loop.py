@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.config import check_types, from_plain, to_plain
+from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.models import Transformer
 from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED
 from dilated_attention_pytorch.tasks.text import (
@@ -437,7 +438,7 @@ def _flat_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_same(saved: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     differing = [
-        f"{name} is {saved[name]!r} there and {value!r} here"
+        f"{name} is {short_repr(saved[name], PLACE)} there and {short_repr(value, PLACE)} here"
         for name, value in to_plain(dict(changes)).items()
         if saved[name] != value
     ]
