@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilated_attention_pytorch import AdaptiveConfig, AdaptiveSparsityTrainer, parameter_groups
+from dilated_attention_pytorch.cli.options import build_settings
 from dilated_attention_pytorch.models import (
     DenseAttention,
     Transformer,
     build_attention,
     scorer_parameters,
 )
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows
 from dilated_attention_pytorch.train.monitor import TileCount
@@ -85,6 +87,8 @@ def build_model(settings: Mapping[str, Any], size: Size) -> Transformer:
     Every row of every sparse method reads the same number of blocks: its own, the one before, and
     others. A budget by content with ``query_scope="past"`` is a share of what a row sees: at 0.9
     rows up to the 40th of 128 would have nothing to choose, as their forced blocks use it up.
+    With ``"defaults"`` a cell has instead what ``dilated-attention train`` would set, but for the
+    block size of the cell.
     """
     num_blocks = size.seq_len // size.block_size
     per_row = blocks_per_row(settings["sparsity"], num_blocks)
@@ -95,6 +99,9 @@ def build_model(settings: Mapping[str, Any], size: Size) -> Transformer:
         "num_explore_blocks": 1, **settings.get("config", {}),
     }  # fmt: skip
     config = AdaptiveConfig(**values)
+    if settings.get("defaults"):
+        config = build_settings({"seq_len": size.seq_len})[0].config
+        config = replace(config, block_size=size.block_size)
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         if settings["attention"] == "flex_window":
@@ -161,12 +168,14 @@ class Replay:
         graph: None before it was recorded.
         windows: What it reads.
         loss: What it writes.
+        steps: Since it was last thrown away, because layers were set to something else.
     """
 
     stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
     graph: torch.cuda.CUDAGraph | None = None
     windows: Tensor | None = None
     loss: Tensor | None = None
+    steps: int = 0
 
 
 class Training:
@@ -175,7 +184,8 @@ class Training:
     Args:
         settings: Of the cell: ``"attention"`` and ``"sparsity"``; ``"config"``: changes of the
             adaptive layers' config; ``"graph"``: record the step as a CUDA graph and replay it;
-            ``"compile"``: compile what surrounds attention.
+            ``"compile"``: compile what surrounds attention; ``"defaults"``: adaptive layers as
+            ``train`` sets them; ``"settled"``: without the dense start.
         size: How large and how long.
         text: Bytes to train on.
         seed: Of weights, order and exploration.
@@ -212,8 +222,10 @@ class Training:
         )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self.selectors:
-            annealing = max(1, size.steps // 4)
-            self.trainer = AdaptiveSparsityTrainer(self.model, annealing_steps=annealing)
+            self.trainer = AdaptiveSparsityTrainer(
+                self.model, annealing_steps=max(1, size.steps // 4),
+                dense_steps=0 if settings.get("settled") else None,
+            )  # fmt: skip
         # On the device: a copy from pageable memory would wait for all steps before.
         self.windows = TextWindows(text.to(device), size.seq_len, seed)
         self.done = 0
@@ -231,9 +243,18 @@ class Training:
         windows = self.windows.next_batch(size.batch_size)
         loss = self._update(windows) if self.replay is None else self._replay(windows, self.replay)
         if self.trainer is not None:
+            before = self._scheduled()
             self.trainer.step()
+            if self.replay is not None and self._scheduled() != before:
+                # Another number of blocks, or no random ones: another graph.
+                self.replay.graph, self.replay.steps = None, 0
         self.done += 1
         return loss
+
+    def _scheduled(self) -> list[tuple[float, bool]]:
+        """What a recorded step holds fast of every adaptive layer: sparsity, and exploration."""
+        layers = (m for m in self.model.modules() if isinstance(m, BlockSparseAdaptive))
+        return [(layer.densest, layer.explores) for layer in layers]
 
     def _update(self, windows: Tensor) -> Tensor:
         self.model.train()
@@ -247,7 +268,8 @@ class Training:
         return loss.detach()
 
     def _replay(self, windows: Tensor, replay: Replay) -> Tensor:
-        if self.done < STEPS_BEFORE_GRAPH:
+        replay.steps += 1
+        if replay.steps <= STEPS_BEFORE_GRAPH:
             replay.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(replay.stream):
                 loss = self._update(windows)
