@@ -99,9 +99,11 @@ class AdaptiveConfig:
         query_scope: What a query block's summary sees when causal. ``"block"``: all its tokens,
             so that the *choice* of blocks (never a value) may depend on later tokens of the same
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
-            token, which is strictly causal. There a row's budget is a share of the blocks that it
-            sees itself, and its threshold that of the tokens that its first one sees, whatever the
-            length of the sequence, so that generation with a cache equals generation without
+            token, which is strictly causal. There a row's budget depends on nothing later, not on
+            the length of the sequence either: it is a share of the blocks that it sees itself, and
+            with ``budget="adaptive"`` of a trained layer a share of at least as many as the passes
+            of its training had (up to 256), so that early rows get as much as late ones. Its
+            threshold is that of the tokens that its first one sees. So generation with a cache equals generation without
             (:meth:`BlockSparseAdaptive.decode`), and a prompt in chunks (``prefill_chunk_size`` of
             transformers) the prompt at once. Not with ``budget="threshold"`` and a scorer that
             goes by summaries: that of the own block has part in the softmax. With ``"block"`` a

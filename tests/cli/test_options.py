@@ -16,21 +16,27 @@ def config(**options: Any) -> Any:
 
 def test_block_size_and_sparsity_go_by_the_length() -> None:
     """With blocks of 32 at 512 bytes more than half of the rows chose nothing."""
-    found = [config(seq_len=n) for n in (128, 256, 512, 1024, 2048, 4096, 16384)]
-    assert [c.block_size for c in found] == [16, 16, 16, 16, 32, 64, 64]
+    found = [config(seq_len=n) for n in (128, 256, 512, 1024, 2048, 8192, 16384)]
+    assert [c.block_size for c in found] == [16, 16, 16, 16, 16, 32, 64]
     # Never 0.95, which costs more loss than it saves time.
-    assert [c.base_sparsity for c in found] == [0.55, 0.75, 0.8, 0.9, 0.9, 0.9, 0.9]
+    assert [c.base_sparsity for c in found] == [0.15, 0.5, 0.75, 0.85, 0.9, 0.9, 0.9]
     assert config() == config(seq_len=512)
-    assert {c.num_explore_blocks for c in found} == {0}
+    assert {c.num_local_blocks for c in found} == {1}
+    # Among many blocks training tries others, too.
+    assert [c.num_explore_blocks for c in found] == [0, 0, 0, 0, 0, 1, 1]
     assert {c.query_scope for c in found} == {"past"}
 
 
 def test_what_is_named_stays() -> None:
     assert config(block_size=32).block_size == 32
     # A row chooses as much as it must read: 0.8 would leave a third.
-    assert config(block_size=32).base_sparsity == 0.75
+    assert config(block_size=32).base_sparsity == 0.5
     assert config(base_sparsity=0.85).base_sparsity == 0.85
-    assert config(num_local_blocks=1).base_sparsity == 0.75
+    assert config(num_local_blocks=0).base_sparsity == 0.8
+    long = config(seq_len=8192, num_local_blocks=0, num_explore_blocks=2)
+    assert (long.num_local_blocks, long.num_explore_blocks) == (0, 2)
+    # A fixed pattern is all that it reads.
+    assert config(seq_len=8192, attention="local").num_local_blocks == 0
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,13 @@ def sparsity(layer: BlockSparseAdaptive, kind: str, causal: bool) -> float:
     return sum(found) / len(found)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "scope"), [(True, "block"), (False, "block"), (True, "past")])
 @pytest.mark.parametrize("base", [0.77, 0.9])
 @pytest.mark.parametrize("kind", ["ones", "noise", "biased noise", "needles"])
-def test_the_asked_mean_is_met_after_100_steps(kind: str, base: float, causal: bool) -> None:
-    layer = make(base, hidden_dim=8)
+def test_the_asked_mean_is_met_after_100_steps(
+    kind: str, base: float, causal: bool, scope: str
+) -> None:
+    layer = make(base, hidden_dim=8, query_scope=scope)
     assert abs(sparsity(layer, kind, causal) - base) > 0.015, "untrained it is off"
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -112,8 +114,38 @@ def test_the_asked_mean_is_met_after_100_steps(kind: str, base: float, causal: b
         optimizer.step()
         optimizer.zero_grad()
     assert abs(sparsity(layer, kind, causal) - base) <= 0.01
+    if scope == "past":
+        # What a block asks does not show before it.
+        return
     # Where attention is sharp, scores have a part in it.
     assert (float(layer.budget_state[NEXT, 1]) < 1) == (kind == "needles")
+
+
+def test_rows_of_the_past_share_as_in_the_passes_of_the_training() -> None:
+    """Early rows get as many blocks as late ones, in shorter and in longer sequences too."""
+    layer, generator = make(0.8, query_scope="past"), torch.Generator().manual_seed(0)
+
+    def counts(length: int) -> Tensor:
+        layer.eval()
+        with torch.no_grad():
+            inputs = draw("noise", generator, 4, length)
+            _, info = layer(*inputs, is_causal=True, return_pattern=True)
+        layer.train()
+        return info["pattern"].kv_num_blocks.double().mean((0, 1))
+
+    share = counts(LENGTH)
+    for _ in range(100):
+        layer(*draw("noise", generator), is_causal=True)
+    blocks = LENGTH // BLOCK
+    assert float(layer.budget_state[EVIDENCE, 4]) == blocks
+    trained = counts(LENGTH)
+    assert share[blocks // 4 : blocks // 2].mean() < 0.7 * share[-blocks // 4 :].mean()
+    early, late = trained[blocks // 4 : blocks // 2].mean(), trained[-blocks // 4 :].mean()
+    assert abs(early - late) < 0.05 * late
+    torch.testing.assert_close(counts(LENGTH // 2), trained[: blocks // 2], rtol=0.1, atol=0.3)
+    longer = counts(2 * LENGTH)
+    torch.testing.assert_close(longer[:blocks], trained, rtol=0.1, atol=0.3)
+    assert longer[-1] > 1.7 * trained[-1], "beyond, a share of what a row sees"
 
 
 def test_an_annealed_target_is_followed() -> None:
@@ -550,24 +582,29 @@ def test_a_pass_takes_what_the_one_before_left() -> None:
     state[NEXT, :NUMBERS] = torch.tensor([1.5, 0.6, 0.4])
     resting = HeldBudget.of(state)
     assert resting.moves is None
+    assert float(resting.reach) == 0
     assert float(resting.level) == 1.5
     assert torch.equal(state[LATEST:], initial_state()[LATEST:]), "evaluation notes nothing"
     rows = torch.ones(1, 1, 4)
     # Twice as many as asked: the level falls by the fifth root, the threshold rises.
     wide = rows * 4, rows * 4, torch.full((1, 1, 4), 4), torch.tensor(0.5)
-    held = HeldBudget.of(state, marks[0])
+    held = HeldBudget.of(state, marks[0], 40)
     held.follow(*wide)
     assert bool(held.moves)
+    assert [float(held.reach), float(HeldBudget.of(state).reach)] == [40, 40]
     assert float(state[NEXT, 0]) == pytest.approx(1.5 * 2**-0.2)
     assert float(state[NEXT, 2]) == pytest.approx(0.4 * 2**0.3)
     assert [float(held.level), float(HeldBudget.latest(state).level)] == [1.5, 1.5]
-    second = HeldBudget.of(state, marks[1])
+    second = HeldBudget.of(state, marks[1], 1000)
     assert float(second.level) == pytest.approx(1.5 * 2**-0.2)
     second.follow(*wide)
+    # Lists have room for no more than 256; lengths are averaged.
+    assert float(second.reach) == 256
+    assert float(HeldBudget.of(state).reach) == pytest.approx(40 + 0.1 * (256 - 40))
     # Run again, after another pass, with queries that differ by rounding: its numbers of then, and
     # nothing moves.
     before = state.clone()
-    again = HeldBudget.of(state, marks[0] * torch.tensor([1.0, 1.0001]))
+    again = HeldBudget.of(state, marks[0] * torch.tensor([1.0, 1.0001]), 40)
     again.follow(*wide)
     assert not bool(again.moves)
     assert [float(x) for x in (again.level, again.even, again.threshold)] == [

@@ -27,9 +27,10 @@ from dilated_attention_pytorch.nn.state import SelectorState
 from guards import alone_equals_together
 
 SIZE, HEADS, KV_HEADS, DIM, TOKENS = 16, 4, 2, 16, 90
-EVEN, THRESHOLD = 0.5, 0.2
+EVEN, THRESHOLD, REACH = 0.5, 0.2, 3.5
 STATE = initial_state()
 STATE[0, :3] = torch.tensor([1.0, EVEN, THRESHOLD])
+STATE[1, 4] = REACH
 LATTICE = ([32, 64], [1, 2])
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -118,7 +119,7 @@ def even_share(
         return running_round(lowered, head, heads)
     earned, given, out = 0.0, 0, []
     for f, c, a in zip(forced, limit, allowed, strict=True):
-        earned += unit(min(EVEN * 0.25 * a + (1 - EVEN) * f, c))
+        earned += unit(min(EVEN * 0.25 * max(a, REACH) + (1 - EVEN) * f, c))
         out.append(min(max(math.floor(earned + (head + 0.5) / heads) - given, f), c))
         given += out[-1]
     return out
@@ -174,9 +175,11 @@ def test_the_choice_equals_loops(kind: str, scope: str, causal: bool) -> None:
         least = [len(x) for x in forced]
         limit = [len(x) + len(y) for x, y in zip(forced, blocks[h], strict=True)]
         allowed = [len(x) for x in visible]
-        even = even_share(least, limit, allowed, causal and scope == "past", h, heads)
+        past = causal and scope == "past"
+        even = even_share(least, limit, allowed, past, h, heads)
         for i in range(rows):
-            scored = min(won[h][i], math.ceil(2 * 0.25 * allowed[i]))
+            seen = max(allowed[i], REACH) if past else allowed[i]
+            scored = min(won[h][i], math.ceil(2 * 0.25 * seen))
             more += least[i] + scored > even[i]
             count = max(even[i] - least[i], scored)
             chosen = {at[h][i][c] for c in best(values[h][i], free[h][i], count)}
@@ -390,12 +393,13 @@ def test_empty_batches_and_lengths_of_zero(kind: str, scope: str, backend: str) 
 @torch.no_grad()
 def test_the_bound_by_lengths_is_never_exceeded(scope: str, segments: Any, causal: bool) -> None:
     """Fused kernels keep lists of that width; a low bound would drop blocks."""
-    for length, sparsity, level, even, threshold in itertools.product(
-        (3, 48, 192), (0.5, 0.7, 0.9), (1.0, 8.0), (1.0, 0.5), (64.0, 1e-5)
+    for length, sparsity, level, even, threshold, reach in itertools.product(
+        (3, 48, 192), (0.5, 0.7, 0.9), (1.0, 8.0), (1.0, 0.5), (64.0, 1e-5), (0.0, 20.0, 1e9)
     ):
         config = AdaptiveConfig(block_size=4, base_sparsity=sparsity, query_scope=scope)
         layer = BlockSparseAdaptive(*(segments or (None, None)), 2, 4, config).eval()
         layer.budget_state[0, :3] = torch.tensor([level, even, threshold])
+        layer.budget_state[1, 4] = reach
         x = torch.randn(1, length, 2, 4)
         inputs = layer._inputs(x, x, AttentionMask(length, length, causal), None, True, None)
         whole = layer.budget.rows(layer, layer.scoring.score(layer, inputs, kernels=False)).whole

@@ -35,11 +35,12 @@ def by_hand(
     allowed: list[int],
     phase: float,
     even: float = 1.0,
+    reach: float = 0.0,
 ):
     """Row after row: what was earned so far and not given, but never less than is forced."""
     earned, given, out = 0.0, 0, []
     for share, low, high, visible in zip(keep, forced, limit, allowed, strict=True):
-        earned += min(even * share * visible + (1 - even) * low, high)
+        earned += min(even * share * max(visible, reach) + (1 - even) * low, high)
         out.append(min(max(math.floor(earned + phase) - given, low), high))
         given += out[-1]
     return out
@@ -54,18 +55,21 @@ def test_equals_a_loop_and_one_row_after_another(data: st.DataObject) -> None:
     keep = torch.tensor(eighths).view(1, heads, -1) / 8
     even = data.draw(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]))
     given_even = None if even is None else torch.tensor(even)
+    reach = data.draw(st.sampled_from([None, 0.0, 2.5, 7.0, 100.0]))
+    given_reach = None if reach is None else torch.tensor(reach)
     rows, most = causal_rows(blocks), data.draw(st.integers(0, 4))
     limit = rows.num_allowed.long()
     forced = limit.clamp(max=most)
-    exact, got = running_budget(keep, forced, limit, rows, given_even)
+    exact, got = running_budget(keep, forced, limit, rows, given_even, given_reach)
     lists = [x.flatten().tolist() for x in (forced, limit, rows.num_allowed)]
-    part = 1.0 if even is None else even
+    part = 1.0 if even is None else even, reach or 0.0
     for head in range(heads):
-        want = by_hand(keep[0, head].tolist(), *lists, (head + 0.5) / heads, part)
+        want = by_hand(keep[0, head].tolist(), *lists, (head + 0.5) / heads, *part)
         assert got[0, head].tolist() == want
     # What is lowered are whole budgets alone.
-    assert torch.equal(exact, running_budget(keep, forced, limit, rows)[0])
-    earned = share_units(keep, rows.num_allowed, forced, limit, given_even).cumsum(-1)
+    assert torch.equal(exact, running_budget(keep, forced, limit, rows, None, given_reach)[0])
+    units = share_units(keep, rows.num_allowed, forced, limit, given_even, given_reach)
+    earned = units.cumsum(-1)
     given_so_far = torch.zeros(1, heads, 1, dtype=torch.long)
     for i in range(blocks):
         now = slice(i, i + 1)
@@ -83,6 +87,17 @@ def test_every_beginning_that_is_long_enough_meets_the_share(share: float) -> No
     enough = seen * share >= torch.arange(1, 401)
     assert enough[-1]
     assert ((spent - seen * share).abs()[enough] <= 0.5 + 1e-4).all()
+
+
+def test_rows_below_the_reach_get_as_many_as_the_row_that_sees_so_many() -> None:
+    rows = causal_rows(64)
+    limit = rows.num_allowed.long()
+    keep, reach = torch.full((1, 1, 64), 0.25), torch.tensor(32.0)
+    exact, got = running_budget(keep, limit.clamp(max=1), limit, rows, reach=reach)
+    seen = torch.arange(1, 65).clamp(min=32)
+    assert torch.equal(exact.flatten(), torch.minimum(0.25 * seen, torch.arange(1, 65).float()))
+    assert got.flatten()[:32].tolist() == [*range(1, 8), *[8] * 25]
+    assert got.sum() == exact.sum()
 
 
 def test_documents_are_budgeted_apart() -> None:

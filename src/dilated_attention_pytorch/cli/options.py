@@ -43,6 +43,8 @@ _INTERVALS = {
     "validate_every": "measure on held-out text",
     "checkpoint_every": "write a checkpoint",
 }
+# From so many blocks on training reads a random one: choosing among fewer is learned without.
+_MANY_BLOCKS = 256
 _SINK = "always read: blocks at the start"
 # Of pretrained models: shown as defaults without importing transformers, which takes seconds.
 RUN_DEFAULTS: dict[str, Any] = {
@@ -152,16 +154,18 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("sparse attention, adaptive or fixed")
     add_option(
         shared, "base_sparsity", float, "share of the tiles to leave out (default: 0.9 from 1,024 "
-        "bytes on, 0.8 below; less where rows would choose fewer blocks than are always read)",
+        "bytes on, 0.8 below; less where rows would choose fewer blocks than are always read: "
+        "0.85 and 0.75 at 1,024 and 512)",
     )  # fmt: skip
     add_option(
         shared, "block_size", int,
-        "tokens per block (default: by length, 16 below 2,048 bytes, 32, 64 from 4,096 on)",
+        "tokens per block (default: by length, 16 below 4,096 bytes, 32, 64 from 16,384 on)",
     )  # fmt: skip
     add_option(shared, "num_selected_blocks", int, "blocks per row, in place of a sparsity", config)
     add_option(
-        shared, "num_local_blocks", int, "always read: neighbours before the own block", config
-    )
+        shared, "num_local_blocks", int, "always read: neighbours before the own block (default: "
+        "1 with adaptive attention, else 0)",
+    )  # fmt: skip
     add_option(shared, "num_sink_blocks", int, _SINK, config)
     add_option(
         shared, "segment_lengths", int, "tokens per segment, one for each dilation group", many=True
@@ -179,7 +183,6 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
         ("config.num_layers", int, "depth of the scorer", None),
         ("pooling", str, "block summaries", POOLINGS),
         ("budget", str, "how blocks are shared out", budgets),
-        ("num_explore_blocks", int, "random extra blocks while training", None),
         ("temperature", float, "of the noise, at the start", None),
         ("min_temperature", float, "of the noise, at the end", None),
     ):
@@ -187,6 +190,10 @@ def _add_attention_options(parser: argparse.ArgumentParser) -> None:
             own, name, kind, what, config, flag=_SCORER_FLAGS.get(name), choices=choices,
             many=name == "pooling",
         )  # fmt: skip
+    add_option(
+        own, "num_explore_blocks", int, "random extra blocks while training (default: 1 where a "
+        f"sequence has {_MANY_BLOCKS} blocks or more, else 0)",
+    )  # fmt: skip
     add_option(own, "annealing_share", float, "share of the steps over which it falls", _RUN)
     add_option(own, "schedule", str, "how it falls", _RUN, choices=tuple(SCHEDULES))
     add_option(own, "sparsity_weight", float, "weight of the sparsity loss", _RUN)
@@ -219,7 +226,8 @@ def build_settings(
     if attention != "adaptive" and "num_selected_blocks" in config:
         config["budget"] = "fixed"
     try:
-        changes["config"] = _fitting_config(config, max(changes.get("seq_len", _RUN.seq_len), 1))
+        length = max(changes.get("seq_len", _RUN.seq_len), 1)
+        changes["config"] = _fitting_config(config, length, attention)
         text = TextSettings(**_take(changes, TextSettings))
         loop = LoopSettings(**_take(changes, LoopSettings))
         run = LanguageModelRun(**changes)
@@ -237,11 +245,16 @@ def refuse_nothing_to_choose(config: AdaptiveConfig, sparsity: float, seq_len: i
         raise UsageError(words)
 
 
-def _fitting_config(named: Mapping[str, Any], seq_len: int) -> AdaptiveConfig:
-    """With a block size and a sparsity that leave something to choose, unless they are named."""
+def _fitting_config(named: Mapping[str, Any], seq_len: int, attention: str) -> AdaptiveConfig:
+    """What suits the length, unless it is named; a fixed pattern forces no blocks besides."""
     config = AdaptiveConfig.from_dict({**_RUN.config.to_dict(), **named})
+    if attention != "adaptive" and "num_local_blocks" not in named:
+        config = dataclasses.replace(config, num_local_blocks=0)
     if "block_size" not in named:
         config = dataclasses.replace(config, block_size=fitting_block_size(seq_len))
+    if "num_explore_blocks" not in named:
+        many = attention == "adaptive" and seq_len >= _MANY_BLOCKS * config.block_size
+        config = dataclasses.replace(config, num_explore_blocks=int(many))
     if "base_sparsity" in named or config.num_selected_blocks is not None:
         return config
     forced = config.num_sink_blocks, config.num_local_blocks

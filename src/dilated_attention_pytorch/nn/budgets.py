@@ -26,6 +26,7 @@ from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.budget import (
     LEAST_FACTOR,
     MOST_FACTOR,
+    MOST_REACH,
     blocks_above,
     content_complexity,
     most_by_score,
@@ -53,7 +54,8 @@ _Lengths = TypeVar("_Lengths", bound=int | Tensor)
 class ShareBudget(Budget):
     """``budget="fixed"``: the share ``1 - base_sparsity`` of what the rows see, as even as it goes.
 
-    With ``query_scope="past"`` every row gets its share of the blocks that it sees itself.
+    With ``query_scope="past"`` every row gets its share of the blocks that it sees itself, or of as
+    many as :attr:`HeldBudget.reach` says.
     """
 
     by_share = True
@@ -61,7 +63,8 @@ class ShareBudget(Budget):
     def rows(self, layer: BudgetLayer, scored: Scored) -> RowBudgets:
         """Shares of all rows; with ``by_content`` the larger of those and what scores win."""
         inputs, rows = scored.inputs, scored.inputs.rows
-        held = None if layer.keeps_all else layer.held_budget(inputs.mark)
+        blocks = -(-inputs.mask.kv_len // layer.block_size)
+        held = None if layer.keeps_all else layer.held_budget(inputs.mark, blocks)
         share = self._shares_by_kernels if scored.kernels else self._shares
         exact, whole = share(layer, scored, held)
         layer.record_density(exact, rows)
@@ -69,7 +72,7 @@ class ShareBudget(Budget):
         keep = 1 - layer.base_sparsity.detach()
         if held is None or not held.scores_decide:
             return RowBudgets(whole, keep)
-        most = score_bound(layer, rows)
+        most = score_bound(layer, rows, held if layer.looks_back(inputs.mask) else None)
         if scored.kernels:
             count = count_above(
                 scored.scores, scored.numbers, inputs.intervals, held.threshold, most
@@ -89,14 +92,14 @@ class ShareBudget(Budget):
         """Real-valued budgets of the rows, and lowered integer ones."""
         inputs, rows, forced = scored.inputs, scored.inputs.rows, scored.forced
         shape = torch.broadcast_shapes(scored.scores.shape[:3], scored.limit.shape)
-        keep, even = (1 - layer.base_sparsity).expand(shape), None
+        keep, even, reach = (1 - layer.base_sparsity).expand(shape), None, None
         if held is not None:
             past = layer.looks_back(inputs.mask)
             complexity = content_complexity(scored.key_means(), rows, past_only=past)
             keep = share_by_content(keep, content_factor(layer, held, complexity))
-            even = held.even
+            even, reach = held.even, held.reach
         if layer.looks_back(inputs.mask):
-            return running_budget(keep, forced, scored.limit, rows, even)
+            return running_budget(keep, forced, scored.limit, rows, even, reach)
         exact = water_level_budget(keep, forced, scored.limit, rows, inputs.rule.width(rows))
         return exact, round_budget(lower(exact, forced, even), rows)
 
@@ -104,14 +107,14 @@ class ShareBudget(Budget):
         self, layer: BudgetLayer, scored: Scored, held: HeldBudget | None
     ) -> tuple[Tensor, Tensor]:
         inputs = scored.inputs
-        means = gain = offset = even = None
+        means = gain = offset = even = reach = None
         if held is not None:
             gain, offset = layer.budget_terms(held)
-            even, means = held.even, scored.key_means().transpose(1, 2)
+            even, reach, means = held.even, held.reach, scored.key_means().transpose(1, 2)
         whole, exact = row_budget(
             inputs.rule, inputs.rows, inputs.intervals, scored.forced, scored.limit,
             layer.base_sparsity, batch=inputs.query.shape[0], means=means, gain=gain,
-            offset=offset, even=even, running=layer.looks_back(inputs.mask),
+            offset=offset, even=even, reach=reach, running=layer.looks_back(inputs.mask),
         )  # fmt: skip
         return exact, whole
 
@@ -149,6 +152,9 @@ class ShareBudget(Budget):
 
     def most_of_one(self, layer: BudgetLayer, num_blocks: int, width: int) -> int:
         """Its share, rounded up."""
+        # With "past" a row may count as seeing more than there is.
+        if self.by_content and layer.past:
+            num_blocks = torch.sym_max(num_blocks, MOST_REACH)
         return min(width, most_visible_share(num_blocks, self._most_kept(layer)))
 
     def _most_kept(self, layer: BudgetLayer) -> float:
@@ -171,9 +177,9 @@ class ShareBudget(Budget):
     ) -> None:
         """Contents and running sums of the rows so far."""
         keep, even = (1 - layer.base_sparsity).expand(1, layer.pattern_heads, blocks), None
-        held = layer.held_budget()
+        held, reach = layer.held_budget(), None
         if held is not None and means is not None:
-            even = held.even
+            even, reach = held.even, held.reach
             memory.unit_sums[:, :, 1 : blocks + 1] = unit_means(means).cumsum(2)
             complexity = content_complexity(means, rows, past_only=layer.past)
             factor = content_factor(layer, held, complexity)
@@ -182,9 +188,9 @@ class ShareBudget(Budget):
             keep = share_by_content(keep, factor)
         if layer.past:
             forced, limit = room(layer, rows, blocks)
-            units = share_units(keep, rows.num_allowed, forced, limit, even)
+            units = share_units(keep, rows.num_allowed, forced, limit, even, reach)
             memory.earned[:, :, 1 : blocks + 1] = units.cumsum(-1)
-            _, budget = running_budget(keep, forced, limit, rows, even)
+            _, budget = running_budget(keep, forced, limit, rows, even, reach)
             memory.given[:, :, 1 : blocks + 1] = budget.cumsum(-1)
 
     def next_row(
@@ -207,8 +213,8 @@ class ShareBudget(Budget):
             if not layer.past:
                 row.put(memory.factors, 0, factor)
         if layer.past:
-            even = None if held is None else held.even
-            units = share_units(keep, row.rows.num_allowed, forced, limit, even)
+            even, reach = (None, None) if held is None else (held.even, held.reach)
+            units = share_units(keep, row.rows.num_allowed, forced, limit, even, reach)
             earned = row.at(memory.earned, -1) + units
             given = row.at(memory.given, -1)
             budget = next_budget(earned, given, forced, limit)
@@ -219,7 +225,8 @@ class ShareBudget(Budget):
         if held is None or not held.scores_decide:
             return budget
         count = blocks_above(
-            scores, candidates.scored, held.threshold, score_bound(layer, row.rows),
+            scores, candidates.scored, held.threshold,
+            score_bound(layer, row.rows, held if layer.past else None),
             heads_compete=candidates.indices is None,
         )  # fmt: skip
         return torch.maximum(budget, forced + count)
@@ -365,9 +372,10 @@ def lower(exact: Tensor, forced: Tensor, even: Tensor | None) -> Tensor:
     return exact if even is None else forced + even * (exact - forced)
 
 
-def score_bound(layer: BudgetLayer, rows: RowRange) -> Tensor:
-    """The most scored blocks that scores can win each row."""
-    return most_by_score(1 - layer.base_sparsity, rows.num_allowed, MOST_FACTOR)
+def score_bound(layer: BudgetLayer, rows: RowRange, held: HeldBudget | None) -> Tensor:
+    """The most scored blocks that scores can win each row; ``held``: of a row that looks back."""
+    reach = None if held is None else held.reach
+    return most_by_score(1 - layer.base_sparsity, rows.num_allowed, MOST_FACTOR, reach)
 
 
 def content_factor(layer: BudgetLayer, held: HeldBudget, complexity: Tensor) -> Tensor:

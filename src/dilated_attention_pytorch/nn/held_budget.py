@@ -4,6 +4,11 @@ Two numbers keep the mean sparsity: a level on the rows' shares, because what al
 common makes contents look alike; and a threshold on the softmaxed scores. A third one says how much
 of the budget is shared evenly and how much goes by the scores. The mass teaches it: whichever of
 the two kinds of rows gets more attention from its last block deserves more blocks.
+
+Rows that look back alone (``query_scope="past"``) cannot know how long the sequence will be. They
+share as in the passes that the layer was trained on: whoever sees fewer blocks than their last row
+counts as seeing as many, and the level keeps the mean. A plain share of what a row sees would leave
+the first rows of every sequence next to nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.selection.budget import NO_THRESHOLD
+from dilated_attention_pytorch.selection.budget import MOST_REACH, NO_THRESHOLD
 
 # Marks that float32 tells apart.
 _MARKS = 2**24
@@ -26,8 +31,9 @@ _MOST_PASSES = 64
 # Columns; marks in the rows of passes alone.
 _LEVEL, _EVEN, _THRESHOLD, _MARK = 0, 1, 2, 3
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
-# that the even share gave most, and of those that the scores did; and the selector's skill.
-_PEAK, _EVEN_MASS, _SKILL = 0, 1, 3
+# that the even share gave most, and of those that the scores did; the selector's skill; and the
+# blocks of a pass (not more than MOST_REACH).
+_PEAK, _EVEN_MASS, _SKILL, _REACH = 0, 1, 3, 4
 
 # From here on the selector's target, as a share of the way from uniform to one block, says where
 # to read: queries and keys learn for the selector, too, and scores begin to decide on budgets.
@@ -60,7 +66,8 @@ def could_be_held(state: Tensor) -> bool:
     numbers = state[:, :_MARK].clone()
     numbers[_EVIDENCE] = numbers[_NEXT]
     least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, NO_THRESHOLD]))
-    return bool(((numbers >= least) & (numbers <= most)).all() & state.isfinite().all())
+    held = ((numbers >= least) & (numbers <= most)).all() & (state[_EVIDENCE, _REACH] >= 0)
+    return bool(held & state.isfinite().all())
 
 
 def mark_pass(
@@ -99,6 +106,7 @@ class HeldBudget:
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides; as in
             ``blocks_above``.
+        reach: Blocks that rows which look back count as seeing at least.
         moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
         scores_decide: False where the host knows that no score reaches the threshold.
     """
@@ -107,12 +115,18 @@ class HeldBudget:
     level: Tensor
     even: Tensor
     threshold: Tensor
+    reach: Tensor
     moves: Tensor | None = None
     scores_decide: bool = True
 
     @classmethod
     def of(
-        cls, state: Tensor, mark: Tensor | None = None, *, scores_decide: bool = True
+        cls,
+        state: Tensor,
+        mark: Tensor | None = None,
+        blocks: int = 0,
+        *,
+        scores_decide: bool = True,
     ) -> HeldBudget:
         """Of a layer's buffer.
 
@@ -122,10 +136,11 @@ class HeldBudget:
         Args:
             state: The buffer; notes the pass.
             mark: Of a pass in training, from :func:`mark_pass`; None: moves nothing.
+            blocks: Key blocks of such a pass.
             scores_decide: As the attribute.
         """
         with torch.no_grad():
-            held, moves = state[_NEXT, :_MARK].clone(), None
+            held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
@@ -134,12 +149,15 @@ class HeldBudget:
                 held = torch.where(moves, held, (passes[:, :_MARK] * same[:, None]).sum(0))
                 noted = torch.cat([torch.cat([held, mark])[None], passes[:-1]])
                 state[_PASSES:] = torch.where(moves, noted, passes)
-        return cls(state, held[_LEVEL], held[_EVEN], held[_THRESHOLD], moves, scores_decide)
+                reach = torch.full_like(reach, torch.sym_min(blocks, MOST_REACH))
+        level, even, threshold = held.unbind()
+        return cls(state, level, even, threshold, reach, moves, scores_decide)
 
     @classmethod
     def latest(cls, state: Tensor) -> HeldBudget:
         """What was in force in the latest pass in training."""
-        return cls(state, *state[_PASSES, :_MARK].clone())
+        level, even, threshold = state[_PASSES, :_MARK].clone().unbind()
+        return cls(state, level, even, threshold, _reach_of(state))
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
@@ -162,6 +180,16 @@ class HeldBudget:
             moved = torch.stack([level, self.even, threshold])
             moves = torch.stack([free, torch.zeros_like(free), free & (self.even < 1)])
             self.state[_NEXT, :_MARK] = torch.where(moves, moved, self.state[_NEXT, :_MARK])
+            before = self.state[_EVIDENCE, _REACH]
+            # Not by lerp: torch.compile would take a number of this module for a symbol.
+            moved = before + 0.1 * (self.reach - before)
+            reach = torch.where(before > 0, moved, self.reach)
+            self.state[_EVIDENCE, _REACH] = torch.where(self.moves, reach, before)
+
+
+def _reach_of(state: Tensor) -> Tensor:
+    # Lists have room for no more.
+    return state[_EVIDENCE, _REACH].clamp(0, MOST_REACH)
 
 
 def scores_may_decide(state: Tensor) -> bool:

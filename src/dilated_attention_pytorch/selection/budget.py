@@ -22,6 +22,10 @@ from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 # Contents move a row's share by no other factors, whatever gain and offset learn.
 LEAST_FACTOR, MOST_FACTOR = 1e-3, 2.0
 
+# The most blocks that a row counts as seeing if it sees fewer: what bounds its list, whatever a
+# layer was trained on.
+MOST_REACH = 256
+
 # Shares of a block are counted in units of 2**-16, as integers, so that every device rounds alike.
 FRACTION_BITS = 16
 
@@ -266,9 +270,12 @@ _DOCUMENT_STEP = 1 << 40
 
 
 def share_units(
-    keep: Tensor, allowed: Tensor, forced: Tensor, limit: Tensor, even: Tensor | None = None
-) -> Tensor:
-    """What each row may spend, ``min(keep * allowed, limit)``, in units of ``2**-16`` blocks.
+    keep: Tensor, allowed: Tensor, forced: Tensor, limit: Tensor, even: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What each row may spend, in units of ``2**-16`` blocks.
+
+    That is ``min(keep * max(allowed, reach), limit)``.
 
     Args:
         keep: Share κ of the visible blocks, ``(batch, heads, i)`` in [0, 1].
@@ -276,15 +283,21 @@ def share_units(
         forced: Forced blocks per row, likewise.
         limit: Forced and candidate blocks per row, likewise.
         even: 0-dim in [0, 1]: so much of what lies above the forced blocks. None: all of it.
+        reach: 0-dim: rows that see fewer blocks count as seeing so many. None: no row does.
 
     Returns:
         int64 ``(batch, heads, i)``, so that every device adds up alike.
     """
-    share = keep.detach().double() * allowed
+    share = keep.detach().double() * seen_blocks(allowed, reach)
     if even is not None:
         share = even.double() * share + (1 - even.double()) * forced
     share = torch.minimum(share, limit.double())
     return (share * (1 << FRACTION_BITS)).round().long()
+
+
+def seen_blocks(allowed: Tensor, reach: Tensor | None) -> Tensor:
+    """What rows count as seeing: ``max(allowed, reach)`` blocks."""
+    return allowed if reach is None else torch.maximum(allowed.to(reach.dtype), reach)
 
 
 def next_budget(earned: Tensor, given: Tensor, forced: Tensor, limit: Tensor) -> Tensor:
@@ -304,14 +317,17 @@ def next_budget(earned: Tensor, given: Tensor, forced: Tensor, limit: Tensor) ->
 
 
 def running_budget(
-    keep: Tensor, forced: Tensor, limit: Tensor, rows: RowRange, even: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    keep: Tensor, forced: Tensor, limit: Tensor, rows: RowRange, even: Tensor | None = None,
+    reach: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     r"""Budgets of all rows of a causal sequence, equal to one :func:`next_budget` after another.
 
     :math:`b_i = \max(f_i, \lfloor \sum_{r \le i} \kappa_r a_r + \phi_h \rfloor - \sum_{r < i} b_r)`
     with the head's rounding phase φ: the share κ of the visible blocks is met by every beginning of
-    the sequence, once it is long enough to pay for the forced blocks f. Rows whose candidates are
-    fewer than their share (with segments) do not pass the rest on.
+    the sequence, once it is long enough to pay for the forced blocks f. With a reach ``R`` a row
+    counts as seeing :math:`\max(a_r, R)` blocks, so that early rows get as many as the row that
+    sees R, as far as there are so many. Rows whose candidates are
+    fewer than their share do not pass the rest on.
 
     Args:
         keep: κ, ``(batch, heads, i)`` in [0, 1].
@@ -319,6 +335,7 @@ def running_budget(
         limit: Forced and candidate blocks per row.
         rows: Visible ranges; its documents are budgeted separately.
         even: As in :func:`share_units`; of the whole budgets alone.
+        reach: As in :func:`share_units`.
 
     Returns:
         The real-valued budgets, differentiable in ``keep``, and int32 whole ones, both
@@ -327,8 +344,9 @@ def running_budget(
     shape = torch.broadcast_shapes(keep.shape, forced.shape, limit.shape, rows.low.shape)
     keep, forced, limit = keep.expand(shape), forced.expand(shape), limit.expand(shape)
     allowed, document = rows.num_allowed.expand(shape), rows.document.expand(shape)
-    exact = torch.minimum(torch.maximum(keep * allowed, forced.float()), limit.float())
-    earned = _running(share_units(keep, allowed, forced, limit, even), document)
+    share = keep * seen_blocks(allowed, reach)
+    exact = torch.minimum(torch.maximum(share, forced.float()), limit.float())
+    earned = _running(share_units(keep, allowed, forced, limit, even, reach), document)
     whole = (earned + rounding_phases(shape[1], earned.device)) >> FRACTION_BITS
     demanded = _running(forced.long(), document)
     # given = demanded + the largest surplus so far, which unrolls the recursion.
@@ -402,7 +420,9 @@ def blocks_above(
     return torch.minimum(count, most.to(torch.int32))
 
 
-def most_by_score(keep: Tensor, allowed: Tensor, factor: float) -> Tensor:
+def most_by_score(
+    keep: Tensor, allowed: Tensor, factor: float, reach: Tensor | None = None
+) -> Tensor:
     """The most scored blocks that scores can win a row: a multiple of its share, rounded up.
 
     Forced blocks do not count, so that rows that see few blocks can win one.
@@ -411,12 +431,13 @@ def most_by_score(keep: Tensor, allowed: Tensor, factor: float) -> Tensor:
         keep: Share of the visible blocks, 0-dim.
         allowed: Visible blocks per row, integers.
         factor: Of the share.
+        reach: As in :func:`share_units`.
 
     Returns:
         int32.
     """
     # In float64 share times blocks is exact.
-    return (keep.double() * factor * allowed).ceil().int()
+    return (keep.double() * factor * seen_blocks(allowed, reach)).ceil().int()
 
 
 # Shares are counted in units of 2**-16: lengths can be symbols of torch.compile, whose integers
@@ -490,16 +511,16 @@ def most_sparse(
 
 
 def fitting_block_size(num_tokens: int) -> int:
-    """A block size that leaves something to choose: 64 blocks or more, of 16 to 64 tokens.
+    """A block size that leaves something to choose: 16, from 4,096 tokens 32, from 16,384 64.
 
     Args:
         num_tokens: Length, positive.
 
     Example:
-        >>> [fitting_block_size(n) for n in (512, 2048, 8192)]
-        [16, 32, 64]
+        >>> [fitting_block_size(n) for n in (512, 2048, 8192, 16384)]
+        [16, 16, 32, 64]
     """
-    return min(64, max(16, 1 << max(num_tokens // 64, 1).bit_length() - 1))
+    return 16 if num_tokens < 4096 else 32 if num_tokens < 16384 else 64
 
 
 def fitting_sparsity(

@@ -83,8 +83,8 @@ def main():
     levels = zeros(1, 1, 1, J + 2), zeros(1, 1, 1, J + 1), zeros(1, 1)
     exact, *_ = budgets.budget_op(*share, ints(1, 1, Q), *levels, B, H, True)
     budgets.round_op(exact, 16)
-    for even in (None, heat):
-        budgets.running_budget_op(*share, ints(1, 1, Q), even, B, H, True, 16)
+    for part in (None, heat):
+        budgets.running_budget_op(*share, ints(1, 1, Q), part, part, B, H, True, 16)
     seed, budget = zeros((), dtype=torch.int64), ints(B, H, Q)
     for listed, noise in ((None, (None, None)), (ints(1, H, Q, J), (seed, heat))):
         choice.choose_op(zeros(B, H, Q, J), listed, rule, budget, *noise, 0, 2, K, True)

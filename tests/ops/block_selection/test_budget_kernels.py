@@ -111,7 +111,10 @@ def causal_rows(heads: int, kind: str) -> tuple[RowRange, Tensor, Tensor, Tensor
     return rows, spans, forced, limit
 
 
-@pytest.mark.parametrize(("content", "even"), [(True, None), (True, 0.3), (False, None)])
+@pytest.mark.parametrize(
+    ("content", "even", "reach"),
+    [(True, None, None), (True, 0.3, None), (True, 0.3, 17.5), (False, None, None)],
+)
 @pytest.mark.parametrize(
     ("kind", "heads", "kv_heads"),
     [
@@ -121,7 +124,7 @@ def causal_rows(heads: int, kind: str) -> tuple[RowRange, Tensor, Tensor, Tensor
     ],
 )
 def test_running_budgets_equal_the_formulas(
-    heads: int, kv_heads: int, kind: str, content: bool, even: float | None
+    heads: int, kv_heads: int, kind: str, content: bool, even: float | None, reach: float | None
 ) -> None:
     """In every bit, from the complexity that the kernel found."""
     rows, spans, forced, limit = causal_rows(heads, kind)
@@ -130,11 +133,11 @@ def test_running_budgets_equal_the_formulas(
     gain = torch.linspace(0.7, 2.0, heads, device=DEVICE).requires_grad_()
     offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
     base = torch.tensor(0.85, device=DEVICE)
-    part = None if even is None else torch.tensor(even, device=DEVICE)
+    part, far = (None if x is None else torch.tensor(x, device=DEVICE) for x in (even, reach))
     exact, _, complexity, whole = running_budget_op(
         means if content else None, gain if content else None, offset if content else None, base,
         spans, rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(),
-        forced, limit, part, 2, heads, True, FRACTION_BITS,
+        forced, limit, part, far, 2, heads, True, FRACTION_BITS,
     )  # fmt: skip
     keep = (1 - base).expand(2, heads, queries)
     if content:
@@ -146,7 +149,7 @@ def test_running_budgets_equal_the_formulas(
         torch.testing.assert_close(complexity, expected, rtol=1e-5, atol=1e-5)
         factor = (offset[:, None] + gain[:, None] * complexity.detach()).clamp(1e-3, 2)
         keep = share_by_content(keep, factor)
-    want, want_whole = running_budget(keep, forced, limit, rows, part)
+    want, want_whole = running_budget(keep, forced, limit, rows, part, far)
     assert torch.equal(exact, want)
     assert torch.equal(whole, want_whole)
     if content:
@@ -179,7 +182,8 @@ def test_running_budgets_over_several_chunks_and_at_bounds(
             means = randn(1, 3, rows, 8)
             exact, _, _, whole = running_budget_op(
                 means, gain, offset, base, spans, ranges.diagonal_first[:, 0].contiguous(),
-                ranges.document[:, 0].contiguous(), forced, limit, None, 1, 3, True, FRACTION_BITS,
+                ranges.document[:, 0].contiguous(), forced, limit, None, None, 1, 3, True,
+                FRACTION_BITS,
             )  # fmt: skip
             factor = offset[:, None] + gain[:, None] * torch.ones(1, 3, rows, device=DEVICE)
             keep = share_by_content(1 - base, factor.clamp(1e-3, 2))

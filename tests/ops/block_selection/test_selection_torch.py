@@ -187,7 +187,7 @@ def test_opcheck_accepts_running_budgets():
     base = torch.tensor(0.5, device="cuda")
     arguments = (
         means, gain, offset, base, rule, row[None], nothing, forced, limit,
-        torch.tensor(0.5, device="cuda"), 1, 2, True, 16,
+        torch.tensor(0.5, device="cuda"), torch.tensor(4.0, device="cuda"), 1, 2, True, 16,
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(running_budget_op, arguments, test_utils=tests)

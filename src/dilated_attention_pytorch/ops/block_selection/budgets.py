@@ -11,8 +11,9 @@ blocks there are two ways:
 * ``row_budget`` (``water_level_budget``): one level x for the rows of a document, a row keeping
   ``clamp(x, forced, limit)``, such that together they keep ``share · visible``; ``round_budget``
   makes integers whose running sums stay within a block.
-* ``running_budget``: a row keeps what the rows up to it have earned (``share · visible``) and not
-  yet been given, at least its forced blocks: nothing depends on what comes later.
+* ``running_budget``: a row keeps what the rows up to it have earned (``share · visible``, and of
+  rows that see little ``share · reach``) and not yet been given, at least its forced blocks:
+  nothing depends on what comes later.
 """
 
 from __future__ import annotations
@@ -416,11 +417,11 @@ def share_kernel(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     rows, r_stride_b, diagonal, d_stride_b,
     forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h,
-    gain, offset, base_sparsity, even, exact, slope, complexity, units,
+    gain, offset, base_sparsity, even, reach, exact, slope, complexity, units,
     num_rows, columns, steps, heads, kv_heads,
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LOWER: tl.constexpr,
-    ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr,
+    REACH: tl.constexpr, ADAPTIVE: tl.constexpr, DIAGONAL: tl.constexpr,
     MIN_FACTOR: tl.constexpr, MAX_FACTOR: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Real-valued budgets of ``ROWS`` rows of a plane, and what each earns in ``2**-BITS`` blocks.
@@ -446,13 +447,16 @@ def share_kernel(
     allowed = tl.maximum(end - low, 0)
     least = tl.load(forced + batch * f_stride_b + head * f_stride_h + row, mask=ok, other=0)
     most = tl.load(limit + batch * l_stride_b + head * l_stride_h + row, mask=ok, other=0)
-    earned = keep.to(tl.float64) * allowed.to(tl.float64)
+    count = allowed.to(tl.float32)
+    if REACH:
+        count = tl.maximum(count, tl.load(reach))
+    earned = keep.to(tl.float64) * count.to(tl.float64)
     if LOWER:
         part = tl.load(even).to(tl.float64)
         earned = part * earned + (1.0 - part) * least.to(tl.float64)
     earned = tl.minimum(earned, most.to(tl.float64))
     tl.store(units + place, nearest(earned * (1 << BITS)), mask=ok)
-    count, least, most = allowed.to(tl.float32), least.to(tl.float32), most.to(tl.float32)
+    least, most = least.to(tl.float32), most.to(tl.float32)
     value = keep * count
     raised = tl.maximum(value, least)
     tl.store(exact + place, tl.minimum(raised, most), mask=ok)
@@ -537,12 +541,14 @@ def running_kernel(
 def running_budget_op(
     means: Tensor | None, gain: Tensor | None, offset: Tensor | None, base_sparsity: Tensor,
     rule: Tensor, diagonal: Tensor, document: Tensor, forced: Tensor, limit: Tensor,
-    even: Tensor | None, batch: int, heads: int, has_diagonal: bool, bits: int,
+    even: Tensor | None, reach: Tensor | None, batch: int, heads: int, has_diagonal: bool,
+    bits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Exact budgets ``(b, p, i)``, their slope in the factor, the complexity, whole budgets.
 
     Arguments as of :func:`budget_op`; ``document`` is ascending. ``even`` (0-dim float32 or None):
-    so much of what lies above the forced blocks. Shares are counted in units of ``2**-bits``.
+    so much of what lies above the forced blocks. ``reach`` (likewise): rows that see fewer blocks
+    count as seeing so many. Shares are counted in units of ``2**-bits``.
     """
     exact, slope, complexity = _empty(rule, batch, heads)
     rows, device = exact.shape[2], exact.device
@@ -558,8 +564,9 @@ def running_budget_op(
         )
         share_kernel[(triton.cdiv(rows, 16), batch * heads)](
             *content, *bounds, *learned, exact if even is None else even,
-            exact, slope, complexity, units, rows, *counts, ROWS=16, BITS=bits,
-            LOWER=even is not None, **constants, enable_fp_fusion=False, **overlap(device),
+            exact if reach is None else reach, exact, slope, complexity, units, rows, *counts,
+            ROWS=16, BITS=bits, LOWER=even is not None, REACH=reach is not None, **constants,
+            enable_fp_fusion=False, **overlap(device),
         )  # fmt: skip
         running_kernel[(batch * heads,)](
             units, *bounds, document, batch_stride(document), whole, rows, heads,
@@ -571,7 +578,7 @@ def running_budget_op(
 
 @running_budget_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rule, batch, heads = args[4], args[10], args[11]
+    rule, batch, heads = args[4], args[11], args[12]
     exact, slope, complexity = _empty(rule, batch, heads)
     return exact, slope, complexity, exact.new_empty(exact.shape, dtype=torch.int32)
 

@@ -212,6 +212,7 @@ def row_budget(
     gain: Tensor | None = None,
     offset: Tensor | None = None,
     even: Tensor | None = None,
+    reach: Tensor | None = None,
     running: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Budgets by :func:`share_by_content`, :func:`water_level_budget` and :func:`round_budget`.
@@ -230,6 +231,8 @@ def row_budget(
         offset: ``(p,)``, with ``means``.
         even: 0-dim float32: the integer budgets take so much of what lies above the forced
             blocks. None: all of it.
+        reach: 0-dim float32, for running budgets: rows that see fewer blocks count as seeing so
+            many.
         running: :func:`running_budget` in their place, by the complexity of what lies before each
             row; from equal complexities the integers equal PyTorch's.
 
@@ -249,7 +252,7 @@ def row_budget(
     )  # fmt: skip
     sizes = batch, rule.num_heads, rows.has_diagonal
     if running:
-        exact, _, _, whole = running_budget_op(*given, even, *sizes, FRACTION_BITS)
+        exact, _, _, whole = running_budget_op(*given, even, reach, *sizes, FRACTION_BITS)
         return whole, exact
     width = rule.width(rows)
     tables = rows.remember((rule, "levels"), lambda: level_tables(forced, limit, rows, width))
