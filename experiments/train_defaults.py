@@ -2,7 +2,8 @@
 
 Trains the command's byte-level language model on text at several lengths, adaptive as it comes and
 dense, three seeds each. ``results/train_defaults/`` holds ``runs.jsonl`` (one line a run) and
-``README.md`` (the table). Runs on a CPU and on a GPU are different runs, with a row each.
+``README.md`` (the table). Runs on a CPU and on a GPU are different runs, with a row each, and so are
+those of other defaults, which stay.
 
     python experiments/train_defaults.py                  # what is not there yet, at 512 bytes
     python experiments/train_defaults.py --lengths 1024 2048 --device cuda
@@ -36,19 +37,35 @@ from provenance import environment, where
 RESULTS = Path(__file__).parent / "results" / "train_defaults"
 METHODS = ("dense", "adaptive")
 SEEDS = (0, 1, 2)
+# What tells one set of defaults from another.
+DEFAULTS = ("asked", "block_size", "local")
+
+
+def named(length: int, attention: str, seed: int, device: str) -> dict[str, Any]:
+    """What the user of the command names, and what its defaults are then."""
+    run, _, _ = build_settings(options_of(length, attention, seed, device))
+    config = run.config
+    found = (config.base_sparsity, config.block_size, config.num_local_blocks)
+    values = found if attention == "adaptive" else (None,) * len(found)
+    return {
+        "length": length, "method": attention, "seed": seed, "on": kind(device),
+        **dict(zip(DEFAULTS, values, strict=True)),
+    }  # fmt: skip
+
+
+def options_of(length: int, attention: str, seed: int, device: str) -> dict[str, Any]:
+    """The options of the command; adaptive attention is what it takes unasked."""
+    options = {"seq_len": length, "seed": seed, "device": device}
+    return options if attention == "adaptive" else {**options, "attention": attention}
 
 
 def train(
     length: int, attention: str, seed: int, paths: Sequence[str], device: str, quick: bool
 ) -> dict:
     """One run of the command, and what it gave on held-out text."""
-    options: dict[str, Any] = {
-        "attention": attention, "seq_len": length, "seed": seed, "device": device,
-    }  # fmt: skip
+    options = options_of(length, attention, seed, device)
     if paths:
         options["paths"] = tuple(paths)
-    if attention == "adaptive":
-        options.pop("attention")
     run, settings, _ = build_settings(options)
     run = dataclasses.replace(run, threads=torch.get_num_threads())
     if quick:
@@ -59,11 +76,8 @@ def train(
         last = training.step()
     found, chosen = training.validate(), chosen_share(training)
     return {
-        "length": length, "method": attention, "seed": seed, "on": kind(device),
-        "steps": run.steps,
+        **named(length, attention, seed, device), "steps": run.steps,
         "loss": found.loss, "sparsity": found.sparsity, "training_sparsity": last.sparsity,
-        "asked": run.config.base_sparsity if attention == "adaptive" else None,
-        "block_size": run.config.block_size if attention == "adaptive" else None,
         "chosen": chosen, "text": text.source,
         "seconds": round(time.perf_counter() - start, 1),
         "environment": environment(kind(device)),
@@ -93,11 +107,12 @@ def chosen_share(training: LanguageModelTraining) -> float | None:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; lines that do not say on what were written on a CPU."""
+    """The finished runs; what the first lines do not say was the same in all of them."""
     if not path.exists():
         return []
-    lines = (line for line in path.read_text().splitlines() if line.strip())
-    return [{"on": "cpu", **json.loads(line)} for line in lines]
+    found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    local = {"dense": None, "adaptive": 0}
+    return [{"on": "cpu", "local": local[run["method"]], **run} for run in found]
 
 
 def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -105,13 +120,18 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     lines = [
         "# What `train` gives with nothing set", "",
         "Held-out loss in nats per byte (mean, and each seed), and sparsity.", "",
-        "| bytes | blocks of | asked | held out | chosen of what is read | adaptive | dense |",
-        "|---|---|---|---|---|---|---|",
+        "| bytes | blocks of | local | asked | held out | chosen of what is read | adaptive | "
+        "dense |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for length, on in sorted({(run["length"], run["on"]) for run in runs}):
+    adaptive = [run for run in runs if run["method"] == "adaptive"]
+    for length, on, *values in sorted({_row(run) for run in adaptive}):
         here = [r for r in runs if (r["length"], r["on"]) == (length, on)]
-        own = {method: [r for r in here if r["method"] == method] for method in METHODS}
-        if not all(own.values()):
+        own = {
+            "adaptive": [run for run in adaptive if _row(run) == (length, on, *values)],
+            "dense": [run for run in here if run["method"] == "dense"],
+        }
+        if not own["dense"]:
             continue
         losses = []
         for method in ("adaptive", "dense"):
@@ -121,13 +141,17 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         sparse = own["adaptive"]
         lines.append(
             f"| {length:,}{' on a GPU' if on == 'cuda' else ''} | {sparse[0]['block_size']} | "
-            f"{sparse[0]['asked']:g} | "
+            f"{sparse[0]['local']} | {sparse[0]['asked']:g} | "
             f"{statistics.mean(r['sparsity'] for r in sparse):.3f} | "
             f"{statistics.mean(r['chosen'] for r in sparse):.2f} | {' | '.join(losses)} |"
         )
     texts = "; ".join(sorted({run["text"] for run in runs}))
     lines += ["", f"{runs[0]['steps']} steps on {texts}.", "", *where(runs)]
     (folder / "README.md").write_text("\n".join(lines))
+
+
+def _row(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    return run["length"], run["on"], *(run[name] for name in DEFAULTS)
 
 
 def main() -> None:
@@ -150,8 +174,7 @@ def main() -> None:
         for length in parsed.lengths:
             for seed in parsed.seeds[:1] if parsed.quick else parsed.seeds:
                 for method in parsed.only:
-                    on = kind(parsed.device)
-                    key = {"length": length, "method": method, "seed": seed, "on": on}
+                    key = named(length, method, seed, parsed.device)
                     if any(all(run[k] == v for k, v in key.items()) for run in load(path)):
                         continue
                     found = train(length, method, seed, parsed.text, parsed.device, parsed.quick)
