@@ -2,8 +2,8 @@
 
 Trains the command's byte-level language model on text at several lengths, adaptive as it comes and
 dense, three seeds each. ``results/train_defaults/`` holds ``runs.jsonl`` (one line a run) and
-``README.md`` (the table). Runs on a CPU and on a GPU are different runs, with a row each, and so are
-those of other defaults, which stay.
+``README.md`` (the table). Runs on a CPU and on a GPU have a row each, and so have runs of other
+defaults, which stay.
 
     python experiments/train_defaults.py                  # what is not there yet, at 512 bytes
     python experiments/train_defaults.py --lengths 1024 2048 --device cuda

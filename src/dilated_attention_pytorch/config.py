@@ -103,11 +103,12 @@ class AdaptiveConfig:
             the length of the sequence either: it is a share of the blocks that it sees itself, and
             with ``budget="adaptive"`` of a trained layer a share of at least as many as the passes
             of its training had (up to 256), so that early rows get as much as late ones. Its
-            threshold is that of the tokens that its first one sees. So generation with a cache equals generation without
-            (:meth:`BlockSparseAdaptive.decode`), and a prompt in chunks (``prefill_chunk_size`` of
-            transformers) the prompt at once. Not with ``budget="threshold"`` and a scorer that
-            goes by summaries: that of the own block has part in the softmax. With ``"block"`` a
-            block in two chunks chooses by its halves, and budgets go by the tokens so far.
+            threshold is that of the tokens that its first one sees. So generation with a cache
+            equals generation without (:meth:`BlockSparseAdaptive.decode`), and a prompt in chunks
+            (``prefill_chunk_size`` of transformers) the prompt at once. Not with
+            ``budget="threshold"`` and a scorer that goes by summaries: that of the own block has
+            part in the softmax. With ``"block"`` a block in two chunks chooses by its halves, and
+            budgets go by the tokens so far.
         share_within_kv_group: One pattern for the query heads of a KV group.
         hierarchy: Choose in levels: children per super-block, from the finest level up; ``(8, 4)``
             are super-blocks of 8 blocks and of 4 such super-blocks. Only what lies inside the
