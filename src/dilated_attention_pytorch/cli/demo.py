@@ -34,7 +34,6 @@ from dilated_attention_pytorch.cli.console import (
     write_page,
 )
 from dilated_attention_pytorch.cli.jobs import holding
-from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.tasks.needle import (
     NeedleRun,
     NeedleTask,
@@ -387,14 +386,9 @@ def needle_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
 def text_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
     """Trains one method as a byte-level language model."""
     text = load_text(max_bytes=size.text_bytes, seq_len=size.seq_len)
-    # A fixed budget, so that every sparse method computes exactly as many tiles; the block before
-    # is read by all, since no choice is as sure to help as that one.
-    config = AdaptiveConfig(
-        block_size=16, base_sparsity=0.75, query_scope="past", budget="fixed", num_local_blocks=1
-    )
+    # What ``train`` sets; fixed patterns leave out as much.
     run = LanguageModelRun(
         attention=method,
-        config=config,
         seq_len=size.seq_len,
         batch_size=4,
         steps=size.text_steps,
@@ -417,7 +411,8 @@ def text_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
     with torch.no_grad():
         infos = training.model.eval().patterns(window[None, :-1])
     shown = bytes(window[:-1].tolist())
-    cuts = range(0, len(shown), config.block_size)
+    block_size = run.config.block_size
+    cuts = range(0, len(shown), block_size)
     return {
         "curve": curve,
         "loss": measured.loss,
@@ -425,8 +420,8 @@ def text_job(report: Report, method: str, size: DemoSize) -> dict[str, Any]:
         "sparsity": 0.0 if measured.sparsity is None else measured.sparsity,
         "seconds": training.seconds,
         "layers": block_lists(infos, run.num_layers, len(cuts)),
-        "blocks": [shown[a : a + config.block_size].decode("ascii", "replace") for a in cuts],
-        "block_size": config.block_size,
+        "blocks": [shown[a : a + block_size].decode("ascii", "replace") for a in cuts],
+        "block_size": block_size,
         "seen_bytes": run.steps * run.batch_size * run.seq_len,
         "heads": run.num_heads,
     }
