@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -230,6 +232,34 @@ def test_a_budget_does_not_depend_on_the_other_samples(training: bool) -> None:
     for number, part in enumerate(parts):
         alone = copy.deepcopy(layer)(*part, is_causal=True, return_pattern=True)[1]["pattern"]
         assert torch.equal(alone.kv_num_blocks[0], together.kv_num_blocks[number])
+
+
+def test_rows_of_the_past_share_by_their_own_length_in_training() -> None:
+    """A padded sample and a packed document read what they read alone, and nothing counts twice."""
+    layer = make(0.7, hard_sparsity=True, query_scope="past").train()
+    generator, lengths = torch.Generator().manual_seed(5), (64, 160)
+    parts = [draw("noise", generator, 1, length) for length in lengths]
+
+    def run(inputs: list[Tensor], **options: Any) -> tuple[Tensor, float]:
+        own = copy.deepcopy(layer)
+        _, info = own(*inputs, is_causal=True, return_pattern=True, **options)
+        return info["pattern"].kv_num_blocks, float(own.budget_state[EVIDENCE, 4])
+
+    alone = [run(part) for part in parts]
+    assert [reach for _, reach in alone] == [8, 20]
+    padded = [torch.cat([F.pad(x, (0, 0, 0, 0, 0, 96)), y]) for x, y in zip(*parts, strict=True)]
+    counts, reach = run(padded, key_lengths=torch.tensor(lengths))
+    assert torch.equal(counts[:1, :, :8], alone[0][0])
+    assert torch.equal(counts[1:], alone[1][0])
+    by_rows = (8 * 8 + 20 * 20) / (8 + 20)
+    assert reach == pytest.approx(by_rows)
+    packed = [torch.cat(x, 1) for x in zip(*parts, strict=True)]
+    cuts = torch.tensor([0, 64, 224])
+    counts, reach = run(packed, cu_seqlens=cuts)
+    # Room for documents that end within a block.
+    assert torch.equal(counts[..., :28], torch.cat([count for count, _ in alone], -1))
+    assert not counts[..., 28:].any()
+    assert reach == pytest.approx(by_rows)
 
 
 @pytest.mark.parametrize(("reentrant", "compiled"), [(False, False), (True, False), (False, True)])
@@ -588,23 +618,23 @@ def test_a_pass_takes_what_the_one_before_left() -> None:
     rows = torch.ones(1, 1, 4)
     # Twice as many as asked: the level falls by the fifth root, the threshold rises.
     wide = rows * 4, rows * 4, torch.full((1, 1, 4), 4), torch.tensor(0.5)
-    held = HeldBudget.of(state, marks[0], 40)
+    held = dataclasses.replace(HeldBudget.of(state, marks[0]), reach=rows[:, :1] * 40)
     held.follow(*wide)
     assert bool(held.moves)
-    assert [float(held.reach), float(HeldBudget.of(state).reach)] == [40, 40]
+    assert float(HeldBudget.of(state).reach) == 40
     assert float(state[NEXT, 0]) == pytest.approx(1.5 * 2**-0.2)
     assert float(state[NEXT, 2]) == pytest.approx(0.4 * 2**0.3)
     assert [float(held.level), float(HeldBudget.latest(state).level)] == [1.5, 1.5]
-    second = HeldBudget.of(state, marks[1], 1000)
+    second = dataclasses.replace(HeldBudget.of(state, marks[1]), reach=rows[:, :1] * 256)
     assert float(second.level) == pytest.approx(1.5 * 2**-0.2)
     second.follow(*wide)
-    # Lists have room for no more than 256; lengths are averaged.
-    assert float(second.reach) == 256
+    # Lengths are averaged.
     assert float(HeldBudget.of(state).reach) == pytest.approx(40 + 0.1 * (256 - 40))
     # Run again, after another pass, with queries that differ by rounding: its numbers of then, and
     # nothing moves.
     before = state.clone()
-    again = HeldBudget.of(state, marks[0] * torch.tensor([1.0, 1.0001]), 40)
+    again = HeldBudget.of(state, marks[0] * torch.tensor([1.0, 1.0001]))
+    again = dataclasses.replace(again, reach=held.reach)
     again.follow(*wide)
     assert not bool(again.moves)
     assert [float(x) for x in (again.level, again.even, again.threshold)] == [

@@ -89,9 +89,10 @@ def test_the_layer_is_one_graph_and_equals_eager(backend, device, compiler, trai
     assert training != torch.equal(layer.budget_state, fresh)
 
 
-def test_passes_may_come_before_the_backward_pass_of_the_first():
+@pytest.mark.parametrize("scope", ["block", "past"])
+def test_passes_may_come_before_the_backward_pass_of_the_first(scope):
     """As where a model calls one layer twice, each call a graph of its own."""
-    layer = small("gather", hard_sparsity=True).train()
+    layer = small("gather", hard_sparsity=True, query_scope=scope).train()
     eager = deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     found = []

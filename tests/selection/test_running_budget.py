@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.selection.budget import (
+    documents_reach,
     next_budget,
     running_budget,
     share_units,
@@ -98,6 +99,12 @@ def test_rows_below_the_reach_get_as_many_as_the_row_that_sees_so_many() -> None
     assert torch.equal(exact.flatten(), torch.minimum(0.25 * seen, torch.arange(1, 65).float()))
     assert got.flatten()[:32].tolist() == [*range(1, 8), *[8] * 25]
     assert got.sum() == exact.sum()
+
+
+def test_the_reach_of_a_document_is_what_its_last_row_sees() -> None:
+    got = documents_reach(causal_rows(300, [11, 19]))
+    assert got.tolist() == [[[11.0] * 11 + [8.0] * 8 + [256.0] * 281]]
+    assert documents_reach(causal_rows(0)).shape == (1, 1, 0)
 
 
 def test_documents_are_budgeted_apart() -> None:

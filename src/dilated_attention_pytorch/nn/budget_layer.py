@@ -303,17 +303,15 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
             query.device, query.dtype, self.block_size, self.head_dim, width
         )
 
-    def held_budget(self, mark: Tensor | None = None, blocks: int = 0) -> HeldBudget | None:
+    def held_budget(self, mark: Tensor | None = None) -> HeldBudget | None:
         """The numbers that hold the sparsity in this forward pass; None for other budgets.
 
         Args:
             mark: Of a pass in training, which moves them; see :class:`SelectionInputs`.
-            blocks: Key blocks of that pass.
         """
         if not self.budget.by_content:
             return None
-        scores_decide = self._scores_may_decide()
-        return HeldBudget.of(self.budget_state, mark, blocks, scores_decide=scores_decide)
+        return HeldBudget.of(self.budget_state, mark, scores_decide=self._scores_may_decide())
 
     def _scores_may_decide(self) -> bool:
         # Training moves the buffer at every step; a program that is recorded outlives its values.

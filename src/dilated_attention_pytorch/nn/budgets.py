@@ -29,6 +29,7 @@ from dilated_attention_pytorch.selection.budget import (
     MOST_REACH,
     blocks_above,
     content_complexity,
+    documents_reach,
     most_by_score,
     most_scored_blocks,
     most_visible_blocks,
@@ -63,8 +64,9 @@ class ShareBudget(Budget):
     def rows(self, layer: BudgetLayer, scored: Scored) -> RowBudgets:
         """Shares of all rows; with ``by_content`` the larger of those and what scores win."""
         inputs, rows = scored.inputs, scored.inputs.rows
-        blocks = -(-inputs.mask.kv_len // layer.block_size)
-        held = None if layer.keeps_all else layer.held_budget(inputs.mark, blocks)
+        held = None if layer.keeps_all else layer.held_budget(inputs.mark)
+        if held is not None and held.moves is not None and layer.looks_back(inputs.mask):
+            held = dataclasses.replace(held, reach=documents_reach(rows))
         share = self._shares_by_kernels if scored.kernels else self._shares
         exact, whole = share(layer, scored, held)
         layer.record_density(exact, rows)

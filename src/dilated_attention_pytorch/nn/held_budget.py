@@ -5,10 +5,10 @@ common makes contents look alike; and a threshold on the softmaxed scores. A thi
 of the budget is shared evenly and how much goes by the scores. The mass teaches it: whichever of
 the two kinds of rows gets more attention from its last block deserves more blocks.
 
-Rows that look back alone (``query_scope="past"``) cannot know how long the sequence will be. They
-share as in the passes that the layer was trained on: whoever sees fewer blocks than their last row
-counts as seeing as many, and the level keeps the mean. A plain share of what a row sees would leave
-the first rows of every sequence next to nothing.
+Rows that look back alone (``query_scope="past"``) cannot know how long the sequence will be. In
+training all rows of a document count as seeing what its last one does, elsewhere at least as much
+as those did on average; the level keeps the mean. A plain share of what a row sees would leave the
+first rows of every sequence next to nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _MOST_PASSES = 64
 # Columns; marks in the rows of passes alone.
 _LEVEL, _EVEN, _THRESHOLD, _MARK = 0, 1, 2, 3
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
-# that the even share gave most, and of those that the scores did; the selector's skill; and the
-# blocks of a pass (not more than MOST_REACH).
+# that the even share gave most, and of those that the scores did; the selector's skill; and how
+# many blocks the last rows of documents saw (not more than MOST_REACH).
 _PEAK, _EVEN_MASS, _SKILL, _REACH = 0, 1, 3, 4
 
 # From here on the selector's target, as a share of the way from uniform to one block, says where
@@ -106,7 +106,8 @@ class HeldBudget:
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides; as in
             ``blocks_above``.
-        reach: Blocks that rows which look back count as seeing at least.
+        reach: Blocks that rows which look back count as seeing at least; in a pass that moves
+            these numbers ``(1 or b, 1, i)``, of :func:`documents_reach`.
         moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
         scores_decide: False where the host knows that no score reaches the threshold.
     """
@@ -121,12 +122,7 @@ class HeldBudget:
 
     @classmethod
     def of(
-        cls,
-        state: Tensor,
-        mark: Tensor | None = None,
-        blocks: int = 0,
-        *,
-        scores_decide: bool = True,
+        cls, state: Tensor, mark: Tensor | None = None, *, scores_decide: bool = True
     ) -> HeldBudget:
         """Of a layer's buffer.
 
@@ -136,10 +132,10 @@ class HeldBudget:
         Args:
             state: The buffer; notes the pass.
             mark: Of a pass in training, from :func:`mark_pass`; None: moves nothing.
-            blocks: Key blocks of such a pass.
             scores_decide: As the attribute.
         """
         with torch.no_grad():
+            # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
             if mark is not None:
                 passes = state[_PASSES:].clone()
@@ -149,7 +145,6 @@ class HeldBudget:
                 held = torch.where(moves, held, (passes[:, :_MARK] * same[:, None]).sum(0))
                 noted = torch.cat([torch.cat([held, mark])[None], passes[:-1]])
                 state[_PASSES:] = torch.where(moves, noted, passes)
-                reach = torch.full_like(reach, torch.sym_min(blocks, MOST_REACH))
         level, even, threshold = held.unbind()
         return cls(state, level, even, threshold, reach, moves, scores_decide)
 
@@ -180,11 +175,14 @@ class HeldBudget:
             moved = torch.stack([level, self.even, threshold])
             moves = torch.stack([free, torch.zeros_like(free), free & (self.even < 1)])
             self.state[_NEXT, :_MARK] = torch.where(moves, moved, self.state[_NEXT, :_MARK])
-            before = self.state[_EVIDENCE, _REACH]
+            if not self.reach.dim():
+                return
+            before, seen = self.state[_EVIDENCE, _REACH], allowed > 0
+            reach = (self.reach * seen).sum() / seen.sum().clamp(min=1)
             # Not by lerp: torch.compile would take a number of this module for a symbol.
-            moved = before + 0.1 * (self.reach - before)
-            reach = torch.where(before > 0, moved, self.reach)
-            self.state[_EVIDENCE, _REACH] = torch.where(self.moves, reach, before)
+            reach = torch.where(before > 0, before + 0.1 * (reach - before), reach)
+            known = self.moves & seen.any()
+            self.state[_EVIDENCE, _REACH] = torch.where(known, reach, before)
 
 
 def _reach_of(state: Tensor) -> Tensor:

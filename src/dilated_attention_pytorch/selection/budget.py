@@ -283,7 +283,7 @@ def share_units(
         forced: Forced blocks per row, likewise.
         limit: Forced and candidate blocks per row, likewise.
         even: 0-dim in [0, 1]: so much of what lies above the forced blocks. None: all of it.
-        reach: 0-dim: rows that see fewer blocks count as seeing so many. None: no row does.
+        reach: Rows that see fewer blocks count as seeing so many; broadcasts, too. None: no row.
 
     Returns:
         int64 ``(batch, heads, i)``, so that every device adds up alike.
@@ -298,6 +298,21 @@ def share_units(
 def seen_blocks(allowed: Tensor, reach: Tensor | None) -> Tensor:
     """What rows count as seeing: ``max(allowed, reach)`` blocks."""
     return allowed if reach is None else torch.maximum(allowed.to(reach.dtype), reach)
+
+
+def documents_reach(rows: RowRange) -> Tensor:
+    """What the last row of each row's document sees, at most :data:`MOST_REACH` blocks.
+
+    Returns:
+        ``(1 or b, 1, i)`` float32.
+    """
+    allowed = rows.num_allowed
+    lift: Tensor | int = 0
+    if rows.num_documents > 1:
+        # Coming from the end, an earlier document stands above all that was before.
+        lift = (rows.num_documents - rows.document.expand(allowed.shape)) * _DOCUMENT_STEP
+    last = (allowed.long() + lift).flip(-1).cummax(-1).values.flip(-1) - lift
+    return last.clamp(max=MOST_REACH).float()
 
 
 def next_budget(earned: Tensor, given: Tensor, forced: Tensor, limit: Tensor) -> Tensor:

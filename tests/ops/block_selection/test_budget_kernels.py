@@ -16,6 +16,7 @@ from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.selection.budget import (
     FRACTION_BITS,
     content_complexity,
+    documents_reach,
     round_budget,
     running_budget,
     share_by_content,
@@ -113,7 +114,13 @@ def causal_rows(heads: int, kind: str) -> tuple[RowRange, Tensor, Tensor, Tensor
 
 @pytest.mark.parametrize(
     ("content", "even", "reach"),
-    [(True, None, None), (True, 0.3, None), (True, 0.3, 17.5), (False, None, None)],
+    [
+        (True, None, None),
+        (True, 0.3, None),
+        (True, 0.3, 17.5),
+        (True, 0.3, 0.0),
+        (False, None, None),
+    ],
 )
 @pytest.mark.parametrize(
     ("kind", "heads", "kv_heads"),
@@ -134,6 +141,8 @@ def test_running_budgets_equal_the_formulas(
     offset = torch.linspace(0.1, 0.6, heads, device=DEVICE).requires_grad_()
     base = torch.tensor(0.85, device=DEVICE)
     part, far = (None if x is None else torch.tensor(x, device=DEVICE) for x in (even, reach))
+    if reach == 0:
+        far = documents_reach(rows)
     exact, _, complexity, whole = running_budget_op(
         means if content else None, gain if content else None, offset if content else None, base,
         spans, rows.diagonal_first[:, 0].contiguous(), rows.document[:, 0].contiguous(),

@@ -417,7 +417,8 @@ def share_kernel(
     means, m_stride_b, m_stride_h, m_stride_j, prefix, totals,
     rows, r_stride_b, diagonal, d_stride_b,
     forced, f_stride_b, f_stride_h, limit, l_stride_b, l_stride_h,
-    gain, offset, base_sparsity, even, reach, exact, slope, complexity, units,
+    gain, offset, base_sparsity, even, reach, c_stride_b, c_stride_i,
+    exact, slope, complexity, units,
     num_rows, columns, steps, heads, kv_heads,
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNKS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, LOWER: tl.constexpr,
@@ -449,7 +450,8 @@ def share_kernel(
     most = tl.load(limit + batch * l_stride_b + head * l_stride_h + row, mask=ok, other=0)
     count = allowed.to(tl.float32)
     if REACH:
-        count = tl.maximum(count, tl.load(reach))
+        far = reach + batch * c_stride_b + row * c_stride_i
+        count = tl.maximum(count, tl.load(far, mask=ok, other=0.0))
     earned = keep.to(tl.float64) * count.to(tl.float64)
     if LOWER:
         part = tl.load(even).to(tl.float64)
@@ -547,8 +549,8 @@ def running_budget_op(
     """Exact budgets ``(b, p, i)``, their slope in the factor, the complexity, whole budgets.
 
     Arguments as of :func:`budget_op`; ``document`` is ascending. ``even`` (0-dim float32 or None):
-    so much of what lies above the forced blocks. ``reach`` (likewise): rows that see fewer blocks
-    count as seeing so many. Shares are counted in units of ``2**-bits``.
+    so much of what lies above the forced blocks. ``reach`` (float32, 0-dim or ``(1 or b, 1, i)``):
+    rows that see fewer blocks count as seeing so many. Shares are counted in ``2**-bits`` blocks.
     """
     exact, slope, complexity = _empty(rule, batch, heads)
     rows, device = exact.shape[2], exact.device
@@ -558,13 +560,17 @@ def running_budget_op(
     units = torch.empty(exact.shape, dtype=torch.int64, device=device)
     document, forced, limit = document.contiguous(), forced.contiguous(), limit.contiguous()
     bounds = (forced, *plane_strides(forced), limit, *plane_strides(limit))
+    far: tuple[Any, ...] = (exact, 0, 0)
+    if reach is not None:
+        reach = reach.contiguous()
+        far = (reach, batch_stride(reach), 1) if reach.dim() else (reach, 0, 0)
     with on_device(device):
         content, learned, counts, constants = _launch_prefix(
             means, gain, offset, base_sparsity, rule, diagonal, has_diagonal, exact
         )
         share_kernel[(triton.cdiv(rows, 16), batch * heads)](
-            *content, *bounds, *learned, exact if even is None else even,
-            exact if reach is None else reach, exact, slope, complexity, units, rows, *counts,
+            *content, *bounds, *learned, exact if even is None else even, *far,
+            exact, slope, complexity, units, rows, *counts,
             ROWS=16, BITS=bits, LOWER=even is not None, REACH=reach is not None, **constants,
             enable_fp_fusion=False, **overlap(device),
         )  # fmt: skip

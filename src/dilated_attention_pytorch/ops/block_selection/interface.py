@@ -231,8 +231,8 @@ def row_budget(
         offset: ``(p,)``, with ``means``.
         even: 0-dim float32: the integer budgets take so much of what lies above the forced
             blocks. None: all of it.
-        reach: 0-dim float32, for running budgets: rows that see fewer blocks count as seeing so
-            many.
+        reach: float32, 0-dim or ``(1 or batch, 1, i)``, for running budgets: rows that see fewer
+            blocks count as seeing so many.
         running: :func:`running_budget` in their place, by the complexity of what lies before each
             row; from equal complexities the integers equal PyTorch's.
 
