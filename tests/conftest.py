@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import atexit
+import gc
 import os
 import signal
 import tempfile
@@ -29,6 +30,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # One process per core runs the tests; more threads than cores only wait for each other.
 torch.set_num_threads(1)
+
+# What the imports made stays: the collector need not look at it again and again.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("suite")

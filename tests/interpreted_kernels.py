@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Any
 
-NAMES = ("_patch_lang", "_LangPatchScope", "GridExecutor", "ReduceOps", "_get_np_dtype")
+NAMES = (
+    "_patch_lang",
+    "_LangPatchScope",
+    "GridExecutor",
+    "ReduceOps",
+    "_get_np_dtype",
+    "interpreter_semantic",
+    "_patch_attr",
+    "_validate_np_data_size",
+)
+CORE_NAMES = (
+    "block_type",
+    "pointer_type",
+    "tensor",
+    "tuple",
+    "constexpr",
+    "add",
+    "_unwrap_if_constexpr",
+)
+SEMANTIC_NAMES = (
+    "broadcast_impl_value",
+    "binary_op_sanitize_overflow_impl",
+    "binary_op_type_checking_impl",
+    "scalar_constant",
+    "cast",
+)
 
 
 def hasten_interpreter() -> None:
@@ -19,10 +45,16 @@ def hasten_interpreter() -> None:
         return
     _prepare_once(interpreter)
     _remember_types(interpreter, tl)
-    if all(hasattr(tl.core, name) for name in ("block_type", "tensor", "tuple", "constexpr")):
+    if all(hasattr(tl.core, name) for name in CORE_NAMES):
         _remember_shapes(tl.core)
-        if hasattr(getattr(tl.semantic, "TritonSemantic", None), "broadcast_impl_value"):
-            _broadcast_what_differs(tl.semantic.TritonSemantic)
+        semantic = getattr(tl.semantic, "TritonSemantic", None)
+        if all(hasattr(semantic, name) for name in SEMANTIC_NAMES):
+            _broadcast_what_differs(semantic)
+            # Not of the compiler, whose values belong to one kernel each.
+            _check_no_overflow_in_vain(interpreter.interpreter_semantic)
+            _check_types_that_differ(interpreter.interpreter_semantic, tl.core)
+        _call_directly(interpreter, tl.core)
+        _validate_at_once(interpreter, tl.core)
     if hasattr(tl.standard, "_xor_combine"):
         _reduce_at_once(interpreter, tl)
 
@@ -73,28 +105,51 @@ def _remember_shapes(core: Any) -> None:
     make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
     types: dict[Any, dict[str, Any]] = {}
     shapes: dict[Any, tuple[Any, Any]] = {}
+    others: dict[Any, Any] = {}
 
     def type_init(self: Any, element_ty: Any, shape: Any) -> None:
         # Pointers have no hash.
         if type(element_ty) is not core.dtype:
             make_type(self, element_ty, shape)
+            self.sides = tuple(self.shape)
             return
-        key = (element_ty, *(x.value if isinstance(x, core.constexpr) else x for x in shape))
+        key = (
+            element_ty.name,
+            *[x.value if isinstance(x, core.constexpr) else x for x in shape],
+        )
         if key not in types:
             make_type(self, element_ty, shape)
+            self.sides = tuple(self.shape)
             types[key] = dict(vars(self))
         self.__dict__.update(types[key])
 
+    def with_element_ty(self: Any, scalar_ty: Any) -> Any:
+        if type(scalar_ty) is not core.dtype:
+            return core.block_type(scalar_ty, self.shape)
+        key = (scalar_ty.name, self.sides)
+        found = others.get(key)
+        if found is None:
+            found = others[key] = core.block_type(scalar_ty, self.shape)
+        return found
+
     def tensor_init(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape) if type.is_block() else ()
-        if key not in shapes:
+        key = type.sides if type.is_block() else ()
+        found = shapes.get(key)
+        if found is None:
             make_tensor(self, handle, type)
             shapes[key] = self.shape, self.numel
             return
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shapes[key]
+        self.shape, self.numel = found
 
+    def same(self: Any, other: Any) -> bool:
+        return self is other or equal(self, other)
+
+    equal = core.dtype.__eq__
+    core.dtype.__eq__ = same
+    core.dtype.__hash__ = lambda self: hash(self.name)
     core.block_type.__init__ = type_init
+    core.block_type.with_element_ty = with_element_ty
     core.tensor.__init__ = tensor_init
 
 
@@ -104,11 +159,129 @@ def _broadcast_what_differs(semantic: Any) -> None:
 
     def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
         a, b = lhs.type, rhs.type
-        if a.is_block() and b.is_block() and a.shape.values == b.shape.values:
+        if a.is_block():
+            if b.is_block() and a.sides == b.sides:
+                return lhs, rhs
+        elif not b.is_block():
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast_values
+
+
+def _check_no_overflow_in_vain(own: Any) -> None:
+    """Sums and products of integers were computed a second time, for a check of debugging."""
+    check = own.binary_op_sanitize_overflow_impl
+
+    def check_if_asked(lhs: Any, rhs: Any, binary_op: Any) -> None:
+        # Without debugging `device_assert` leaves out what it is given.
+        if own.builder.options.debug:
+            check(lhs, rhs, binary_op)
+
+    own.binary_op_sanitize_overflow_impl = check_if_asked
+
+
+def _check_types_that_differ(own: Any, core: Any) -> None:
+    """Operands of one type need no common type, and a number becomes a tensor once.
+
+    What Triton makes of a number next to a type, it is asked once.
+    """
+    find = own.binary_op_type_checking_impl
+    numbers_of: dict[Any, Any] = {}
+    common: dict[Any, Any] = {}
+
+    def of_number(near: Any, number: Any, options: tuple[Any, ...], left: bool) -> Any:
+        """The type that a tensor is cast to beside a number, and the number, as large as it."""
+        sides = near.type.sides if near.type.is_block() else ()
+        key = near.dtype.name, type(number), number, options, left, sides
+        found = numbers_of.get(key)
+        if found is None:
+            zero = own.scalar_constant(0, near.dtype)
+            pair = find(*((number, zero) if left else (zero, number)), *options)
+            zero, constant = reversed(pair) if left else pair
+            if sides:
+                whole = own.full(sides, 0, zero.dtype)
+                _, constant = own.broadcast_impl_value(whole, constant)
+            constant.handle.data.flags.writeable = False
+            found = zero.dtype, constant
+            # Not a number equals nothing, not even itself.
+            if number == number:
+                numbers_of[key] = found
+        return found
+
+    def check_types(
+        lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True, div_or_mod: bool = False,
+    ) -> Any:  # fmt: skip
+        options = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
+        a = lhs.dtype if type(lhs) is core.tensor else None
+        b = rhs.dtype if type(rhs) is core.tensor else None
+        if type(a) is core.dtype and type(b) is core.dtype:
+            if arithmetic_check and (a is not b or div_or_mod):
+                key = a.name, b.name, div_or_mod
+                if key not in common:
+                    common[key] = own.computation_type_impl(a, False, b, False, div_or_mod)
+                lhs, rhs = own.cast(lhs, common[key]), own.cast(rhs, common[key])
+            return own.broadcast_impl_value(lhs, rhs)
+        if type(a) is core.pointer_type and type(b) is core.dtype:
+            if allow_lhs_ptr and not b.is_floating():
+                return own.broadcast_impl_value(lhs, rhs)
+        elif not arithmetic_check:
+            pass
+        elif type(a) is core.dtype and isinstance(rhs, numbers.Number):
+            dtype, constant = of_number(lhs, rhs, options, False)
+            return own.cast(lhs, dtype), constant
+        elif type(b) is core.dtype and isinstance(lhs, numbers.Number):
+            dtype, constant = of_number(rhs, lhs, options, True)
+            return constant, own.cast(rhs, dtype)
+        return find(lhs, rhs, *options)
+
+    cast = own.cast
+
+    def cast_what_differs(input: Any, dst_ty: Any, fp_downcast_rounding: str | None = None) -> Any:
+        if input.dtype is dst_ty.scalar:
+            return input
+        return cast(input, dst_ty, fp_downcast_rounding)
+
+    own.cast = cast_what_differs
+    own.binary_op_type_checking_impl = check_types
+
+
+def _call_directly(interpreter: Any, core: Any) -> None:
+    """Functions of the language without the layer that only asks who calls them."""
+    patch, layer = interpreter._patch_attr, core.add.__code__
+
+    def patch_attr(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        if getattr(member, "__code__", None) is not layer:
+            patch(obj, name, member, builder, scope)
+            return
+        inner, semantic = member.__wrapped__, interpreter.interpreter_semantic
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = semantic
+            return inner(*args, **kwargs)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch_attr
+    unwrap = core._unwrap_if_constexpr
+
+    def unwrap_others(o: Any) -> Any:
+        return o if type(o) is core.tensor else unwrap(o)
+
+    core._unwrap_if_constexpr = unwrap_others
+
+
+def _validate_at_once(interpreter: Any, core: Any) -> None:
+    """That no array is wider than its type, in one line."""
+    pointer = core.pointer_type
+
+    def validate(np_array: Any, tl_dtype: Any) -> bool:
+        if isinstance(tl_dtype, pointer):
+            return True
+        return bool(np_array.itemsize * 8 <= max(tl_dtype.primitive_bitwidth, 8))
+
+    interpreter._validate_np_data_size = validate
 
 
 def _reduce_at_once(interpreter: Any, tl: Any) -> None:
