@@ -15,6 +15,7 @@ NAMES = (
     "interpreter_semantic",
     "_patch_attr",
     "_validate_np_data_size",
+    "TensorHandle",
 )
 CORE_NAMES = (
     "block_type",
@@ -49,10 +50,11 @@ def hasten_interpreter() -> None:
         _remember_shapes(tl.core)
         semantic = getattr(tl.semantic, "TritonSemantic", None)
         if all(hasattr(semantic, name) for name in SEMANTIC_NAMES):
-            _broadcast_what_differs(semantic)
             # Not of the compiler, whose values belong to one kernel each.
-            _check_no_overflow_in_vain(interpreter.interpreter_semantic)
-            _check_types_that_differ(interpreter.interpreter_semantic, tl.core)
+            own = interpreter.interpreter_semantic
+            _broadcast_what_differs(own, interpreter, tl.core)
+            _check_no_overflow_in_vain(own)
+            _check_types_that_differ(own, tl.core)
         _call_directly(interpreter, tl.core)
         _validate_at_once(interpreter, tl.core)
     if hasattr(tl.standard, "_xor_combine"):
@@ -105,7 +107,6 @@ def _remember_shapes(core: Any) -> None:
     make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
     types: dict[Any, dict[str, Any]] = {}
     shapes: dict[Any, tuple[Any, Any]] = {}
-    others: dict[Any, Any] = {}
 
     def type_init(self: Any, element_ty: Any, shape: Any) -> None:
         # Pointers have no hash.
@@ -113,24 +114,16 @@ def _remember_shapes(core: Any) -> None:
             make_type(self, element_ty, shape)
             self.sides = tuple(self.shape)
             return
-        key = (
-            element_ty.name,
-            *[x.value if isinstance(x, core.constexpr) else x for x in shape],
-        )
+        sides = tuple([x.value if isinstance(x, core.constexpr) else x for x in shape])
+        key = element_ty.name, sides
         if key not in types:
             make_type(self, element_ty, shape)
-            self.sides = tuple(self.shape)
+            self.sides = sides
             types[key] = dict(vars(self))
         self.__dict__.update(types[key])
 
     def with_element_ty(self: Any, scalar_ty: Any) -> Any:
-        if type(scalar_ty) is not core.dtype:
-            return core.block_type(scalar_ty, self.shape)
-        key = (scalar_ty.name, self.sides)
-        found = others.get(key)
-        if found is None:
-            found = others[key] = core.block_type(scalar_ty, self.shape)
-        return found
+        return block_of(core, scalar_ty, self.sides)
 
     def tensor_init(self: Any, handle: Any, type: Any) -> None:
         key = type.sides if type.is_block() else ()
@@ -153,20 +146,45 @@ def _remember_shapes(core: Any) -> None:
     core.tensor.__init__ = tensor_init
 
 
-def _broadcast_what_differs(semantic: Any) -> None:
-    """Blocks of one shape need no look at every side of theirs."""
-    broadcast = semantic.broadcast_impl_value
+def block_of(core: Any, scalar: Any, sides: tuple[int, ...]) -> Any:
+    """The type of blocks of a shape, made once per type of their elements."""
+    blocks = vars(scalar).setdefault("blocks", {})
+    if sides not in blocks:
+        blocks[sides] = core.block_type(scalar, list(sides))
+    return blocks[sides]
 
-    def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
-        a, b = lhs.type, rhs.type
-        if a.is_block():
-            if b.is_block() and a.sides == b.sides:
-                return lhs, rhs
-        elif not b.is_block():
+
+def _broadcast_what_differs(own: Any, interpreter: Any, core: Any) -> None:
+    """What the shapes of two operands become is asked once per pair of shapes."""
+    import numpy as np
+
+    broadcast, handle_of = own.broadcast_impl_value, interpreter.TensorHandle
+    joint: dict[Any, Any] = {}
+
+    def enlarge(x: Any, sides: tuple[int, ...]) -> Any:
+        handle, given = x.handle, x.handle.data
+        scalar = handle.dtype.scalar
+        dtype = given.dtype if x.type.is_block() else interpreter._get_np_dtype(handle.dtype)
+        data = np.empty(sides, dtype)
+        data[...] = given
+        return core.tensor(handle_of(data, scalar), block_of(core, x.dtype, sides))
+
+    def broadcast_values(lhs: Any, rhs: Any) -> Any:
+        a = lhs.type.sides if lhs.type.is_block() else ()
+        b = rhs.type.sides if rhs.type.is_block() else ()
+        if a == b:
             return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        sides = joint.get((a, b))
+        if sides is None:
+            lhs, rhs = broadcast(lhs, rhs)
+            joint[a, b] = lhs.type.sides
+            return lhs, rhs
+        return (
+            lhs if a == sides else enlarge(lhs, sides),
+            rhs if b == sides else enlarge(rhs, sides),
+        )
 
-    semantic.broadcast_impl_value = broadcast_values
+    own.broadcast_impl_value = broadcast_values
 
 
 def _check_no_overflow_in_vain(own: Any) -> None:
