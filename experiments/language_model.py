@@ -15,8 +15,8 @@ before; with blocks of 64 (0.909 by tiles) 6, two of them likewise.
     python experiments/language_model.py --quick
 
 One seed of every method comes first, then the other two seeds, and at last one seed of larger
-blocks. *Adaptive defaults* is what ``train`` sets at this length: a budget by content, blocks of
-64. ``language_model_speed.py`` measures speeds alone, at longer contexts too. See
+blocks. *Adaptive defaults* is what ``train`` sets at this length: a budget by content, a
+dense start. ``language_model_speed.py`` measures speeds alone, at longer contexts too. See
 ``harness.py`` for the other options.
 """
 
@@ -205,10 +205,8 @@ def _cells() -> list[Cell]:
 
     main = [cell(method, 0.0 if method == "dense" else 0.9) for method in methods]
     main += [cell("adaptive", sparsity) for sparsity in (0.8, 0.95)]
-    # What ``train`` sets at this length, and with the others' block size.
     defaults = {"attention": "adaptive", "sparsity": 0.9, "defaults": True}
-    main += [Cell("adaptive defaults", {**defaults, "block_size": LARGE})]
-    main += [Cell("adaptive defaults, blocks of 32", defaults)]
+    main += [Cell("adaptive defaults", defaults)]
     large = [cell(method, 0.9, large=True) for method in methods if method != "dense"]
     large.append(cell("adaptive", 0.8, large=True))
     return [*main, *large]

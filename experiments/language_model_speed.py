@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FACTORS = (1, 2, 4, 8)
-_DEFAULTS = {"attention": "adaptive", "sparsity": 0.9, "defaults": True, "settled": True}
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense", "sparsity": 0.0},
-    "adaptive defaults": {**_DEFAULTS, "block_size": 64},
-    "adaptive defaults, blocks of 32": _DEFAULTS,
+    "adaptive defaults": {
+        "attention": "adaptive",
+        "sparsity": 0.9,
+        "defaults": True,
+        "settled": True,
+    },
     "adaptive 0.8": {"attention": "adaptive", "sparsity": 0.8},
     "adaptive 0.9": {"attention": "adaptive", "sparsity": 0.9},
     "adaptive 0.95": {"attention": "adaptive", "sparsity": 0.95},

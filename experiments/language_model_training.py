@@ -87,8 +87,7 @@ def build_model(settings: Mapping[str, Any], size: Size) -> Transformer:
     Every row of every sparse method reads the same number of blocks: its own, the one before, and
     others. A budget by content with ``query_scope="past"`` is a share of what a row sees: at 0.9
     rows up to the 40th of 128 would have nothing to choose, as their forced blocks use it up.
-    With ``"defaults"`` a cell has instead what ``dilated-attention train`` would set, but for the
-    block size of the cell.
+    With ``"defaults"`` a cell has instead what ``dilated-attention train`` sets at its length.
     """
     num_blocks = size.seq_len // size.block_size
     per_row = blocks_per_row(settings["sparsity"], num_blocks)
@@ -101,7 +100,6 @@ def build_model(settings: Mapping[str, Any], size: Size) -> Transformer:
     config = AdaptiveConfig(**values)
     if settings.get("defaults"):
         config = build_settings({"seq_len": size.seq_len})[0].config
-        config = replace(config, block_size=size.block_size)
 
     def make(num_heads: int, head_dim: int) -> nn.Module:
         if settings["attention"] == "flex_window":
