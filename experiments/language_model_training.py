@@ -176,6 +176,15 @@ class Replay:
     steps: int = 0
 
 
+def fixed_when_recorded(model: nn.Module) -> list[tuple[float, bool]]:
+    """What a step that was recorded as a CUDA graph no longer follows, of every adaptive layer.
+
+    The trainer moves both: the sparsity, whether random blocks are read.
+    """
+    layers = (m for m in model.modules() if isinstance(m, BlockSparseAdaptive))
+    return [(layer.densest, layer.explores) for layer in layers]
+
+
 class Training:
     """A model, its optimiser and its data; :meth:`step` waits for nothing on the device.
 
@@ -241,18 +250,13 @@ class Training:
         windows = self.windows.next_batch(size.batch_size)
         loss = self._update(windows) if self.replay is None else self._replay(windows, self.replay)
         if self.trainer is not None:
-            before = self._scheduled()
+            before = fixed_when_recorded(self.model)
             self.trainer.step()
-            if self.replay is not None and self._scheduled() != before:
+            if self.replay is not None and fixed_when_recorded(self.model) != before:
                 # Another number of blocks, or no random ones: another graph.
                 self.replay.graph, self.replay.steps = None, 0
         self.done += 1
         return loss
-
-    def _scheduled(self) -> list[tuple[float, bool]]:
-        """What a recorded step holds fast of every adaptive layer: sparsity, and exploration."""
-        layers = (m for m in self.model.modules() if isinstance(m, BlockSparseAdaptive))
-        return [(layer.densest, layer.explores) for layer in layers]
 
     def _update(self, windows: Tensor) -> Tensor:
         self.model.train()

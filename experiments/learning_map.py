@@ -39,6 +39,7 @@ from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, Trai
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
 from dilated_attention_pytorch.tasks.needle import NeedleBatch, NeedleTask, needle_config
 from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer, parameter_groups
+from language_model_training import fixed_when_recorded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment, where
@@ -265,17 +266,12 @@ class Run:
         with torch.cuda.stream(self.stream):
             self.accuracy[self.done], self.sparsity[self.done] = self.latest
             if self.trainer is not None:
-                before = self._scheduled()
+                before = fixed_when_recorded(self.model)
                 self.trainer.step()
-                if self._scheduled() != before:
+                if fixed_when_recorded(self.model) != before:
                     # Another number of blocks: another graph.
                     self.graph, self.since_change = None, 0
         self.done += 1
-
-    def _scheduled(self) -> list[float]:
-        trainer = self.trainer
-        arrivals = [] if trainer is None else trainer.arrivals
-        return [trainer.sparsity(self.config.base_sparsity, arrival) for arrival in arrivals]
 
     def _replay(self) -> None:
         self.since_change += 1

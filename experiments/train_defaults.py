@@ -76,7 +76,7 @@ def train(
         last = training.step()
     found, chosen = training.validate(), chosen_share(training)
     return {
-        **named(length, attention, seed, device), "steps": run.steps,
+        "steps": run.steps,
         "loss": found.loss, "sparsity": found.sparsity, "training_sparsity": last.sparsity,
         "chosen": chosen, "text": text.source,
         "seconds": round(time.perf_counter() - start, 1),
@@ -178,6 +178,7 @@ def main() -> None:
                     if any(all(run[k] == v for k, v in key.items()) for run in load(path)):
                         continue
                     found = train(length, method, seed, parsed.text, parsed.device, parsed.quick)
+                    found = key | found
                     with path.open("a") as file:
                         file.write(json.dumps(found) + "\n")
                     print(f"{length} {method} {seed}: {found['loss']:.4f}", flush=True)

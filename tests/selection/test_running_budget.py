@@ -15,6 +15,7 @@ from dilated_attention_pytorch.selection.budget import (
     documents_reach,
     next_budget,
     running_budget,
+    seen_blocks,
     share_units,
 )
 
@@ -69,8 +70,8 @@ def test_equals_a_loop_and_one_row_after_another(data: st.DataObject) -> None:
         assert got[0, head].tolist() == want
     # What is lowered are whole budgets alone.
     assert torch.equal(exact, running_budget(keep, forced, limit, rows, None, given_reach)[0])
-    units = share_units(keep, rows.num_allowed, forced, limit, given_even, given_reach)
-    earned = units.cumsum(-1)
+    seen = seen_blocks(rows.num_allowed, given_reach)
+    earned = share_units(keep, seen, forced, limit, given_even).cumsum(-1)
     given_so_far = torch.zeros(1, heads, 1, dtype=torch.long)
     for i in range(blocks):
         now = slice(i, i + 1)

@@ -226,8 +226,11 @@ def build_settings(
     if attention != "adaptive" and "num_selected_blocks" in config:
         config["budget"] = "fixed"
     try:
-        length = max(changes.get("seq_len", _RUN.seq_len), 1)
-        changes["config"] = _fitting_config(config, length, attention)
+        fitting = _fitting_config(config, max(changes.get("seq_len", _RUN.seq_len), 1))
+        if attention != "adaptive" and "num_local_blocks" not in config:
+            # A fixed pattern is all that it reads.
+            fitting = dataclasses.replace(fitting, num_local_blocks=0)
+        changes["config"] = fitting
         text = TextSettings(**_take(changes, TextSettings))
         loop = LoopSettings(**_take(changes, LoopSettings))
         run = LanguageModelRun(**changes)
@@ -245,15 +248,13 @@ def refuse_nothing_to_choose(config: AdaptiveConfig, sparsity: float, seq_len: i
         raise UsageError(words)
 
 
-def _fitting_config(named: Mapping[str, Any], seq_len: int, attention: str) -> AdaptiveConfig:
-    """What suits the length, unless it is named; a fixed pattern forces no blocks besides."""
+def _fitting_config(named: Mapping[str, Any], seq_len: int) -> AdaptiveConfig:
+    """What suits the length, unless it is named; fixed patterns leave out as much."""
     config = AdaptiveConfig.from_dict({**_RUN.config.to_dict(), **named})
-    if attention != "adaptive" and "num_local_blocks" not in named:
-        config = dataclasses.replace(config, num_local_blocks=0)
     if "block_size" not in named:
         config = dataclasses.replace(config, block_size=fitting_block_size(seq_len))
     if "num_explore_blocks" not in named:
-        many = attention == "adaptive" and seq_len >= _MANY_BLOCKS * config.block_size
+        many = seq_len >= _MANY_BLOCKS * config.block_size
         config = dataclasses.replace(config, num_explore_blocks=int(many))
     if "base_sparsity" in named or config.num_selected_blocks is not None:
         return config

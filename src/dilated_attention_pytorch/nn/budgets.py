@@ -37,6 +37,7 @@ from dilated_attention_pytorch.selection.budget import (
     next_budget,
     round_budget,
     running_budget,
+    seen_blocks,
     share_by_content,
     share_units,
     unit_means,
@@ -65,7 +66,8 @@ class ShareBudget(Budget):
         """Shares of all rows; with ``by_content`` the larger of those and what scores win."""
         inputs, rows = scored.inputs, scored.inputs.rows
         held = None if layer.keeps_all else layer.held_budget(inputs.mark)
-        if held is not None and held.moves is not None and layer.looks_back(inputs.mask):
+        back = layer.looks_back(inputs.mask)
+        if held is not None and held.moves is not None and back:
             held = dataclasses.replace(held, reach=documents_reach(rows))
         share = self._shares_by_kernels if scored.kernels else self._shares
         exact, whole = share(layer, scored, held)
@@ -74,7 +76,7 @@ class ShareBudget(Budget):
         keep = 1 - layer.base_sparsity.detach()
         if held is None or not held.scores_decide:
             return RowBudgets(whole, keep)
-        most = score_bound(layer, rows, held if layer.looks_back(inputs.mask) else None)
+        most = score_bound(layer, seen_blocks(rows.num_allowed, held.reach if back else None))
         if scored.kernels:
             count = count_above(
                 scored.scores, scored.numbers, inputs.intervals, held.threshold, most
@@ -190,7 +192,8 @@ class ShareBudget(Budget):
             keep = share_by_content(keep, factor)
         if layer.past:
             forced, limit = room(layer, rows, blocks)
-            units = share_units(keep, rows.num_allowed, forced, limit, even, reach)
+            seen = seen_blocks(rows.num_allowed, reach)
+            units = share_units(keep, seen, forced, limit, even)
             memory.earned[:, :, 1 : blocks + 1] = units.cumsum(-1)
             _, budget = running_budget(keep, forced, limit, rows, even, reach)
             memory.given[:, :, 1 : blocks + 1] = budget.cumsum(-1)
@@ -209,14 +212,16 @@ class ShareBudget(Budget):
         forced, limit = candidates.counts()
         keep = (1 - layer.base_sparsity).expand(scores.shape[:3])
         held = layer.held_budget()
+        reach = None if held is None or not layer.past else held.reach
+        seen = seen_blocks(row.rows.num_allowed, reach)
         if held is not None and complexity is not None:
             factor = content_factor(layer, held, complexity)
             keep = share_by_content(keep, factor)
             if not layer.past:
                 row.put(memory.factors, 0, factor)
         if layer.past:
-            even, reach = (None, None) if held is None else (held.even, held.reach)
-            units = share_units(keep, row.rows.num_allowed, forced, limit, even, reach)
+            even = None if held is None else held.even
+            units = share_units(keep, seen, forced, limit, even)
             earned = row.at(memory.earned, -1) + units
             given = row.at(memory.given, -1)
             budget = next_budget(earned, given, forced, limit)
@@ -227,8 +232,7 @@ class ShareBudget(Budget):
         if held is None or not held.scores_decide:
             return budget
         count = blocks_above(
-            scores, candidates.scored, held.threshold,
-            score_bound(layer, row.rows, held if layer.past else None),
+            scores, candidates.scored, held.threshold, score_bound(layer, seen),
             heads_compete=candidates.indices is None,
         )  # fmt: skip
         return torch.maximum(budget, forced + count)
@@ -374,10 +378,9 @@ def lower(exact: Tensor, forced: Tensor, even: Tensor | None) -> Tensor:
     return exact if even is None else forced + even * (exact - forced)
 
 
-def score_bound(layer: BudgetLayer, rows: RowRange, held: HeldBudget | None) -> Tensor:
-    """The most scored blocks that scores can win each row; ``held``: of a row that looks back."""
-    reach = None if held is None else held.reach
-    return most_by_score(1 - layer.base_sparsity, rows.num_allowed, MOST_FACTOR, reach)
+def score_bound(layer: BudgetLayer, seen: Tensor) -> Tensor:
+    """The most scored blocks that scores can win rows that count as seeing so many."""
+    return most_by_score(1 - layer.base_sparsity, seen, MOST_FACTOR)
 
 
 def content_factor(layer: BudgetLayer, held: HeldBudget, complexity: Tensor) -> Tensor:

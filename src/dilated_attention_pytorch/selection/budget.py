@@ -270,25 +270,21 @@ _DOCUMENT_STEP = 1 << 40
 
 
 def share_units(
-    keep: Tensor, allowed: Tensor, forced: Tensor, limit: Tensor, even: Tensor | None = None,
-    reach: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """What each row may spend, in units of ``2**-16`` blocks.
-
-    That is ``min(keep * max(allowed, reach), limit)``.
+    keep: Tensor, seen: Tensor, forced: Tensor, limit: Tensor, even: Tensor | None = None
+) -> Tensor:
+    """What each row may spend, ``min(keep * seen, limit)``, in units of ``2**-16`` blocks.
 
     Args:
         keep: Share κ of the visible blocks, ``(batch, heads, i)`` in [0, 1].
-        allowed: Visible blocks per row, integers that broadcast to the same shape.
-        forced: Forced blocks per row, likewise.
+        seen: Blocks that each row counts as seeing (:func:`seen_blocks`); broadcasts to that shape.
+        forced: Forced blocks per row, integers, likewise.
         limit: Forced and candidate blocks per row, likewise.
         even: 0-dim in [0, 1]: so much of what lies above the forced blocks. None: all of it.
-        reach: Rows that see fewer blocks count as seeing so many; broadcasts, too. None: no row.
 
     Returns:
         int64 ``(batch, heads, i)``, so that every device adds up alike.
     """
-    share = keep.detach().double() * seen_blocks(allowed, reach)
+    share = keep.detach().double() * seen
     if even is not None:
         share = even.double() * share + (1 - even.double()) * forced
     share = torch.minimum(share, limit.double())
@@ -296,7 +292,7 @@ def share_units(
 
 
 def seen_blocks(allowed: Tensor, reach: Tensor | None) -> Tensor:
-    """What rows count as seeing: ``max(allowed, reach)`` blocks."""
+    """What rows count as seeing: ``max(allowed, reach)`` blocks; without a reach what they see."""
     return allowed if reach is None else torch.maximum(allowed.to(reach.dtype), reach)
 
 
@@ -306,13 +302,15 @@ def documents_reach(rows: RowRange) -> Tensor:
     Returns:
         ``(1 or b, 1, i)`` float32.
     """
-    allowed = rows.num_allowed
-    lift: Tensor | int = 0
-    if rows.num_documents > 1:
+
+    def compute() -> Tensor:
+        allowed = rows.num_allowed
         # Coming from the end, an earlier document stands above all that was before.
         lift = (rows.num_documents - rows.document.expand(allowed.shape)) * _DOCUMENT_STEP
-    last = (allowed.long() + lift).flip(-1).cummax(-1).values.flip(-1) - lift
-    return last.clamp(max=MOST_REACH).float()
+        last = (allowed.long() + lift).flip(-1).cummax(-1).values.flip(-1) - lift
+        return last.clamp(max=MOST_REACH).float()
+
+    return rows.remember("reach", compute)
 
 
 def next_budget(earned: Tensor, given: Tensor, forced: Tensor, limit: Tensor) -> Tensor:
@@ -341,8 +339,8 @@ def running_budget(
     with the head's rounding phase φ: the share κ of the visible blocks is met by every beginning of
     the sequence, once it is long enough to pay for the forced blocks f. With a reach ``R`` a row
     counts as seeing :math:`\max(a_r, R)` blocks, so that early rows get as many as the row that
-    sees R, as far as there are so many. Rows whose candidates are
-    fewer than their share do not pass the rest on.
+    sees R, as far as there are so many. Rows whose candidates are fewer than their share do not
+    pass the rest on.
 
     Args:
         keep: κ, ``(batch, heads, i)`` in [0, 1].
@@ -350,7 +348,7 @@ def running_budget(
         limit: Forced and candidate blocks per row.
         rows: Visible ranges; its documents are budgeted separately.
         even: As in :func:`share_units`; of the whole budgets alone.
-        reach: As in :func:`share_units`.
+        reach: Rows that see fewer blocks count as seeing so many; broadcasts, too. None: no row.
 
     Returns:
         The real-valued budgets, differentiable in ``keep``, and int32 whole ones, both
@@ -359,9 +357,9 @@ def running_budget(
     shape = torch.broadcast_shapes(keep.shape, forced.shape, limit.shape, rows.low.shape)
     keep, forced, limit = keep.expand(shape), forced.expand(shape), limit.expand(shape)
     allowed, document = rows.num_allowed.expand(shape), rows.document.expand(shape)
-    share = keep * seen_blocks(allowed, reach)
-    exact = torch.minimum(torch.maximum(share, forced.float()), limit.float())
-    earned = _running(share_units(keep, allowed, forced, limit, even, reach), document)
+    seen = seen_blocks(allowed, reach)
+    exact = torch.minimum(torch.maximum(keep * seen, forced.float()), limit.float())
+    earned = _running(share_units(keep, seen, forced, limit, even), document)
     whole = (earned + rounding_phases(shape[1], earned.device)) >> FRACTION_BITS
     demanded = _running(forced.long(), document)
     # given = demanded + the largest surplus so far, which unrolls the recursion.
@@ -435,24 +433,21 @@ def blocks_above(
     return torch.minimum(count, most.to(torch.int32))
 
 
-def most_by_score(
-    keep: Tensor, allowed: Tensor, factor: float, reach: Tensor | None = None
-) -> Tensor:
+def most_by_score(keep: Tensor, seen: Tensor, factor: float) -> Tensor:
     """The most scored blocks that scores can win a row: a multiple of its share, rounded up.
 
     Forced blocks do not count, so that rows that see few blocks can win one.
 
     Args:
         keep: Share of the visible blocks, 0-dim.
-        allowed: Visible blocks per row, integers.
+        seen: Blocks that each row counts as seeing.
         factor: Of the share.
-        reach: As in :func:`share_units`.
 
     Returns:
         int32.
     """
     # In float64 share times blocks is exact.
-    return (keep.double() * factor * seen_blocks(allowed, reach)).ceil().int()
+    return (keep.double() * factor * seen).ceil().int()
 
 
 # Shares are counted in units of 2**-16: lengths can be symbols of torch.compile, whose integers
