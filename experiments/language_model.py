@@ -15,8 +15,8 @@ before; with blocks of 64 (0.909 by tiles) 6, two of them likewise.
     python experiments/language_model.py --quick
 
 One seed of every method comes first, then the other two seeds, and at last one seed of larger
-blocks. *Adaptive defaults* is what ``train`` sets at this length: a budget by content, a
-dense start. ``language_model_speed.py`` measures speeds alone, at longer contexts too. See
+blocks. *Adaptive defaults* is what ``train`` sets at this length, a budget by content.
+``language_model_speed.py`` measures speeds alone, at longer contexts too. See
 ``harness.py`` for the other options.
 """
 

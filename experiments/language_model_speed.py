@@ -33,12 +33,7 @@ if TYPE_CHECKING:
 FACTORS = (1, 2, 4, 8)
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense", "sparsity": 0.0},
-    "adaptive defaults": {
-        "attention": "adaptive",
-        "sparsity": 0.9,
-        "defaults": True,
-        "settled": True,
-    },
+    "adaptive defaults": {"attention": "adaptive", "sparsity": 0.9, "defaults": True},
     "adaptive 0.8": {"attention": "adaptive", "sparsity": 0.8},
     "adaptive 0.9": {"attention": "adaptive", "sparsity": 0.9},
     "adaptive 0.95": {"attention": "adaptive", "sparsity": 0.95},

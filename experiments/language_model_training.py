@@ -192,7 +192,7 @@ class Training:
         settings: Of the cell: ``"attention"`` and ``"sparsity"``; ``"config"``: changes of the
             adaptive layers' config; ``"graph"``: record the step as a CUDA graph and replay it;
             ``"compile"``: compile what surrounds attention; ``"defaults"``: adaptive layers as
-            ``train`` sets them; ``"settled"``: without the dense start.
+            ``train`` sets them.
         size: How large and how long.
         text: Bytes to train on.
         seed: Of weights, order and exploration.
@@ -230,9 +230,8 @@ class Training:
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self.selectors:
             self.trainer = AdaptiveSparsityTrainer(
-                self.model, annealing_steps=max(1, size.steps // 4),
-                dense_steps=0 if settings.get("settled") else None,
-            )  # fmt: skip
+                self.model, annealing_steps=max(1, size.steps // 4), dense_steps=0
+            )
         # On the device: a copy from pageable memory would wait for all steps before.
         self.windows = TextWindows(text.to(device), size.seq_len, seed)
         self.done = 0

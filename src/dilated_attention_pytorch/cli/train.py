@@ -142,7 +142,6 @@ def _asked(run: LanguageModelRun) -> str:
         return ""
     config, reasons, last = run.config, "", run.steps
     if run.attention == "adaptive" and config.estimator == "mass" and config.selector_weight:
-        reasons += "; the first steps are dense"
         last = min(3 * run.annealing_steps, last)
     if run.attention == "adaptive" and config.num_explore_blocks and not config.hard_sparsity:
         reasons += f"; random blocks besides up to step {last:,}"

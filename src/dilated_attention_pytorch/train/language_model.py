@@ -43,7 +43,7 @@ class TrainingError(RuntimeError):
 def _language_config() -> AdaptiveConfig:
     # "past": the choice of blocks, too, must not see a byte that is still to be predicted. A
     # block's first bytes need those just before, which stand in another block. Without random
-    # blocks: among few, the dense start shows where to read, and text learns to lean on them.
+    # blocks: among few, text learns to lean on them.
     return AdaptiveConfig(
         block_size=16, base_sparsity=0.75, query_scope="past", num_local_blocks=1,
         num_explore_blocks=0,
@@ -206,9 +206,11 @@ class LanguageModelTraining:
         )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self._selectors:
+            # Text learns from the first step on, and better without a dense start.
             self.trainer = AdaptiveSparsityTrainer(
-                self.model, annealing_steps=run.annealing_steps, schedule=run.schedule
-            )
+                self.model, annealing_steps=run.annealing_steps, schedule=run.schedule,
+                dense_steps=0,
+            )  # fmt: skip
         self.step_count, self.seconds = 0, 0.0
 
     @property
