@@ -106,7 +106,7 @@ def cell_name(method: str, factor: int) -> str:
 
 def finding(runs: Runs) -> str:
     """Holds the ratios against 1."""
-    own = ratios(runs, "adaptive 0.9")
+    own = ratios(runs, "adaptive defaults")
     lengths = [f"{tokens_of(runs, factor):,}" for factor in own]
     table = [f"| bytes of context | {' | '.join(lengths)} |", "|---" * (len(own) + 1) + "|"]
     for method in METHODS:

@@ -38,14 +38,14 @@ RESULTS = Path(__file__).parent / "results" / "train_defaults"
 METHODS = ("dense", "adaptive")
 SEEDS = (0, 1, 2)
 # What tells one set of defaults from another.
-DEFAULTS = ("asked", "block_size", "local")
+DEFAULTS = ("asked", "block_size", "local", "dense_start")
 
 
 def named(length: int, attention: str, seed: int, device: str) -> dict[str, Any]:
     """What the user of the command names, and what its defaults are then."""
     run, _, _ = build_settings(options_of(length, attention, seed, device))
     config = run.config
-    found = (config.base_sparsity, config.block_size, config.num_local_blocks)
+    found = (config.base_sparsity, config.block_size, config.num_local_blocks, False)
     values = found if attention == "adaptive" else (None,) * len(found)
     return {
         "length": length, "method": attention, "seed": seed, "on": kind(device),
@@ -111,8 +111,11 @@ def load(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    local = {"dense": None, "adaptive": 0}
-    return [{"on": "cpu", "local": local[run["method"]], **run} for run in found]
+    first = {
+        "dense": {"on": "cpu", "local": None, "dense_start": None},
+        "adaptive": {"on": "cpu", "local": 0, "dense_start": True},
+    }
+    return [first[run["method"]] | run for run in found]
 
 
 def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -120,9 +123,9 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     lines = [
         "# What `train` gives with nothing set", "",
         "Held-out loss in nats per byte (mean, and each seed), and sparsity.", "",
-        "| bytes | blocks of | local | asked | held out | chosen of what is read | adaptive | "
-        "dense |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bytes | blocks of | local | dense start | asked | held out | chosen of what is read | "
+        "adaptive | dense |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     adaptive = [run for run in runs if run["method"] == "adaptive"]
     for length, on, *values in sorted({_row(run) for run in adaptive}):
@@ -141,7 +144,8 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         sparse = own["adaptive"]
         lines.append(
             f"| {length:,}{' on a GPU' if on == 'cuda' else ''} | {sparse[0]['block_size']} | "
-            f"{sparse[0]['local']} | {sparse[0]['asked']:g} | "
+            f"{sparse[0]['local']} | {'yes' if sparse[0]['dense_start'] else 'no'} | "
+            f"{sparse[0]['asked']:g} | "
             f"{statistics.mean(r['sparsity'] for r in sparse):.3f} | "
             f"{statistics.mean(r['chosen'] for r in sparse):.2f} | {' | '.join(losses)} |"
         )

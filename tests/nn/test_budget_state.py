@@ -469,19 +469,25 @@ def test_a_resumed_language_model_is_bit_for_bit_the_same(stop: int, tmp_path) -
         held = [buffers[name] for name in sorted(buffers) if "budget_state" in name]
         return list(training.model.state_dict().values()), held, training.trainer.state_dict()
 
-    whole = LanguageModelTraining(run, text)
+    def start() -> LanguageModelTraining:
+        # With a dense start, which `train` does without.
+        training = LanguageModelTraining(run, text)
+        training.trainer = AdaptiveSparsityTrainer(training.model, annealing_steps=6)
+        return training
+
+    whole = start()
     seen = []
     while not whole.done:
         whole.step()
         seen.append(float(whole.model.state_dict()["blocks.0.attention.base_sparsity"]))
     # Dense to the cap of 6 steps, and then at once the sparsity: a tenth of 6 is no warm-up.
     assert seen == [0.0] * 5 + [0.5] * 7
-    first = LanguageModelTraining(run, text)
+    first = start()
     while first.step_count < stop:
         first.step()
     torch.save(first.state_dict(), tmp_path / "state.pt")
     torch.manual_seed(99)
-    again = LanguageModelTraining(run, text)
+    again = start()
     again.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert again.trainer.arrivals == ([-1, -1] if stop < 6 else [6, 6])
     while not again.done:

@@ -158,7 +158,7 @@ class ShareBudget(Budget):
         """Its share, rounded up."""
         # With "past" a row may count as seeing more than there is.
         if self.by_content and layer.past:
-            num_blocks = torch.sym_max(num_blocks, MOST_REACH)
+            num_blocks = max(num_blocks, MOST_REACH)
         return min(width, most_visible_share(num_blocks, self._most_kept(layer)))
 
     def _most_kept(self, layer: BudgetLayer) -> float:
