@@ -93,7 +93,7 @@ def test_runs_on_a_gpu_have_a_row_of_their_own(
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert set(alone) < set(lines)
     # Of today's defaults and of those before.
-    for row in ("16 | 0 | 0.8", "16 | 1 | 0.75"):
+    for row in ("16 | 0 | yes | 0.8", "16 | 1 | yes | 0.75"):
         assert sum(line.startswith(f"| 512 on a GPU | {row} |") for line in lines) == 1
     # What ran on a CPU is still to be run on a GPU.
     tried: list[str] = []

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -687,6 +688,20 @@ def test_a_layer_leaves_the_dense_start_when_its_selector_meets_a_peaked_target(
     assert trainer.arrivals == [-1, 60], "looked at every tenth step: at 40, and 20 of warm-up"
     assert seen == [0.0] * 25
     assert float(model[1].base_sparsity) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("peak", "warned"), [(0.1, True), (0.0, False), (0.5, False)])
+def test_a_dense_start_that_ends_on_the_plateau_is_named_once(peak: float, warned: bool) -> None:
+    """0: nothing was measured. 0.5: attention says where to read, its selector not yet."""
+    layer = make(0.9)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=100)
+    layer.budget_state[EVIDENCE, 0] = peak
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert bases(trainer, 120)[-1] == pytest.approx(0.9)
+    words = [str(one.message) for one in said]
+    assert len(words) == warned
+    assert all("step 100: " in each and "higher learning rate" in each for each in words)
 
 
 @pytest.mark.parametrize("skill", [SKILLED + 0.01, 0.0])

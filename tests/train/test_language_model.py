@@ -88,25 +88,6 @@ def test_stopping_after_every_step_changes_nothing(tmp_path, text, attention):
     assert (whole[1][1]["sparsity"] is None) == (attention == "dense")
 
 
-@pytest.mark.parametrize(
-    ("attention", "peak", "steps"),
-    [("adaptive", 0.1, [3]), ("adaptive", 0.9, []), ("local", 0, [])],
-)
-def test_a_plateau_is_named_once(tmp_path, text, attention, peak, steps):
-    """At step 3, where annealing and the longest dense start end."""
-    loop = TrainingLoop.start(
-        tmp_path / "run", dataclasses.replace(RUN, attention=attention), text, EVERY
-    )
-    said = {}
-    for progress in loop.run():
-        if progress.remark:
-            said[progress.result.step] = progress.remark
-        for layer in loop.training.sparse_layers if attention == "adaptive" else []:
-            layer.budget_state[1, 0] = peak
-    assert list(said) == steps
-    assert all("higher learning rate" in words for words in said.values())
-
-
 KILL = """
 import dataclasses, os, signal, sys
 from pathlib import Path

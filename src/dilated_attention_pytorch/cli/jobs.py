@@ -176,6 +176,3 @@ class FolderCommand(ABC):
                 if progress.measured is not None:
                     shown = self.measured(progress.measured)
                     bar.console.print(f"step {training.step_count}: {shown}")
-                if progress.remark:
-                    remark = f"step {training.step_count}: {progress.remark}"
-                    bar.console.print(remark, soft_wrap=True)

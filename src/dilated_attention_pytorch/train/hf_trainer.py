@@ -19,8 +19,8 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
     that ``report_to`` names come first, list them here with ``report_to="none"``.
 
     Args:
-        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training,
-            whose number of steps must then be known.
+        trainer: The schedules. None: those of each layer's config over a quarter of the training,
+            whose number of steps must then be known, without a dense start, as for text.
         every: Steps between two measurements.
         writer: Gets every measurement at its own step, whenever the trainer logs; such as
             ``torch.utils.tensorboard.SummaryWriter``.
@@ -54,7 +54,7 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError("the Trainer gave no model to its callbacks.")
         trainer = self._given
         if trainer is None:
-            trainer = default_schedules(state.max_steps)
+            trainer = default_schedules(state.max_steps, dense_steps=0)
         # A training that failed did not end.
         self.on_train_end(args, state, control)
         self.monitor = SparsityMonitor(trainer, every=self._every, writer=self._writer)

@@ -17,9 +17,9 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
     among them.
 
     Args:
-        trainer: The schedules. None: exponential from 1.0 to 0.1 over a quarter of the training,
-            whose number of steps must then be known: with a stream, or without a limit of epochs,
-            set ``max_steps``.
+        trainer: The schedules. None: those of each layer's config over a quarter of the training,
+            whose number of steps must then be known (with a stream, or without a limit of epochs,
+            set ``max_steps``). Language models want ``AdaptiveSparsityTrainer(dense_steps=0)``.
         every: Steps between two measurements.
 
     Example:

@@ -14,7 +14,6 @@ from torch import Tensor
 from dilated_attention_pytorch.config import check_types, from_plain, to_plain
 from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.models import Transformer
-from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED
 from dilated_attention_pytorch.tasks.text import (
     TextData,
     TextError,
@@ -80,13 +79,11 @@ class Progress:
         result: What the training's ``step`` returned.
         tokens_per_second: Of the step; None where the clock stood still.
         measured: On the held-out text, as in the metrics, if it was measured now.
-        remark: A line for people; empty unless something is to be said.
     """
 
     result: Any
     tokens_per_second: float | None
     measured: dict[str, Any] | None
-    remark: str = ""
 
 
 class FolderLoop(ABC, Generic[Model, Data]):
@@ -135,10 +132,6 @@ class FolderLoop(ABC, Generic[Model, Data]):
     @abstractmethod
     def values(self, result: Any) -> dict[str, Any]:
         """The step's ``loss`` and ``seconds``, and what else a line of metrics holds of it."""
-
-    def remark(self) -> str:
-        """What is to be said of the training after this step; mostly nothing."""
-        return ""
 
     def inputs(self) -> dict[str, str]:
         """A digest of everything that is read beside the text, by what it is."""
@@ -235,7 +228,7 @@ class FolderLoop(ABC, Generic[Model, Data]):
                 measured = self.latest = self.measure()
             if measured is not None or step % every.log_every == 0:
                 self._log(values | (measured or {}), tokens)
-            yield Progress(result, per_second(tokens, seconds), measured, self.remark())
+            yield Progress(result, per_second(tokens, seconds), measured)
             stop = should_stop()
             if stop or last or step % every.checkpoint_every == 0:
                 self.save()
@@ -398,21 +391,6 @@ class TrainingLoop(FolderLoop[LanguageModelTraining, TextData]):
             "layer_sparsity": [round(x, 6) for x in result.layer_sparsity],
             "temperature": result.temperature,
         }
-
-    def remark(self) -> str:
-        """Says once, where the longest dense start ends, that nothing was found to look at."""
-        trainer = self.training.trainer
-        if trainer is None or trainer.current_step != trainer.annealing_steps:
-            return ""
-        peak = trainer.highest_peak()
-        # 0: no row has had three blocks to compare.
-        if peak is None or not 0 < peak < PEAKED:
-            return ""
-        return (
-            "the plateau: no layer's attention says yet where to read (its target is "
-            f"{peak:.2f} of the way from uniform to one block; {PEAKED:g} would be clear). "
-            f"{LEAVE_PLATEAU}"
-        )
 
 
 def check_model_state(run: LanguageModelRun, state: Mapping[str, Any]) -> None:

@@ -69,11 +69,12 @@ class ScalarWriter(Protocol):
         """Writes one number."""
 
 
-def default_schedules(steps: float) -> AdaptiveSparsityTrainer:
+def default_schedules(steps: float, dense_steps: int | None = None) -> AdaptiveSparsityTrainer:
     """The schedules of callbacks that were given none: over a quarter of the training.
 
     Args:
         steps: Optimiser steps of the training.
+        dense_steps: As of :class:`AdaptiveSparsityTrainer`.
 
     Raises:
         ValueError: If they are not known: infinite or negative.
@@ -84,7 +85,8 @@ def default_schedules(steps: float) -> AdaptiveSparsityTrainer:
             "training has no known number of steps to take a quarter of: its data is a stream, or "
             "nothing ends it. Pass one, or set max_steps."
         )
-    return AdaptiveSparsityTrainer(annealing_steps=max(1, int(steps) // 4))
+    annealing = max(1, int(steps) // 4)
+    return AdaptiveSparsityTrainer(annealing_steps=annealing, dense_steps=dense_steps)
 
 
 class SparsityMonitor:

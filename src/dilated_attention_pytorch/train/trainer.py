@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,13 @@ from dilated_attention_pytorch.config import as_int, check_sparsity
 from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, observe_patterns
-from dilated_attention_pytorch.nn.held_budget import PEAKED, SKILLED, peak_of, start_of
+from dilated_attention_pytorch.nn.held_budget import (
+    LEAVE_PLATEAU,
+    PEAKED,
+    SKILLED,
+    peak_of,
+    start_of,
+)
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 
 Schedule = Callable[[float, float, float], float]
@@ -125,6 +132,8 @@ def parameter_groups(
 
 # How often starts are looked for: the host waits for the device then.
 _LOOK_EVERY = 10
+# A start that was shorter says nothing of a plateau.
+_LONG_START = 100
 # What a state holds besides the arrivals.
 _SETTINGS = (
     "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
@@ -146,9 +155,11 @@ class AdaptiveSparsityTrainer:
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block) and the selector says it, too (the mass of its best block
     stands 0.8 of the way from a block at random to the best one), at the latest after
-    ``annealing_steps``. Some are left as they are: layers that say so already, as trained ones do;
-    those whose selector is not taught by the mass of its tiles, or whose budget is no share; and
-    those that were set to a sparsity of their own.
+    ``annealing_steps``, with a warning where attention has not found anything until then. Some are
+    left as they are: layers that say so already, as trained ones do; those whose selector is not
+    taught by the mass of its tiles, or whose budget is no share; and those that were set to a
+    sparsity of their own. Language models learn from the first step on and lose by a dense start:
+    give them ``dense_steps=0``.
 
     At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
     of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
@@ -397,6 +408,18 @@ class AdaptiveSparsityTrainer:
             skilled = skill >= SKILLED or (first and skill == 0)
             if last or (peak >= PEAKED and skilled):
                 self.arrivals[n] = 0 if first else self.current_step + self._warmup
+        if not last or self.current_step < _LONG_START:
+            return
+        # 0: no row has had three blocks to compare.
+        highest = self.highest_peak() or PEAKED
+        if highest < PEAKED:
+            warnings.warn(
+                f"step {self.current_step}: the dense start ends on the plateau: no layer's "
+                f"attention says yet where to read (its target is {highest:.2f} of the way from "
+                f"uniform to one block; {PEAKED:g} would be clear). If the loss falls all the "
+                f"same, as on text, dense_steps=0 is better. {LEAVE_PLATEAU}",
+                stacklevel=3,
+            )
 
     def _apply(self) -> None:
         for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
