@@ -132,10 +132,10 @@ BEYOND_NEEDLES
 **Promise.** `dilated-attention train` at its defaults gives a model as good as a dense one.
 
 **Finding.** The promise holds: the sparse model is better than the dense one after the same steps,
-by 0.06 nats at 512 bytes and by 0.15 at 8,192. Rows without a dense start have today's defaults; the
-others are those of before ([why it left](log.md#a-dense-start-on-text-2026-11-30-refuted)). Much of
-this is won by reading less and near: `diagnose` says of a short training that its selectors hardly
-beat chance. For a model of 25 million parameters see [Language model](#language-model).
+by 0.06 nats at 512 bytes and by 0.15 at 8,192. Rows without a dense start have today's defaults;
+the others are those of before ([why it left](log.md#a-dense-start-on-text-2026-11-30-refuted)).
+Much of this is won by reading less and near: `diagnose` says of a short training that its selectors
+hardly beat chance. For a model of 25 million parameters see [Language model](#language-model).
 
 TRAIN_DEFAULTS
 

@@ -96,7 +96,9 @@ class AdaptiveConfig:
         num_explore_blocks: Uniformly random extra blocks per row while training, on top of the
             budget, until the scheduled temperature is 0: of short sequences they are a large share
             (two of 16 blocks an eighth).
-        query_scope: What a query block's summary sees when causal. ``"block"``: all its tokens,
+        query_scope: What a query block's summary sees when causal. None: ``"past"`` in
+            :class:`MultiheadAdaptiveAttention` (unless ``budget="threshold"``), as in a language
+            model, ``"block"`` in a bare layer and in adapters. ``"block"``: all its tokens,
             so that the *choice* of blocks (never a value) may depend on later tokens of the same
             block; ``"past"``: a window of ``block_size`` tokens that ends with the block's first
             token, which is strictly causal. There a row's budget depends on nothing later, not on
@@ -146,7 +148,7 @@ class AdaptiveConfig:
     num_local_blocks: int = 0
     num_sink_blocks: int = 0
     num_explore_blocks: int = 2
-    query_scope: str = "block"
+    query_scope: str | None = None
     share_within_kv_group: bool = False
     hierarchy: tuple[int, ...] = ()
     hierarchy_keep: int = 8
@@ -159,9 +161,9 @@ class AdaptiveConfig:
         _check_ranges(self)
         check_largest(self)
         _check_hierarchy(self)
-        names = {
+        names: dict[str, tuple[str | None, ...]] = {
             "estimator": ESTIMATORS, "scorer": SCORERS, "budget": BUDGETS,
-            "query_scope": QUERY_SCOPES,
+            "query_scope": (*QUERY_SCOPES, None),
         }  # fmt: skip
         for name, valid in names.items():
             if getattr(self, name) not in valid:
@@ -178,7 +180,7 @@ class AdaptiveConfig:
             raise ValueError(
                 f"num_selected_blocks needs budget='fixed', got budget={self.budget!r}."
             )
-        if self.threshold_floor and self.query_scope != "block":
+        if self.threshold_floor and self.query_scope == "past":
             raise ValueError(
                 "threshold_floor is a share of an even budget over all rows, later ones too: it "
                 f"needs query_scope='block', got {self.query_scope!r}."

@@ -53,6 +53,29 @@ def agree(ours: Tensor, dense: Tensor) -> None:
     torch.testing.assert_close(ours, dense, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("named", "past"),
+    [
+        ({}, True),
+        ({"query_scope": "past"}, True),
+        ({"query_scope": "block"}, False),
+        ({"budget": "threshold", "threshold_floor": 0.5}, False),
+    ],
+)
+def test_causal_calls_choose_by_the_past_unless_told_otherwise(
+    named: dict[str, object], past: bool
+) -> None:
+    layer = make(AdaptiveConfig(base_sparsity=0.6, block_size=16, **named))
+    assert layer.attention.past is past
+    if named.get("budget") == "threshold":
+        return
+    x = tokens(1, 160, DIM)
+    outs = [layer(y, y, y, is_causal=True)[0] for y in (x, x.index_fill(1, torch.tensor(137), 9.0))]
+    # Tokens of the same block that stand before the change.
+    assert torch.equal(outs[0][:, 128:137], outs[1][:, 128:137]) is past
+    assert torch.equal(outs[0][:, :128], outs[1][:, :128])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("causal", [False, True])
@@ -480,7 +503,7 @@ def test_padding_moves_nothing_else() -> None:
 
 
 def test_constructor_arguments_reach_the_layer() -> None:
-    config = AdaptiveConfig(block_size=8)
+    config = AdaptiveConfig(block_size=8, query_scope="block")
     ours = MultiheadAdaptiveAttention(
         DIM, HEADS, 0.0, False, False, False, 24, 20, False, "cpu", torch.float64, num_kv_heads=2,
         segment_lengths=[64], dilation_rates=[2], adaptive_config=config, backend="reference",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,7 +233,9 @@ class MultiheadAdaptiveAttention(nn.Module):
         segment_lengths: Tokens per segment of each dilation group; blocks outside a common segment
             cannot be chosen. None: choose from all blocks.
         dilation_rates: Rate of each group; None without segments.
-        adaptive_config: Settings of the selector; None: ``AdaptiveConfig()``.
+        adaptive_config: Settings of the selector; None: ``AdaptiveConfig()``. Where it names no
+            ``query_scope``, causal calls choose by the past alone, so that the loss of a language
+            model is that of generation.
         backend: Of :func:`block_sparse_attention`.
         cross_attention: Of calls that do not say; None: see :meth:`forward`.
 
@@ -282,8 +284,11 @@ class MultiheadAdaptiveAttention(nn.Module):
         for name, size in (("embed_dim", embed_dim), ("kdim", kdim), ("vdim", vdim)):
             if size < 1:
                 raise ValueError(f"{name} must be positive, got {size}.")
+        config = AdaptiveConfig() if adaptive_config is None else adaptive_config
+        if config.query_scope is None and config.budget != "threshold":
+            config = replace(config, query_scope="past")
         attention = create_adaptive_block_sparse(
-            embed_dim, num_heads, segment_lengths, dilation_rates, adaptive_config,
+            embed_dim, num_heads, segment_lengths, dilation_rates, config,
             num_kv_heads=num_kv_heads, backend=backend,
         )  # fmt: skip
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim, vdim
