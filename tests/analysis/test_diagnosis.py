@@ -150,6 +150,9 @@ def test_attention_that_has_not_found_where_to_look() -> None:
     layer.budget_state[1, 0] = 0.1
     assert verdict("target", layer, x) == "warn"
     assert "learning rate" in diagnose(layer, x)["target"].remedy
+    for last, expected in ((2.4, "warn"), (2.0, "pass")):
+        history = [{"loss": 2.5}, {"validation_loss": 1.0}, *[{"loss": last}] * 20]
+        assert diagnose(layer, x, history=history)["target"].verdict == expected
     layer.set_base_sparsity(0.0)
     assert verdict("target", layer, x) == "skip", "its start is not over"
     layer.set_base_sparsity(0.8)

@@ -22,6 +22,9 @@ from dilated_attention_pytorch.analysis.statistics import pair_similarities, pat
 from dilated_attention_pytorch.nn.held_budget import LEAVE_PLATEAU, PEAKED, peak_of
 from dilated_attention_pytorch.selection.budget import LEAST_FACTOR, MOST_FACTOR
 
+# On a plateau the loss stands still; a loss of so much of the first one has moved.
+_FALLEN = 0.9
+
 Measures = Sequence[SelectorMeasures]
 History = Sequence[Mapping[str, Any]]
 
@@ -120,8 +123,8 @@ def diagnose(
             samples or more, or the check that patterns change with the input is skipped.
         loss_function: Called with the model and the batch; returns the loss that the model is
             trained with. None: the output's ``loss``, or a random projection of the output.
-        history: Metrics of the training, oldest first: mappings with ``"step"`` and
-            ``"temperature"``. Empty: only the present state is judged.
+        history: Metrics of the training, oldest first: mappings with ``"step"``,
+            ``"temperature"`` and ``"loss"``. Empty: only the present state is judged.
 
     Returns:
         One finding per check, in a fixed order.
@@ -219,6 +222,9 @@ def target(measures: Measures, history: History) -> Answer:
         return "pass", text, ""
     if all(m.layer.keeps_all for m, _ in judged):
         return "skip", f"still dense, to find out; {text}", ""
+    losses = [float(line["loss"]) for line in history if line.get("loss") is not None]
+    if losses and (last := sum(losses[-10:]) / len(losses[-10:])) < _FALLEN * losses[0]:
+        return "pass", f"broad, as on text: the loss fell to {last:.3g} all the same; {text}", ""
     return "warn", text, f"The plateau. {LEAVE_PLATEAU}"
 
 

@@ -353,14 +353,8 @@ class ThresholdBudget(Budget):
     ) -> Tensor:
         """Counts what reaches the threshold of the newest length."""
         by_score = _count_above(scores, candidates, newest_thresholds(layer, memory, row))
-        if not layer.threshold_floor:
-            return by_score
-        rows = row.so_far(blocks)
-        least = floor_budget(
-            layer.threshold_floor, 1 - layer.densest, *room(layer, rows, blocks), rows,
-            candidates.width,
-        )  # fmt: skip
-        return torch.maximum(by_score, row.newest(least, layer.pattern_heads))
+        least = newest_floor(layer, row, blocks, candidates.width)
+        return by_score if least is None else torch.maximum(by_score, least)
 
 
 def budget_of(budget: str, num_selected_blocks: int | None = None) -> Budget:
@@ -449,6 +443,16 @@ def threshold_floor(layer: BudgetLayer, inputs: SelectionInputs) -> Tensor | Non
 
     # It follows from lengths and the rule alone, so layers of a model share it.
     return rows.remember((rule, "floor", share, sparsity), compute)
+
+
+def newest_floor(layer: BudgetLayer, row: NewestRow, blocks: int, width: int) -> Tensor | None:
+    """The same for the newest row of each sample, by all its rows so far: ``(b, heads, 1)``."""
+    if not layer.threshold_floor:
+        return None
+    rows, sparsity = row.so_far(blocks), 1 - layer.densest
+    limits = room(layer, rows, blocks)
+    least = floor_budget(layer.threshold_floor, sparsity, *limits, rows, width)
+    return row.newest(least, layer.pattern_heads)
 
 
 def row_lengths(layer: BudgetLayer, inputs: SelectionInputs) -> int | Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import ceil_div
-from dilated_attention_pytorch.nn.budgets import newest_thresholds, rule_of
+from dilated_attention_pytorch.nn.budgets import newest_floor, newest_thresholds, rule_of
 from dilated_attention_pytorch.nn.scorings import has_token_kernel
 from dilated_attention_pytorch.nn.select import slot_bias
 from dilated_attention_pytorch.nn.selector import CachedKeys, SelectorLayer
@@ -347,8 +347,10 @@ def list_blocks(
         complexity = _summarise(layer, memory, row)
     if cached is not None and _lists_at_once(layer, cached, blocks):
         scores = layer.scoring.newest(layer, memory, row, None, cached, blocks)
-        threshold = newest_thresholds(layer, memory, row)
-        counts, indices = threshold_lists(scores, rule.intervals(row.rows), threshold)
+        counts, indices = threshold_lists(
+            scores, rule.intervals(row.rows), newest_thresholds(layer, memory, row),
+            newest_floor(layer, row, blocks, blocks),
+        )  # fmt: skip
         memory.counts.copy_(counts[..., 0])
         memory.indices[..., :blocks].copy_(indices[:, :, 0])
         return
@@ -374,7 +376,7 @@ def list_blocks(
 
 def _lists_at_once(layer: SelectorLayer, cached: CachedKeys, blocks: int) -> bool:
     """Whether the kernel that keeps what reaches a threshold can make the lists."""
-    if not layer.budget.calibrated or layer.threshold_floor or has_bias(layer):
+    if not layer.budget.calibrated or has_bias(layer):
         return False
     if layer.segment_lengths is not None:
         return False
