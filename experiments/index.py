@@ -177,8 +177,9 @@ leads.
 
 **It does not hold for the commands with nothing set**, which measure 1,024 and 2,048 tokens
 (`experiments/pretrained_defaults.py`, one H200, `experiments/results/pretrained_defaults/`). At 0.9
-a row reads 3.2 blocks of 32 there, and thresholds starve rows; [what
-helps](log.md#thresholds-at-the-defaults-of-distill-2026-11-30-open) is known and not a default yet:
+a row reads 3.2 blocks of 32 there, and thresholds alone starved rows. This is before `distill` gave
+rows a floor, [with which](log.md#thresholds-at-the-defaults-of-distill-2026-11-30-kept) a smaller
+run has 1.16 at 0.9 and 1.03 at 0.8 (antidiagonals with an even budget 1.16 and 1.05):
 
 | perplexity / dense, 2,048 tokens | 0.5 | 0.8 | 0.9 |
 |---|---|---|---|

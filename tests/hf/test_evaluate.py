@@ -73,11 +73,16 @@ def test_evaluation_of_an_adapter_and_baselines() -> None:
     assert perplexity(model, windows) == evaluation.dense("random", 128)["perplexity"]
 
 
-@pytest.mark.parametrize("budget", ["threshold", "fixed"])
-def test_baselines_have_the_budget_of_the_adapter_unless_they_are_named(budget: str) -> None:
+@pytest.mark.parametrize(
+    ("budget", "floor", "rule"),
+    [("threshold", 0.8, ":floor0.8"), ("threshold", 0.0, ":threshold"), ("fixed", 0.0, "")],
+)
+def test_baselines_have_the_budget_of_the_adapter_unless_they_are_named(
+    budget: str, floor: float, rule: str
+) -> None:
     """And meet the same sparsity."""
     model = tiny_model()
-    with adapt(model, replace(CONFIG, budget=budget)) as adapted:
+    with adapt(model, replace(CONFIG, budget=budget, threshold_floor=floor)) as adapted:
         adapter = SelectorAdapter.of(adapted)
     settings = {
         "lengths": (128,), "sparsities": (0.5,), "block_size": 16, "windows": 2, "repeats": 0,
@@ -86,7 +91,6 @@ def test_baselines_have_the_budget_of_the_adapter_unless_they_are_named(budget: 
     texts = {"random": text()}
     evaluation = Evaluation(model, None, texts, EvaluationSettings(**settings), adapter)
     scored = ("mean_pool", "antidiagonal", "min_max", "oracle")
-    rule = ":threshold" if budget == "threshold" else ""
     names = ["sink_window", *(f"{name}{rule}" for name in scored)]
     assert evaluation.methods() == ["adapter", *names]
     rows = {row["method"]: row["measured_sparsity"] for row in evaluation.rows()}
@@ -103,8 +107,9 @@ def test_a_prefix_alone_is_what_is_known_where_a_token_is_predicted() -> None:
     found = {}
     for scope, size in (("block", 8), ("past", 8), ("block", 1)):
         config = replace(
-            CONFIG, scorer="low_rank", query_stride=1, query_scope=scope, block_size=size
-        )
+            CONFIG, scorer="low_rank", query_stride=1, query_scope=scope, block_size=size,
+            threshold_floor=0.0,
+        )  # fmt: skip
         with adapt(model, config) as adapted:
             calibrate(adapted, text(), 0.5, lengths=(64,))
             tables = [selector.threshold_table() for selector in adapted.selectors.values()]
@@ -119,7 +124,10 @@ def test_a_prefix_alone_is_what_is_known_where_a_token_is_predicted() -> None:
 
 def test_losses_of_prefixes_are_those_of_the_next_token_at_seeded_places() -> None:
     model, window = tiny_model(), text(51)[None]
-    with adapt(model, replace(CONFIG, budget="fixed")) as adapted, torch.no_grad():
+    with (
+        adapt(model, replace(CONFIG, budget="fixed", threshold_floor=0.0)) as adapted,
+        torch.no_grad(),
+    ):
         values = prefix_losses(adapted, window, 2)
         places = torch.randperm(50, generator=torch.Generator().manual_seed(50))[:2].tolist()
         losses = []
@@ -136,7 +144,7 @@ def test_adapters_that_choose_for_blocks_are_also_measured_on_prefixes() -> None
         repeats=0, kept_mass=False, prefixes=5,
     )  # fmt: skip
     for scope, wanted in (("block", 10), ("past", None)):
-        config = replace(CONFIG, scorer="low_rank", query_scope=scope)
+        config = replace(CONFIG, scorer="low_rank", threshold_floor=0.0, query_scope=scope)
         with adapt(model, config) as adapted:
             adapter = SelectorAdapter.of(adapted)
         evaluation = Evaluation(model, None, {"random": text()}, settings, adapter)

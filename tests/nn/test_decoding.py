@@ -43,6 +43,8 @@ ON_SEGMENTS = {"low rank, segments": {"scorer": "low_rank", "query_stride": 2}}
 OWN_BLOCK = {
     "threshold": {"budget": "threshold"},
 }
+# A share of what all rows so far have: with "block" alone.
+FLOORED = {"floored": CONFIGS["distilled"] | {"threshold_floor": 0.8, "query_scope": "block"}}
 
 
 def make_layer(
@@ -50,7 +52,9 @@ def make_layer(
 ) -> BlockSparseAdaptive:
     torch.manual_seed(seed)
     options = {"base_sparsity": 0.6, "block_size": SIZE, "hidden_dim": 4, "query_scope": scope}
-    config = AdaptiveConfig(**{**options, **(CONFIGS | ON_SEGMENTS | OWN_BLOCK).get(name, {})})
+    config = AdaptiveConfig(
+        **{**options, **(CONFIGS | ON_SEGMENTS | OWN_BLOCK | FLOORED).get(name, {})}
+    )
     lattice = SEGMENTS.get(name, (None, None))
     layer = BlockSparseAdaptive(*lattice, HEADS, DIM, config, num_kv_heads=KV_HEADS)
     if config.budget == "threshold":
@@ -126,7 +130,7 @@ def last_outputs(name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("prompt", [0, 13])
-@pytest.mark.parametrize("name", [*CONFIGS, *SEGMENTS, *OWN_BLOCK])
+@pytest.mark.parametrize("name", [*CONFIGS, *SEGMENTS, *OWN_BLOCK, *FLOORED])
 def test_block_equals_the_last_token_of_a_pass_over_everything_so_far(
     name: str, prompt: int
 ) -> None:
@@ -430,7 +434,13 @@ def test_the_selector_can_look_at_other_tensors() -> None:
 
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [("adaptive", "past"), ("gumbel", "block"), ("distilled", "past"), ("distilled", "block")],
+    [
+        ("adaptive", "past"),
+        ("gumbel", "block"),
+        ("distilled", "past"),
+        ("distilled", "block"),
+        ("floored", "block"),
+    ],
 )
 @torch.no_grad()
 def test_a_compiled_choice_is_the_same(

@@ -53,6 +53,7 @@ RUN_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 SELECTOR_DEFAULTS: dict[str, Any] = {
     "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "block_size": 32,
+    "threshold_floor": 0.8,
 }  # fmt: skip
 
 
@@ -359,7 +360,7 @@ def add_job_options(parser: argparse.ArgumentParser, folder: str) -> None:
         ("hidden_dim", int, "rank or width of the scorer", None),
         ("num_layers", int, "depth of another scorer", None),
         ("budget", str, "how blocks are shared out", BUDGETS),
-        ("threshold_floor", float, "share of an even budget that every row keeps", None),
+        ("threshold_floor", float, "share of an even budget that rows keep above thresholds", None),
     ):
         add_option(group, name, kind, what, config, choices=choices, many=name == "pooling")
 

@@ -133,8 +133,8 @@ class EvaluationSettings:
             for thresholds above a floor (``threshold_floor``), or ``"<method>:allotted"`` for
             thresholds whose sparsity differs between layers as the adapter's does
             (:class:`SparsityCosts`). All others have the same sparsity in every layer, as has
-            ``"adapter:threshold"``. None: every method, by thresholds if the adapter's budget is
-            thresholds (``"sink_window"`` has no scores, and always an even budget).
+            ``"adapter:threshold"``. None: every method, by thresholds above the adapter's floor if
+            its budget is thresholds (``"sink_window"`` has no scores, and always an even budget).
         block_size: Tokens per block of the baselines; an adapter brings its own, which must agree.
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
@@ -264,10 +264,12 @@ class Evaluation:
         baselines = METHODS if self.settings.baselines is None else self.settings.baselines
         if self.adapter is None:
             return list(baselines)
-        budgets = {config.budget for config in self.adapter.configs.values()}
-        if self.settings.baselines is None and budgets == {"threshold"}:
+        configs = self.adapter.configs.values()
+        if self.settings.baselines is None and {x.budget for x in configs} == {"threshold"}:
+            floor = max(config.threshold_floor for config in configs)
+            rule = f"floor{floor:g}" if floor else "threshold"
             # sink_window has no scores that a threshold could cut.
-            baselines = tuple(m if m == "sink_window" else f"{m}:threshold" for m in METHODS)
+            baselines = tuple(m if m == "sink_window" else f"{m}:{rule}" for m in METHODS)
         return [ADAPTER, *baselines]
 
     def cells(self) -> list[tuple[str, int, str, float]]:

@@ -49,6 +49,9 @@ ADAPTER_NAME, LORA_NAME, MODEL_NAME = "adapter", "lora", "model"
 def distilled_config(**changes: Any) -> AdaptiveConfig:
     """The selector for frozen queries and keys: low-rank scores, blocks of 32, thresholds.
 
+    Every row keeps eight tenths of an even budget in any case, its best blocks (with
+    ``query_scope="block"``): where few blocks are left, thresholds alone starve rows.
+
     On frozen features what reads them is the bottleneck. Summaries of blocks keep nearly as much
     attention mass as the best choice and still cost far more perplexity: they miss sharp matches
     between single tokens, which projected tokens show (``docs/log.md``). With
@@ -67,7 +70,10 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
         "learnable_temperature": False,
         "num_explore_blocks": 1,
     }
-    return AdaptiveConfig.from_dict(settings | changes)
+    settings |= changes
+    if settings["budget"] == "threshold" and settings.get("query_scope") != "past":
+        settings.setdefault("threshold_floor", 0.8)
+    return AdaptiveConfig.from_dict(settings)
 
 
 @dataclass(frozen=True, kw_only=True)
