@@ -26,6 +26,7 @@ from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.tasks.text import TextWindows
 from dilated_attention_pytorch.train.monitor import TileCount
+from dilated_attention_pytorch.train.trainer import TEXT_DENSE_STEPS
 from language_model_layers import FlexWindow, MeanPooled
 
 
@@ -230,7 +231,9 @@ class Training:
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self.selectors:
             self.trainer = AdaptiveSparsityTrainer(
-                self.model, annealing_steps=max(1, size.steps // 4), dense_steps=0
+                self.model,
+                annealing_steps=max(1, size.steps // 4),
+                dense_steps=TEXT_DENSE_STEPS,
             )
         # On the device: a copy from pageable memory would wait for all steps before.
         self.windows = TextWindows(text.to(device), size.seq_len, seed)

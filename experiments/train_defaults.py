@@ -30,6 +30,7 @@ from dilated_attention_pytorch.cli.options import build_settings
 from dilated_attention_pytorch.nn.block_sparse import LayerPass, observe_passes
 from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.train.language_model import LanguageModelTraining
+from dilated_attention_pytorch.train.trainer import TEXT_DENSE_STEPS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import environment, where
@@ -45,7 +46,12 @@ def named(length: int, attention: str, seed: int, device: str) -> dict[str, Any]
     """What the user of the command names, and what its defaults are then."""
     run, _, _ = build_settings(options_of(length, attention, seed, device))
     config = run.config
-    found = (config.base_sparsity, config.block_size, config.num_local_blocks, False)
+    found = (
+        config.base_sparsity,
+        config.block_size,
+        config.num_local_blocks,
+        TEXT_DENSE_STEPS != 0,
+    )
     values = found if attention == "adaptive" else (None,) * len(found)
     return {
         "length": length, "method": attention, "seed": seed, "on": kind(device),

@@ -104,3 +104,10 @@ def test_runs_on_a_gpu_have_a_row_of_their_own(
         monkeypatch.setattr(sys, "argv", words)
         module.main()
     assert tried == ["cuda:0", "cuda:0"]
+
+
+def test_the_page_of_floors_is_what_its_runs_say(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    module = importlib.import_module("threshold_floors")
+    module.write_page(module.load(module.RESULTS), tmp_path)
+    assert (tmp_path / "README.md").read_text() == (module.RESULTS / "README.md").read_text()

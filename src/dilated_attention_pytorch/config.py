@@ -27,6 +27,11 @@ LARGEST = {
     "threads": 2**12, "validation_sequences": 2**20, "validation_windows": 2**20,
     "lora_rank": 2**12,
 }  # fmt: skip
+# Settings of the selectors of frozen queries and keys that differ from AdaptiveConfig's.
+DISTILLED: dict[str, Any] = {
+    "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "threshold_floor": 0.8,
+    "block_size": 32, "learnable_temperature": False, "num_explore_blocks": 1,
+}  # fmt: skip
 _DEEPEST, _WIDEST = 16, 2**16
 _LONGEST_TEXT = 4096
 

@@ -250,19 +250,20 @@ def test_help_needs_no_transformers_and_lists_the_commands(
 
 
 def test_defaults_shown_are_those_of_the_dataclasses() -> None:
-    from dilated_attention_pytorch.cli.options import RUN_DEFAULTS, SELECTOR_DEFAULTS
-    from dilated_attention_pytorch.config import AdaptiveConfig
-    from dilated_attention_pytorch.hf.train_selectors import (
-        DistillRun,
-        distilled_config,
-    )
+    from dilated_attention_pytorch.cli.options import RUN_DEFAULTS
+    from dilated_attention_pytorch.config import DISTILLED, AdaptiveConfig
+    from dilated_attention_pytorch.hf.train_selectors import DistillRun, distilled_config
 
     run = DistillRun()
     for name, value in RUN_DEFAULTS.items():
         assert getattr(run, name) == value, name
-    shown = AdaptiveConfig(**SELECTOR_DEFAULTS)
-    for name in SELECTOR_DEFAULTS:
-        assert getattr(shown, name) == getattr(distilled_config(), name), name
+    assert distilled_config() == AdaptiveConfig(**DISTILLED)
+    assert run.config.threshold_floor == distilled_config(budget="threshold").threshold_floor > 0
+    # What knows no floor has none, unless it is asked for, which is refused.
+    for other in ({"budget": "fixed"}, {"query_scope": "past"}):
+        assert distilled_config(**other).threshold_floor == 0
+        with pytest.raises(ValueError, match="threshold_floor"):
+            distilled_config(**other, threshold_floor=0.5)
 
 
 def test_a_model_that_is_not_there_is_named_at_once(

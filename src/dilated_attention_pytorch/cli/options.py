@@ -12,6 +12,7 @@ from typing import Any
 from dilated_attention_pytorch.cli.console import CommandError, UsageError
 from dilated_attention_pytorch.config import (
     BUDGETS,
+    DISTILLED,
     ESTIMATORS,
     POOLINGS,
     QUERY_SCOPES,
@@ -50,10 +51,6 @@ _SINK = "always read: blocks at the start"
 RUN_DEFAULTS: dict[str, Any] = {
     "seq_len": 2048, "batch_size": 1, "steps": 300, "weight_decay": 0.0, "validation_windows": 2,
     "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
-}  # fmt: skip
-SELECTOR_DEFAULTS: dict[str, Any] = {
-    "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "block_size": 32,
-    "threshold_floor": 0.8,
 }  # fmt: skip
 
 
@@ -348,7 +345,7 @@ def add_job_options(parser: argparse.ArgumentParser, folder: str) -> None:
     add_option(parser, "max_bytes", int, "read as many bytes at most", text)
     for name, what in _INTERVALS.items():
         add_option(parser, name, int, f"steps between two: {what}", LoopSettings())
-    config, group = AdaptiveConfig(**SELECTOR_DEFAULTS), parser.add_argument_group("selectors")
+    config, group = AdaptiveConfig(**DISTILLED), parser.add_argument_group("selectors")
     for name, kind, what, choices in (
         ("block_size", int, "tokens per block", None),
         ("base_sparsity", float, "share of the tiles to leave out", None),

@@ -13,7 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.config import AdaptiveConfig, check_largest, check_types, from_plain
+from dilated_attention_pytorch.config import (
+    DISTILLED,
+    AdaptiveConfig,
+    check_largest,
+    check_types,
+    from_plain,
+)
 from dilated_attention_pytorch.files import replaced_folder
 from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
@@ -62,17 +68,10 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
     Args:
         **changes: Other fields of :class:`AdaptiveConfig`.
     """
-    settings: dict[str, Any] = {
-        "scorer": "low_rank",
-        "hidden_dim": 32,
-        "budget": "threshold",
-        "block_size": 32,
-        "learnable_temperature": False,
-        "num_explore_blocks": 1,
-    }
-    settings |= changes
-    if settings["budget"] == "threshold" and settings.get("query_scope") != "past":
-        settings.setdefault("threshold_floor", 0.8)
+    settings = {**DISTILLED, **changes}
+    floor = settings["budget"] == "threshold" and settings.get("query_scope") != "past"
+    if not floor and "threshold_floor" not in changes:
+        settings["threshold_floor"] = 0.0
     return AdaptiveConfig.from_dict(settings)
 
 

@@ -446,7 +446,7 @@ def threshold_floor(layer: BudgetLayer, inputs: SelectionInputs) -> Tensor | Non
 
 
 def newest_floor(layer: BudgetLayer, row: NewestRow, blocks: int, width: int) -> Tensor | None:
-    """The same for the newest row of each sample, by all its rows so far: ``(b, heads, 1)``."""
+    """What the newest row of each sample keeps at least, ``(b, heads, 1)``, by all rows so far."""
     if not layer.threshold_floor:
         return None
     rows, sparsity = row.so_far(blocks), 1 - layer.densest

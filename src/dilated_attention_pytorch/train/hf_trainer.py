@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dilated_attention_pytorch.train.monitor import ScalarWriter, SparsityMonitor, default_schedules
-from dilated_attention_pytorch.train.trainer import AdaptiveSparsityTrainer
+from dilated_attention_pytorch.train.trainer import TEXT_DENSE_STEPS, AdaptiveSparsityTrainer
 
 
 class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
@@ -54,7 +54,7 @@ class AdaptiveSparsityCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError("the Trainer gave no model to its callbacks.")
         trainer = self._given
         if trainer is None:
-            trainer = default_schedules(state.max_steps, dense_steps=0)
+            trainer = default_schedules(state.max_steps, dense_steps=TEXT_DENSE_STEPS)
         # A training that failed did not end.
         self.on_train_end(args, state, control)
         self.monitor = SparsityMonitor(trainer, every=self._every, writer=self._writer)

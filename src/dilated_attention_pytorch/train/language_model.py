@@ -30,6 +30,7 @@ from dilated_attention_pytorch.tasks.text import TextData, TextWindows, validati
 from dilated_attention_pytorch.train.checkpoint import check_training_state
 from dilated_attention_pytorch.train.monitor import TileCount
 from dilated_attention_pytorch.train.trainer import (
+    TEXT_DENSE_STEPS,
     AdaptiveSparsityTrainer,
     get_sparsity_loss,
     parameter_groups,
@@ -206,10 +207,9 @@ class LanguageModelTraining:
         )  # fmt: skip
         self.trainer: AdaptiveSparsityTrainer | None = None
         if self._selectors:
-            # Text learns from the first step on, and better without a dense start.
             self.trainer = AdaptiveSparsityTrainer(
                 self.model, annealing_steps=run.annealing_steps, schedule=run.schedule,
-                dense_steps=0,
+                dense_steps=TEXT_DENSE_STEPS,
             )  # fmt: skip
         self.step_count, self.seconds = 0, 0.0
 

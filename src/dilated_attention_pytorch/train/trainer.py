@@ -130,6 +130,8 @@ def parameter_groups(
     return found
 
 
+# Text learns from the first step on, and better without a dense start.
+TEXT_DENSE_STEPS = 0
 # How often starts are looked for: the host waits for the device then.
 _LOOK_EVERY = 10
 # A start that was shorter says nothing of a plateau.
