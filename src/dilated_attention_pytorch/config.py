@@ -99,8 +99,8 @@ class AdaptiveConfig:
             block itself; before it when causal, on both sides otherwise.
         num_sink_blocks: Blocks at the start of the sequence that are always read.
         num_explore_blocks: Uniformly random extra blocks per row while training, on top of the
-            budget, until the scheduled temperature is 0: of short sequences they are a large share
-            (two of 16 blocks an eighth).
+            budget: at most so many, and at most one for every two that the row chose, rounded up.
+            :class:`AdaptiveSparsityTrainer` ends them.
         query_scope: What a query block's summary sees when causal. None: ``"past"`` in
             :class:`MultiheadAdaptiveAttention` (unless ``budget="threshold"``), as in a language
             model, ``"block"`` in a bare layer and in adapters. ``"block"``: all its tokens,

@@ -14,6 +14,7 @@ from dilated_attention_pytorch.pattern import BlockPattern
 from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 from dilated_attention_pytorch.selection.top_k import (
     choose_top_k,
+    explored,
     gumbel_noise,
     relaxed_top_k,
     uniform_noise,
@@ -141,8 +142,7 @@ def explore_blocks(layer: SelectorLayer, inputs: SelectionInputs, chosen: Tensor
     lottery = uniform_noise(chosen, inputs.generator)
     extra = layer.config.num_explore_blocks
     free = inputs.candidates.scored & ~chosen
-    count = torch.full(chosen.shape[:3], extra, dtype=torch.long, device=chosen.device)
-    return choose_top_k(lottery, free, count, extra)
+    return choose_top_k(lottery, free, explored(chosen, extra), extra)
 
 
 def select(layer: SelectorLayer, inputs: SelectionInputs) -> Selection:

@@ -264,6 +264,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _op.register_autograd(_backward, setup_context=_save)
 
 
+def explored(chosen: Tensor, most: int) -> Tensor:
+    """How many random blocks a row reads: one for two chosen ones, rounded up, at most ``most``.
+
+    A row that reads more by chance than by choice learns from what evaluation does not read.
+
+    Args:
+        chosen: Booleans ``(b, h, i, c)``: the blocks that were chosen by score.
+        most: Upper limit.
+
+    Returns:
+        int64 ``(b, h, i)``.
+    """
+    return ((chosen.sum(-1) + 1) // 2).clamp(max=most)
+
+
 def choose_reference(
     scores: Tensor,
     candidates: Tensor | None,
@@ -285,7 +300,7 @@ def choose_reference(
         count: Blocks per row besides the forced ones, integers ``(1 or b, 1 or p, i)``.
         width: Length of the lists.
         temperature: Factor of the Gumbel noise on the ranking; None: no noise.
-        explore: Uniformly random extra blocks per row.
+        explore: Uniformly random extra blocks per row, see :func:`explored`.
         generator: Source of the randomness.
 
     Returns:
@@ -304,7 +319,7 @@ def choose_reference(
     chosen = choose_top_k(ranked, free, count.expand(scores.shape[:3]), columns)
     if explore:
         lottery = uniform_noise(scores, generator)
-        extra = count.new_full(scores.shape[:3], explore)
+        extra = explored(chosen, explore)
         chosen = chosen | choose_top_k(lottery, free & ~chosen, extra, explore)
     every = chosen | forced
     counts = every.sum(-1, dtype=torch.int32).clamp(max=width)

@@ -113,12 +113,21 @@ def test_noise_samples_like_the_softmax_and_random_blocks_are_uniform() -> None:
     assert counts.eq(1).all()
     found = torch.bincount(indices.flatten(), minlength=4) / rows
     torch.testing.assert_close(found, share, atol=far, rtol=0)
-    # No scored block, one random one: each block is as likely.
-    _, indices, *_ = choose_op(scores, None, rule, None, seed, one, 0, 1, 1, False)
-    uniform = torch.bincount(indices.flatten(), minlength=4) / rows
+    # One scored block, always the last, and one random one: each of the others is as likely.
+    scores = torch.cat([scores, scores.new_full((1, 1, rows, 1), 99.0)], -1)
+    rule[:, 1] = 5
+
+    def draw(seed: torch.Tensor, chosen: int = 1) -> tuple[torch.Tensor, ...]:
+        return choose_op(scores, None, rule, None, seed, one, chosen, 3, 4, False)
+
+    counts, indices, *_ = draw(seed)
+    assert counts.eq(2).all()
+    assert indices[..., 1].eq(4).all()
+    uniform = torch.bincount(indices[..., 0].flatten(), minlength=4) / rows
     torch.testing.assert_close(uniform, torch.full_like(share, 0.25), atol=far, rtol=0)
-    again = choose_op(scores, None, rule, None, seed, one, 0, 1, 1, False)[1]
-    other = choose_op(scores, None, rule, None, seed + 1, one, 0, 1, 1, False)[1]
+    # Without a scored block there is no random one.
+    assert draw(seed, 0)[0].eq(0).all()
+    again, other = draw(seed)[1], draw(seed + 1)[1]
     assert torch.equal(indices, again)
     assert not torch.equal(indices, other)
 
