@@ -237,7 +237,7 @@ class Run:
         self.trainer: AdaptiveSparsityTrainer | None = None
         if attention == "adaptive":
             self.trainer = AdaptiveSparsityTrainer(
-                self.model, annealing_steps=max(1, self.steps // 2),
+                self.model, annealing_steps=max(1, self.steps // 4),
                 **settings.get("trainer", {}),
             )  # fmt: skip
         self.accuracy = torch.zeros(self.steps, device=self.device)
@@ -309,7 +309,8 @@ class Run:
         window = 20
         means = self.accuracy.cpu().unfold(0, min(window, self.steps), 1).mean(-1)
         first = (means >= 0.9).nonzero()
-        sparse = self.sparsity[self.steps // 2 :]
+        # Behind the dense start and the random blocks.
+        sparse = self.sparsity[self.steps // 4 * 3 :]
         return {
             "cell": self.cell.name, "method": self.method, "seed": self.seed, "steps": self.steps,
             "accuracy": accuracy, "steps_to_90": int(first[0]) + window if len(first) else None,

@@ -99,7 +99,7 @@ class AdaptiveConfig:
             block itself; before it when causal, on both sides otherwise.
         num_sink_blocks: Blocks at the start of the sequence that are always read.
         num_explore_blocks: Uniformly random extra blocks per row while training, on top of the
-            budget: at most so many, and at most one for every two that the row chose, rounded up.
+            budget: at most so many, and at most one for every two that the row reads, rounded up.
             :class:`AdaptiveSparsityTrainer` ends them.
         query_scope: What a query block's summary sees when causal. None: ``"past"`` in
             :class:`MultiheadAdaptiveAttention` (unless ``budget="threshold"``), as in a language

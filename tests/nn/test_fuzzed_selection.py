@@ -190,8 +190,7 @@ def check_rules(
                 _, forced, free = candidates_of(case, sample, head, row)
                 got = set(kept[sample, head, row].nonzero().flatten().tolist())
                 assert forced <= got <= forced | free
-                by_score = len(budget[row]) - len(forced)
-                extra = min(case["config"]["num_explore_blocks"], (by_score + 1) // 2)
+                extra = min(case["config"]["num_explore_blocks"], (len(budget[row]) + 1) // 2)
                 assert len(got) == min(len(budget[row]) + extra, len(forced | free))
 
 

@@ -88,7 +88,8 @@ def test_choices_equal_those_of_the_pytorch_path(
     kept = int(chosen[1].sum())
     assert int((chosen[0] != chosen[1]).sum()) <= 0.004 * kept
     assert (counts[0] != counts[1]).float().mean() <= 0.02
-    assert int((counts[0] - counts[1]).abs().max()) <= 1
+    # One more that is chosen may bring one more that is drawn.
+    assert int((counts[0] - counts[1]).abs().max()) <= (2 if mode == "explore" else 1)
     assert 0.1 < kept / (2 * HEADS * chosen[0].shape[2] * (chosen[0].shape[2] + 1) / 2) < 0.8
 
 

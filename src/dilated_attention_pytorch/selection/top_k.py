@@ -264,19 +264,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _op.register_autograd(_backward, setup_context=_save)
 
 
-def explored(chosen: Tensor, most: int) -> Tensor:
-    """How many random blocks a row reads: one for two chosen ones, rounded up, at most ``most``.
+def explored(read: Tensor, most: int) -> Tensor:
+    """How many random blocks a row reads: one for two others, rounded up, at most ``most``.
 
     A row that reads more by chance than by choice learns from what evaluation does not read.
 
     Args:
-        chosen: Booleans ``(b, h, i, c)``: the blocks that were chosen by score.
+        read: Booleans ``(b, h, i, c)``: the blocks that are read anyhow, forced ones included.
         most: Upper limit.
 
     Returns:
         int64 ``(b, h, i)``.
     """
-    return ((chosen.sum(-1) + 1) // 2).clamp(max=most)
+    return ((read.sum(-1) + 1) // 2).clamp(max=most)
 
 
 def choose_reference(
@@ -319,7 +319,7 @@ def choose_reference(
     chosen = choose_top_k(ranked, free, count.expand(scores.shape[:3]), columns)
     if explore:
         lottery = uniform_noise(scores, generator)
-        extra = explored(chosen, explore)
+        extra = explored(chosen | forced, explore)
         chosen = chosen | choose_top_k(lottery, free & ~chosen, extra, explore)
     every = chosen | forced
     counts = every.sum(-1, dtype=torch.int32).clamp(max=width)

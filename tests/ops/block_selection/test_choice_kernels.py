@@ -125,7 +125,7 @@ def test_noise_samples_like_the_softmax_and_random_blocks_are_uniform() -> None:
     assert indices[..., 1].eq(4).all()
     uniform = torch.bincount(indices[..., 0].flatten(), minlength=4) / rows
     torch.testing.assert_close(uniform, torch.full_like(share, 0.25), atol=far, rtol=0)
-    # Without a scored block there is no random one.
+    # A row that reads nothing reads nothing by chance.
     assert draw(seed, 0)[0].eq(0).all()
     again, other = draw(seed)[1], draw(seed + 1)[1]
     assert torch.equal(indices, again)
