@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 from typing import Any
 
@@ -291,13 +292,14 @@ def _call_directly(interpreter: Any, core: Any) -> None:
 
 
 def _validate_at_once(interpreter: Any, core: Any) -> None:
-    """That no array is wider than its type, in one line."""
-    pointer = core.pointer_type
+    """That no array is wider than its type, whose width is asked once."""
+    core.pointer_type.most_bytes = math.inf
 
     def validate(np_array: Any, tl_dtype: Any) -> bool:
-        if isinstance(tl_dtype, pointer):
-            return True
-        return bool(np_array.itemsize * 8 <= max(tl_dtype.primitive_bitwidth, 8))
+        most = getattr(tl_dtype, "most_bytes", None)
+        if most is None:
+            most = tl_dtype.most_bytes = max(tl_dtype.primitive_bitwidth, 8) / 8
+        return bool(np_array.itemsize <= most)
 
     interpreter._validate_np_data_size = validate
 

@@ -1,10 +1,11 @@
 """``dilated-attention train``: interruption, exit codes, and errors that name the remedy."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dilated_attention_pytorch.cli.main import main
+from forked import forking
 
 SMALL = ["--dim", "32", "--heads", "2", "--layers", "1", "--seq-len", "64", "--batch-size", "2",
          "--threads", "1", "--validation-sequences", "2", "--log-every", "5"]  # fmt: skip
@@ -28,37 +30,65 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
+def write_text(folder):
+    path = folder / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog; " * 400)
     return str(path)
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
+
+
+def run_command(arguments, folder):
+    """What a process of its own does: the command, its output in files."""
+    os.environ["COLUMNS"] = "80"
+    for number, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(arguments))
+
+
+def start_command(arguments, folder):
+    process = forking().Process(target=run_command, args=(arguments, folder))
+    process.start()
+    return process
+
+
+STOPPED = ["--steps", "80", *SMALL, *BLOCK, "--checkpoint-every", "70"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What is printed of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = ["train", "--text", write_text(folder), *STOPPED, "--out", str(folder / "run")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*command, "--json"]) == 0
+    return json.loads(printed.getvalue())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
 )
-def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, capsys, number, code):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command = ["train", "--text", text, "--steps", "80", *SMALL, *BLOCK, "--checkpoint-every", "70"]
-    assert main([*command, "--out", str(whole), "--json"]) == 0
-    expected = json.loads(capsys.readouterr().out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dilated_attention_pytorch.cli.main", *command, "--out", str(cut)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"COLUMNS": "80"},
-    )  # fmt: skip
+def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(
+    tmp_path, text, capsys, number, code, uninterrupted
+):
+    cut = tmp_path / "cut"
+    process = start_command(["train", "--text", text, *STOPPED, "--out", str(cut)], tmp_path)
     metrics, deadline = cut / "metrics.jsonl", time.monotonic() + 90
     while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=90)
-    assert process.returncode == code, errors.decode()
-    assert f"train --out {cut} --resume" in errors.decode()
+    os.kill(process.pid, number)
+    process.join(90)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == code, errors
+    assert f"train --out {cut} --resume" in errors
     # What was measured before the stop says when.
-    shown = output.decode()
+    shown = (tmp_path / "output").read_text()
     assert re.search(r"held-out loss .*\(step 0\)", shown), shown
     lines = [json.loads(line) for line in metrics.read_bytes().splitlines()]
     logged = [line["step"] for line in lines if "loss" in line][-1]
@@ -68,10 +98,11 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, caps
     assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     for name in ("validation_loss", "training_loss", "validation_sparsity", "steps"):
-        assert summary[name] == expected[name]
+        assert summary[name] == uninterrupted[name]
     # A run that is done says so again.
     assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["validation_loss"] == expected["validation_loss"]
+    again = json.loads(capsys.readouterr().out)
+    assert again["validation_loss"] == uninterrupted["validation_loss"]
 
 
 @pytest.mark.parametrize("attention", ["dense", "local", "strided"])
@@ -193,16 +224,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, text, capsys):
     command = ["train", "--text", text, "--steps", "60", *OPTIONS]
     assert main([*command, "--out", str(whole), "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)["validation_loss"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dilated_attention_pytorch.cli.main", *command, "--out", str(cut)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"COLUMNS": "80"},
-    )  # fmt: skip
+    process = start_command([*command, "--out", str(cut)], tmp_path)
     deadline = time.monotonic() + 60
-    while not list(cut.glob("checkpoints/step-000000[1-5]*.pt")) and process.poll() is None:
+    while not list(cut.glob("checkpoints/step-000000[1-5]*.pt")) and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert main(["train", "--resume", "--out", str(cut), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["validation_loss"] == expected
 

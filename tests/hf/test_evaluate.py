@@ -103,7 +103,7 @@ def test_baselines_have_the_budget_of_the_adapter_unless_they_are_named(
 
 def test_a_prefix_alone_is_what_is_known_where_a_token_is_predicted() -> None:
     """Only rows that see their block beyond the place make a difference to the whole pass."""
-    model, windows = tiny_model(), text(130).view(2, 65)
+    model, windows = tiny_model(), text(82).view(2, 41)
     found = {}
     for scope, size in (("block", 8), ("past", 8), ("block", 1)):
         config = replace(
@@ -115,7 +115,8 @@ def test_a_prefix_alone_is_what_is_known_where_a_token_is_predicted() -> None:
             tables = [selector.threshold_table() for selector in adapted.selectors.values()]
             values = prefix_losses(adapted, windows, 100)
             assert tables == [x.threshold_table() for x in adapted.selectors.values()]
-        assert values["prefix_positions"] == 128
+        # All there are.
+        assert values["prefix_positions"] == 80
         found[scope, size] = abs(values["prefix_loss"] - values["teacher_forced_loss"])
     assert found["block", 8] > 0.01
     assert found["past", 8] < 1e-5

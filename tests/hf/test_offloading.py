@@ -59,7 +59,8 @@ def config(name: str) -> AdaptiveConfig:
 
 
 def generated(model: Any) -> Tensor:
-    found: Tensor = model.generate(tokens(length=60), max_new_tokens=12, do_sample=False)
+    # Across the beginning of a block.
+    found: Tensor = model.generate(tokens(length=60), max_new_tokens=8, do_sample=False)
     return found
 
 
@@ -343,7 +344,7 @@ def test_hooks_do_not_change_what_is_generated(name: str) -> None:
         handles.append(selector.register_forward_hook(lambda *given: given[-1] * 1))
     assert torch.equal(generated(model), wanted)
     # The prompt, and every token but the last, once each.
-    assert calls == {0: 12, 1: 12}
+    assert calls == {0: 8, 1: 8}
     for handle in handles:
         handle.remove()
     assert torch.equal(generated(model), wanted)

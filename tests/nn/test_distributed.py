@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from dilated_attention_pytorch import AdaptiveConfig, MultiheadAdaptiveAttention
+from forked import METHOD, forking
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -58,7 +59,10 @@ def worker(rank, path, kind):
 
 
 def compare(path, kind, device, tolerance):
-    mp.spawn(worker, (str(path), kind), nprocs=2)
+    forking()
+    # CUDA is not forked.
+    method = METHOD if kind == "gloo" else "spawn"
+    mp.start_processes(worker, (str(path), kind), nprocs=2, start_method=method)
     both = [torch.load(path / f"{rank}.pt") for rank in range(2)]
     for name in CONFIGS:
         layer = build(name, device)

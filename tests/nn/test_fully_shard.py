@@ -16,6 +16,7 @@ from dilated_attention_pytorch import (
     get_sparsity_loss,
 )
 from dilated_attention_pytorch.models import Transformer, build_attention
+from forked import METHOD, forking
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -131,7 +132,8 @@ def test_two_processes_equal_one(tmp_path):
     pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         pytest.skip("torch has no fully_shard")
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    forking()
+    mp.start_processes(worker, (str(tmp_path),), nprocs=2, start_method=METHOD)
     found = torch.load(tmp_path / "found.pt")
     for name, (out, grads) in found.items():
         want, expected = run(name, plain)

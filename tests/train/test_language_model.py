@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from dilated_attention_pytorch.train.language_model import (
     TrainingError,
 )
 from dilated_attention_pytorch.train.loop import LoopSettings, TextSettings, TrainingLoop
+from forked import forking
 
 CONFIG = AdaptiveConfig(block_size=8, base_sparsity=0.5, query_scope="past", hidden_dim=4)
 RUN = LanguageModelRun(
@@ -33,11 +34,15 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
+def write_text(folder):
+    path = folder / "text.txt"
     path.write_bytes(bytes((7 * n * n + n // 5) % 96 + 32 for n in range(6000)))
     return TextSettings(paths=(str(path),))
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
 
 
 def finish(loop):
@@ -88,49 +93,49 @@ def test_stopping_after_every_step_changes_nothing(tmp_path, text, attention):
     assert (whole[1][1]["sparsity"] is None) == (attention == "dense")
 
 
-KILL = """
-import dataclasses, os, signal, sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {tests!r})
-from test_language_model import EVERY, RUN
-from dilated_attention_pytorch.train import language_model
-from dilated_attention_pytorch.train.loop import TextSettings, TrainingLoop
-
 def killing(function, calls):
+    """The function, which kills its process when it is called for the so manyth time."""
     count = 0
+
     def wrapper(*args, **kwargs):
         nonlocal count
         count += 1
         if count == calls:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
+
     return wrapper
 
-where = {where!r}
-if where == "optimizer":
-    torch.optim.AdamW.step = killing(torch.optim.AdamW.step, 8)
-elif where == "rename":
-    os.replace = killing(os.replace, 4)
-elif where == "sync":
-    os.fsync = killing(os.fsync, 11)
-loop = TrainingLoop.start(Path({folder!r}), RUN, TextSettings(paths=({text!r},)), EVERY)
-for progress in loop.run():
-    if where == "boundary" and progress.result.step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+def train_until_killed(folder, text, where):
+    """What a process of its own does."""
+    if where == "optimizer":
+        torch.optim.AdamW.step = killing(torch.optim.AdamW.step, 8)
+    elif where == "rename":
+        os.replace = killing(os.replace, 4)
+    elif where == "sync":
+        os.fsync = killing(os.fsync, 11)
+    loop = TrainingLoop.start(folder, RUN, text, EVERY)
+    for progress in loop.run():
+        if where == "boundary" and progress.result.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The outcome of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return finish(TrainingLoop.start(folder / "run", RUN, write_text(folder), EVERY))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["boundary", "optimizer", "rename", "sync"])
-def test_killed_at_a_bad_moment_and_resumed_equals_uninterrupted(tmp_path, text, where, request):
-    whole = finish(TrainingLoop.start(tmp_path / "whole", RUN, text, EVERY))
+def test_killed_at_a_bad_moment_and_resumed_equals_uninterrupted(tmp_path, text, where, whole):
     folder = tmp_path / "cut"
-    script = KILL.format(
-        tests=str(request.path.parent), where=where, folder=str(folder), text=text.paths[0]
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
-    assert ended.returncode == -9, ended.stderr.decode()
+    process = forking().Process(target=train_until_killed, args=(folder, text, where))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     loop = TrainingLoop.resume(folder)
     assert 0 < loop.training.step_count < RUN.steps
     assert_same(finish(loop), whole)
