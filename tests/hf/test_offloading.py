@@ -25,8 +25,6 @@ from dilated_attention_pytorch.hf.calibration import fit_low_rank as fit
 from dilated_attention_pytorch.hf.evaluate import (
     Evaluation,
     EvaluationSettings,
-    Needle,
-    measure_retrieval,
 )
 from dilated_attention_pytorch.hf.layer_shares import KeptPrefix
 from dilated_attention_pytorch.hf.observe import (
@@ -37,6 +35,8 @@ from dilated_attention_pytorch.hf.observe import (
     observe_selection,
     record_adapted,
 )
+from dilated_attention_pytorch.hf.retrieval import answer_nll, generate_greedily
+from dilated_attention_pytorch.hf.retrieval_tasks import Sample
 from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from tiny_models import byte_pair_tokenizer, tiny_model, tokens
@@ -246,11 +246,12 @@ def _measures(adapted: AdaptedModel) -> dict[str, Any]:
         "kept": measure_kept_mass(adapted, windows),
         "prefix": prefix.loss(),
         "loss": mean_loss(model, windows),
-        "retrieval": measure_retrieval(model, [Needle(windows[0], 3)]),
+        "nll": answer_nll(model, Sample(windows[0], windows[1, :3], ("",))),
+        "generated": generate_greedily(model, windows[0], 3),
         "density": [layer.pattern.sparsity.item() for layer in recording.samples[0].layers],
     }
     adapted.undo()
-    (row,) = Evaluation(model, None, {"text": TEXT}, settings).rows()
+    (row,) = Evaluation(model, {"text": TEXT}, settings).rows()
     assert row.pop("tokens_per_second") > 0
     return {**found, "evaluation": row}
 
