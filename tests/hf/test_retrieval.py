@@ -15,6 +15,7 @@ from tiny_models import byte_pair_tokenizer, tiny_model
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
+from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 from dilated_attention_pytorch.hf.calibration import calibrate
@@ -142,11 +143,18 @@ def test_the_likelihood_is_that_of_the_answers_tokens() -> None:
     assert answer_nll(model, sample) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_prompt_and_generated_tokens_are_read_sparsely() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainingFreeConfig(method="sink_window", base_sparsity=0.8, block_size=16),
+        AdaptiveConfig(base_sparsity=0.8, block_size=16, budget="fixed", query_scope="past"),
+    ],
+    ids=["training-free", "learned"],
+)
+def test_prompt_and_generated_tokens_are_read_sparsely(config: Any) -> None:
     (sample,) = samples(1)
     model = tiny_model(vocab_size=256)
     dense = generate_greedily(model, sample.prompt, 16)
-    config = TrainingFreeConfig(method="sink_window", base_sparsity=0.8, block_size=16)
     with adapt(model, config) as adapted:
         sparse = generate_greedily(model, sample.prompt, 16)
         wanted = model.generate(

@@ -21,8 +21,8 @@ from dilated_attention_pytorch.hf.observe import CountTiles, evaluating
 from dilated_attention_pytorch.hf.retrieval_tasks import TASKS, Sample, build_task
 
 DENSE = "dense"
-# Below this score of dense attention a task says nothing of sparse attention: with 50 samples the
-# standard error of a ratio is 0.14 of it at 0.5, and grows from there.
+# Below this score of dense attention a task says little of sparse attention: with 50 samples the
+# standard error of a score of 0.5 is 0.14 of it, of one of 0.2 it is 0.28.
 LEAST_DENSE = 0.5
 # Of a normal distribution: 95 % lie within so many standard deviations.
 _NORMAL_95 = 1.959964
