@@ -115,7 +115,7 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert saved["measured_sparsity"] != calibrated["measured_sparsity"]
     assert result["rows"][0]["block_size"] == 16
     assert result["rows"][0]["tokens_per_second"] is None
-    assert {"kept_mass", "ratio"} <= set(result["rows"][0])
+    assert {"kept_mass", "peak_recall", "ratio"} <= set(result["rows"][0])
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
     # The adapter's rows see their whole block; it says so below the table.
@@ -123,6 +123,8 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert main(arguments[:-1]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "perplexity relative to dense" in words
+    measured = f"{saved['kept_mass']:.3f} {saved['peak_recall']:.3f} -"
+    assert measured in words
     assert f"{saved['prefix_loss']:.4f} nats from the prefix alone and" in words
     assert f"and {calibrated['teacher_forced_loss']:.4f} in that pass." in words
     # Nothing beside the table.

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dilated_attention_pytorch.hf.evaluate import (
     perplexity,
     prefix_losses,
 )
+from dilated_attention_pytorch.hf.observe import measure_kept, observe_windows
 from dilated_attention_pytorch.hf.train_selectors import (
     distilled_config,
 )
@@ -63,7 +65,9 @@ def test_evaluation_of_an_adapter_and_baselines() -> None:
         if row["sparsity"] == 0:
             assert row["ratio"] == pytest.approx(1, abs=1e-4)
             assert row["kept_mass"] == pytest.approx(1, abs=1e-5)
+            assert row["peak_recall"] == 1
         else:
+            assert 0 < row["peak_recall"] < 1
             assert row["kept_mass"] < 1
     # Nothing stays behind.
     windows = evaluation.windows("random", 128)
@@ -173,6 +177,48 @@ def test_evaluation_refuses_short_texts_and_other_blocks() -> None:
         EvaluationSettings(lengths=(64,), block_size=64)
     with pytest.raises(ValueError, match="method must be one of"):
         EvaluationSettings(baselines=("best",))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("local", [0, 2])
+def test_peak_recall_counts_the_rows_that_keep_what_one_query_asks_for_most(
+    shared: bool, local: int
+) -> None:
+    model, windows = tiny_model(), text(300).view(2, 150)
+    config = replace(
+        CONFIG, budget="fixed", threshold_floor=0.0, share_across_heads=shared,
+        num_local_blocks=local,
+    )  # fmt: skip
+    found: list[bool] = []
+
+    def look(number: int, selector: Any, inputs: Any) -> None:
+        chosen = selector.choose(inputs).pattern.to_dense()[0]
+        query, key = inputs.query[0].double(), inputs.key[0].double().repeat_interleave(2, 1)
+        logits = torch.einsum("nhd,mhd->hnm", query, key) * selector.scale
+        unseen = torch.ones(150, 150, dtype=torch.bool).triu(1)
+        p = logits.masked_fill(unseen, -torch.inf).softmax(-1)
+        group = 4 // len(chosen)
+        for head, own in enumerate(chosen):
+            heads = p[head * group : (head + 1) * group]
+            for i in range(3, 10):
+                row = heads[:, 16 * i : 16 * i + 16]
+                asked = [
+                    float(row[:, :, 16 * j : 16 * j + 16].sum(-1).max()) for j in range(1, i - 1)
+                ]
+                found.append(bool(own[i, 1 + asked.index(max(asked))]))
+
+    with adapt(model, config) as adapted:
+        observe_windows(adapted, windows, look)
+        kept = measure_kept(adapted, windows)
+        # Of three blocks none is far.
+        few = measure_kept(adapted, windows[:, :48])
+        one = measure_kept(adapted, windows[:, :16])
+    assert 0.1 < sum(found) / len(found) < 0.95
+    assert kept.peak_recall == pytest.approx(sum(found) / len(found))
+    assert 0 < kept.mass < 1
+    assert math.isnan(few.peak_recall)
+    assert math.isnan(one.peak_recall)
+    assert one.mass == pytest.approx(1)
 
 
 def test_perplexity_is_that_of_the_next_token() -> None:

@@ -30,7 +30,7 @@ from dilated_attention_pytorch.hf.layer_shares import KeptPrefix
 from dilated_attention_pytorch.hf.observe import (
     diagnose_adapted,
     mean_loss,
-    measure_kept_mass,
+    measure_kept,
     measure_selection,
     observe_selection,
     record_adapted,
@@ -243,7 +243,7 @@ def _measures(adapted: AdaptedModel) -> dict[str, Any]:
     recording = record_adapted(adapted, windows[:, :64], byte_pair_tokenizer("", 256))
     found = {
         "selection": measure_selection(adapted, windows, (0.5,)),
-        "kept": measure_kept_mass(adapted, windows),
+        "kept": measure_kept(adapted, windows),
         "prefix": prefix.loss(),
         "loss": mean_loss(model, windows),
         "nll": answer_nll(model, Sample(windows[0], windows[1, :3], ("",))),

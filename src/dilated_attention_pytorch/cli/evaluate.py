@@ -243,7 +243,7 @@ def _table(text: str, dense: list[dict[str, Any]], rows: list[dict[str, Any]]) -
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
     )  # fmt: skip
     for heading in ("tokens", "method", "sparsity\n(measured)", "per-\nplexity", "/ dense",
-                    "kept\nmass", "tokens/s"):  # fmt: skip
+                    "kept\nmass", "peak\nrecall", "tokens/s"):  # fmt: skip
         # Names of methods are folded where the terminal is narrow, and nothing else.
         if heading == "method":
             table.add_column(heading, overflow="fold")
@@ -257,11 +257,16 @@ def _table(text: str, dense: list[dict[str, Any]], rows: list[dict[str, Any]]) -
             f"{row['sparsity']:g} ({row['measured_sparsity']:.3f}){'*' * _without_choice(row)}",
             f"{row['perplexity']:.2f}",
             f"{row['ratio']:.4f}",
-            f"{row['kept_mass']:.3f}" if "kept_mass" in row else "-",
-            f"{row['tokens_per_second']:,.0f}" if math.isfinite(row["tokens_per_second"]) else "-",
+            _known(row.get("kept_mass", math.nan), ".3f"),
+            _known(row.get("peak_recall", math.nan), ".3f"),
+            _known(row["tokens_per_second"], ",.0f"),
             style="bold" if row["method"] == "adapter" else None,
         )  # fmt: skip
     return table
+
+
+def _known(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
 
 
 def _ask(suite: Any, console: PlainConsole) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dilated_attention_pytorch.hf.observe import (
     CountTiles,
     evaluating,
     mean_loss,
-    measure_kept_mass,
+    measure_kept,
 )
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import METHODS, TrainingFreeConfig
@@ -62,7 +62,8 @@ class EvaluationSettings:
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
             thresholds are calibrated; as long as the measured ones.
-        kept_mass: Measure it (costs as much as dense attention's logits).
+        kept_mass: Measure it, and the recall of what single queries ask for most
+            (:class:`KeptAttention`); costs twice dense attention's logits.
         prefixes: Random places per window at which an adapter that chooses for whole query blocks
             (``query_scope="block"``) also predicts from the prefix alone, each a pass; 0: none.
         repeats: Timed passes per length; 0: no timing.
@@ -239,7 +240,8 @@ class Evaluation:
             if target != sparsity:
                 row["aim"] = target
             if self.settings.kept_mass:
-                row["kept_mass"] = measure_kept_mass(adapted, windows[:1, :-1])
+                kept = measure_kept(adapted, windows[:1, :-1])
+                row |= {"kept_mass": kept.mass, "peak_recall": kept.peak_recall}
             if self.settings.prefixes and block_choosers(adapted):
                 row |= prefix_losses(adapted, windows, self.settings.prefixes)
         return row
@@ -291,7 +293,8 @@ class Evaluation:
 
         Yields:
             ``text``, ``length``, ``block_size``, ``method``, ``sparsity``, ``measured_sparsity``,
-            ``perplexity``, ``ratio`` (to dense), ``kept_mass`` and ``tokens_per_second``;
+            ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``peak_recall`` and
+            ``tokens_per_second``;
             ``most_sparse``, the sparsity above which the blocks that are always read leave nothing
             to choose; ``aim``, what thresholds were calibrated for, if it is not ``sparsity``. Of
             adapters with ``query_scope="block"`` also ``prefix_loss``, ``teacher_forced_loss`` and
