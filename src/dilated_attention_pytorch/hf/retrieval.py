@@ -169,7 +169,7 @@ def measure_task(
     Args:
         model: Causal language model, adapted or not.
         tokenizer: Of the model, to read what it generates.
-        samples: From :func:`build_task`.
+        samples: From :func:`build_task`, at least one.
         tiles: Counts what the passes for the likelihood read. None: nothing is counted.
     """
     shares = []
