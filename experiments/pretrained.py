@@ -273,8 +273,8 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
 
     settings: dict[str, Any] = {
         "lengths": lengths_of(options), "sparsities": (0.9,), "baselines": BASELINES,
-        "windows": options.windows, "needles": 4,
-        "block_size": options.block_size, "depths": (), "kept_mass": False, "prefixes": 0,
+        "windows": options.windows, "block_size": options.block_size, "kept_mass": False,
+        "prefixes": 0,
         "repeats": 0, "tolerance": TOLERANCE,
     }  # fmt: skip
     return EvaluationSettings(**(settings | changes))
@@ -288,6 +288,7 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         load_model,
         load_tokenizer,
     )
+    from dilated_attention_pytorch.hf.retrieval import RetrievalSettings, RetrievalSuite
 
     folder = RUNS / f"distill-{options.block_size}{options.name}"
     target = RUNS / f"evaluate-{options.block_size}{options.name}.jsonl"
@@ -305,18 +306,19 @@ def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     tokenizer = load_tokenizer(MODEL)
     texts = measured_texts(tokenizer)
     more = {} if options.quick else {"kept_mass": True, "repeats": 2}
-    plain = Evaluation(model, tokenizer, texts, settings_of(options, **more), adapter)
-    if not options.quick:
-        more["depths"] = (0.1, 0.5, 0.9)
-    needles = Evaluation(model, tokenizer, texts, settings_of(options, **more), adapter)
+    evaluation = Evaluation(model, texts, settings_of(options, **more), adapter)
+    asked = RetrievalSettings(tasks=("needle",), samples=12)
+    suite = None if options.quick else RetrievalSuite(evaluation, tokenizer, asked)
     print(f"{len(cells)} cells to measure, {len(done)} done", flush=True)
     for cell in cells:
         if stop():
             break
         start = time.perf_counter()
-        measured = needles if with_needles(cell, lengths_of(options)[0]) else plain
-        row = measured.measure(*cell)
-        row["dense"] = measured.dense(cell[0], cell[1])
+        row = evaluation.measure(*cell)
+        row["dense"] = evaluation.dense(cell[0], cell[1])
+        if suite is not None and with_needles(cell, lengths_of(options)[0]):
+            (found,) = suite.measure(*cell)
+            row |= {"needle": found["score"], "needle_dense": found["dense"]}
         row |= {"seconds": round(time.perf_counter() - start, 1), **origin(options)}
         append(target, row)
         print(*cell, f"ratio {row['ratio']:.4f} at {row['measured_sparsity']:.4f}", flush=True)
@@ -375,9 +377,8 @@ def tuned_evaluation(folder: Path, options: argparse.Namespace) -> Any:
     if (folder / "adapter").is_dir():
         adapter = SelectorAdapter.read(folder / "adapter")
         size = block_size_of(adapter)
-    tokenizer = load_tokenizer(MODEL)
     settings = settings_of(options, block_size=size)
-    return Evaluation(model, tokenizer, measured_texts(tokenizer), settings, adapter)
+    return Evaluation(model, measured_texts(load_tokenizer(MODEL)), settings, adapter)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -85,12 +85,10 @@ def main() -> None:
     parsed.out.mkdir(parents=True, exist_ok=True)
     for length in parsed.lengths:
         settings = EvaluationSettings(
-            lengths=(length,), windows=2, depths=(), prefixes=0, repeats=0, kept_mass=False,
+            lengths=(length,), windows=2, prefixes=0, repeats=0, kept_mass=False,
             baselines=(), block_size=32,
         )  # fmt: skip
-        evaluation = Evaluation(
-            model.to(parsed.device), None, {"moby-dick": tokens}, settings, adapter
-        )
+        evaluation = Evaluation(model.to(parsed.device), {"moby-dick": tokens}, settings, adapter)
         for sparsity in SPARSITIES:
             for rule in RULES:
                 key = {"length": length, "sparsity": sparsity, "rule": rule}

@@ -27,8 +27,10 @@ SMALLER = {
     "distill": TRAINED,
     "tune": TRAINED,
     "allot": "--lengths 256 --windows 1",
-    "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --needles 1 "
-    "--repeats 0 --baselines mean_pool",
+    "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --repeats 0 "
+    "--baselines mean_pool",
+    "evaluate --suite": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 "
+    "--samples 1 --tasks needle --baselines mean_pool",
     "report": "--samples 1",
     "diagnose": "--samples 2",
 }
@@ -74,7 +76,9 @@ def test_the_way_from_a_model_folder(
             exec(compile(code, f"{page.name}, block {number + 1}", "exec"), names)
         for line in commands("" if python else code):
             command, *arguments = shlex.split(line)
-            status = main([command, *arguments, *SMALLER[command].split()])
+            suite = f"{command} {arguments[0]}"
+            smaller = SMALLER[suite if suite in SMALLER else command]
+            status = main([command, *arguments, *smaller.split()])
             # A selector that was taught for two steps may fail its diagnosis.
             assert status == 0 or command == "diagnose", capsys.readouterr().err
     assert (tmp_path / "runs/tune/lora").is_dir()

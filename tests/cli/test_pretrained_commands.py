@@ -21,7 +21,7 @@ DISTILL = ["--steps", "4", "--seq-len", "128", "--block-size", "16", "--base-spa
            "--log-every", "1"]  # fmt: skip
 
 EVALUATE = ["--lengths", "256", "--sparsities", "0.5", "--baselines", "none", "--windows", "1",
-            "--depths", "-1", "--repeats", "0", "--json", "--text"]  # fmt: skip
+            "--repeats", "0", "--json", "--text"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_evaluate_prints_json_and_writes_a_plot(
     arguments = [
         "evaluate", "--model", str(model), "--adapter", str(distilled / "adapter"), "--text",
         str(texts / "a.txt"), "--lengths", "256", "--sparsities", "0.5", "--baselines",
-        "sink_window", "oracle:threshold", "--windows", "1", "--needles", "1", "--repeats", "0",
+        "sink_window", "oracle:threshold", "--windows", "1", "--repeats", "0",
         "--out", str(tmp_path), "--json",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -115,9 +115,7 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert saved["measured_sparsity"] != calibrated["measured_sparsity"]
     assert result["rows"][0]["block_size"] == 16
     assert result["rows"][0]["tokens_per_second"] is None
-    assert {"retrieval_0.1", "retrieval_0.5", "retrieval_0.9", "kept_mass", "ratio"} <= set(
-        result["rows"][0]
-    )
+    assert {"kept_mass", "peak_recall", "ratio"} <= set(result["rows"][0])
     assert json.loads((tmp_path / "results.json").read_text()) == result
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
     # The adapter's rows see their whole block; it says so below the table.
@@ -125,6 +123,8 @@ def test_evaluate_prints_json_and_writes_a_plot(
     assert main(arguments[:-1]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "perplexity relative to dense" in words
+    measured = f"{saved['kept_mass']:.3f} {saved['peak_recall']:.3f} -"
+    assert measured in words
     assert f"{saved['prefix_loss']:.4f} nats from the prefix alone and" in words
     assert f"and {calibrated['teacher_forced_loss']:.4f} in that pass." in words
     # Nothing beside the table.
@@ -209,7 +209,7 @@ def test_errors_say_what_to_do(
     found = refused(
         capsys,
         [*evaluate, "--model", str(other), "--adapter", str(distilled / "adapter"),
-         "--baselines", "none", "--depths", "-1"],
+         "--baselines", "none"],
         1,
     )  # fmt: skip
     assert "another base model" in found
@@ -305,7 +305,7 @@ def test_lengths_that_leave_nothing_to_choose_are_named(
     arguments = [
         "evaluate", "--model", str(model), "--text", str(texts / "a.txt"), "--lengths", "256",
         "--sparsities", "0.5", "0.95", "--baselines", "antidiagonal", "--windows", "1",
-        "--block-size", "32", "--depths", "-1", "--repeats", "0",
+        "--block-size", "32", "--repeats", "0",
     ]  # fmt: skip
     assert main(arguments) == 0
     shown = capsys.readouterr()
@@ -338,7 +338,7 @@ def test_names_of_texts_are_no_markup_and_no_formula(
     shutil.copy(texts / "a.txt", tmp_path / name)
     command = [
         "evaluate", "--model", str(model), "--text", str(tmp_path / name), "--lengths", "256",
-        "--sparsities", "0.5", "--baselines", "sink_window", "--windows", "1", "--depths", "-1",
+        "--sparsities", "0.5", "--baselines", "sink_window", "--windows", "1",
         "--repeats", "0", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main(command) == 0

@@ -73,10 +73,10 @@ def test_an_evaluation_meets_the_sparsity_on_what_it_measures() -> None:
     }  # fmt: skip
     model = tiny_model()
     off, fixed = Evaluation(
-        model, None, {"random": tokens}, EvaluationSettings(**settings, tolerance=None)
+        model, {"random": tokens}, EvaluationSettings(**settings, tolerance=None)
     ).rows()
     met, same = Evaluation(
-        model, None, {"random": tokens}, EvaluationSettings(**settings, tolerance=0.02)
+        model, {"random": tokens}, EvaluationSettings(**settings, tolerance=0.02)
     ).rows()
     assert not 0.5 <= off["measured_sparsity"] <= 0.52
     assert "aim" not in off

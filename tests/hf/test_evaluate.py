@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_models import byte_pair_tokenizer, tiny_model
+from tiny_models import tiny_model
 
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
@@ -23,11 +23,10 @@ from dilated_attention_pytorch.hf.calibration import calibrate
 from dilated_attention_pytorch.hf.evaluate import (
     Evaluation,
     EvaluationSettings,
-    build_needles,
     perplexity,
     prefix_losses,
 )
-from dilated_attention_pytorch.hf.model_folder import tokenize
+from dilated_attention_pytorch.hf.observe import measure_kept, observe_windows
 from dilated_attention_pytorch.hf.train_selectors import (
     distilled_config,
 )
@@ -53,7 +52,7 @@ def test_evaluation_of_an_adapter_and_baselines() -> None:
         lengths=(128,), sparsities=(0.0, 0.5), baselines=("oracle", "antidiagonal:threshold"),
         block_size=16, windows=2, repeats=1,
     )  # fmt: skip
-    evaluation = Evaluation(model, None, {"random": text()}, settings, adapter)
+    evaluation = Evaluation(model, {"random": text()}, settings, adapter)
     rows = list(evaluation.rows())
     assert [(row["method"], row["sparsity"]) for row in rows] == [
         (method, s)
@@ -66,7 +65,9 @@ def test_evaluation_of_an_adapter_and_baselines() -> None:
         if row["sparsity"] == 0:
             assert row["ratio"] == pytest.approx(1, abs=1e-4)
             assert row["kept_mass"] == pytest.approx(1, abs=1e-5)
+            assert row["peak_recall"] == 1
         else:
+            assert 0 < row["peak_recall"] < 1
             assert row["kept_mass"] < 1
     # Nothing stays behind.
     windows = evaluation.windows("random", 128)
@@ -89,16 +90,16 @@ def test_baselines_have_the_budget_of_the_adapter_unless_they_are_named(
         "kept_mass": False, "prefixes": 0, "tolerance": 0.02,
     }  # fmt: skip
     texts = {"random": text()}
-    evaluation = Evaluation(model, None, texts, EvaluationSettings(**settings), adapter)
+    evaluation = Evaluation(model, texts, EvaluationSettings(**settings), adapter)
     scored = ("mean_pool", "antidiagonal", "min_max", "oracle")
     names = ["sink_window", *(f"{name}{rule}" for name in scored)]
     assert evaluation.methods() == ["adapter", *names]
     rows = {row["method"]: row["measured_sparsity"] for row in evaluation.rows()}
     assert all(0.49 < found < 0.56 for found in rows.values()), rows
-    alone = Evaluation(model, None, texts, EvaluationSettings(**settings))
+    alone = Evaluation(model, texts, EvaluationSettings(**settings))
     assert alone.methods() == ["sink_window", *scored]
     named = EvaluationSettings(**settings, baselines=("oracle",))
-    assert Evaluation(model, None, texts, named, adapter).methods() == ["adapter", "oracle"]
+    assert Evaluation(model, texts, named, adapter).methods() == ["adapter", "oracle"]
 
 
 def test_a_prefix_alone_is_what_is_known_where_a_token_is_predicted() -> None:
@@ -148,7 +149,7 @@ def test_adapters_that_choose_for_blocks_are_also_measured_on_prefixes() -> None
         config = replace(CONFIG, scorer="low_rank", threshold_floor=0.0, query_scope=scope)
         with adapt(model, config) as adapted:
             adapter = SelectorAdapter.of(adapted)
-        evaluation = Evaluation(model, None, {"random": text()}, settings, adapter)
+        evaluation = Evaluation(model, {"random": text()}, settings, adapter)
         own, oracle = evaluation.rows()
         assert own.get("prefix_positions") == wanted
         assert ("prefix_loss" in own) == ("teacher_forced_loss" in own) == (scope == "block")
@@ -158,8 +159,7 @@ def test_adapters_that_choose_for_blocks_are_also_measured_on_prefixes() -> None
     with adapt(model, config) as adapted:
         adapter = SelectorAdapter.of(adapted)
     assert not any(
-        "prefix_loss" in row
-        for row in Evaluation(model, None, {"random": text()}, off, adapter).rows()
+        "prefix_loss" in row for row in Evaluation(model, {"random": text()}, off, adapter).rows()
     )
     with pytest.raises(ValueError, match="prefixes must not be negative, got -1"):
         EvaluationSettings(prefixes=-1)
@@ -168,16 +168,58 @@ def test_adapters_that_choose_for_blocks_are_also_measured_on_prefixes() -> None
 def test_evaluation_refuses_short_texts_and_other_blocks() -> None:
     settings = EvaluationSettings(lengths=(128,), block_size=32)
     with pytest.raises(TextError, match="too little text: short"):
-        Evaluation(tiny_model(), None, {"short": text(200)}, settings)
+        Evaluation(tiny_model(), {"short": text(200)}, settings)
     model = tiny_model()
     with adapt(model, AdaptiveConfig(block_size=16)) as adapted:
         adapter = SelectorAdapter.of(adapted)
     with pytest.raises(ValueError, match=r"block_size must be the adapter's, \[16\], got 32"):
-        Evaluation(model, None, {"random": text()}, settings, adapter)
+        Evaluation(model, {"random": text()}, settings, adapter)
     with pytest.raises(ValueError, match="at least two blocks"):
         EvaluationSettings(lengths=(64,), block_size=64)
     with pytest.raises(ValueError, match="method must be one of"):
         EvaluationSettings(baselines=("best",))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("local", [0, 2])
+def test_peak_recall_counts_the_rows_that_keep_what_one_query_asks_for_most(
+    shared: bool, local: int
+) -> None:
+    model, windows = tiny_model(), text(300).view(2, 150)
+    config = replace(
+        CONFIG, budget="fixed", threshold_floor=0.0, share_across_heads=shared,
+        num_local_blocks=local,
+    )  # fmt: skip
+    found: list[bool] = []
+
+    def look(number: int, selector: Any, inputs: Any) -> None:
+        chosen = selector.choose(inputs).pattern.to_dense()[0]
+        query, key = inputs.query[0].double(), inputs.key[0].double().repeat_interleave(2, 1)
+        logits = torch.einsum("nhd,mhd->hnm", query, key) * selector.scale
+        unseen = torch.ones(150, 150, dtype=torch.bool).triu(1)
+        p = logits.masked_fill(unseen, -torch.inf).softmax(-1)
+        group = 4 // len(chosen)
+        for head, own in enumerate(chosen):
+            heads = p[head * group : (head + 1) * group]
+            for i in range(3, 10):
+                row = heads[:, 16 * i : 16 * i + 16]
+                asked = [
+                    float(row[:, :, 16 * j : 16 * j + 16].sum(-1).max()) for j in range(1, i - 1)
+                ]
+                found.append(bool(own[i, 1 + asked.index(max(asked))]))
+
+    with adapt(model, config) as adapted:
+        observe_windows(adapted, windows, look)
+        kept = measure_kept(adapted, windows)
+        # Of three blocks none is far.
+        few = measure_kept(adapted, windows[:, :48])
+        one = measure_kept(adapted, windows[:, :16])
+    assert 0.1 < sum(found) / len(found) < 0.95
+    assert kept.peak_recall == pytest.approx(sum(found) / len(found))
+    assert 0 < kept.mass < 1
+    assert math.isnan(few.peak_recall)
+    assert math.isnan(one.peak_recall)
+    assert one.mass == pytest.approx(1)
 
 
 def test_perplexity_is_that_of_the_next_token() -> None:
@@ -189,47 +231,9 @@ def test_perplexity_is_that_of_the_next_token() -> None:
     json.dumps(perplexity(model, window))
 
 
-def evaluation_with(tokenizer: Any, **changes: Any) -> Evaluation:
-    settings = {
-        "lengths": (128,), "sparsities": (0.5,), "baselines": ("mean_pool",), "block_size": 16,
-        "windows": 1, "repeats": 0, "needles": 2, "kept_mass": False,
-    }  # fmt: skip
-    model = tiny_model(vocab_size=256)
-    return Evaluation(
-        model, tokenizer, {"random": text()}, EvaluationSettings(**settings | changes)
-    )
-
-
-def test_needles_fit_into_their_windows_or_are_refused_before_anything_is_measured() -> None:
-    bytewise = byte_pair_tokenizer("", 256)
-    (needle, *_) = build_needles(bytewise, text(), 128, 0.5, 2)
-    assert len(needle.tokens) == 128
-    fact = tokenize(bytewise, "\nThe secret number of Lisbon is 12345.\n")
-    # Fact, its first words again, and the answer: not one token of text around them.
-    least = len(fact) + len(fact) - len(".\n")
-    (needle,) = build_needles(bytewise, text(), least, 0.5, 1)
-    assert len(needle.tokens) == least
-    assert bytes(needle.tokens.tolist()).endswith(bytes(needle.tokens[-5:].tolist()))
-    for length in (least - 1, 32):
-        with pytest.raises(ValueError, match=f"length must be at least {least}"):
-            build_needles(bytewise, text(), length, 0.5, 1)
-    with pytest.raises(ValueError, match=r"length must be at least \d+"):
-        evaluation_with(bytewise, lengths=(128, 48))
-    with pytest.raises(ValueError, match=r"depth must lie in \[0, 1\], got 1.5"):
-        evaluation_with(bytewise, depths=(0.5, 1.5))
-    with pytest.raises(ValueError, match="a needle has token 66"):
-        evaluation_with(lambda pieces, **_: {"input_ids": [[66_000] for _ in pieces]})
-    with pytest.raises(ValueError, match="no token of the answer"):
-        evaluation_with(lambda pieces, **_: {"input_ids": [[] for _ in pieces]})
-    row = evaluation_with(bytewise, depths=(0.1, 0.1000001, 1.0)).measure(
-        "random", 128, "mean_pool", 0.5
-    )
-    found = [name for name in row if name.startswith("retrieval")]
-    assert found == ["retrieval_0.1", "retrieval_0.1000001", "retrieval_1"]
-
-
 def test_a_clock_that_stands_still_measures_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
-    dense = evaluation_with(None, repeats=1).dense("random", 128)
+    settings = EvaluationSettings(lengths=(128,), windows=1, repeats=1)
+    dense = Evaluation(tiny_model(), {"random": text()}, settings).dense("random", 128)
     assert math.isnan(dense["tokens_per_second"])
     assert dense["perplexity"] > 1

@@ -140,12 +140,12 @@ def test_baselines_can_be_given_the_adapters_shares() -> None:
     model, text = tiny_model(), tokens(1, 900)[0]
     settings = EvaluationSettings(
         lengths=(128,), sparsities=(0.6,), baselines=("oracle:threshold",), block_size=BLOCK,
-        windows=2, depths=(), kept_mass=False, repeats=0,
+        windows=2, kept_mass=False, repeats=0,
     )  # fmt: skip
     with adapt(model, BY_THRESHOLD) as adapted:
         adapted.costs = (COSTS,)
         adapter = SelectorAdapter.of(adapted)
-    evaluation = Evaluation(model, None, {"a": text}, settings, adapter)
+    evaluation = Evaluation(model, {"a": text}, settings, adapter)
     rows = {
         name: evaluation.measure("a", 128, name, 0.6)
         for name in ("oracle:threshold", "oracle:allotted", "adapter", "adapter:threshold")
@@ -154,7 +154,7 @@ def test_baselines_can_be_given_the_adapters_shares() -> None:
         assert row["measured_sparsity"] == pytest.approx(0.6, abs=0.03)
     assert rows["oracle:allotted"]["ratio"] != rows["oracle:threshold"]["ratio"]
     assert rows["adapter"]["ratio"] != rows["adapter:threshold"]["ratio"]
-    plain = Evaluation(model, None, {"a": text}, settings, adapter.with_costs(()))
+    plain = Evaluation(model, {"a": text}, settings, adapter.with_costs(()))
     again = plain.measure("a", 128, "adapter", 0.6)
     assert again["ratio"] == rows["adapter:threshold"]["ratio"]
     with pytest.raises(ValueError, match="need an adapter with costs"):

@@ -25,18 +25,18 @@ from dilated_attention_pytorch.hf.calibration import fit_low_rank as fit
 from dilated_attention_pytorch.hf.evaluate import (
     Evaluation,
     EvaluationSettings,
-    Needle,
-    measure_retrieval,
 )
 from dilated_attention_pytorch.hf.layer_shares import KeptPrefix
 from dilated_attention_pytorch.hf.observe import (
     diagnose_adapted,
     mean_loss,
-    measure_kept_mass,
+    measure_kept,
     measure_selection,
     observe_selection,
     record_adapted,
 )
+from dilated_attention_pytorch.hf.retrieval import answer_nll, generate_greedily
+from dilated_attention_pytorch.hf.retrieval_tasks import Sample
 from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from tiny_models import byte_pair_tokenizer, tiny_model, tokens
@@ -244,14 +244,15 @@ def _measures(adapted: AdaptedModel) -> dict[str, Any]:
     recording = record_adapted(adapted, windows[:, :64], byte_pair_tokenizer("", 256))
     found = {
         "selection": measure_selection(adapted, windows, (0.5,)),
-        "kept": measure_kept_mass(adapted, windows),
+        "kept": measure_kept(adapted, windows),
         "prefix": prefix.loss(),
         "loss": mean_loss(model, windows),
-        "retrieval": measure_retrieval(model, [Needle(windows[0], 3)]),
+        "nll": answer_nll(model, Sample(windows[0], windows[1, :3], ("",))),
+        "generated": generate_greedily(model, windows[0], 3),
         "density": [layer.pattern.sparsity.item() for layer in recording.samples[0].layers],
     }
     adapted.undo()
-    (row,) = Evaluation(model, None, {"text": TEXT}, settings).rows()
+    (row,) = Evaluation(model, {"text": TEXT}, settings).rows()
     assert row.pop("tokens_per_second") > 0
     return {**found, "evaluation": row}
 

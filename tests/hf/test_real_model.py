@@ -11,15 +11,13 @@ pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf.adapt import adapt
-from dilated_attention_pytorch.hf.evaluate import (
-    build_needles,
-    measure_retrieval,
-)
 from dilated_attention_pytorch.hf.model_folder import (
     load_model,
     load_tokenizer,
     tokenize,
 )
+from dilated_attention_pytorch.hf.retrieval import measure_task
+from dilated_attention_pytorch.hf.retrieval_tasks import build_task
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
@@ -43,10 +41,10 @@ def test_sparsity_zero_and_the_oracle_read_the_needle_and_a_window_does_not() ->
         dense = model(ids).logits
         with adapt(model, AdaptiveConfig(base_sparsity=0.0, block_size=32, budget="fixed")):
             torch.testing.assert_close(model(ids).logits, dense, atol=2e-3, rtol=2e-3)
-    needles = build_needles(tokenizer, text, 512, 0.5, 2)
-    assert measure_retrieval(model, needles) == 1
+    samples = [build_task("needle", tokenizer, text, 512, seed) for seed in (0, 1)]
+    assert measure_task(model, tokenizer, samples).score == 1
     found = {}
     for method in ("oracle", "sink_window"):
         with adapt(model, TrainingFreeConfig(method=method, base_sparsity=0.5, block_size=32)):
-            found[method] = measure_retrieval(model, needles)
+            found[method] = measure_task(model, tokenizer, samples).score
     assert found == {"oracle": 1, "sink_window": 0}

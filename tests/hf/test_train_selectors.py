@@ -26,7 +26,7 @@ from dilated_attention_pytorch.hf.model_folder import (
 from dilated_attention_pytorch.hf.observe import (
     CountTiles,
     evaluating,
-    measure_kept_mass,
+    measure_kept,
     measure_selection,
     next_token_loss,
     observe_selection,
@@ -286,7 +286,7 @@ def test_selection_quality_of_the_oracle_is_perfect() -> None:
         config = TrainingFreeConfig(method=method, block_size=16, base_sparsity=0.5)
         with adapt(model, config) as adapted:
             (quality[method],) = measure_selection(adapted, windows, (0.5,))
-            kept = measure_kept_mass(adapted, windows)
+            kept = measure_kept(adapted, windows).mass
         assert 0 < kept < 1
     assert quality["oracle"].recall == 1
     assert quality["oracle"].kept_mass == pytest.approx(quality["oracle"].best_mass)

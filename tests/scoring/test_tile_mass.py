@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.scoring import tile_mass as module
-from dilated_attention_pytorch.scoring.tile_mass import tile_mass
+from dilated_attention_pytorch.scoring.tile_mass import tile_mass, tile_peak
 
 
 def dense_mass(
@@ -61,12 +61,33 @@ def test_equals_dense_attention(name: str, elements: int, monkeypatch: pytest.Mo
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("elements", [1, 1 << 14, 1 << 22])
+def test_the_peak_is_that_of_the_query_that_asks_most(
+    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": elements})
+    query, key = inputs()
+    mask = AttentionMask(75, 75, **MASKS[name])
+    found = tile_peak(query, key, mask, block_size=16, scale=0.9)
+    # One query at a time.
+    single = torch.eye(75)
+    shares = [
+        dense_mass(query, key, mask, 16, 0.9, single[n].view(1, 1, 75))[:, :, n // 16]
+        for n in range(75)
+    ]
+    rows = [torch.stack(shares[first : first + 16]).amax(0) for first in range(0, 75, 16)]
+    torch.testing.assert_close(found.double(), torch.stack(rows, 2), atol=1e-6, rtol=1e-5)
+
+
 def test_fewer_queries_than_keys_and_the_default_scale() -> None:
     query, key = inputs(20, 75)
     mask = AttentionMask(20, 75, causal=True, query_offset=55)
     found = tile_mass(query, key, mask, block_size=16)
     wanted = dense_mass(query, key, mask, 16, 8**-0.5, torch.ones(1, 1, 20))
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+    scaled = tile_peak(query, key, mask, block_size=16, scale=8**-0.5)
+    assert torch.equal(tile_peak(query, key, mask, block_size=16), scaled)
 
 
 def test_rows_are_weighted() -> None:

@@ -1,14 +1,13 @@
-"""What sparse attention costs: perplexity, kept mass, retrieval, speed; beside baselines."""
+"""What sparse attention costs: perplexity, kept mass, speed; beside baselines."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,94 +23,18 @@ from dilated_attention_pytorch.hf.calibration import (
     find_calibration_target,
 )
 from dilated_attention_pytorch.hf.families import input_device
-from dilated_attention_pytorch.hf.model_folder import check_length, check_vocabulary, tokenize
+from dilated_attention_pytorch.hf.model_folder import check_length, check_vocabulary
 from dilated_attention_pytorch.hf.observe import (
     CountTiles,
     evaluating,
     mean_loss,
-    measure_kept_mass,
+    measure_kept,
 )
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import METHODS, TrainingFreeConfig
 from dilated_attention_pytorch.selection.budget import most_sparse
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
-
-_PLACES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Dakar", "Riga", "Perth", "Lima", "Turin", "Kyoto")
-
-
-@dataclass(frozen=True, eq=False)
-class Needle:
-    """One question.
-
-    Attributes:
-        tokens: ``(length,)``: text with a fact inside and, at the end, its first words again and
-            the answer.
-        answer: Number of tokens of the answer, the last ones.
-    """
-
-    tokens: Tensor
-    answer: int
-
-
-def build_needles(
-    tokenizer: Any, haystack: Tensor, length: int, depth: float, samples: int
-) -> list[Needle]:
-    """Hides a fact at a depth of other text.
-
-    Args:
-        tokenizer: Of the model.
-        haystack: ``(tokens,)``: text to hide it in, at least ``length`` tokens.
-        length: Tokens in all.
-        depth: Place of the fact, from 0 (start) to 1 (end).
-        samples: How many, each with a place and a number of its own.
-
-    Raises:
-        ValueError: If ``depth`` is out of range, the haystack is too short, ``length`` leaves no
-            room for fact, question and answer, or the tokenizer knows no numbers.
-    """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth must lie in [0, 1], got {depth}.")
-    if len(haystack) < length:
-        raise ValueError(f"haystack must hold at least {length} tokens, got {len(haystack)}.")
-    generator = torch.Generator("cpu").manual_seed(length)
-    out = []
-    for number in range(samples):
-        digits = int(torch.randint(10_000, 100_000, (), generator=generator, device="cpu"))
-        last = len(haystack) - length
-        start = int(torch.randint(0, last + 1, (), generator=generator, device="cpu"))
-        words = f"\nThe secret number of {_PLACES[number % len(_PLACES)]} is"
-        fact = tokenize(tokenizer, f"{words} {digits}.\n")
-        question, answer = tokenize(tokenizer, words), tokenize(tokenizer, f" {digits}")
-        if not len(answer):
-            raise ValueError(
-                f"tokenizer makes no token of the answer '{digits}', so nothing can be asked; "
-                "measure no retrieval (no depths)."
-            )
-        room = length - len(fact) - len(question) - len(answer)
-        if room < 0:
-            raise ValueError(
-                f"length must be at least {length - room}, the tokens of a needle and its "
-                f"question, got {length}; take longer windows, or measure no retrieval (no depths)."
-            )
-        text = haystack[start : start + room]
-        cut = round(depth * room)
-        parts = (text[:cut], fact, text[cut:], question, answer)
-        out.append(Needle(torch.cat(parts), len(answer)))
-    return out
-
-
-def measure_retrieval(model: Any, needles: Sequence[Needle]) -> float:
-    """Share of needles whose answer is, token for token, the model's first choice."""
-    right = 0
-    with evaluating(model):
-        for needle in needles:
-            tokens = needle.tokens[None].to(input_device(model)).long()
-            keep = needle.answer + 1
-            logits = model(tokens, use_cache=False, logits_to_keep=keep).logits[0, :-1]
-            right += int((logits.argmax(-1) == tokens[0, -needle.answer :]).all())
-    return right / len(needles)
-
 
 ADAPTER, ALLOTTED = "adapter", "allotted"
 # With the thresholds that it was saved with, as load_adapter gives it.
@@ -139,9 +62,8 @@ class EvaluationSettings:
         windows: Windows per text and length.
         calibration_windows: Windows from the start of the text, not measured on, at which
             thresholds are calibrated; as long as the measured ones.
-        depths: Of the needles; empty: no retrieval.
-        needles: Per depth, length and method.
-        kept_mass: Measure it (costs as much as dense attention's logits).
+        kept_mass: Measure it, and the recall of what single queries ask for most
+            (:class:`KeptAttention`); costs twice dense attention's logits.
         prefixes: Random places per window at which an adapter that chooses for whole query blocks
             (``query_scope="block"``) also predicts from the prefix alone, each a pass; 0: none.
         repeats: Timed passes per length; 0: no timing.
@@ -154,8 +76,6 @@ class EvaluationSettings:
     block_size: int = 32
     windows: int = 4
     calibration_windows: int = 2
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    needles: int = 4
     kept_mass: bool = True
     prefixes: int = 32
     repeats: int = 3
@@ -164,7 +84,7 @@ class EvaluationSettings:
         """Checks every field."""
         for value in self.sparsities:
             check_sparsity("sparsities", value)
-        for name in ("windows", "calibration_windows", "needles", "block_size"):
+        for name in ("windows", "calibration_windows", "block_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
@@ -221,7 +141,6 @@ class Evaluation:
 
     Args:
         model: The pretrained model, not adapted.
-        tokenizer: Of the model, for retrieval; None: no retrieval.
         texts: Tokens ``(tokens,)`` by name.
         settings: What to measure.
         adapter: Learned selectors; None: baselines alone.
@@ -229,20 +148,18 @@ class Evaluation:
     Raises:
         TextError: If a text is shorter than a window.
         AdapterError: If the adapter was made for another model.
-        ValueError: If the adapter's blocks are of another size, tokens are not the model's, or a
-            needle does not fit into a window.
+        ValueError: If the adapter's blocks are of another size, or tokens are not the model's.
     """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
         texts: Mapping[str, Tensor],
         settings: EvaluationSettings,
         adapter: SelectorAdapter | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.texts, self.settings, self.adapter = dict(texts), settings, adapter
+        self.model, self.texts = model, dict(texts)
+        self.settings, self.adapter = settings, adapter
         for name, tokens in self.texts.items():
             needed = max(settings.lengths) * (settings.calibration_windows + 1)
             check_length(tokens, needed, f"{name} (with {settings.calibration_windows} windows "
@@ -256,8 +173,6 @@ class Evaluation:
                     f"block_size must be the adapter's, {sorted(sizes)}, got {settings.block_size}."
                 )
         self._dense: dict[tuple[str, int], dict[str, float]] = {}
-        # Before the minutes of measuring, not after.
-        self._needles = {} if tokenizer is None else self._build_needles()
 
     def methods(self) -> list[str]:
         """Names of what is compared with dense attention."""
@@ -291,7 +206,6 @@ class Evaluation:
             self._dense[text, length] = {
                 "perplexity": perplexity(self.model, windows),
                 "tokens_per_second": self._speed(windows),
-                **self._retrieval(text, length),
             }
         return self._dense[text, length]
 
@@ -305,8 +219,8 @@ class Evaluation:
             sparsity: The nominal one.
         """
         dense, windows = self.dense(text, length), self.windows(text, length)
-        with self._adapted(length, method, sparsity) as adapted:
-            target, measured, found = self._calibrated(adapted, text, length, method, sparsity)
+        with self.adapted(text, length, method, sparsity) as (adapted, calibrated):
+            target, measured, found = calibrated
             limits = [
                 most_sparse(length, x.block_size, x.num_sink_blocks, x.num_local_blocks)
                 for x in adapted.selectors.values()
@@ -321,16 +235,30 @@ class Evaluation:
                 "perplexity": found,
                 "ratio": found / dense["perplexity"],
                 "tokens_per_second": self._speed(windows),
-                **self._retrieval(text, length),
                 "most_sparse": sum(limits) / len(limits),
             }
             if target != sparsity:
                 row["aim"] = target
             if self.settings.kept_mass:
-                row["kept_mass"] = measure_kept_mass(adapted, windows[:1, :-1])
+                kept = measure_kept(adapted, windows[:1, :-1])
+                row |= {"kept_mass": kept.mass, "peak_recall": kept.peak_recall}
             if self.settings.prefixes and block_choosers(adapted):
                 row |= prefix_losses(adapted, windows, self.settings.prefixes)
         return row
+
+    @contextmanager
+    def adapted(
+        self, text: str, length: int, method: str, sparsity: float
+    ) -> Iterator[tuple[AdaptedModel, tuple[float, float, float]]]:
+        """The model as one cell has it, while open; the arguments are :meth:`measure`'s.
+
+        Yields:
+            The adapted model, calibrated on the first windows of the text; and the sparsity that
+            its thresholds were calibrated for (the nominal one if it has none), the sparsity and
+            the perplexity on the measured windows.
+        """
+        with self._selecting(length, method, sparsity) as adapted:
+            yield adapted, self._calibrated(adapted, text, length, method, sparsity)
 
     def _calibrated(
         self, adapted: AdaptedModel, text: str, length: int, method: str, sparsity: float
@@ -365,11 +293,12 @@ class Evaluation:
 
         Yields:
             ``text``, ``length``, ``block_size``, ``method``, ``sparsity``, ``measured_sparsity``,
-            ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``tokens_per_second`` and
-            ``retrieval_<depth>``; ``most_sparse``, the sparsity above which the blocks that are
-            always read leave nothing to choose; ``aim``, what thresholds were calibrated for, if it
-            is not ``sparsity``. Of adapters with ``query_scope="block"`` also ``prefix_loss``,
-            ``teacher_forced_loss`` and ``prefix_positions`` (:func:`prefix_losses`).
+            ``perplexity``, ``ratio`` (to dense), ``kept_mass``, ``peak_recall`` and
+            ``tokens_per_second``;
+            ``most_sparse``, the sparsity above which the blocks that are always read leave nothing
+            to choose; ``aim``, what thresholds were calibrated for, if it is not ``sparsity``. Of
+            adapters with ``query_scope="block"`` also ``prefix_loss``, ``teacher_forced_loss`` and
+            ``prefix_positions`` (:func:`prefix_losses`).
         """
         for cell in self.cells():
             yield self.measure(*cell)
@@ -383,7 +312,7 @@ class Evaluation:
         return torch.stack([tokens[s : s + length + 1] for s in starts])
 
     @contextmanager
-    def _adapted(self, length: int, method: str, sparsity: float) -> Iterator[AdaptedModel]:
+    def _selecting(self, length: int, method: str, sparsity: float) -> Iterator[AdaptedModel]:
         name, _, rule = method.partition(":")
         if name == ADAPTER and self.adapter is not None:
             adapter = self.adapter
@@ -410,26 +339,6 @@ class Evaluation:
                 "`dilated-attention allot` measures."
             )
         return self.adapter.costs
-
-    def _build_needles(self) -> dict[tuple[str, int], dict[float, list[Needle]]]:
-        """Needles by text and length, then by depth."""
-        s, out = self.settings, {}
-        for text, tokens in self.texts.items():
-            for length in s.lengths:
-                haystack = tokens[length * s.calibration_windows :]
-                out[text, length] = {
-                    depth: build_needles(self.tokenizer, haystack, length, depth, s.needles)
-                    for depth in s.depths
-                }
-                for needle in chain.from_iterable(out[text, length].values()):
-                    check_vocabulary(self.model, needle.tokens, "a needle")
-        return out
-
-    def _retrieval(self, text: str, length: int) -> dict[str, float]:
-        return {
-            f"retrieval_{depth:.12g}": measure_retrieval(self.model, needles)
-            for depth, needles in self._needles.get((text, length), {}).items()
-        }
 
     def _speed(self, windows: Tensor) -> float:
         """Tokens per second of a forward pass without the output layer, by the median time.

@@ -22,7 +22,7 @@ from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs, even_budget
 from dilated_attention_pytorch.runtime import check_integers
-from dilated_attention_pytorch.scoring.tile_mass import tile_mass
+from dilated_attention_pytorch.scoring.tile_mass import tile_mass, tile_peak
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 from dilated_attention_pytorch.train.monitor import TileCount
 
@@ -184,20 +184,54 @@ def _compare(inputs: SelectionInputs, mass: Tensor, scores: Tensor, sparsity: fl
     return rows[free].double().sum(0).cpu()
 
 
-def measure_kept_mass(adapted: AdaptedModel, windows: Tensor) -> float:
-    """Attention of the dense model that goes to the blocks that the selectors choose, in [0, 1].
+@dataclass(frozen=True)
+class KeptAttention:
+    """How much of the dense model's attention goes to what the selectors choose.
 
-    The mean over layers, heads and rows, under the selectors' own budgets.
+    Attributes:
+        mass: Share of the attention that goes to the chosen blocks, in [0, 1]; the mean over
+            layers, heads and rows.
+        peak_recall: Share of the rows (query blocks, in every layer and head) that choose the far
+            block which one of their queries asks for most, in [0, 1]. Far are all blocks but the
+            first, the row's own and the one before it, whatever the selector always reads. NaN if
+            no row has a far block. Kept mass is a mean that hides what single queries need.
     """
-    kept: list[float] = []
+
+    mass: float
+    peak_recall: float
+
+
+def measure_kept(adapted: AdaptedModel, windows: Tensor) -> KeptAttention:
+    """What the selectors choose under their own budgets, against the dense model's attention.
+
+    Args:
+        adapted: The model.
+        windows: Tokens ``(windows, tokens)``, one document each.
+    """
+    mass: list[float] = []
+    found = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
-        chosen = selector.choose(inputs).pattern.to_dense()
-        mass = true_mass(selector, inputs)
-        kept.append(float(mass.masked_fill(~chosen, 0).sum(-1).mean()))
+        true = true_mass(selector, inputs)
+        chosen = selector.choose(inputs).pattern.to_dense().expand(true.shape)
+        mass.append(float(true.masked_fill(~chosen, 0).sum(-1).mean()))
+        if true.shape[-1] < 4:
+            return
+        peak = tile_peak(
+            inputs.query, inputs.key, inputs.mask, block_size=selector.block_size,
+            scale=selector.scale,
+        )  # fmt: skip
+        # Heads that share a pattern ask together. A row's far blocks are those from 1 to two below
+        # its own; the first three rows have none.
+        peak = peak.unflatten(1, (selector.pattern_heads, -1)).amax(2)[:, :, 3:, 1:]
+        far = torch.ones_like(peak[0, 0], dtype=torch.bool).tril()
+        best = peak.masked_fill(~far, -1).argmax(-1, keepdim=True)
+        kept = chosen[:, :, 3:, 1:].gather(-1, best)
+        found.add_(torch.tensor([int(kept.sum()), kept.numel()], device="cpu"))
 
     observe_windows(adapted, windows, look)
-    return sum(kept) / len(kept)
+    kept, rows = found.tolist()
+    return KeptAttention(sum(mass) / len(mass), kept / rows if rows else float("nan"))
 
 
 # Neither distilling nor tuning lowers a temperature: the one ranks nothing at random, the other

@@ -54,6 +54,57 @@ def tile_mass(
         >>> mass.shape, bool(torch.allclose(mass.sum(-1), torch.ones(1, 2, 4)))
         (torch.Size([1, 2, 4, 4]), True)
     """
+    return _tiles(query, key, mask, block_size, scale, row_weights, peak=False)
+
+
+def tile_peak(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Computes what the query that asks most for a key block gives it.
+
+    .. math:: p_{ij} = \max_{n \in i} \sum_{k \in j} P_{nk}, \qquad
+              P = \mathrm{softmax}(s\, q k^\top + \text{mask})
+
+    A block that one query needs may have little of the mean over its row (:func:`tile_mass`). Some
+    rows at a time, in float32 (float64 for float64), without gradient.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+        mask: Which keys a query sees.
+        block_size: Tokens per block.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+
+    Returns:
+        ``(batch, num_heads, i, j)`` float32 in [0, 1]; 0 where nothing is seen.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(1, 100, 2, 8)
+        >>> mask = AttentionMask(100, 100, causal=True)
+        >>> peak = tile_peak(x, x, mask, block_size=32)
+        >>> bool((peak >= tile_mass(x, x, mask, block_size=32) - 1e-6).all())
+        True
+    """
+    return _tiles(query, key, mask, block_size, scale, None, peak=True)
+
+
+def _tiles(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    block_size: int,
+    scale: float | None,
+    row_weights: Tensor | None,
+    *,
+    peak: bool,
+) -> Tensor:
+    """The mean over a block's rows of where their softmax goes, or the largest of them."""
     batch, q_len, heads, dim = query.shape
     kv_len, kv_heads = key.shape[1], key.shape[2]
     scale = dim**-0.5 if scale is None else scale
@@ -72,7 +123,10 @@ def tile_mass(
             weights = logits.new_ones(1, 1, last - first)
             if row_weights is not None:
                 weights = row_weights[..., first:last].to(wide)
-            mass = mass_of_rows(logits, seen, weights, block_size, block_size)
+            mass = mass_of_rows(logits, seen, weights, 1 if peak else block_size, block_size)
+            if peak:
+                mass = F.pad(mass, (0, 0, 0, (first - last) % block_size))
+                mass = mass.unflatten(2, (-1, block_size)).amax(3)
             rows_out = slice(first // block_size, ceil_div(last, block_size))
             out[:, :, rows_out, : mass.shape[-1]] = mass
     return out.float()
