@@ -324,7 +324,9 @@ def test_lengths_that_leave_nothing_to_choose_are_named(
     assert "a, 256 tokens: antidiagonal 0.5: 0 of 2" in shown.err
     run = ["distill", "--model", str(model), "--text", str(texts), "--out", str(tmp_path), *DISTILL]
     assert main([*run, "--windows", "2"]) == 0
-    assert "fitting: 1 of 2: loss" in " ".join(capsys.readouterr().err.split())
+    words = " ".join(capsys.readouterr().err.split())
+    assert "fitting: 1 of 2: loss" in words
+    assert "calibrating: 1 of 2" in words
 
 
 def test_settings_that_leave_nothing_to_choose_are_refused(

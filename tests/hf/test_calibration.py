@@ -119,7 +119,12 @@ def test_calibration_meets_the_sparsity_of_the_sparse_model() -> None:
         0: CONFIG, 1: TrainingFreeConfig(method="mean_pool", block_size=16, budget="threshold"),
     }  # fmt: skip
     with adapt(model, configs) as adapted:
-        calibrate(adapted, text(), 0.5, lengths=(128, 256), windows=3)
+        told: list[tuple[int, int]] = []
+        calibrate(
+            adapted, text(), 0.5, lengths=(128, 256), windows=3,
+            report=lambda done, total: told.append((done, total)),
+        )  # fmt: skip
+        assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
         for length in (128, 256):
             with CountTiles(adapted) as tiles, torch.no_grad():
                 for start in range(0, 1024, 256):

@@ -176,7 +176,7 @@ def test_a_fit(dtype: str) -> None:
         while not training.done:
             training.step()
         found.append(training.validate()["kept_mass_0.5"])
-    assert found[0] == pytest.approx(found[1], abs=1e-4 if dtype == "float32" else 1e-2)
+    assert found[0] == pytest.approx(found[1], abs=1e-3 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.parametrize("train", ["selectors", "all"])

@@ -155,7 +155,9 @@ class PretrainedCommand(FolderCommand):
         }
         if training.done:
             self.console.print("Calibrating and writing the result.")
-            loop.save_result()
+            with counting_bar(self.console) as bar:
+                task = bar.add_task("calibrating", total=None)
+                loop.save_result(lambda done, total: bar.update(task, completed=done, total=total))
             summary |= self.results(loop)
         return summary
 

@@ -21,6 +21,8 @@ from dilated_attention_pytorch.selection.threshold import (
     calibrate_threshold,
 )
 
+# Called with how much is done and how much there is.
+Report = Callable[[int, int], None]
 # Calibrations at most, the first one included.
 MOST_TRIES = 7
 
@@ -84,6 +86,7 @@ def calibrate(
     *,
     lengths: Sequence[int] | None = None,
     windows: int = 4,
+    report: Report | None = None,
 ) -> None:
     """Sets the thresholds of every selector with ``budget="threshold"``; does nothing to others.
 
@@ -99,6 +102,8 @@ def calibrate(
         lengths: Lengths to calibrate at; thresholds of others lie between or at the ends. None:
             halves of what the text and the model's positions allow, down to 512.
         windows: Windows per length, spread over the text.
+        report: Called after each length, twice for all, with how many are done and how many there
+            are: many windows take minutes on a CPU. None: nobody is told.
 
     Raises:
         TypeError: If ``tokens`` does not hold integers.
@@ -121,12 +126,15 @@ def calibrate(
         )
     lengths = sorted(lengths)
     for dense in (True, False):
+        before = 0 if dense else len(lengths)
         found: dict[int, list[float]] = {number: [] for number in chosen}
-        for length in lengths:
+        for done, length in enumerate(lengths, before + 1):
             samples = threshold_samples(adapted, spread_windows(tokens, length, windows), dense)
             goals = adapted.layer_sparsities(sparsity, length)
             for number in chosen:
                 found[number].append(calibrate_threshold(samples[number], goals[number]))
+            if report is not None:
+                report(done, 2 * len(lengths))
         for number, selector in chosen.items():
             selector.set_thresholds(ThresholdTable(tuple(lengths), tuple(found[number])))
 

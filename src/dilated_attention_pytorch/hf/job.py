@@ -15,6 +15,7 @@ from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError, size_difference
+from dilated_attention_pytorch.hf.calibration import Report
 from dilated_attention_pytorch.hf.model_folder import (
     TokenText,
     check_vocabulary,
@@ -206,9 +207,9 @@ class PretrainedLoop(FolderLoop[Fitting | Tuning, TokenText]):
         """Loss and seconds."""
         return dict(result)
 
-    def save_result(self) -> None:
+    def save_result(self, report: Report | None = None) -> None:
         """Writes what was made: an adapter, and low-rank changes or a model with its tokenizer."""
-        self.training.save(self.folder)
+        self.training.save(self.folder, report)
         if (self.folder / MODEL_NAME).is_dir():
             load_tokenizer(self.job.model).save_pretrained(self.folder / MODEL_NAME)
 

@@ -27,6 +27,7 @@ from dilated_attention_pytorch.hf.adapter import SelectorAdapter, save_adapter
 from dilated_attention_pytorch.hf.attention import SELECTOR
 from dilated_attention_pytorch.hf.calibration import (
     Moments,
+    Report,
     calibrate,
     default_lengths,
     fit_low_rank,
@@ -162,16 +163,18 @@ class PretrainedTraining:
         """Whether all steps are done."""
         return bool(self.step_count >= self.run.steps)
 
-    def save_selectors(self, folder: Path, sparsity: float) -> None:
+    def save_selectors(self, folder: Path, sparsity: float, report: Report | None) -> None:
         """Calibrates the thresholds at all lengths and writes ``adapter``."""
-        self.calibrate(sparsity, default_lengths(self.run.seq_len))
+        self.calibrate(sparsity, default_lengths(self.run.seq_len), report)
         save_adapter(self.adapted, folder / ADAPTER_NAME)
 
-    def calibrate(self, sparsity: float, lengths: Sequence[int]) -> None:
+    def calibrate(
+        self, sparsity: float, lengths: Sequence[int], report: Report | None = None
+    ) -> None:
         """Sets the thresholds for a sparsity."""
         with self.autocast():
             # Spread over the whole text: thresholds of code miss the sparsity on prose.
-            calibrate(self.adapted, self.tokens, sparsity, lengths=lengths)
+            calibrate(self.adapted, self.tokens, sparsity, lengths=lengths, report=report)
 
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
@@ -273,9 +276,9 @@ class Fitting(PretrainedTraining):
             if not math.isnan(quality.recall)
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, report: Report | None = None) -> None:
         """Calibrates the thresholds for the configured sparsity and writes ``adapter``."""
-        self.save_selectors(folder, self.run.config.base_sparsity)
+        self.save_selectors(folder, self.run.config.base_sparsity, report)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, and how far the windows were read: the maps follow from them."""
@@ -483,11 +486,11 @@ class Tuning(PretrainedTraining):
             values = {"validation_loss": mean_loss(self.model, self.validation)}
         return {**values, "sparsity": tiles.sparsity} if self.adapted.selectors else values
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, report: Report | None = None) -> None:
         """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
         if self.adapted.selectors:
             self._set_sparsity(self.run.base_sparsity)
-            self.save_selectors(folder, self.run.base_sparsity)
+            self.save_selectors(folder, self.run.base_sparsity, report)
         if self.lora is not None:
             with replaced_folder(folder / LORA_NAME) as new:
                 self.lora.save_pretrained(new)
