@@ -243,7 +243,8 @@ def fit_low_rank(
         tokens: ``(tokens,)``: a sample of text.
         length: Tokens per window, at most what the text holds. Rotary positions turn queries and
             keys, so that their moments depend on it: take the longest at which the model is to be
-            used. None: what the model's positions allow, at most 8,192.
+            used, which serves shorter ones, too. None: what the model's positions allow, at most
+            8,192.
         windows: Windows, spread over the text.
 
     Raises:

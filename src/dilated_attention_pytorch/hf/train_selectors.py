@@ -88,7 +88,7 @@ class PretrainedRun:
     Attributes:
         config: Settings of the selectors.
         layers: Layers to make sparse; None: all without a sliding window.
-        seq_len: Tokens per window.
+        seq_len: Tokens per window: the longest length of use, which serves all shorter ones.
         validation_windows: Held-out windows to measure on.
         device: Where to compute.
         dtype: ``"float32"``, or ``"bfloat16"``: autocast.
