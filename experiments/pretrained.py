@@ -1,10 +1,10 @@
-"""A real pretrained model made sparse: distilled, evaluated against baselines, tuned end to end.
+"""A real pretrained model made sparse: fitted, evaluated against baselines, tuned end to end.
 
-The model is SmolLM2-135M-Instruct. Selectors are distilled, and the model tuned, on prose (three
-books that Debian packages, seven novels, the Jargon File, addresses of American presidents) and on
-as much of manuals (Git, Linux, Perl) and of the Python standard library's sources; perplexity is
-measured on prose (Debian's ``anarchism``) and documentation (the Python manual's sources), which
-nothing is trained on.
+The model is SmolLM2-135M-Instruct. Selectors are fitted (the recorded ones were distilled), and the
+model tuned, on prose (three books that Debian packages, seven novels, the Jargon File, addresses of
+American presidents) and on as much of manuals (Git, Linux, Perl) and of the Python standard
+library's sources; perplexity is measured on prose (Debian's ``anarchism``) and documentation (the
+Python manual's sources), which nothing is trained on.
 
 Every stage goes on where it stopped and ends after ``--minutes``; a training that ends so is saved
 as it is, its learning rate not yet at the end. Several processes may run at once::
@@ -85,7 +85,8 @@ def train(job: Any, folder: Path, stop: Callable[[], bool], about: dict[str, Any
             left = pace * (job.run.steps - training.step_count) / 60
             print(f"step {training.step_count}: {result.result}, {pace:.3f} s a step with "
                   f"measuring, {left:.1f} minutes left", flush=True)  # fmt: skip
-    training.save(folder)
+    if training.done or job.to_dict()["kind"] == "tune":
+        training.save(folder)
     done = {"seconds": training.seconds, "job": job.to_dict(), **about, **loop.latest}
     if training.done:
         shutil.rmtree(folder / "checkpoints")
@@ -114,12 +115,9 @@ def origin(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Distils selectors of one block size."""
+    """Fits selectors of one block size."""
     from dilated_attention_pytorch.hf.job import PretrainedJob
-    from dilated_attention_pytorch.hf.train_selectors import (
-        DistillRun,
-        distilled_config,
-    )
+    from dilated_attention_pytorch.hf.train_selectors import FitRun, distilled_config
     from dilated_attention_pytorch.train.loop import LoopSettings
 
     folder = RUNS / f"distill-{options.block_size}{options.name}"
@@ -128,14 +126,10 @@ def distill(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
     changes = json.loads(options.config)
     settings = {"block_size": options.block_size, "base_sparsity": 0.9, "num_sink_blocks": 1}
     config = distilled_config(**settings | changes)
-    run = DistillRun(
-        config=config, seq_len=options.length, steps=options.steps or 1000,
-        batch_size=options.batch, learning_rate=options.lr, device=options.device,
-        dtype=options.dtype,
-    )  # fmt: skip
+    run = FitRun(config=config, seq_len=options.length, device=options.device, dtype=options.dtype)
     job = PretrainedJob(
         run=run, model=str(MODEL), text=training_texts(),
-        intervals=LoopSettings(log_every=20, validate_every=200, checkpoint_every=200),
+        intervals=LoopSettings(log_every=1, checkpoint_every=1),
     )  # fmt: skip
     train(job, folder, stop, {**origin(options), "trained_on": TRAINED_ON})
 
@@ -202,7 +196,7 @@ def tune(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
 
 
 def starting_adapter(options: argparse.Namespace, folder: Path) -> str:
-    """The distilled selectors to tune from, with the floor that is asked for."""
+    """The fitted selectors to tune from, with the floor that is asked for."""
     from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 
     source = RUNS / f"distill-{options.block_size}{options.start}" / "adapter"
@@ -281,7 +275,7 @@ def settings_of(options: argparse.Namespace, **changes: Any) -> Any:
 
 
 def evaluate(options: argparse.Namespace, stop: Callable[[], bool]) -> None:
-    """Measures distilled selectors and baselines, one line per cell."""
+    """Measures fitted selectors and baselines, one line per cell."""
     from dilated_attention_pytorch.hf.adapter import SelectorAdapter
     from dilated_attention_pytorch.hf.evaluate import Evaluation
     from dilated_attention_pytorch.hf.model_folder import (
@@ -425,17 +419,16 @@ def main() -> None:
         "--lengths", default="", help="tokens to measure at (default: --length, half, a quarter)"
     )
     parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=0, help="0: the stage's own number")
+    parser.add_argument("--steps", type=int, default=0, help="of tuning; 0: 400")
     parser.add_argument("--batch", type=int, default=1, help="windows per step of training")
     parser.add_argument("--windows", type=int, default=4, help="measured per text and length")
     parser.add_argument("--quick", action="store_true", help="measure perplexity alone")
     parser.add_argument("--methods", default="", help="measure these alone, with commas between")
     parser.add_argument("--sparsities", default="", help="measure these alone, likewise")
     parser.add_argument("--runs", default="tune-*", help="pattern of the tuned runs to measure")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of distillation")
-    parser.add_argument("--config", default="{}", help="JSON changes of the distilled config")
+    parser.add_argument("--config", default="{}", help="JSON changes of the fitted config")
     parser.add_argument("--name", default="", help="suffix of the run's folder")
-    parser.add_argument("--start", default="", help="suffix of the distillation to tune from")
+    parser.add_argument("--start", default="", help="suffix of the fit to tune from")
     parser.add_argument("--train", default="all", choices=("all", "lora", "selectors"))
     parser.add_argument("--attention", default="sparse", choices=("sparse", "dense"))
     parser.add_argument("--sparsity", type=float, default=0.9)

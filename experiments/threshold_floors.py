@@ -1,10 +1,11 @@
 """How many blocks should rows of a converted model read: thresholds, floors, an even budget?
 
-Perplexity of selectors that were fitted and hardly distilled, relative to dense attention, under
-several rules. ``results/threshold_floors/`` holds ``runs.jsonl`` and ``README.md``.
+Perplexity of fitted selectors, relative to dense attention, under several rules. The recorded ones
+had one step of distillation beside (``distill --steps 1``, which left since).
+``results/threshold_floors/`` holds ``runs.jsonl`` and ``README.md``.
 
     python experiments/fetch_smollm2.py
-    dilated-attention distill --model .cache/smollm2 --steps 1 --out .cache/fitted --text \
+    dilated-attention distill --model .cache/smollm2 --out .cache/fitted --text \
         .cache/texts/cfi-en.txt .cache/texts/debian-handbook.txt .cache/texts/jargon-text.txt
     python experiments/threshold_floors.py --lengths 1024 2048
 """

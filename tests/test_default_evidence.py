@@ -64,8 +64,6 @@ def test_every_default_has_its_evidence(heading: str, defaults: dict[str, Any], 
 
 def test_every_default_of_pretrained_runs_has_its_evidence() -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
-    from dilated_attention_pytorch.hf.train_selectors import (
-        DistillRun,
-    )
+    from dilated_attention_pytorch.hf.train_selectors import FitRun
 
-    check("## Pretrained models", fields(DistillRun), OPEN.get("distill", set()))
+    check("## Pretrained models", fields(FitRun), OPEN.get("distill", set()))

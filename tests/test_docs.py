@@ -22,10 +22,10 @@ README = DOCS.parent / "README.md"
 # Their commands and examples build on each other and on a folder "my-model".
 WITH_A_MODEL = (DOCS / "convert.md", README)
 STEP = re.compile(r"^```(python)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TRAINED = "--steps 2 --seq-len 256 --block-size 16 --base-sparsity 0.6"
+FITTED = "--seq-len 256 --block-size 16 --base-sparsity 0.6"
 SMALLER = {
-    "distill": TRAINED,
-    "tune": TRAINED,
+    "distill": FITTED,
+    "tune": f"--steps 2 {FITTED}",
     "allot": "--lengths 256 --windows 1",
     "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --repeats 0 "
     "--baselines mean_pool",

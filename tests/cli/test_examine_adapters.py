@@ -24,8 +24,7 @@ from dilated_attention_pytorch.hf.adapter import save_adapter
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 SHORT = ["--seq-len", "128", "--block-size", "16", "--base-sparsity", "0.5"]
-DISTILL = [*SHORT, "--steps", "4", "--validate-every", "2",
-           "--checkpoint-every", "2", "--log-every", "1"]  # fmt: skip
+DISTILL = [*SHORT, "--windows", "4"]
 WORDS = "Über „Käse“ ⇒ 日本語 & <b>: line {} of {}, as every line here. 👩‍👧\n"
 
 
@@ -85,17 +84,15 @@ def test_a_report_of_an_adapter_shows_its_text(
     assert {"kept_mass", "best_mass", "sparsity"} <= {x["field"] for x in data["statistics"]}
 
 
-def test_the_curves_are_those_of_the_distillation(distilled: Path, tmp_path: Path) -> None:
+def test_the_curve_is_the_models_loss_by_window(distilled: Path, tmp_path: Path) -> None:
     data = report(tmp_path / "page.html", distilled)
     lines = [json.loads(x) for x in (distilled / "metrics.jsonl").read_text().splitlines()]
     charts = {chart["title"]: chart["series"] for chart in data["charts"]}
-    assert charts["Loss on training batches, nats"]["loss"] == [
-        [line["step"], line["loss"]] for line in lines[1:]
-    ]
-    recall = charts["Recall of the true top blocks"]
-    assert recall["sparsity 0.5"] == [[n, lines[n]["recall_0.5"]] for n in (0, 2, 4)]
-    kept = charts["Share of dense attention that is kept"]
-    assert kept["best choice at 0.5"][0] == [0, lines[0]["best_mass_0.5"]]
+    assert charts == {
+        "Loss on windows of the text, nats per token": {
+            "loss": [[line["step"], line["loss"]] for line in lines[1:]]
+        }
+    }
 
 
 def test_the_page_of_an_adapter_in_a_browser(distilled: Path, texts: Path, tmp_path: Path) -> None:
@@ -113,7 +110,7 @@ def test_the_page_of_an_adapter_in_a_browser(distilled: Path, texts: Path, tmp_p
         words = browser.evaluate("document.getElementById('text').textContent")
         assert words.startswith("Über „Käse“ ⇒ 日本語 & <b>: line 0 of a, as every line here. 👩‍👧")
         assert browser.evaluate("document.querySelectorAll('.finding').length") == len(CHECKS)
-        assert browser.evaluate("document.querySelectorAll('#charts figure').length") == 3
+        assert browser.evaluate("document.querySelectorAll('#charts figure').length") == 1
 
 
 def test_a_diagnosis_of_an_adapter(distilled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,11 +155,12 @@ def arguments(command: str, place: Path) -> list[str]:
             "--validation-sequences", "1",
         ]  # fmt: skip
     shared = [
-        "--model", str(place / "model"), *text, *every, "--steps", "3", "--seq-len", "64",
-        "--block-size", "16", "--base-sparsity", "0.5", "--validation-windows", "1",
+        "--model", str(place / "model"), *text, "--seq-len", "64", "--block-size", "16",
+        "--base-sparsity", "0.5", "--validation-windows", "1",
     ]  # fmt: skip
     if command == "distill":
-        return ["distill", *shared]
+        return ["distill", *shared, "--windows", "3"]
+    shared += [*every, "--steps", "3"]
     adapter = place / "distill-whole" / "adapter"
     return ["tune", *shared, "--train", "all", "--adapter", str(adapter)]
 

@@ -20,8 +20,8 @@ from dilated_attention_pytorch.hf.job import folder_digest
 from dilated_attention_pytorch.hf.model_folder import load_model, load_tokenizer
 from dilated_attention_pytorch.train.checkpoint import load_checkpoint, save_checkpoint
 
-DISTILL = ["--steps", "2", "--seq-len", "64", "--block-size", "16", "--base-sparsity", "0.5",
-           "--validation-windows", "1", "--checkpoint-every", "1", "--log-every", "1"]  # fmt: skip
+DISTILL = ["--windows", "2", "--seq-len", "64", "--block-size", "16", "--base-sparsity", "0.5",
+           "--validation-windows", "1"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

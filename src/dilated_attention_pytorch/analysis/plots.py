@@ -7,7 +7,6 @@ Nothing is shown and no global state of matplotlib is touched.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 
 _MAX_LABELS = 40
-# What is drawn of a level of sparsity, and how its name reads.
-_DRAWN = ("recall", "kept_mass", "best_mass")
-_RECALL = re.compile(r"recall_\d+(\.\d+)?")
 # Of the axis of sparsities: less would show by how little the measured ones differ.
 _LEAST_SPAN = 0.1
 
@@ -210,34 +206,6 @@ def plot_kept_mass(recording: Recording) -> Figure:
             )  # fmt: skip
         axis.plot([0, 1], [0, 1], color="#666666", linewidth=0.8)
         axis.set(xlabel="best choice of as many tiles", ylabel="attention kept")
-    return figure
-
-
-def plot_recall(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Recall of the true top blocks and kept mass by step, one line per sparsity.
-
-    Args:
-        metrics: Lines of a distillation's metrics file.
-    """
-    # By level: a line that lacks one of the three is left out.
-    levels: dict[str, list[Mapping[str, Any]]] = {}
-    for line in metrics:
-        for level in (x.removeprefix("recall_") for x in line if _RECALL.fullmatch(x)):
-            if all(isinstance(line.get(f"{x}_{level}"), int | float) for x in _DRAWN):
-                levels.setdefault(level, []).append(line)
-    figure = _figure(9, 3.6)
-    left, right = figure.subplots(1, 2, sharex=True)
-    by_sparsity = sorted(levels.items(), key=lambda item: float(item[0]))
-    for number, (sparsity, measured) in enumerate(by_sparsity):
-        colour, steps = f"C{number}", [line["step"] for line in measured]
-        recall, kept, best = ([line[f"{x}_{sparsity}"] for line in measured] for x in _DRAWN)
-        left.plot(steps, recall, color=colour, label=f"sparsity {sparsity}")
-        right.plot(steps, kept, color=colour, label=f"sparsity {sparsity}")
-        right.plot(steps, best, color=colour, linestyle=":")
-    left.set(xlabel="step", ylabel="recall of the true top blocks")
-    right.set(xlabel="step", ylabel="kept attention mass (dotted: best choice)")
-    if levels:
-        left.legend()
     return figure
 
 

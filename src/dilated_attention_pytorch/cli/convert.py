@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from dilated_attention_pytorch.analysis.plots import plot_recall
 from dilated_attention_pytorch.cli.console import (
     OK,
     PlainConsole,
@@ -19,13 +17,14 @@ from dilated_attention_pytorch.cli.console import (
     counting_bar,
     failing,
     shell_word,
-    write_plot,
 )
 from dilated_attention_pytorch.cli.jobs import FolderCommand, StopRequest, holding
 from dilated_attention_pytorch.cli.options import (
+    DEFAULTS,
     add_job_options,
     add_model_and_text,
     add_option,
+    add_tune_options,
     build_job,
     check_model_folder,
     named_options,
@@ -45,13 +44,15 @@ def add_distill(commands: Any) -> None:
     """Adds the command to the program."""
     parser = commands.add_parser(
         "distill",
-        help="make a pretrained model's attention sparse: distil its selectors",
-        description="Trains one selector per attention layer of a frozen pretrained model on "
-        "where the model's own attention goes, and writes them as an adapter. Ctrl-C stops after "
-        "the current step; --resume goes on exactly.",
+        help="make a pretrained model's attention sparse: fit its selectors",
+        description="Fits one selector per attention layer of a pretrained model to the model's "
+        "own queries and keys on some windows of text, calibrates how much each reads, and writes "
+        "them as an adapter. The model does not change. Ctrl-C stops after the current window; "
+        "--resume goes on exactly.",
     )
     parser.set_defaults(command=lambda parsed: DistillCommand(parsed).run())
     add_job_options(parser, "runs/distill")
+    add_option(parser, "windows", int, "windows to take moments from", DEFAULTS)
 
 
 def add_tune(commands: Any) -> None:
@@ -65,21 +66,7 @@ def add_tune(commands: Any) -> None:
     )
     parser.set_defaults(command=lambda parsed: TuneCommand(parsed).run())
     add_job_options(parser, "runs/tune")
-    for name, choices, what in (
-        ("train", ("selectors", "lora", "all"), "what is trained (default: lora)"),
-        ("attention", ("sparse", "dense"), "dense: the baseline (default: sparse)"),
-    ):
-        add_option(parser, name, str, what, choices=choices)
-    start = "selectors to start from, as distill wrote them"
-    add_option(parser, "adapter", str, start, metavar="DIR")
-    for name, kind, what in (
-        ("base_learning_rate", float, "peak rate of LoRA or of the weights (default: 0.0001)"),
-        ("lora_rank", int, "rank of the changes (default: 16)"),
-        ("sparsity_warmup", float, "share of the steps from dense to sparse (default: 0.1)"),
-        ("calibrate_every", int, "steps between two calibrations (default: 50)"),
-        ("selector_every", int, "selectors learn in one of so many steps (default: 8)"),
-    ):
-        add_option(parser, name, kind, what)
+    add_tune_options(parser)
 
 
 def add_allot(commands: Any) -> None:
@@ -111,10 +98,7 @@ def add_allot(commands: Any) -> None:
 
 
 class PretrainedCommand(FolderCommand):
-    """Trains on a pretrained model; subclasses say what they write."""
-
-    REMEDY = "lower --batch-size or --seq-len, or use --dtype bfloat16"
-    BEFORE = "Loading the model, preparing the selectors, measuring: minutes on a CPU."
+    """Fits or trains on a pretrained model; subclasses say what they do and write."""
 
     def open(self) -> Any:
         """Starts or resumes; a resumed job takes no settings but the files that it reads."""
@@ -128,7 +112,10 @@ class PretrainedCommand(FolderCommand):
                 raise UsageError(
                     f"--resume takes the settings of the run: leave {sorted(options)} out."
                 )
-            return PretrainedLoop.resume(self.parsed.out, named)
+            loop = PretrainedLoop.resume(self.parsed.out, named)
+            if (loop.settings()["kind"] == "tune") != (self.parsed.name == "tune"):
+                raise UsageError(f"{self.parsed.out} holds no run of {self.parsed.name}.")
+            return loop
         try:
             return PretrainedLoop.start(self.parsed.out, build_job(self.parsed.name, options))
         except FileExistsError as error:
@@ -141,7 +128,7 @@ class PretrainedCommand(FolderCommand):
     def about(self, loop: Any) -> str:
         count = sum(p.numel() for p in loop.training.trained())
         return (
-            f"{count:,} parameters to train, on {printable(loop.text.source)}: "
+            f"{self.DOING} {count:,} parameters, on {printable(loop.text.source)}: "
             f"{len(loop.text.train):,} tokens ({len(loop.text.validation):,} held out)"
         )
 
@@ -168,13 +155,16 @@ class PretrainedCommand(FolderCommand):
         }
         if training.done:
             self.console.print("Calibrating and writing the result.")
-            loop.save_result()
+            with counting_bar(self.console) as bar:
+                task = bar.add_task("calibrating", total=None)
+                loop.save_result(lambda done, total: bar.update(task, completed=done, total=total))
             summary |= self.results(loop)
         return summary
 
-    @abstractmethod
     def results(self, loop: Any) -> dict[str, str]:
         """Further lines of the summary: what a finished job has written."""
+        out, names = self.parsed.out, ("adapter", "lora", "model")
+        return {name: str(out / name) for name in names if (out / name).is_dir()}
 
     def rows(self, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for key, value in summary.items():
@@ -183,30 +173,23 @@ class PretrainedCommand(FolderCommand):
 
 
 class DistillCommand(PretrainedCommand):
-    """Writes an adapter and a plot of how well it chooses."""
+    """Fits maps, calibrates, and writes an adapter."""
 
-    TITLE = "Distill"
-
-    def results(self, loop: Any) -> dict[str, str]:
-        out = self.parsed.out
-        found = {"adapter": str(out / "adapter")}
-        if write_plot(plot_recall, loop.metrics.read(), out / "recall.png", self.console):
-            found["plot"] = str(out / "recall.png")
-        return found
+    TITLE, UNIT, DOING = "Distill", "window", "fitting"
+    REMEDY = "lower --seq-len, or use --dtype bfloat16"
+    BEFORE = "Loading the model and the text."
 
 
 class TuneCommand(PretrainedCommand):
     """Writes what was trained."""
 
     TITLE = "Tune"
+    REMEDY = "lower --batch-size or --seq-len, or use --dtype bfloat16"
+    BEFORE = "Loading the model, preparing the selectors, measuring: minutes on a CPU."
 
     def asked(self, run: Any) -> dict[str, float]:
         """The same; dense attention leaves nothing out."""
         return {} if run.attention == "dense" else {"base_sparsity": run.base_sparsity}
-
-    def results(self, loop: Any) -> dict[str, str]:
-        out, names = self.parsed.out, ("adapter", "lora", "model")
-        return {name: str(out / name) for name in names if (out / name).is_dir()}
 
 
 def allot(parsed: argparse.Namespace) -> int:

@@ -267,12 +267,6 @@ def _open_adapter(folder: Path, parsed: argparse.Namespace) -> Examined:
     source = f"adapter {saved.folder} on {saved.base}{lora}"
     learns = any(isinstance(x, BlockSparseAdaptive) for x in adapted.selectors.values())
     history = saved.history
-    levels = sorted(
-        {name.removeprefix("recall_") for line in history for name in line if "recall_" in name}
-    )
-    found = {f"recall_{level}": f"sparsity {level}" for level in levels}
-    kept = {f"kept_mass_{level}": f"kept at sparsity {level}" for level in levels}
-    best = {f"best_mass_{level}": f"best choice at {level}" for level in levels}
     return Examined(
         name=Path(saved.base).resolve().name,
         source=source,
@@ -281,10 +275,8 @@ def _open_adapter(folder: Path, parsed: argparse.Namespace) -> Examined:
         record=lambda: record_adapted(adapted, windows[:, :-1], tokenizer, source=source),
         diagnose=lambda: diagnose_adapted(adapted, windows, history=history),
         charts=[
-            *_chart("Loss on training batches, nats", history, {"loss": "loss"}),
+            *_chart("Loss on windows of the text, nats per token", history, {"loss": "loss"}),
             *_chart("Held-out loss, nats per token", history, {"validation_loss": "held-out loss"}),
-            *_chart("Recall of the true top blocks", history, found),
-            *_chart("Share of dense attention that is kept", history, kept | best),
         ],
         stability=lambda now: None,
     )

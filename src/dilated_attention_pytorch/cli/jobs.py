@@ -96,6 +96,8 @@ class FolderCommand(ABC):
     REMEDY = "lower --batch-size or --seq-len"
     # What to say of the time before the first step.
     BEFORE = ""
+    # What is done, step by step.
+    DOING, UNIT = "training", "step"
 
     def __init__(self, parsed: argparse.Namespace) -> None:
         self.parsed = parsed
@@ -155,8 +157,8 @@ class FolderCommand(ABC):
         if training.done:
             return OK
         self.console.print(
-            f"Stopped at step {training.step_count} of {training.run.steps}; saved. To go on:\n"
-            f"  dilated-attention {name} --out {shell_word(out)} --resume",
+            f"Stopped at {self.UNIT} {training.step_count} of {training.run.steps}; saved. "
+            f"To go on:\n  dilated-attention {name} --out {shell_word(out)} --resume",
             soft_wrap=True,
         )
         return stop.exit_code
@@ -166,7 +168,7 @@ class FolderCommand(ABC):
         self.console.print(self.about(loop), soft_wrap=True)
         with counting_bar(self.console, "{task.fields[state]}") as bar:
             task = bar.add_task(
-                "training", total=training.run.steps, completed=training.step_count, state=""
+                self.DOING, total=training.run.steps, completed=training.step_count, state=""
             )
             for progress in loop.run(stop):
                 words, rate = self.state(progress), progress.tokens_per_second
@@ -175,4 +177,4 @@ class FolderCommand(ABC):
                 bar.update(task, completed=training.step_count, state="  ".join(words))
                 if progress.measured is not None:
                     shown = self.measured(progress.measured)
-                    bar.console.print(f"step {training.step_count}: {shown}")
+                    bar.console.print(f"{self.UNIT} {training.step_count}: {shown}")

@@ -48,10 +48,12 @@ _INTERVALS = {
 _MANY_BLOCKS = 256
 _SINK = "always read: blocks at the start"
 # Of pretrained models: shown as defaults without importing transformers, which takes seconds.
-RUN_DEFAULTS: dict[str, Any] = {
-    "seq_len": 2048, "batch_size": 1, "steps": 300, "weight_decay": 0.0, "validation_windows": 2,
-    "seed": 0, "device": "cpu", "dtype": "float32", "learning_rate": 3e-3,
-}  # fmt: skip
+DEFAULTS = SimpleNamespace(
+    seq_len=2048, windows=2, validation_windows=2, validation_share=0.05, device="cpu",
+    dtype="float32", batch_size=1, steps=300, learning_rate=3e-3, weight_decay=0.0, seed=0,
+    train="lora", attention="sparse", base_learning_rate=1e-4, lora_rank=16, sparsity_warmup=0.1,
+    calibrate_every=50, selector_every=8,
+)  # fmt: skip
 
 
 def add_option(
@@ -318,48 +320,62 @@ def check_lora_folder(folder: str) -> None:
 
 
 def add_job_options(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Adds what distilling and tuning share; ``folder`` is the default of ``--out``."""
+    """Adds what ``distill`` and ``tune`` share; ``folder`` is the default of ``--out``."""
     add_model_and_text(parser, required=False)
     add_run_folder(parser, folder)
-    run = SimpleNamespace(**RUN_DEFAULTS)
     for name, kind, what in (
-        ("seq_len", int, "tokens per window"),
-        ("batch_size", int, "windows per step"),
-        ("steps", int, "optimiser steps"),
-        ("weight_decay", float, "of AdamW"),
+        ("seq_len", int, "tokens per window: the longest length of use"),
         ("validation_windows", int, "held-out windows to measure on"),
-        ("seed", int, "of weights and data order"),
         ("device", str, "cpu, cuda, cuda:1, ..."),
         ("dtype", str, "float32, or bfloat16 for autocast"),
+        ("validation_share", float, "share of the text to hold out"),
+        ("max_bytes", int, "read as many bytes at most"),
     ):
-        add_option(parser, name, kind, what, run)
-    add_option(
-        parser, "learning_rate", float, "peak learning rate of the selectors", run, flag="--lr"
-    )
+        add_option(parser, name, kind, what, DEFAULTS)
     add_option(
         parser, "layers", int, "layers to make sparse (default: all without a sliding window)",
         many=True,
     )  # fmt: skip
-    text = TextSettings()
-    add_option(parser, "validation_share", float, "share of the text to hold out", text)
-    add_option(parser, "max_bytes", int, "read as many bytes at most", text)
-    for name, what in _INTERVALS.items():
-        add_option(parser, name, int, f"steps between two: {what}", LoopSettings())
     config, group = AdaptiveConfig(**DISTILLED), parser.add_argument_group("selectors")
     for name, kind, what, choices in (
         ("block_size", int, "tokens per block", None),
         ("base_sparsity", float, "share of the tiles to leave out", None),
         ("num_sink_blocks", int, _SINK, None),
         ("num_local_blocks", int, "always read: blocks before the own one", None),
-        ("pooling", str, "block summaries", POOLINGS),
-        ("scorer", str, "kind of scorer", SCORERS),
+        ("scorer", str, "kind of scorer; tune trains those that are not low_rank", SCORERS),
         ("query_stride", int, "score every so many queries of a block", None),
         ("hidden_dim", int, "rank or width of the scorer", None),
-        ("num_layers", int, "depth of another scorer", None),
         ("budget", str, "how blocks are shared out", BUDGETS),
         ("threshold_floor", float, "share of an even budget that rows keep above thresholds", None),
     ):
-        add_option(group, name, kind, what, config, choices=choices, many=name == "pooling")
+        add_option(group, name, kind, what, config, choices=choices)
+
+
+def add_tune_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``tune`` has alone."""
+    for name, kind, what, choices in (
+        ("batch_size", int, "windows per step", None),
+        ("steps", int, "optimiser steps", None),
+        ("weight_decay", float, "of AdamW", None),
+        ("seed", int, "of weights and data order", None),
+        ("train", str, "what is trained", ("selectors", "lora", "all")),
+        ("attention", str, "dense: the baseline", ("sparse", "dense")),
+        ("base_learning_rate", float, "peak rate of LoRA or of the weights", None),
+        ("lora_rank", int, "rank of the changes", None),
+        ("sparsity_warmup", float, "share of the steps from dense to sparse", None),
+        ("calibrate_every", int, "steps between two calibrations", None),
+        ("selector_every", int, "selectors learn in one of so many steps", None),
+    ):
+        add_option(parser, name, kind, what, DEFAULTS, choices=choices)
+    rate = "peak learning rate of the selectors"
+    add_option(parser, "learning_rate", float, rate, DEFAULTS, flag="--lr")
+    start = "selectors to start from, as distill wrote them"
+    add_option(parser, "adapter", str, start, metavar="DIR")
+    for name, what in _INTERVALS.items():
+        add_option(parser, name, int, f"steps between two: {what}", LoopSettings())
+    config, summaries = AdaptiveConfig(**DISTILLED), "block summaries of another scorer"
+    add_option(parser, "pooling", str, summaries, config, choices=POOLINGS, many=True)
+    add_option(parser, "num_layers", int, "depth of another scorer", config)
 
 
 def build_job(command: str, options: Mapping[str, Any]) -> Any:
@@ -369,11 +385,7 @@ def build_job(command: str, options: Mapping[str, Any]) -> Any:
         UsageError: If a value is out of range or ``--model`` or ``--text`` is missing.
     """
     from dilated_attention_pytorch.hf.job import PretrainedJob
-    from dilated_attention_pytorch.hf.train_selectors import (
-        DistillRun,
-        TuneRun,
-        distilled_config,
-    )
+    from dilated_attention_pytorch.hf.train_selectors import FitRun, TuneRun, distilled_config
 
     values = dict(options)
     for name in ("model", "text"):
@@ -390,8 +402,11 @@ def build_job(command: str, options: Mapping[str, Any]) -> Any:
         }
         if command == "tune" and "base_sparsity" in config:
             values["base_sparsity"] = config["base_sparsity"]
-        settings: type[DistillRun | TuneRun] = DistillRun if command == "distill" else TuneRun
+        settings: type[FitRun | TuneRun] = FitRun if command == "distill" else TuneRun
         run = settings(config=distilled_config(**config), **values)
+        if isinstance(run, FitRun):
+            # A window takes long, and its moments are small.
+            intervals = LoopSettings(log_every=1, validate_every=run.windows, checkpoint_every=1)
         sparsity = getattr(run, "base_sparsity", run.config.base_sparsity)
         refuse_nothing_to_choose(run.config, sparsity, run.seq_len)
         return PretrainedJob(run=run, intervals=intervals, **job)

@@ -184,7 +184,7 @@ def adapt(
 
     Args:
         model: A model of :data:`FAMILIES`, such as ``LlamaForCausalLM``.
-        config: :class:`AdaptiveConfig` for learned selectors (untrained until they are distilled,
+        config: :class:`AdaptiveConfig` for learned selectors (untrained until they are fitted,
             tuned or loaded) or :class:`TrainingFreeConfig`; or a mapping from layer numbers to
             them. None: ``AdaptiveConfig()``.
         layers: Numbers of the layers to make sparse, counted from 0; None: all without a sliding

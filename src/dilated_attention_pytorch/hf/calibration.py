@@ -1,4 +1,4 @@
-"""Finds the thresholds at which a model meets its sparsity, and starts low-rank scorers."""
+"""Finds the thresholds at which a model meets its sparsity, and fits low-rank scorers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from dilated_attention_pytorch.selection.threshold import (
     calibrate_threshold,
 )
 
+# Called with how much is done and how much there is.
+Report = Callable[[int, int], None]
 # Calibrations at most, the first one included.
 MOST_TRIES = 7
 
@@ -84,6 +86,7 @@ def calibrate(
     *,
     lengths: Sequence[int] | None = None,
     windows: int = 4,
+    report: Report | None = None,
 ) -> None:
     """Sets the thresholds of every selector with ``budget="threshold"``; does nothing to others.
 
@@ -99,6 +102,8 @@ def calibrate(
         lengths: Lengths to calibrate at; thresholds of others lie between or at the ends. None:
             halves of what the text and the model's positions allow, down to 512.
         windows: Windows per length, spread over the text.
+        report: Called after each length, twice for all, with how many are done and how many there
+            are: many windows take minutes on a CPU. None: nobody is told.
 
     Raises:
         TypeError: If ``tokens`` does not hold integers.
@@ -121,12 +126,15 @@ def calibrate(
         )
     lengths = sorted(lengths)
     for dense in (True, False):
+        before = 0 if dense else len(lengths)
         found: dict[int, list[float]] = {number: [] for number in chosen}
-        for length in lengths:
+        for done, length in enumerate(lengths, before + 1):
             samples = threshold_samples(adapted, spread_windows(tokens, length, windows), dense)
             goals = adapted.layer_sparsities(sparsity, length)
             for number in chosen:
                 found[number].append(calibrate_threshold(samples[number], goals[number]))
+            if report is not None:
+                report(done, 2 * len(lengths))
         for number, selector in chosen.items():
             selector.set_thresholds(ThresholdTable(tuple(lengths), tuple(found[number])))
 
@@ -178,20 +186,65 @@ def threshold_samples(
 _LONGEST = 8192
 
 
+class Moments:
+    """Moments of the queries and keys that low-rank scorers choose by, summed over windows.
+
+    Args:
+        adapted: The model. Layers with another scorer are left alone.
+
+    Attributes:
+        scorers: By layer.
+        sums: By layer ``(num_heads, d, d)`` of queries, and ``(num_kv_heads, d, d)`` of keys less
+            the mean of their window; float64, on the CPU.
+    """
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.scorers: dict[int, LowRankScorer] = {
+            number: selector.scorer
+            for number, selector in adapted.selectors.items()
+            if isinstance(selector, BlockSparseAdaptive)
+            and isinstance(selector.scorer, LowRankScorer)
+        }
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, scorer in self.scorers.items():
+            dim = scorer.query_map.shape[1]
+            query, key = (
+                torch.zeros(heads, dim, dim, dtype=torch.float64, device="cpu")
+                for heads in (scorer.num_heads, scorer.num_kv_heads)
+            )
+            self.sums[number] = query, key
+
+    def add(self, number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
+        """Adds what a layer's selector would choose by in one window."""
+        if number not in self.sums:
+            return
+        query, key = inputs.query.double(), inputs.key.double()
+        key = key - key.mean(1, keepdim=True)
+        for total, x in zip(self.sums[number], (query, key), strict=True):
+            total += (torch.einsum("bnhd,bnhe->hde", x, x) / x.shape[1]).cpu()
+
+    def fit(self) -> None:
+        """Sets the maps of every scorer; how many windows were summed makes no difference."""
+        for number, scorer in self.scorers.items():
+            query, key = (x.to(scorer.query_map.device) for x in self.sums[number])
+            scorer.fit(query, key)
+
+
 def fit_low_rank(
     adapted: AdaptedModel, tokens: Tensor, *, length: int | None = None, windows: int = 2
 ) -> None:
     """Sets the maps of every ``scorer="low_rank"`` from dense passes; does nothing to others.
 
     Takes seconds, needs no gradient, and is all that these scorers need to come close to the true
-    tile mass (``docs/log.md``); distillation starts from there.
+    tile mass (``docs/log.md``). The command ``distill`` does it, and calibrates.
 
     Args:
         adapted: The model.
         tokens: ``(tokens,)``: a sample of text.
         length: Tokens per window, at most what the text holds. Rotary positions turn queries and
             keys, so that their moments depend on it: take the longest at which the model is to be
-            used. None: what the model's positions allow, at most 8,192.
+            used, which serves shorter ones, too. None: what the model's positions allow, at most
+            8,192.
         windows: Windows, spread over the text.
 
     Raises:
@@ -199,26 +252,13 @@ def fit_low_rank(
         ValueError: If there are no tokens.
     """
     check_integers("tokens", tokens)
-    scorers = {
-        number: selector.scorer
-        for number, selector in adapted.selectors.items()
-        if isinstance(selector, BlockSparseAdaptive) and isinstance(selector.scorer, LowRankScorer)
-    }
-    if not scorers:
+    moments = Moments(adapted)
+    if not moments.scorers:
         return
     if not len(tokens):
         raise ValueError("tokens must hold text to fit the scorers to, got none.")
-    sums: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
-        query, key = inputs.query.double(), inputs.key.double()
-        key = key - key.mean(1, keepdim=True)
-        q, k = (torch.einsum("bnhd,bnhe->hde", x, x) / x.shape[1] for x in (query, key))
-        before = sums.get(number)
-        sums[number] = (q, k) if before is None else (before[0] + q, before[1] + k)
-
     if length is None:
         length = min(adapted.model.config.max_position_embeddings, _LONGEST)
-    observe_windows(adapted, spread_windows(tokens, min(length, len(tokens)), windows), look)
-    for number, scorer in scorers.items():
-        scorer.fit(*sums[number])
+    parts = spread_windows(tokens, min(length, len(tokens)), windows)
+    observe_windows(adapted, parts, moments.add)
+    moments.fit()

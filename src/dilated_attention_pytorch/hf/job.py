@@ -1,4 +1,4 @@
-"""A distillation or tuning as a folder: started, resumed, and its adapter read back."""
+"""A fit or a tuning as a folder: started, resumed, and its adapter read back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError, size_difference
+from dilated_attention_pytorch.hf.calibration import Report
 from dilated_attention_pytorch.hf.model_folder import (
     TokenText,
     check_vocabulary,
@@ -27,8 +28,8 @@ from dilated_attention_pytorch.hf.model_folder import (
 from dilated_attention_pytorch.hf.train_selectors import (
     LORA_NAME,
     MODEL_NAME,
-    Distillation,
-    DistillRun,
+    FitRun,
+    Fitting,
     TuneRun,
     Tuning,
 )
@@ -47,7 +48,7 @@ class PretrainedJob:
     """What to do with which model and text.
 
     Attributes:
-        run: A :class:`DistillRun` or a :class:`TuneRun`.
+        run: A :class:`FitRun` or a :class:`TuneRun`.
         model: Folder of the model.
         text: Files or folders of text.
         validation_share: Share of the bytes to hold out.
@@ -55,7 +56,7 @@ class PretrainedJob:
         intervals: How often to log, to measure and to save.
     """
 
-    run: DistillRun
+    run: FitRun | TuneRun
     model: str
     text: tuple[str, ...]
     validation_share: float = 0.05
@@ -69,7 +70,7 @@ class PretrainedJob:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return {
-            "kind": "tune" if isinstance(self.run, TuneRun) else "distill",
+            "kind": "tune" if isinstance(self.run, TuneRun) else "fit",
             "run": self.run.to_dict(),
             "model": self.model,
             "text": list(self.text),
@@ -86,8 +87,14 @@ class PretrainedJob:
             KeyError, TypeError or ValueError: If anything is missing, or of the wrong type.
         """
         fields = dict(values)
-        kinds: dict[str, type[DistillRun]] = {"distill": DistillRun, "tune": TuneRun}
-        run = kinds[fields.pop("kind")].from_dict(fields.pop("run"))
+        kind = fields.pop("kind")
+        if kind == "distill":
+            raise ValueError(
+                "it is a distillation, which fitting has replaced; fit anew with another --out. "
+                "An adapter that it has written still works."
+            )
+        kinds: dict[str, type[FitRun | TuneRun]] = {"fit": FitRun, "tune": TuneRun}
+        run = kinds[kind].from_dict(fields.pop("run"))
         intervals = from_plain(LoopSettings, fields.pop("intervals"))
         return from_plain(cls, fields, run=run, intervals=intervals)
 
@@ -112,7 +119,7 @@ class PretrainedJob:
             validation_share=self.validation_share, max_bytes=self.max_bytes,
         )  # fmt: skip
 
-    def training(self, text: TokenText) -> Distillation:
+    def training(self, text: TokenText) -> Fitting | Tuning:
         """Loads and adapts the model.
 
         Raises:
@@ -121,11 +128,12 @@ class PretrainedJob:
         model = load_model(self.model, device=self.run.device)
         for part in (text.train, text.validation):
             check_vocabulary(model, part, text.source)
-        kind = Tuning if isinstance(self.run, TuneRun) else Distillation
-        return kind(self.run, model, text)
+        if isinstance(self.run, TuneRun):
+            return Tuning(self.run, model, text)
+        return Fitting(self.run, model, text)
 
 
-class PretrainedLoop(FolderLoop[Distillation, TokenText]):
+class PretrainedLoop(FolderLoop[Fitting | Tuning, TokenText]):
     """A job in a folder; build it with :meth:`start` or :meth:`resume`.
 
     Attributes:
@@ -142,7 +150,7 @@ class PretrainedLoop(FolderLoop[Distillation, TokenText]):
 
     @classmethod
     def start(cls, folder: Path, job: PretrainedJob) -> PretrainedLoop:
-        """A new run; measures, and writes the checkpoint of step 0.
+        """A new run; measures unless selectors are still to be fitted, and writes a checkpoint.
 
         Raises:
             FileExistsError: If the folder already holds a run.
@@ -199,9 +207,9 @@ class PretrainedLoop(FolderLoop[Distillation, TokenText]):
         """Loss and seconds."""
         return dict(result)
 
-    def save_result(self) -> None:
+    def save_result(self, report: Report | None = None) -> None:
         """Writes what was made: an adapter, and low-rank changes or a model with its tokenizer."""
-        self.training.save(self.folder)
+        self.training.save(self.folder, report)
         if (self.folder / MODEL_NAME).is_dir():
             load_tokenizer(self.job.model).save_pretrained(self.folder / MODEL_NAME)
 

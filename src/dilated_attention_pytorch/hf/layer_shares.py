@@ -40,6 +40,7 @@ from dilated_attention_pytorch.hf.model_folder import (
     load_tokens,
 )
 from dilated_attention_pytorch.hf.observe import SelectionObserver, evaluating, next_token_loss
+from dilated_attention_pytorch.hf.train_selectors import ADAPTER_NAME
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.runtime import check_integers
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
@@ -220,7 +221,7 @@ def _loss_with(
         return prefix.loss()
 
 
-STATE_NAME, ADAPTER_NAME = "costs.json", "adapter"
+STATE_NAME = "costs.json"
 
 
 @dataclass(frozen=True, kw_only=True)

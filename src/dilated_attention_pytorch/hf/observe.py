@@ -234,8 +234,8 @@ def measure_kept(adapted: AdaptedModel, windows: Tensor) -> KeptAttention:
     return KeptAttention(sum(mass) / len(mass), kept / rows if rows else float("nan"))
 
 
-# Neither distilling nor tuning lowers a temperature: the one ranks nothing at random, the other
-# keeps it at its end.
+# Neither fitting nor tuning lowers a temperature: the one ranks nothing at random, the other keeps
+# it at its end.
 _INAPPLICABLE = {
     "temperature": "distill and tune do not anneal: no choice of a trained adapter depends on it"
 }
@@ -282,7 +282,7 @@ def diagnose_adapted(
 ) -> Diagnosis:
     """Checks the selectors of an adapted model, one window at a time.
 
-    The loss is that of the next token. The base stays in evaluation mode, as it is distilled, and
+    The loss is that of the next token. The base stays in evaluation mode, as it is fitted, and
     its weights need no gradient.
 
     Args:

@@ -1,4 +1,4 @@
-"""Trains selectors of a pretrained model: distilled from its own attention, or tuned end to end."""
+"""Selectors of a pretrained model: fitted to its queries and keys, or tuned end to end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.config import (
@@ -21,11 +22,18 @@ from dilated_attention_pytorch.config import (
     from_plain,
 )
 from dilated_attention_pytorch.files import replaced_folder
-from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter, save_adapter
 from dilated_attention_pytorch.hf.attention import SELECTOR
-from dilated_attention_pytorch.hf.calibration import calibrate, default_lengths, fit_low_rank
+from dilated_attention_pytorch.hf.calibration import (
+    Moments,
+    Report,
+    calibrate,
+    default_lengths,
+    fit_low_rank,
+    spread_windows,
+)
+from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import TokenText, add_lora, seal_folder
 from dilated_attention_pytorch.hf.observe import (
     CountTiles,
@@ -34,22 +42,20 @@ from dilated_attention_pytorch.hf.observe import (
     measure_selection,
     next_token_loss,
     observe_selection,
-    selector_scores,
-    true_mass,
 )
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
-from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
-from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
-from dilated_attention_pytorch.train.checkpoint import check_training_state
+from dilated_attention_pytorch.train.checkpoint import check_form, check_training_state
 from dilated_attention_pytorch.train.language_model import TrainingError, check_device
 from dilated_attention_pytorch.train.trainer import parameter_groups
 
 DTYPES = ("float32", "bfloat16")
 TRAINED = ("selectors", "lora", "all")
 ATTENTION = ("sparse", "dense")
-# Folders of what was trained.
+# Folders of what was made.
 ADAPTER_NAME, LORA_NAME, MODEL_NAME = "adapter", "lora", "model"
+# Tokens of a window whose loss is taken: logits of all fill the memory where windows are long.
+_LOSS_PLACES = 1024
 
 
 def distilled_config(**changes: Any) -> AdaptiveConfig:
@@ -76,33 +82,22 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRun:
-    """Everything that a distillation's result depends on, beside the model and the text.
+class PretrainedRun:
+    """What the result of either depends on, beside the model and the text.
 
     Attributes:
         config: Settings of the selectors.
         layers: Layers to make sparse; None: all without a sliding window.
-        seq_len: Tokens per window.
-        batch_size: Windows per step.
-        steps: Optimiser steps.
-        learning_rate: Peak of the selectors' rate, reached after a twentieth of the steps, falling
-            by a cosine to 5 %.
-        weight_decay: Of AdamW; gains, offsets and temperatures do not decay.
+        seq_len: Tokens per window: the longest length of use, which serves all shorter ones.
         validation_windows: Held-out windows to measure on.
-        seed: Of the selectors' weights and of the data order.
-        device: Where to train.
+        device: Where to compute.
         dtype: ``"float32"``, or ``"bfloat16"``: autocast.
     """
 
     config: AdaptiveConfig = field(default_factory=distilled_config)
     layers: tuple[int, ...] | None = None
     seq_len: int = 2048
-    batch_size: int = 1
-    steps: int = 300
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
     validation_windows: int = 2
-    seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -110,23 +105,21 @@ class DistillRun:
         """Checks every field."""
         check_types(self)
         check_largest(self)
-        for name in ("seq_len", "batch_size", "steps", "validation_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.check_positive("seq_len", "validation_windows")
         if self.seq_len < 2 * self.config.block_size:
             raise ValueError(
                 f"seq_len must be at least two blocks of {self.config.block_size} tokens, got "
                 f"{self.seq_len}: there would be nothing to choose."
             )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}.")
         check_device(self.device)
+
+    def check_positive(self, *names: str) -> None:
+        """Raises ValueError unless these fields are at least 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -137,30 +130,194 @@ class DistillRun:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds a run from :meth:`to_dict`'s result, also of versions that had a ``target``.
+        """Builds a run from :meth:`to_dict`'s result.
 
         Raises:
             KeyError, TypeError or ValueError: If anything is missing, or of the wrong type.
         """
-        fields = dict(values)
-        target = fields.pop("target", "mass")
-        if target != "mass":
-            raise ValueError(
-                f"target must be 'mass', got {short_repr(target)}: the gradient as a target was "
-                "dropped. Distil anew without --target."
-            )
-        return from_plain(cls, fields, config=AdaptiveConfig.from_dict(fields["config"]))
+        return from_plain(cls, values, config=AdaptiveConfig.from_dict(values["config"]))
+
+
+class PretrainedTraining:
+    """Finds the selectors of a pretrained model, step by step.
+
+    On one machine and with as many threads, a run that was stopped and loaded again gives bit for
+    bit what an uninterrupted one gives (on a GPU only if its kernels are deterministic).
+
+    Args:
+        run: What to do.
+        model: The model, not adapted, on the run's device.
+        text: Tokens.
+    """
+
+    run: Any
+    adapted: AdaptedModel
+
+    def __init__(self, run: PretrainedRun, model: Any, text: TokenText) -> None:
+        self.run, self.model, self.tokens = run, model, text.train
+        self.validation = validation_windows(text.validation, run.seq_len, run.validation_windows)
+        self.step_count, self.seconds = 0, 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return bool(self.step_count >= self.run.steps)
+
+    def save_selectors(self, folder: Path, sparsity: float, report: Report | None) -> None:
+        """Calibrates the thresholds at all lengths and writes ``adapter``."""
+        self.calibrate(sparsity, default_lengths(self.run.seq_len), report)
+        save_adapter(self.adapted, folder / ADAPTER_NAME)
+
+    def calibrate(
+        self, sparsity: float, lengths: Sequence[int], report: Report | None = None
+    ) -> None:
+        """Sets the thresholds for a sparsity."""
+        with self.autocast():
+            # Spread over the whole text: thresholds of code miss the sparsity on prose.
+            calibrate(self.adapted, self.tokens, sparsity, lengths=lengths, report=report)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        kind = torch.device(self.run.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.run.dtype == "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneRun(DistillRun):
-    """An end-to-end run: what a distillation has, and more.
+class FitRun(PretrainedRun):
+    """Everything that a fit's result depends on, beside the model and the text.
 
     Attributes:
+        windows: Windows of ``seq_len`` tokens, spread over the text, to take moments from.
+    """
+
+    windows: int = 2
+    # One window is a step.
+    batch_size: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
+        self.check_positive("windows")
+        if self.config.scorer != "low_rank":
+            raise ValueError(
+                "scorer must be 'low_rank', whose maps follow from queries and keys, got "
+                f"{self.config.scorer!r}: dilated-attention tune trains the others."
+            )
+
+    @property
+    def steps(self) -> int:
+        """As many as windows."""
+        return self.windows
+
+
+class Fitting(PretrainedTraining):
+    """Fits the selectors of a frozen model as :func:`fit_low_rank` does, one window a step.
+
+    The maps are set after the last window.
+    """
+
+    run: FitRun
+
+    def __init__(self, run: FitRun, model: Any, text: TokenText) -> None:
+        self.windows = spread_windows(text.train, run.seq_len, run.windows)
+        # A short text has fewer that differ.
+        super().__init__(dataclasses.replace(run, windows=len(self.windows)), model, text)
+        self.adapted = adapt(model, run.config, layers=run.layers).freeze_base()
+        self.moments = Moments(self.adapted)
+
+    def trained(self) -> list[nn.Parameter]:
+        """All that is fitted."""
+        return self.adapted.selector_parameters()
+
+    def step(self) -> dict[str, float]:
+        """Adds one window's moments; returns ``"loss"``, the model's own there, and ``"seconds"``.
+
+        The loss is that of the next token in nats, at up to 1,024 places: it says whether the text
+        suits the model.
+
+        Raises:
+            TrainingError: If the loss is not finite.
+        """
+        start = time.perf_counter()
+        window = self.windows[self.step_count].to(input_device(self.model)).long()
+        stride = math.ceil((len(window) - 1) / _LOSS_PLACES)
+        places = torch.arange(0, len(window) - 1, stride, device=window.device)
+        with (
+            self.autocast(),
+            evaluating(self.model),
+            observe_selection(self.adapted, self.moments.add),
+        ):
+            logits = self.model(window[None], use_cache=False, logits_to_keep=places).logits[0]
+        target = window[places + 1].to(logits.device)
+        loss = float(F.cross_entropy(logits.float(), target))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the model's own loss on window {self.step_count + 1} is {loss}: its weights are "
+                "damaged, or the dtype is too narrow for it."
+            )
+        self.step_count += 1
+        if self.done:
+            self.moments.fit()
+        seconds = max(time.perf_counter() - start, 0.0)
+        self.seconds += seconds
+        return {"loss": loss, "seconds": seconds}
+
+    def validate(self) -> dict[str, float]:
+        """Recall of the true top blocks and kept mass on the held-out windows, once fitted."""
+        if not self.done:
+            return {}
+        with self.autocast():
+            qualities = measure_selection(self.adapted, self.validation[:, :-1], (0.5, 0.8, 0.9))
+        return {
+            f"{name}_{quality.sparsity:g}": getattr(quality, name)
+            for quality in qualities
+            for name in ("recall", "kept_mass", "best_mass")
+            # Where the forced blocks fill the budget nothing was chosen.
+            if not math.isnan(quality.recall)
+        }
+
+    def save(self, folder: Path, report: Report | None = None) -> None:
+        """Calibrates the thresholds for the configured sparsity and writes ``adapter``."""
+        self.save_selectors(folder, self.run.config.base_sparsity, report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, and how far the windows were read: the maps follow from them."""
+        return {
+            "step_count": self.step_count,
+            "seconds": self.seconds,
+            "moments": {str(number): list(sums) for number, sums in self.moments.sums.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`'s result, of the same run, model and text.
+
+        Raises:
+            CheckpointError: If it is another run's; nothing has changed then.
+        """
+        check_form("training", self.state_dict(), state)
+        for number, sums in self.moments.sums.items():
+            for own, saved in zip(sums, state["moments"][str(number)], strict=True):
+                own.copy_(saved)
+        self.step_count, self.seconds = state["step_count"], max(state["seconds"], 0.0)
+        if self.done:
+            self.moments.fit()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRun(PretrainedRun):
+    """Everything that a tuning's result depends on, beside the model and the text.
+
+    Attributes:
+        batch_size: Windows per step.
+        steps: Optimiser steps.
+        learning_rate: Peak of the selectors' rate, reached after a twentieth of the steps, falling
+            by a cosine to 5 %.
+        weight_decay: Of AdamW; gains, offsets and temperatures do not decay.
+        seed: Of the selectors' weights and of the data order.
         train: ``"selectors"`` alone on a frozen base; ``"lora"``: low-rank changes of all
             projections beside them (through peft); ``"all"``: all weights.
         attention: ``"sparse"``; ``"dense"`` is the baseline without selectors.
-        adapter: Folder of the selectors to start from; None: untrained ones.
+        adapter: Folder of the selectors to start from; None: untrained ones, low-rank ones fitted.
         base_sparsity: Sparsity to tune for.
         base_learning_rate: Peak rate of LoRA or of the model's weights.
         lora_rank: Rank of the changes.
@@ -173,6 +330,11 @@ class TuneRun(DistillRun):
             the fused kernels where they run. With ``train="selectors"`` they learn in every step.
     """
 
+    batch_size: int = 1
+    steps: int = 300
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    seed: int = 0
     train: str = "lora"
     attention: str = "sparse"
     adapter: str | None = None
@@ -186,6 +348,14 @@ class TuneRun(DistillRun):
     def __post_init__(self) -> None:
         """Checks every field."""
         super().__post_init__()
+        self.check_positive("batch_size", "steps", "lora_rank", "calibrate_every", "selector_every")
+        for name in ("learning_rate", "base_learning_rate"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
         for name, valid in (("train", TRAINED), ("attention", ATTENTION)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}.")
@@ -194,11 +364,6 @@ class TuneRun(DistillRun):
                 "attention='dense' has no selectors: train must be 'lora' or 'all' and adapter "
                 f"None, got {self.train!r} and {self.adapter!r}."
             )
-        if not (math.isfinite(self.base_learning_rate) and self.base_learning_rate > 0):
-            raise ValueError(f"base_learning_rate must be positive, got {self.base_learning_rate}.")
-        for name in ("lora_rank", "calibrate_every", "selector_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.sparsity_warmup <= 1:
             raise ValueError(f"sparsity_warmup must lie in [0, 1], got {self.sparsity_warmup}.")
 
@@ -207,27 +372,20 @@ class TuneRun(DistillRun):
         return self.train == "selectors" or step % self.selector_every == 0
 
 
-class Distillation:
-    """Trains the selectors of a frozen model on the tile mass of its own attention.
+class Tuning(PretrainedTraining):
+    """Trains selectors, and LoRA or all weights, on the next token.
 
-    The model runs densely; in every layer the queries and keys that it produces give the target
-    (never the tokens' square), the selector's scores and at once the gradient of their cross
-    entropy, so that no activations are kept for later.
-
-    On one machine and with as many threads, a run that was stopped and loaded again gives bit for
-    bit what an uninterrupted one gives (on a GPU only if its kernels are deterministic).
-
-    Args:
-        run: What to train.
-        model: The model, not adapted, on the run's device.
-        text: Tokens.
+    The selectors learn from the attention itself (``AdaptiveConfig.estimator``), the rest from the
+    loss. With LoRA ``model`` stays the base model; its layers hold the low-rank changes. With
+    ``attention="dense"`` ``adapted`` has no selectors.
     """
 
-    def __init__(self, run: DistillRun, model: Any, text: TokenText) -> None:
-        self.run, self.model = run, model
+    run: TuneRun
+
+    def __init__(self, run: TuneRun, model: Any, text: TokenText) -> None:
+        super().__init__(run, model, text)
         torch.manual_seed(run.seed)
         self.windows = TextWindows(text.train, run.seq_len, run.seed)
-        self.validation = validation_windows(text.validation, run.seq_len, run.validation_windows)
         # Groups of parameters with the peaks of their learning rates.
         self.adapted, self.groups = self.prepare()
         self.optimizer = torch.optim.AdamW(
@@ -236,67 +394,31 @@ class Distillation:
             # One kernel for all parameters instead of a dozen for each kind of update.
             fused=torch.device(run.device).type == "cuda",
         )  # fmt: skip
-        self.step_count, self.seconds = 0, 0.0
 
     def prepare(self) -> tuple[AdaptedModel, list[dict[str, Any]]]:
-        """Adapts the model; names what to train: ``"params"`` and ``"peak"`` rates."""
-        adapted = self.untrained().freeze_base()
-        parameters = [p for p in adapted.selector_parameters() if p.requires_grad]
-        return adapted, [{"params": parameters, "peak": self.run.learning_rate}]
-
-    def untrained(self) -> AdaptedModel:
-        """Adapts the model with selectors that start from its own queries and keys."""
-        adapted = adapt(self.model, self.run.config, layers=self.run.layers)
-        fit_low_rank(adapted, self.windows.data, length=self.run.seq_len)
-        return adapted
-
-    def losses(self, batch: Tensor) -> float:
-        """The loss of ``(batch, seq_len + 1)`` tokens, the mean over layers, and its gradients."""
-        found: list[Tensor] = []
-
-        def teach(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
-            mass = true_mass(selector, inputs)
-            with torch.enable_grad():
-                loss = mass_cross_entropy(selector_scores(selector, inputs), mass, inputs)
-                loss.backward()
-            found.append(loss.detach())
-
-        with evaluating(self.model), observe_selection(self.adapted, teach):
-            self.model.base_model(batch[:, :-1], use_cache=False)
-        return float(torch.stack(found).mean())
-
-    def validate(self) -> dict[str, float]:
-        """Recall of the true top blocks and kept mass on the held-out windows; changes nothing."""
-        with self.autocast():
-            qualities = measure_selection(self.adapted, self.validation[:, :-1], (0.5, 0.8, 0.9))
-        out = {}
-        for quality in qualities:
-            # Where the forced blocks fill the budget nothing was chosen.
-            if not math.isnan(quality.recall):
-                out[f"recall_{quality.sparsity:g}"] = quality.recall
-                out[f"kept_mass_{quality.sparsity:g}"] = quality.kept_mass
-                out[f"best_mass_{quality.sparsity:g}"] = quality.best_mass
-        return out
-
-    def save(self, folder: Path) -> None:
-        """Calibrates the thresholds for the configured sparsity and writes ``adapter``."""
-        self.save_selectors(folder, self.run.config.base_sparsity)
-
-    def save_selectors(self, folder: Path, sparsity: float) -> None:
-        """Calibrates the thresholds at all lengths and writes ``adapter``."""
-        self.calibrate(sparsity, default_lengths(self.run.seq_len))
-        save_adapter(self.adapted, folder / ADAPTER_NAME)
-
-    def calibrate(self, sparsity: float, lengths: Sequence[int]) -> None:
-        """Sets the thresholds for a sparsity."""
-        with self.autocast():
-            # Spread over the whole text: thresholds of code miss the sparsity on prose.
-            calibrate(self.adapted, self.windows.data, sparsity, lengths=lengths)
-
-    @property
-    def done(self) -> bool:
-        """Whether all steps are done."""
-        return self.step_count >= self.run.steps
+        """LoRA first, then the selectors: peft freezes what it finds."""
+        run = self.run
+        self.lora: Any = None
+        if run.train == "lora":
+            self.lora = add_lora(self.model, run.lora_rank)
+        if run.attention == "dense":
+            adapted = AdaptedModel(self.model, [], {})
+        elif run.adapter is not None:
+            # A folder, never a name on the Hub.
+            adapted = SelectorAdapter.read(run.adapter).apply(self.model)
+        else:
+            adapted = adapt(self.model, run.config, layers=run.layers)
+            fit_low_rank(adapted, self.tokens, length=run.seq_len)
+        if run.train == "selectors":
+            adapted.freeze_base()
+        selectors = adapted.selector_parameters()
+        own = {id(p) for p in selectors}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        groups = [
+            {"params": selectors, "peak": run.learning_rate},
+            {"params": rest, "peak": run.base_learning_rate},
+        ]
+        return adapted, [group for group in groups if group["params"]]
 
     def step(self) -> dict[str, float]:
         """Does one optimiser step; returns ``"loss"`` and ``"seconds"``.
@@ -327,10 +449,62 @@ class Distillation:
         self.seconds += seconds
         return {"loss": value, "seconds": seconds}
 
-    def autocast(self) -> torch.autocast:
-        """The context of every forward pass."""
-        kind = torch.device(self.run.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.run.dtype == "bfloat16")
+    def losses(self, batch: Tensor) -> float:
+        """Cross entropy of the next token, in nats, and its gradients."""
+        run = self.run
+        self.model.train()
+        warm = run.sparsity_warmup * run.steps
+        progress = 1.0 if self.step_count >= warm else self.step_count / warm
+        self._set_sparsity(1 - (1 - run.base_sparsity) ** progress)
+        if self.step_count % run.calibrate_every == 0:
+            self.calibrate(run.base_sparsity, (run.seq_len,))
+        for selector in self.adapted.selectors.values():
+            # In evaluation mode a selector chooses and nothing more; attention still has gradients.
+            selector.train(run.selectors_learn(self.step_count))
+        loss = next_token_loss(self.model, batch)
+        loss.backward()
+        return float(loss.detach())
+
+    def _set_sparsity(self, value: float) -> None:
+        run = self.run
+        warm, goal = (
+            self.adapted.layer_sparsities(x, run.seq_len) for x in (value, run.base_sparsity)
+        )
+        for number, selector in self.adapted.selectors.items():
+            if isinstance(selector, BlockSparseAdaptive):
+                goals = goal if selector.budget.calibrated else warm
+                selector.set_base_sparsity(goals[number])
+                # Selectors that were fitted need little noise to explore.
+                selector.set_temperature(selector.config.min_temperature)
+
+    def validate(self) -> dict[str, float]:
+        """The loss on the held-out windows, at the sparsity to tune for, and that sparsity."""
+        self._set_sparsity(self.run.base_sparsity)
+        if self.step_count == 0:
+            self.calibrate(self.run.base_sparsity, (self.run.seq_len,))
+        with self.autocast(), CountTiles(self.adapted) as tiles:
+            values = {"validation_loss": mean_loss(self.model, self.validation)}
+        return {**values, "sparsity": tiles.sparsity} if self.adapted.selectors else values
+
+    def save(self, folder: Path, report: Report | None = None) -> None:
+        """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
+        if self.adapted.selectors:
+            self._set_sparsity(self.run.base_sparsity)
+            self.save_selectors(folder, self.run.base_sparsity, report)
+        if self.lora is not None:
+            with replaced_folder(folder / LORA_NAME) as new:
+                self.lora.save_pretrained(new)
+                seal_folder(new)
+        if self.run.train == "all":
+            with replaced_folder(folder / MODEL_NAME) as new:
+                # The model alone: selectors are an adapter of their own.
+                weights = {
+                    name: value
+                    for name, value in self.model.state_dict().items()
+                    if f".{SELECTOR}." not in name
+                }
+                self.model.save_pretrained(new, state_dict=weights)
+                seal_folder(new)
 
     def trained(self) -> list[nn.Parameter]:
         """All that the optimiser changes, in order."""
@@ -372,109 +546,3 @@ class Distillation:
         torch.set_rng_state(state["random"])
         if state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.run.device)
-
-
-class Tuning(Distillation):
-    """Trains selectors, and LoRA or all weights, on the next token.
-
-    Data, optimiser, schedule and state are those of :class:`Distillation`. The selectors learn from
-    the attention itself (``AdaptiveConfig.estimator``), the rest from the loss. With LoRA ``model``
-    stays the base model; its layers hold the low-rank changes. With ``attention="dense"``
-    ``adapted`` has no selectors.
-    """
-
-    run: TuneRun
-
-    def prepare(self) -> tuple[AdaptedModel, list[dict[str, Any]]]:
-        """LoRA first, then the selectors: peft freezes what it finds."""
-        run = self.run
-        self.lora: Any = None
-        if run.train == "lora":
-            self.lora = add_lora(self.model, run.lora_rank)
-        if run.attention == "dense":
-            adapted = AdaptedModel(self.model, [], {})
-        elif run.adapter is not None:
-            # A folder, never a name on the Hub.
-            adapted = SelectorAdapter.read(run.adapter).apply(self.model)
-        else:
-            adapted = self.untrained()
-        if run.train == "selectors":
-            adapted.freeze_base()
-        selectors = adapted.selector_parameters()
-        own = {id(p) for p in selectors}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-        groups = [
-            {"params": selectors, "peak": run.learning_rate},
-            {"params": rest, "peak": run.base_learning_rate},
-        ]
-        return adapted, [group for group in groups if group["params"]]
-
-    def losses(self, batch: Tensor) -> float:
-        """Cross entropy of the next token, in nats, and its gradients."""
-        run = self.run
-        self.model.train()
-        warm = run.sparsity_warmup * run.steps
-        progress = 1.0 if self.step_count >= warm else self.step_count / warm
-        self._set_sparsity(1 - (1 - run.base_sparsity) ** progress)
-        if self.step_count % run.calibrate_every == 0:
-            self.calibrate(run.base_sparsity, (run.seq_len,))
-        for selector in self.adapted.selectors.values():
-            # In evaluation mode a selector chooses and nothing more; attention still has gradients.
-            selector.train(run.selectors_learn(self.step_count))
-        loss = next_token_loss(self.model, batch)
-        loss.backward()
-        return float(loss.detach())
-
-    def _set_sparsity(self, value: float) -> None:
-        run = self.run
-        warm, goal = (
-            self.adapted.layer_sparsities(x, run.seq_len) for x in (value, run.base_sparsity)
-        )
-        for number, selector in self.adapted.selectors.items():
-            if isinstance(selector, BlockSparseAdaptive):
-                goals = goal if selector.budget.calibrated else warm
-                selector.set_base_sparsity(goals[number])
-                # Selectors that were distilled need little noise to explore.
-                selector.set_temperature(selector.config.min_temperature)
-
-    def validate(self) -> dict[str, float]:
-        """The loss on the held-out windows, at the sparsity to tune for, and that sparsity."""
-        self._set_sparsity(self.run.base_sparsity)
-        if self.step_count == 0:
-            self.calibrate(self.run.base_sparsity, (self.run.seq_len,))
-        with self.autocast(), CountTiles(self.adapted) as tiles:
-            values = {"validation_loss": mean_loss(self.model, self.validation)}
-        return {**values, "sparsity": tiles.sparsity} if self.adapted.selectors else values
-
-    def save(self, folder: Path) -> None:
-        """Writes what was trained: ``adapter``, and ``lora`` or ``model``."""
-        if self.adapted.selectors:
-            self._set_sparsity(self.run.base_sparsity)
-            self.save_selectors(folder, self.run.base_sparsity)
-        if self.lora is not None:
-            with replaced_folder(folder / LORA_NAME) as new:
-                self.lora.save_pretrained(new)
-                seal_folder(new)
-        if self.run.train == "all":
-            with replaced_folder(folder / MODEL_NAME) as new:
-                # The model alone: selectors are an adapter of their own.
-                weights = {
-                    name: value
-                    for name, value in self.model.state_dict().items()
-                    if f".{SELECTOR}." not in name
-                }
-                self.model.save_pretrained(new, state_dict=weights)
-                seal_folder(new)
-
-
-def mass_cross_entropy(scores: Tensor, mass: Tensor, inputs: SelectionInputs) -> Tensor:
-    r"""How badly the scores S predict where attention goes (m), forced blocks included.
-
-    :math:`-\sum_j m_{ij} \log \mathrm{softmax}_j(S_{ij})` over the visible blocks j, averaged over
-    rows; at its best the softmax is the tile mass, which thresholds need. Both are
-    ``(b, h, i, j)``; ``inputs`` say what is visible.
-    """
-    visible = inputs.candidates.scored | inputs.candidates.forced
-    logits = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
-    weighted = (mass * logits.log_softmax(-1).masked_fill(~visible, 0)).sum(-1)
-    return -weighted.mean()
