@@ -35,8 +35,7 @@ from dilated_attention_pytorch.hf.observe import (
     observe_selection,
     record_adapted,
 )
-from dilated_attention_pytorch.hf.retrieval import answer_nll, generate_greedily
-from dilated_attention_pytorch.hf.retrieval_tasks import Sample
+from dilated_attention_pytorch.hf.retrieval import Sample, answer_nll, generate_greedily
 from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 from tiny_models import byte_pair_tokenizer, tiny_model, tokens

@@ -16,8 +16,7 @@ from dilated_attention_pytorch.hf.model_folder import (
     load_tokenizer,
     tokenize,
 )
-from dilated_attention_pytorch.hf.retrieval import measure_task
-from dilated_attention_pytorch.hf.retrieval_tasks import build_task
+from dilated_attention_pytorch.hf.retrieval import build_task, measure_task
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"

@@ -25,7 +25,9 @@ from dilated_attention_pytorch.hf.observe import CountTiles
 from dilated_attention_pytorch.hf.retrieval import (
     RetrievalSettings,
     RetrievalSuite,
+    Sample,
     answer_nll,
+    build_task,
     generate_greedily,
     mean_ratio,
     measure_task,
@@ -33,7 +35,6 @@ from dilated_attention_pytorch.hf.retrieval import (
     share_contained,
     wilson_interval,
 )
-from dilated_attention_pytorch.hf.retrieval_tasks import Sample, build_task
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 

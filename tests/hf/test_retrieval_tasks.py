@@ -15,7 +15,7 @@ from tiny_models import byte_pair_tokenizer, sentence_piece_tokenizer
 pytest.importorskip("transformers", reason="needs the extra [hf]")
 
 from dilated_attention_pytorch.hf.model_folder import tokenize
-from dilated_attention_pytorch.hf.retrieval_tasks import TASKS, Sample, build_task
+from dilated_attention_pytorch.hf.retrieval import TASKS, Sample, build_task
 
 IN_TEXT = ("needle", "keys", "values", "queries", "variables", "code")
 HAYSTACK_WORD = "q"

@@ -11,8 +11,7 @@ from dilated_attention_pytorch.hf.layer_shares import measure_costs
 from dilated_attention_pytorch.hf.mask import plain_mask
 from dilated_attention_pytorch.hf.model_folder import load_lora, tokenize
 from dilated_attention_pytorch.hf.observe import CountTiles, diagnose_adapted, record_adapted
-from dilated_attention_pytorch.hf.retrieval import RetrievalSettings, RetrievalSuite
-from dilated_attention_pytorch.hf.retrieval_tasks import build_task
+from dilated_attention_pytorch.hf.retrieval import RetrievalSettings, RetrievalSuite, build_task
 from dilated_attention_pytorch.hf.train_selectors import distilled_config
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dilated_attention_pytorch.ops.ring_buffer import append_tokens
+from dilated_attention_pytorch.nn.state import append_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
