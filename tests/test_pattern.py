@@ -32,6 +32,19 @@ def test_dense_and_lists_are_the_same_tiles(b, h, i, j, seed):
     torch.testing.assert_close(pattern.sparsity_per_head, per_head)
 
 
+def test_it_shows_itself_in_a_line():
+    _, pattern = random_pattern(2, 3, 4, 5, keep=2.0)
+    assert repr(pattern) == "BlockPattern(2 x 3 heads, 4 x 5 blocks of 16 x 8, sparsity 0.00)"
+    dense = torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4)
+    pattern = BlockPattern.from_dense(dense, block_size=16, q_len=64, kv_len=64)
+    assert repr(pattern) == "BlockPattern(1 x 2 heads, 4 x 4 blocks of 16, sparsity 0.75)"
+    nowhere = replace(
+        pattern, kv_num_blocks=pattern.kv_num_blocks.to("meta"),
+        kv_indices=pattern.kv_indices.to("meta"), kv_num_allowed=None, check_values=False,
+    )  # fmt: skip
+    assert repr(nowhere) == "BlockPattern(1 x 2 heads, 4 x 4 blocks of 16)"
+
+
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 99))
 def test_transpose_lists_every_tile_once_by_key_block(i, j, seed):
     dense, pattern = random_pattern(2, 2, i, j, seed=seed)

@@ -1,5 +1,7 @@
 """Attention whose connections are chosen from the content, block by block, and learned."""
 
+from typing import Any
+
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.nn import (
     BlockSparseAdaptive,
@@ -45,3 +47,19 @@ __all__ = [
     "gumbel_softmax_topk",
     "parameter_groups",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``__version__``, read from the installed package when it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version(__name__)
+        except PackageNotFoundError:
+            raise AttributeError(f"{__name__} has a version where it is installed") from None
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from dilated_attention_pytorch.files import read_tensor_file, write_tensor_file
 from dilated_attention_pytorch.foreign_text import short_repr
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
-from dilated_attention_pytorch.runtime import check_booleans, check_integers
+from dilated_attention_pytorch.runtime import check_booleans, check_integers, tracing
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -175,6 +175,17 @@ class BlockPattern:
     def sparsity(self) -> Tensor:
         """The share of tiles left out, of all samples and heads together: 0-dim float64."""
         return 1 - self.kv_num_blocks.sum().double() / self.allowed_tiles.sum().clamp(min=1)
+
+    def __repr__(self) -> str:
+        """Sizes and sparsity in a line; waits for the device."""
+        rows, columns = self.block_size
+        size = f"{rows}" if rows == columns else f"{rows} x {columns}"
+        words = f"{len(self.kv_num_blocks)} x {self.num_heads} heads, "
+        words += f"{self.num_query_blocks} x {self.num_key_blocks} blocks of {size}"
+        # While a program is recorded, and on the meta device, there are no values.
+        if not (self.kv_num_blocks.is_meta or tracing()):
+            words += f", sparsity {float(self.sparsity):.2f}"
+        return f"BlockPattern({words})"
 
     def head(self, index: int) -> BlockPattern:
         """The pattern of one head, with ``h == 1``."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 
 from dilated_attention_pytorch.cli.console import UsageError
+from dilated_attention_pytorch.cli.main import main
 from dilated_attention_pytorch.cli.options import build_settings
 
 
@@ -48,3 +50,36 @@ def test_settings_that_leave_nothing_are_refused_by_their_arithmetic(options: An
         build_settings(options)
     # Of fixed patterns what is always read is the pattern.
     assert build_settings({**options, "attention": "local"})
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--attention", "adaptiv"], "Did you mean 'adaptive'?"),
+        (["train", "--sequence-len", "4"], "Did you mean --seq-len?"),
+        (["wholly", "other"], "diagnose)."),
+    ],
+)
+def test_what_was_meant_is_named(
+    typed: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(typed)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err.strip()
+    assert shown.endswith(meant)
+    assert len(shown.splitlines()[-1]) < 300
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    import dilated_attention_pytorch
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    installed = version("dilated_attention_pytorch")
+    assert capsys.readouterr().out == f"dilated-attention {installed}\n"
+    assert dilated_attention_pytorch.__version__ == installed
+    public = {*dilated_attention_pytorch.__all__, "__version__"}
+    assert set(dir(dilated_attention_pytorch)) == public

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = _parser().parse_known_args(arguments)
     usage = vars(parsed).pop("usage")
     if unknown:
-        usage.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options = [name for action in usage._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], options, 1)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        usage.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         with _shown_warnings(parsed.name):
             code: int = parsed.command(parsed)
@@ -65,8 +69,27 @@ def _shown_warnings(name: str) -> Iterator[None]:
         warnings.showwarning = before
 
 
+class _Version(argparse.Action):
+    """Reads the version only if it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"dilated-attention {version(__name__.partition('.')[0])}")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints show what was typed as it is."""
+    """A parser whose complaints show what was typed as it is, and what was meant."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # The one place of argparse that knows both what was typed and what there is.
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            near = difflib.get_close_matches(str(value), known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            words = f"invalid choice: {value!r} (choose from {', '.join(known)}).{hint}"
+            raise argparse.ArgumentError(action, words)
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with exit code 2."""
@@ -81,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Attention whose connections are chosen from the content.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and leave")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
     train.add_train(commands)
     demo.add_demo(commands)
