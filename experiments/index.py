@@ -37,7 +37,7 @@ BY_HAND = {
     "Where learning starts": "in ten of thirteen geometries; a budget by content wins",
     "Beyond needles": "not finished; not where room is short for all",
     "The command with nothing set": "yes, in small models",
-    "A pretrained model": "yes at 8,192 tokens, frozen; not at 2,048 and 0.9; "
+    "A pretrained model": "yes at 8,192 tokens, frozen, and at 2,048 with a floor; "
     "tuned at 0.9 not on prose",
     "A long run": "yes",
 }
@@ -106,7 +106,9 @@ nearly all as soon. In *512x16x2* dense attention itself waits for 450 to 1,030 
 four seeds do: the dense start ends before [the others have
 begun](log.md#a-plateau-longer-than-the-dense-start-2026-11-30-open). With four heads at 0.94 there
 is not room for all (*640x16x2 tighter*), and where a quarter asks three of five seeds do. Where
-room is tight or needs are uneven the mean is 0.05 to 0.33 above the even budget's.
+room is tight or needs are uneven the mean is 0.05 to 0.33 above the even budget's. Dense attention
+has run in all 52 cells, the others in the first column, and before random blocks [were
+limited](log.md#one-random-block-for-two-2026-11-30-kept).
 
 LEARNING_MAP
 
