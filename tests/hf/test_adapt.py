@@ -20,7 +20,7 @@ from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import load_adapter, save_adapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError
 from dilated_attention_pytorch.hf.attention import SELECTOR, register
-from dilated_attention_pytorch.hf.families import FAMILIES
+
 from dilated_attention_pytorch.hf.model_folder import load_model
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 

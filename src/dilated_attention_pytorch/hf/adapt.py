@@ -179,11 +179,14 @@ def adapt(
 
     The model then computes the chosen blocks alone, in training, evaluation and ``generate``, which
     keeps block summaries beside the cache. Layers with a sliding window, and layers that are not
-    named, attend as PyTorch does. Dropout of the weights and ``output_attentions`` are refused when
+    named, attend as PyTorch does; layers without attention, such as those of Mamba, stay as they
+    are. Dropout of the weights and ``output_attentions`` are refused when
     they are used.
 
     Args:
-        model: A model of :data:`FAMILIES`, such as ``LlamaForCausalLM``.
+        model: A causal language model of transformers whose attention layers call its attention
+            interface, such as ``LlamaForCausalLM``. Two passes of eight tokens show whether
+            block-sparse attention computes what they ask for.
         config: :class:`AdaptiveConfig` for learned selectors (untrained until they are distilled,
             tuned or loaded) or :class:`TrainingFreeConfig`; or a mapping from layer numbers to
             them. None: ``AdaptiveConfig()``.
@@ -208,15 +211,15 @@ def adapt(
         ...     sorted(adapted.selectors)
         [0, 1]
     """
-    sites = find_attention(model)
-    if any(site.module._modules.get(SELECTOR) is not None for site in sites):
+    if isinstance(model, nn.Module) and any(SELECTOR in m._modules for m in model.modules()):
         raise ValueError("model is adapted already; call undo() on its handle first.")
+    sites = find_attention(model)
     if isinstance(config, Mapping):
         if layers is not None:
             raise ValueError("layers excludes a mapping of configs, which names its layers.")
         configs = dict(config)
     else:
-        chosen = [site.number for site in sites if not site.sliding] if layers is None else layers
+        chosen = [site.number for site in sites if not site.dense] if layers is None else layers
         configs = dict.fromkeys(chosen, AdaptiveConfig() if config is None else config)
     _check_layers(sites, configs)
     selectors = {
@@ -279,15 +282,14 @@ def _check_layers(sites: list[AttentionSite], configs: Mapping[int, SelectorConf
     unknown = sorted(set(configs) - numbers)
     if unknown:
         raise ValueError(f"layers must lie in 0 to {max(numbers)}, got {unknown}.")
-    sliding = sorted(site.number for site in sites if site.sliding and site.number in configs)
-    if sliding:
-        raise ValueError(
-            f"layers {sliding} have a sliding window and stay as they are; leave them out."
-        )
+    for reason in sorted({site.dense for site in sites if site.dense}):
+        named = [site.number for site in sites if site.dense == reason and site.number in configs]
+        if named:
+            raise ValueError(f"layers {named} {reason} and stay as they are; leave them out.")
     if not configs:
+        reasons = sorted({f"attention layers {site.dense}" for site in sites if site.dense})
         raise ValueError(
-            "no layer is left to make sparse: every attention layer has a sliding window, or "
-            "layers is empty."
+            f"no layer is left to make sparse: {'; '.join(reasons) or 'layers is empty'}."
         )
 
 

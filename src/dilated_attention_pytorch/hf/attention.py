@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -293,8 +294,10 @@ class CacheHandover:
             return None
         if module.config._attn_implementation != ATTENTION_NAME:  # type: ignore[union-attr]
             return None
-        number = int(module.layer_idx)  # type: ignore[arg-type]
-        return args, {**kwargs, CACHE: CacheHandle(cache, number, selector)}
+        number = getattr(module, "layer_idx", None)
+        if number is None or not _passes_on(type(module)):
+            return None
+        return args, {**kwargs, CACHE: CacheHandle(cache, int(number), selector)}
 
     def __reduce__(self) -> tuple[Callable[[], CacheHandover], tuple[()]]:
         """A model that was pickled knows its attention by name: loading it makes that known."""
@@ -307,6 +310,11 @@ hand_over_cache = CacheHandover()
 def _registered() -> CacheHandover:
     register()
     return hand_over_cache
+
+
+def _passes_on(layer: type[nn.Module]) -> bool:
+    kinds = [own.kind for own in inspect.signature(layer.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _decodes(selector: BlockSparseAdaptive) -> bool:
