@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -41,9 +42,44 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
 # What single types need besides.
+_ONE_OF_EACH = ["sliding_attention", "full_attention"]
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": _ONE_OF_EACH, "sliding_window": 16,
+        "rope_parameters": dict.fromkeys(_ONE_OF_EACH, {"rope_type": "default", "rope_theta": 1e4}),
+    },
+    "cpmant": {"dim_ff": 64, "dim_head": 16},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "deepseek_v4": {"sliding_window": 16},
+    "gemma3n_text": {
+        "layer_types": _ONE_OF_EACH, "sliding_window": 16, "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "kimi_linear": {"linear_num_heads": 4},
+    "laguna": {"layer_types": _ONE_OF_EACH, "sliding_window": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "ministral": {"layer_types": _ONE_OF_EACH, "sliding_window": 16},
+    "moshi": {"sliding_window": 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+        "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "qwen_sparse_attention"],
+    },
+    "reformer": {"axial_pos_embds": False},
+    "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64,
+                 "pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "xlm": {"emb_dim": 64},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-_DOWN = ("encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
 
 
 @dataclass(frozen=True)
@@ -56,7 +92,7 @@ class Verdict:
 
     @property
     def row(self) -> str:
-        return f"| `{self.kind}` | {self.result} | {self.detail} |"
+        return f"| `{self.kind}` | {self.result.replace('_', ' ')} | {self.detail} |"
 
 
 def model_types() -> list[str]:
@@ -71,7 +107,15 @@ def tiny_config(kind: str) -> Any:
 
     make = CONFIG_MAPPING[kind]
     default = make().to_dict()
+    if isinstance(default.get("text_config"), dict):
+        text = default["text_config"]["model_type"]
+        if text in CONFIG_MAPPING and text != kind:
+            return make(text_config=tiny_config(text).to_dict())
     settings = {name: value for name, value in SIZES.items() if name in default}
+    if "qk_rope_head_dim" in default:
+        # Multi-head latent attention: as many keys as queries, of a size of their own.
+        settings.pop("head_dim", None)
+        settings["num_key_value_heads"] = 4
     kinds = list(dict.fromkeys(default.get("layer_types") or []))
     if len(kinds) > 1:
         full = next((k for k in kinds if "full" in k or k == "attention"), kinds[-1])
@@ -134,15 +178,17 @@ def verdict(kind: str) -> Verdict:
     try:
         model = build(kind)
     except Exception as error:
-        return Verdict(kind, "not built", _line(error))
+        return Verdict(kind, "not_built", _line(error))
     try:
         adapted = adapt(model, DENSE)
     except ValueError as error:
+        if "meta device" in str(error):
+            return Verdict(kind, "not_built", "stays too large")
         return Verdict(kind, "refused", _line(error))
     with adapted:
         sparse, own = list(adapted.selectors), [site.number for site in adapted.sites]
     if any(p.is_meta for p in model.parameters()):
-        return Verdict(kind, "not built", "stays too large")
+        return Verdict(kind, "not_built", "stays too large")
     dense = results(model)
     with adapt(model, DENSE) as adapted:
         found = results(model)
@@ -157,26 +203,67 @@ def verdict(kind: str) -> Verdict:
             msg=lambda text, name=name: f"{kind}: {name} differ. {text}",
         )  # fmt: skip
     assert not torch.allclose(fewer, dense["logits"], rtol=1e-4), f"{kind}: nothing is sparse"
-    layers = "" if sparse == own else f"layers {sparse} of {own}; the others have a window"
-    return Verdict(kind, "adapted", layers)
+    notes = []
+    if len(own) < model.config.num_hidden_layers:
+        notes.append("layers without attention stay as they are")
+    if sparse != own:
+        notes.append("layers with a window stay as they are")
+    return Verdict(kind, "adapted", "; ".join(notes))
 
 
 def _line(error: Exception) -> str:
     text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = re.sub(r"^model of type '.*?' is not supported: ", "", text)
     return text.replace("|", "/")[:300]
 
 
-def main(kinds: list[str]) -> None:
+def write_page(rows: list[Verdict]) -> None:
+    """Writes the table, and how many there are of each result."""
+    import transformers
+
+    counts = {result: sum(row.result == result for row in rows) for result in RESULTS}
+    lines = [row.row for row in sorted(rows, key=lambda row: (RESULTS.index(row.result), row.kind))]
+    text = HEAD.format(version=transformers.__version__, all=len(rows), **counts)
+    PAGE.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+RESULTS = ["adapted", "refused", "not_built"]
+HEAD = """# Which models can be converted
+
+`adapt` looks at how a model calls attention, not at its name: a model can be converted if its attention layers call
+the attention interface of transformers with queries, keys and values alone, under a causal mask. Two passes of eight
+tokens show that, and that plain causal attention gives what the model's own does; otherwise `adapt` raises an error
+that says why.
+
+The table has every type of causal language model in transformers {version}: {all}, of which {adapted} are adapted,
+{refused} are refused and {not_built} could not be built small enough to look. `python tests/model_types.py` writes it,
+with a tiny random model of each. Adapted at sparsity 0 a model gives the logits of dense attention (whole and left-padded),
+its gradients, and its tokens from a cache. Types with weights for images or sounds are refused as such; their text models
+can be converted. A type is refused here for what its configurations usually have: Gemma 2 without soft-capping would be
+adapted.
+
+| type | result | |
+|---|---|---|
+"""
+
+
+def main(kinds: list[str]) -> int:
     import transformers
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
+    rows, different = [], 0
     for kind in kinds or model_types():
         try:
-            print(verdict(kind).row, flush=True)
+            rows.append(verdict(kind))
+            print(rows[-1].row, flush=True)
         except Exception as error:
-            print(f"| {kind} | DIFFERENT | {type(error).__name__} {str(error)[:300]!r} |", flush=True)
+            different += 1
+            print(f"{kind} is different: {type(error).__name__} {str(error)[:300]!r}", flush=True)
+    if not kinds and not different:
+        write_page(rows)
+    return int(different > 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -211,8 +211,6 @@ def adapt(
         ...     sorted(adapted.selectors)
         [0, 1]
     """
-    if isinstance(model, nn.Module) and any(SELECTOR in m._modules for m in model.modules()):
-        raise ValueError("model is adapted already; call undo() on its handle first.")
     sites = find_attention(model)
     if isinstance(config, Mapping):
         if layers is not None:
@@ -221,6 +219,15 @@ def adapt(
     else:
         chosen = [site.number for site in sites if not site.dense] if layers is None else layers
         configs = dict.fromkeys(chosen, AdaptiveConfig() if config is None else config)
+    return attach(model, sites, configs, backend)
+
+
+def attach(
+    model: Any, sites: list[AttentionSite], configs: dict[int, SelectorConfig], backend: str
+) -> AdaptedModel:
+    """Adapts a model whose attention layers are known; the errors are those of :func:`adapt`."""
+    if any(SELECTOR in site.module._modules for site in sites):
+        raise ValueError("model is adapted already; call undo() on its handle first.")
     _check_layers(sites, configs)
     selectors = {
         site.number: build_selector(site, configs[site.number], backend)

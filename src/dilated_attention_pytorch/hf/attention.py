@@ -121,9 +121,11 @@ def block_sparse_forward(
     if handle is not None:
         step = CacheStep.of(mask, query.shape[1], key.shape[1])
         if step is not None and handle.can_keep(cached_keys):
-            return CachedAttention(handle, query, key, value, mask, step).attend(), None
+            attended = CachedAttention(handle, query, key, value, mask, step).attend()
+            return attended.contiguous(), None
         handle.drop()
-    return whole_attention(selector, query, key, value, mask), None
+    # Some models take a view of it.
+    return whole_attention(selector, query, key, value, mask).contiguous(), None
 
 
 def whole_attention(

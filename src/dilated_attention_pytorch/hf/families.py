@@ -95,6 +95,10 @@ def _hooks(module: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", (hook,)))
 
 
+# Model types that attention alone does not show to be unfit.
+_UNFIT = {"minimax": "the masks that it makes with a cache are shorter than the keys."}
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
     """An attention layer of a model, and what a selector must know of it.
@@ -158,8 +162,8 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
 
     The model runs twice on eight tokens: as it is, and with a function in the place of its
     attention that notes every call and computes what block-sparse attention computes at sparsity 0.
-    Both must give the same. The model is then as it was; random numbers too. Of weights on the meta
-    device, also of offloaded ones, classes and configuration are read instead.
+    Both must give the same. The model is then as it was; random numbers too. Offloaded weights are
+    loaded for it as for any pass.
 
     Raises:
         TypeError: If ``model`` is no transformers model.
@@ -174,15 +178,18 @@ def find_attention(model: nn.Module) -> list[AttentionSite]:
     shown = f"model of type {short_repr(config.model_type)}"
     try:
         _refuse_features(config)
-        offloaded = any(parameter.is_meta for parameter in model.parameters())
-        if offloaded:
-            return _sites(_described(model, config))
-        return _sites(attention_calls(model, input_device(model)))
+        device = input_device(model)
+        if device.type == "meta":
+            raise ValueError("its weights are on the meta device; load them first.")
+        adapted = any(SELECTOR in module._modules for module in model.modules())
+        return _sites(attention_calls(model, device, compare=not adapted))
     except ValueError as error:
         raise ValueError(f"{shown} is not supported: {error}") from error
 
 
 def _refuse_features(config: Any) -> None:
+    if config.model_type in _UNFIT:
+        raise ValueError(_UNFIT[config.model_type])
     if hasattr(config, "text_config"):
         raise ValueError("of a model for images, sounds and text, load the text model alone.")
     if getattr(config, "is_encoder_decoder", False):
@@ -195,39 +202,6 @@ def _refuse_features(config: Any) -> None:
     both = getattr(config, "use_bidirectional_attention", False) in (True, "all")
     if both or not getattr(config, "is_causal", True):
         raise ValueError("it attends in both directions; only causal models are supported.")
-
-
-def _described(model: nn.Module, config: Any) -> list[AttentionCall]:
-    """What calls of attention will look like, by classes and configuration."""
-    kinds, found = getattr(config, "layer_types", None), []
-    for module in model.modules():
-        called = getattr(type(module).forward, "__code__", None)
-        if called is None or "ALL_ATTENTION_FUNCTIONS" not in called.co_names:
-            continue
-        try:
-            head_dim, scale = int(module.head_dim), float(module.scaling)  # type: ignore[arg-type]
-            number = int(module.layer_idx)  # type: ignore[arg-type]
-        except (AttributeError, TypeError):
-            raise ValueError(
-                f"its weights are on the meta device, so that it cannot run, and "
-                f"{type(module).__name__} does not tell its head_dim, scaling and layer_idx; "
-                "adapt it before it is offloaded."
-            ) from None
-        window = getattr(config, "sliding_window", None) is not None
-        heads = int(config.num_attention_heads)
-        found.append(
-            AttentionCall(
-                module, heads, int(getattr(config, "num_key_value_heads", None) or heads), head_dim,
-                int(getattr(module, "v_head_dim", head_dim)), scale,
-                window if kinds is None else kinds[number] != "full_attention",
-            )
-        )  # fmt: skip
-    if not found:
-        raise ValueError(
-            "its weights are on the meta device, so that it cannot run, and none of its classes "
-            "calls the attention interface of transformers; adapt it before it is offloaded."
-        )
-    return found
 
 
 def _sites(calls: list[AttentionCall]) -> list[AttentionSite]:
