@@ -20,12 +20,16 @@ from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import load_adapter, save_adapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError
 from dilated_attention_pytorch.hf.families import find_attention
-from model_types import PAGE, build, model_types, verdict
+from dilated_attention_pytorch.hf.layer_shares import KeptPrefix
+from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
+from model_types import PAGE, build, model_types, prompt, verdict
 from tiny_models import tiny_model, tokens
 
+# A kernel of GPT-BigCode is still made so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 # Of the rest the page tells; `python tests/model_types.py` checks all.
 ADAPTED = [
-    "cohere2", "falcon_h1", "gemma3n_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite",
+    "cohere2", "gemma3n_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite",
     "jetmoe", "ministral", "mixtral", "nemotron", "olmo2", "olmo3", "phi3", "qwen2_moe",
     "qwen3_moe", "qwen3_next", "smollm3", "stablelm", "starcoder2",
 ]  # fmt: skip
@@ -113,3 +117,38 @@ def test_adapters_of_models_with_one_map_for_queries_keys_and_values(
         site.query_weight.copy_(site.query_weight.flip(0))
     with pytest.raises(AdapterError, match="weights of attention layer 1 differ"):
         load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "gemma3n_text", "gpt2", "mixtral", "phi3", "opt"])
+def test_sparse_generation_from_a_cache_is_that_without(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: Counter[str] = Counter()
+    for name in ("decode", "remember"):
+        original = getattr(BlockSparseAdaptive, name)
+
+        def spy(*args: Any, _n: str = name, _f: Any = original, **options: Any) -> Any:
+            steps[_n] += 1
+            return _f(*args, **options)
+
+        monkeypatch.setattr(BlockSparseAdaptive, name, spy)
+    config = AdaptiveConfig(base_sparsity=0.6, block_size=8, query_scope="past")
+    model, (ids, mask) = build(kind), prompt()
+    options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    with adapt(model, config):
+        wanted = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options), wanted)
+    assert steps["decode"] >= 11
+    assert not steps["remember"]
+
+
+# How a family writes its decoder layers decides whether those before another one can be left out.
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_costs_of_layers_are_measured_as_by_whole_passes(kind: str) -> None:
+    windows = tokens(2, 33)
+    with adapt(build(kind), AdaptiveConfig(base_sparsity=0.5, block_size=8)) as adapted:
+        prefix = KeptPrefix(adapted, windows)
+        whole = prefix.loss()
+        # Of two layers the second has attention in every type.
+        prefix.move_to(1)
+        assert prefix.loss() == pytest.approx(whole, rel=1e-6)

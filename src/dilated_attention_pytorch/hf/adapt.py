@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
-from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register
+from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register, takes_cache
 from dilated_attention_pytorch.hf.families import AttentionSite, find_attention
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
@@ -48,7 +48,7 @@ class AdaptedModel:
         self._hooks = [
             site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
             for site in sites
-            if site.number in configs
+            if site.number in configs and takes_cache(site.module)
         ]
         self._undone = False
         self._own: dict[int, BlockSparseLayer] = {}

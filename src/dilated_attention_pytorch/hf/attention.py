@@ -296,10 +296,8 @@ class CacheHandover:
             return None
         if module.config._attn_implementation != ATTENTION_NAME:  # type: ignore[union-attr]
             return None
-        number = getattr(module, "layer_idx", None)
-        if number is None or not _passes_on(type(module)):
-            return None
-        return args, {**kwargs, CACHE: CacheHandle(cache, int(number), selector)}
+        number = int(module.layer_idx)  # type: ignore[arg-type]
+        return args, {**kwargs, CACHE: CacheHandle(cache, number, selector)}
 
     def __reduce__(self) -> tuple[Callable[[], CacheHandover], tuple[()]]:
         """A model that was pickled knows its attention by name: loading it makes that known."""
@@ -309,14 +307,16 @@ class CacheHandover:
 hand_over_cache = CacheHandover()
 
 
+def takes_cache(layer: nn.Module) -> bool:
+    """Whether an attention layer can be handed a cache: it is numbered and passes arguments on."""
+    taken = inspect.signature(type(layer).forward).parameters.values()
+    passes_on = any(own.kind is inspect.Parameter.VAR_KEYWORD for own in taken)
+    return passes_on and getattr(layer, "layer_idx", None) is not None
+
+
 def _registered() -> CacheHandover:
     register()
     return hand_over_cache
-
-
-def _passes_on(layer: type[nn.Module]) -> bool:
-    kinds = [own.kind for own in inspect.signature(layer.forward).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _decodes(selector: BlockSparseAdaptive) -> bool:
