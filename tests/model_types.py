@@ -28,7 +28,8 @@ LARGEST = 4_000_000
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("decoder_layers",), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("attention_heads", "decoder_attention_heads", "mamba_n_heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -45,10 +46,6 @@ SIZES: dict[str, Any] = {
 _ONE_OF_EACH = ["sliding_attention", "full_attention"]
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {
-        "layer_types": _ONE_OF_EACH, "sliding_window": 16,
-        "rope_parameters": dict.fromkeys(_ONE_OF_EACH, {"rope_type": "default", "rope_theta": 1e4}),
-    },
     "cpmant": {"dim_ff": 64, "dim_head": 16},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
     "deepseek_v4": {"sliding_window": 16},
@@ -92,7 +89,7 @@ class Verdict:
 
     @property
     def row(self) -> str:
-        return f"| `{self.kind}` | {self.result.replace('_', ' ')} | {self.detail} |"
+        return f"| `{self.kind}` | {self.result} | {self.detail} |"
 
 
 def model_types() -> list[str]:
@@ -141,6 +138,7 @@ def build(kind: str) -> Any:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            # Not what Mamba decays by.
             if parameter.dim() == 2 and "A_log" not in name:
                 # The usual small weights make attention uniform, which would hide mistakes.
                 parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
@@ -178,17 +176,17 @@ def verdict(kind: str) -> Verdict:
     try:
         model = build(kind)
     except Exception as error:
-        return Verdict(kind, "not_built", _line(error))
+        return Verdict(kind, "not built", _line(error))
     try:
         adapted = adapt(model, DENSE)
     except ValueError as error:
         if "meta device" in str(error):
-            return Verdict(kind, "not_built", "stays too large")
+            return Verdict(kind, "not built", "stays too large")
         return Verdict(kind, "refused", _line(error))
     with adapted:
         sparse, own = list(adapted.selectors), [site.number for site in adapted.sites]
     if any(p.is_meta for p in model.parameters()):
-        return Verdict(kind, "not_built", "stays too large")
+        return Verdict(kind, "not built", "stays too large")
     dense = results(model)
     with adapt(model, DENSE) as adapted:
         found = results(model)
@@ -212,39 +210,29 @@ def verdict(kind: str) -> Verdict:
 
 
 def _line(error: Exception) -> str:
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
     text = re.sub(r"^model of type '.*?' is not supported: ", "", text)
-    return text.replace("|", "/")[:300]
+    return text.replace("|", "/")[:200]
 
 
 def write_page(rows: list[Verdict]) -> None:
-    """Writes the table, and how many there are of each result."""
+    """Writes the table and its numbers; the text before them stays."""
     import transformers
 
-    counts = {result: sum(row.result == result for row in rows) for result in RESULTS}
-    lines = [row.row for row in sorted(rows, key=lambda row: (RESULTS.index(row.result), row.kind))]
-    text = HEAD.format(version=transformers.__version__, all=len(rows), **counts)
-    PAGE.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    counts = [sum(row.result == result for row in rows) for result in RESULTS]
+    numbers = (
+        f"transformers {transformers.__version__}: {len(rows)} in all, of which {counts[0]} are "
+        f"adapted, {counts[1]} are refused and {counts[2]} were not built."
+    )
+    text = PAGE.read_text(encoding="utf-8")
+    text = re.sub(r"transformers [\d.]+: .* were not built\.", numbers, text)
+    text = text[: text.index(TABLE)] + TABLE
+    rows = sorted(rows, key=lambda row: (RESULTS.index(row.result), row.kind))
+    PAGE.write_text(text + "".join(f"{row.row}\n" for row in rows), encoding="utf-8")
 
 
-RESULTS = ["adapted", "refused", "not_built"]
-HEAD = """# Which models can be converted
-
-`adapt` looks at how a model calls attention, not at its name: a model can be converted if its attention layers call
-the attention interface of transformers with queries, keys and values alone, under a causal mask. Two passes of eight
-tokens show that, and that plain causal attention gives what the model's own does; otherwise `adapt` raises an error
-that says why.
-
-The table has every type of causal language model in transformers {version}: {all}, of which {adapted} are adapted,
-{refused} are refused and {not_built} could not be built small enough to look. `python tests/model_types.py` writes it,
-with a tiny random model of each. Adapted at sparsity 0 a model gives the logits of dense attention (whole and left-padded),
-its gradients, and its tokens from a cache. Types with weights for images or sounds are refused as such; their text models
-can be converted. A type is refused here for what its configurations usually have: Gemma 2 without soft-capping would be
-adapted.
-
-| type | result | |
-|---|---|---|
-"""
+RESULTS = ["adapted", "refused", "not built"]
+TABLE = "| type | result | |\n|---|---|---|\n"
 
 
 def main(kinds: list[str]) -> int:

@@ -48,6 +48,13 @@ def page() -> dict[str, str]:
     return {row.split("`")[1]: row for row in rows}
 
 
+of_this_version = pytest.mark.skipif(
+    f"transformers {transformers.__version__}:" not in PAGE.read_text(encoding="utf-8"),
+    reason="the page is about another version of transformers",
+)
+
+
+@of_this_version
 @pytest.mark.parametrize("kind", [*ADAPTED, *REFUSED])
 def test_a_type_is_what_the_page_says(kind: str) -> None:
     found = verdict(kind)
@@ -56,13 +63,14 @@ def test_a_type_is_what_the_page_says(kind: str) -> None:
     assert found.row == page()[kind]
 
 
+@of_this_version
 def test_the_page_has_every_type() -> None:
     rows = page()
     assert sorted(rows) == sorted(model_types())
     results = Counter(row.split("|")[2].strip() for row in rows.values())
     assert set(results) == {"adapted", "refused", "not built"}
     assert results["adapted"] >= 80
-    assert f"{results['adapted']} are adapted" in PAGE.read_text(encoding="utf-8")
+    assert f"which {results['adapted']} are adapted" in PAGE.read_text(encoding="utf-8")
 
 
 def test_what_a_selector_needs_is_what_the_layer_hands_over() -> None:

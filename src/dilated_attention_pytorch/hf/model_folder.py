@@ -102,7 +102,11 @@ def _are_digests(files: Any) -> bool:
     )
 
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    # Of models that make several at once.
+    "qkv_proj", "gate_up_proj", "query_key_value",
+)  # fmt: skip
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e6
 

@@ -53,7 +53,9 @@ class _RefusedError(ValueError):
     """A call is none that block-sparse attention computes."""
 
 
-def attention_calls(model: Any, device: torch.device, *, compare: bool = True) -> list[AttentionCall]:
+def attention_calls(
+    model: Any, device: torch.device, *, compare: bool = True
+) -> list[AttentionCall]:
     """Runs a model on a few tokens and lists its calls of attention, in order.
 
     Args:
