@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf.adapt import adapt
+from dilated_attention_pytorch.hf.adapter import load_adapter, save_adapter
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 DENSE = AdaptiveConfig(base_sparsity=0.0, block_size=8, budget="fixed")
@@ -191,8 +193,12 @@ def verdict(kind: str) -> Verdict:
     with adapt(model, DENSE) as adapted:
         found = results(model)
         adapted.set_base_sparsity(0.7)
-        with torch.no_grad():
+        with torch.no_grad(), TemporaryDirectory() as folder:
             fewer = model(prompt()[0][:1], use_cache=False)[0]
+            save_adapter(adapted, folder)
+            adapted.undo()
+            with load_adapter(model, folder):
+                again = model(prompt()[0][:1], use_cache=False)[0]
     for name, value in dense.items():
         assert value.isfinite().all() or name == "scores", f"{kind}: {name} are not finite"
         scale = float(value[value.isfinite()].abs().double().max()) if value.numel() else 1.0
@@ -201,6 +207,7 @@ def verdict(kind: str) -> Verdict:
             msg=lambda text, name=name: f"{kind}: {name} differ. {text}",
         )  # fmt: skip
     assert not torch.allclose(fewer, dense["logits"], rtol=1e-4), f"{kind}: nothing is sparse"
+    assert torch.equal(again, fewer), f"{kind}: a saved adapter is another"
     notes = []
     if len(own) < model.config.num_hidden_layers:
         notes.append("layers without attention stay as they are")

@@ -114,7 +114,7 @@ def test_there_is_no_cycle_between_modules() -> None:
 
 def test_the_house_fits_into_a_head() -> None:
     sizes = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
-    assert len(sizes) <= 117
+    assert len(sizes) <= 118
     assert max(sizes.values()) <= 700, max(sizes, key=sizes.__getitem__)
 
 

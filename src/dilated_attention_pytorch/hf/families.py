@@ -229,8 +229,11 @@ def _site(call: AttentionCall, place: int) -> AttentionSite:
             f"({call.head_dim})"
         )
     number = getattr(call.module, "layer_idx", None)
+    number = place if number is None else int(number)  # type: ignore[call-overload]
+    if number < 0:
+        raise ValueError(f"an attention layer must have a number, but its layer_idx is {number}.")
     return AttentionSite(
-        number=place if number is None else int(number),  # type: ignore[call-overload]
+        number=number,
         module=call.module,
         num_heads=call.num_heads,
         num_kv_heads=call.num_kv_heads,
