@@ -21,6 +21,7 @@ from dilated_attention_pytorch.hf.adapter import load_adapter, save_adapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError
 from dilated_attention_pytorch.hf.families import find_attention
 from dilated_attention_pytorch.hf.layer_shares import KeptPrefix
+from dilated_attention_pytorch.hf.model_folder import add_lora
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from model_types import PAGE, build, model_types, prompt, verdict
 from tiny_models import tiny_model, tokens
@@ -160,3 +161,10 @@ def test_costs_of_layers_are_measured_as_by_whole_passes(kind: str) -> None:
         # Of two layers the second has attention in every type.
         prefix.move_to(1)
         assert prefix.loss() == pytest.approx(whole, rel=1e-6)
+
+
+def test_low_rank_changes_need_projections_with_usual_names() -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    add_lora(build("gpt_neox"), 2)
+    with pytest.raises(ValueError, match=r"of which the model has none; take train='selectors'"):
+        add_lora(build("gpt2"), 2)
