@@ -103,7 +103,7 @@ def _refusing(what: str) -> Iterator[None]:
     """Makes of any error a sentence that says why the model is refused."""
     try:
         yield
-    except _RefusedError:
+    except (_RefusedError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]
