@@ -58,7 +58,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
-    "kimi_linear": {"linear_num_heads": 4},
+    "kimi_linear": {"linear_num_heads": 4, "num_experts_per_token": 2},
     "laguna": {"layer_types": _ONE_OF_EACH, "sliding_window": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
@@ -182,8 +182,8 @@ def verdict(kind: str) -> Verdict:
     try:
         adapted = adapt(model, DENSE)
     except ValueError as error:
-        if "meta device" in str(error):
-            return Verdict(kind, "not built", "stays too large")
+        if "meta device" in str(error) or "ended in an error" in str(error):
+            return Verdict(kind, "not built", "stays too large, or cannot run")
         return Verdict(kind, "refused", _line(error))
     with adapted:
         sparse, own = list(adapted.selectors), [site.number for site in adapted.sites]
