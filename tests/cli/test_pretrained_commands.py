@@ -226,20 +226,19 @@ def test_errors_say_what_to_do(
     assert "already holds a run" in found
 
 
-def test_unsupported_architectures_are_listed(
+def test_unsupported_architectures_are_refused_with_the_reason(
     model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import transformers
 
-    folder = tmp_path / "gpt2"
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=256)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    folder = tmp_path / "mamba"
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=256)
+    transformers.MambaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, folder / name)
     arguments = ["distill", "--model", str(folder), "--text", str(texts), "--out", str(tmp_path)]
     found = refused(capsys, [*arguments, *DISTILL], 1)
-    assert "'gpt2' is not supported" in found
-    assert "'llama'" in found
+    assert "'mamba' is not supported: no layer calls attention" in found
 
 
 def test_help_needs_no_transformers_and_lists_the_commands(

@@ -6,7 +6,6 @@ from dilated_attention_pytorch.hf.adapter_file import AdapterError, AdapterWarni
 from dilated_attention_pytorch.hf.attention import register
 from dilated_attention_pytorch.hf.calibration import calibrate, fit_low_rank
 from dilated_attention_pytorch.hf.evaluate import Evaluation, EvaluationSettings
-from dilated_attention_pytorch.hf.families import FAMILIES
 from dilated_attention_pytorch.hf.layer_shares import measure_costs
 from dilated_attention_pytorch.hf.mask import plain_mask
 from dilated_attention_pytorch.hf.model_folder import load_lora, tokenize
@@ -17,7 +16,6 @@ from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 
 __all__ = [
-    "FAMILIES",
     "AdaptedModel",
     "AdapterError",
     "AdapterWarning",

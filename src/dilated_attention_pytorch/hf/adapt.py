@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
-from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register
+from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register, takes_cache
 from dilated_attention_pytorch.hf.families import AttentionSite, find_attention
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
@@ -48,7 +48,7 @@ class AdaptedModel:
         self._hooks = [
             site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
             for site in sites
-            if site.number in configs
+            if site.number in configs and takes_cache(site.module)
         ]
         self._undone = False
         self._own: dict[int, BlockSparseLayer] = {}
@@ -179,11 +179,14 @@ def adapt(
 
     The model then computes the chosen blocks alone, in training, evaluation and ``generate``, which
     keeps block summaries beside the cache. Layers with a sliding window, and layers that are not
-    named, attend as PyTorch does. Dropout of the weights and ``output_attentions`` are refused when
+    named, attend as PyTorch does; layers without attention, such as those of Mamba, stay as they
+    are. Dropout of the weights and ``output_attentions`` are refused when
     they are used.
 
     Args:
-        model: A model of :data:`FAMILIES`, such as ``LlamaForCausalLM``.
+        model: A causal language model of transformers whose attention layers call its attention
+            interface, such as ``LlamaForCausalLM``. Two passes of eight tokens show whether
+            block-sparse attention computes what they ask for.
         config: :class:`AdaptiveConfig` for learned selectors (untrained until they are fitted,
             tuned or loaded) or :class:`TrainingFreeConfig`; or a mapping from layer numbers to
             them. None: ``AdaptiveConfig()``.
@@ -209,15 +212,22 @@ def adapt(
         [0, 1]
     """
     sites = find_attention(model)
-    if any(site.module._modules.get(SELECTOR) is not None for site in sites):
-        raise ValueError("model is adapted already; call undo() on its handle first.")
     if isinstance(config, Mapping):
         if layers is not None:
             raise ValueError("layers excludes a mapping of configs, which names its layers.")
         configs = dict(config)
     else:
-        chosen = [site.number for site in sites if not site.sliding] if layers is None else layers
+        chosen = [site.number for site in sites if not site.dense] if layers is None else layers
         configs = dict.fromkeys(chosen, AdaptiveConfig() if config is None else config)
+    return attach(model, sites, configs, backend)
+
+
+def attach(
+    model: Any, sites: list[AttentionSite], configs: dict[int, SelectorConfig], backend: str
+) -> AdaptedModel:
+    """Adapts a model whose attention layers are known; the errors are those of :func:`adapt`."""
+    if any(SELECTOR in site.module._modules for site in sites):
+        raise ValueError("model is adapted already; call undo() on its handle first.")
     _check_layers(sites, configs)
     selectors = {
         site.number: build_selector(site, configs[site.number], backend)
@@ -279,15 +289,14 @@ def _check_layers(sites: list[AttentionSite], configs: Mapping[int, SelectorConf
     unknown = sorted(set(configs) - numbers)
     if unknown:
         raise ValueError(f"layers must lie in 0 to {max(numbers)}, got {unknown}.")
-    sliding = sorted(site.number for site in sites if site.sliding and site.number in configs)
-    if sliding:
-        raise ValueError(
-            f"layers {sliding} have a sliding window and stay as they are; leave them out."
-        )
+    for reason in sorted({site.dense for site in sites if site.dense}):
+        named = [site.number for site in sites if site.dense == reason and site.number in configs]
+        if named:
+            raise ValueError(f"layers {named} {reason} and stay as they are; leave them out.")
     if not configs:
+        reasons = sorted({f"attention layers {site.dense}" for site in sites if site.dense})
         raise ValueError(
-            "no layer is left to make sparse: every attention layer has a sliding window, or "
-            "layers is empty."
+            f"no layer is left to make sparse: {'; '.join(reasons) or 'layers is empty'}."
         )
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 
 from dilated_attention_pytorch.files import replace_files
 from dilated_attention_pytorch.foreign_text import PLACE, short_repr
-from dilated_attention_pytorch.hf.adapt import AdaptedModel, SelectorConfig, adapt
+from dilated_attention_pytorch.hf.adapt import AdaptedModel, SelectorConfig, attach
 from dilated_attention_pytorch.hf.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -30,7 +30,7 @@ from dilated_attention_pytorch.hf.adapter_file import (
     slight_difference,
     write_adapter,
 )
-from dilated_attention_pytorch.hf.families import find_attention, real_values
+from dilated_attention_pytorch.hf.families import AttentionSite, find_attention, real_values
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
@@ -127,7 +127,10 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         Where the weights are near but differ by more than a precision rounds, or low-rank changes
         are missing or others, it warns (:class:`AdapterWarning`).
         """
-        own = base_identity(model, find_attention(model))
+        self._check_base(model, find_attention(model))
+
+    def _check_base(self, model: Any, sites: list[AttentionSite]) -> None:
+        own = base_identity(model, sites)
         name = self.base.get("name")
         shown = short_repr(name, PLACE) if name else "unnamed"
         made_for = f"({shown}, {short_repr(self.base.get('model_type'))})"
@@ -145,7 +148,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
                 "low-rank changes that it was made with, and save the adapter anew if it is old, "
                 "or distil an adapter for this model.",
                 AdapterWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def apply(self, model: Any, *, backend: str = "auto") -> AdaptedModel:
@@ -159,10 +162,11 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             AdapterError: If the model is another one.
             ValueError: If it cannot be adapted.
         """
-        self.check_base(model)
+        sites = find_attention(model)
+        self._check_base(model, sites)
         self._check()
-        check_fit(self, find_attention(model))
-        adapted = adapt(model, self.configs, backend=backend)
+        check_fit(self, sites)
+        adapted = attach(model, sites, self.configs, backend)
         try:
             adapted.costs = self.costs
             for number, selector in adapted.selectors.items():

@@ -41,7 +41,7 @@ _TOLERANCE = 0.05
 _ROUNDING = 0.01
 # Numbers of a tensor that its signature in ``weights`` is made of.
 _SAMPLE = 4096
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # What names of parameters lose: where a model stands in another one, and what peft puts in between.
 _PLACES = re.compile(r"^(?:base_model\.)?(?:model\.)*|(?<=\.)base_layer\.")
 _CHANGES = "low-rank changes"
@@ -59,7 +59,10 @@ def base_identity(model: Any, sites: list[AttentionSite]) -> dict[str, Any]:
         Values for JSON.
     """
     config = model.config
-    identity: dict[str, Any] = {name: getattr(config, name) for name in _CONFIG_FIELDS}
+    identity: dict[str, Any] = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
+    if type(identity["num_key_value_heads"]) is not int:
+        # Of older architectures, which call it otherwise or have as many as queries.
+        identity["num_key_value_heads"] = sites[0].num_kv_heads
     identity["head_dim"] = sites[0].head_dim
     identity["name"] = getattr(config, "_name_or_path", "") or ""
     identity["signature"] = {
@@ -79,6 +82,8 @@ def size_difference(saved: dict[str, Any], config: Any) -> str | None:
     """Says how the sizes of a base differ from those of a model's settings, or returns None."""
     for name in _CONFIG_FIELDS:
         found = getattr(config, name, None)
+        if found is None and name == "num_key_value_heads":
+            continue
         if saved.get(name) != found:
             return f"{name} is {short_repr(saved.get(name))} there and {short_repr(found)} here"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,9 +121,11 @@ def block_sparse_forward(
     if handle is not None:
         step = CacheStep.of(mask, query.shape[1], key.shape[1])
         if step is not None and handle.can_keep(cached_keys):
-            return CachedAttention(handle, query, key, value, mask, step).attend(), None
+            attended = CachedAttention(handle, query, key, value, mask, step).attend()
+            return attended.contiguous(), None
         handle.drop()
-    return whole_attention(selector, query, key, value, mask), None
+    # Some models take a view of it.
+    return whole_attention(selector, query, key, value, mask).contiguous(), None
 
 
 def whole_attention(
@@ -302,6 +305,13 @@ class CacheHandover:
 
 
 hand_over_cache = CacheHandover()
+
+
+def takes_cache(layer: nn.Module) -> bool:
+    """Whether an attention layer can be handed a cache: it is numbered and passes arguments on."""
+    taken = inspect.signature(type(layer).forward).parameters.values()
+    passes_on = any(own.kind is inspect.Parameter.VAR_KEYWORD for own in taken)
+    return passes_on and getattr(layer, "layer_idx", None) is not None
 
 
 def _registered() -> CacheHandover:

@@ -1,7 +1,8 @@
-"""Which architectures can be adapted, where their attention layers are, and what is offloaded."""
+"""Which models can be adapted, where their attention layers are, and what is offloaded."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dilated_attention_pytorch.foreign_text import short_repr
+from dilated_attention_pytorch.hf.attention import SELECTOR
+from dilated_attention_pytorch.hf.probe import AttentionCall, attention_calls
 
 
 def execution_device(owner: nn.Module, weight: Tensor) -> torch.device:
@@ -92,14 +95,8 @@ def _hooks(module: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", (hook,)))
 
 
-# Model type of the text config: class of its attention layers.
-FAMILIES = {
-    "llama": "LlamaAttention",
-    "qwen2": "Qwen2Attention",
-    "qwen3": "Qwen3Attention",
-    "mistral": "MistralAttention",
-    "gemma3_text": "Gemma3Attention",
-}
+# Model types that attention alone does not show to be unfit.
+_UNFIT = {"minimax": "the masks that it makes with a cache are shorter than the keys."}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +110,8 @@ class AttentionSite:
         num_kv_heads: Key and value heads.
         head_dim: Size of a head.
         scale: Factor of the logits.
-        sliding: Whether a sliding window limits the layer; such layers are left alone.
+        dense: Why the layer is left alone, such as ``"have a sliding window"``; None: it can be
+            made sparse.
     """
 
     number: int
@@ -122,92 +120,132 @@ class AttentionSite:
     num_kv_heads: int
     head_dim: int
     scale: float
-    sliding: bool
+    dense: str | None
 
     @property
     def device(self) -> torch.device:
         """Where the layer computes."""
-        projection: Any = self.module.q_proj
+        projection = self._projections()[0]
         owner = getattr(projection, "base_layer", projection)
         return execution_device(owner, self.query_weight)
 
     @property
     def query_weight(self) -> Tensor:
-        """Weights of the query projection, without what LoRA adds; as stored if quantised."""
-        return _weight(self.module.q_proj)
+        """Weights of the query projection, without what LoRA adds; as stored if quantised.
+
+        Of a layer that makes queries, keys or values at once: its first map by name.
+        """
+        return _weight(self._projections()[0])
 
     @property
     def key_weight(self) -> Tensor:
-        """Weights of the key projection, without what LoRA adds; as stored if quantised."""
-        return _weight(self.module.k_proj)
+        """Weights of the key projection, likewise; of other layers their last map by name."""
+        return _weight(self._projections()[1])
+
+    def _projections(self) -> tuple[nn.Module, nn.Module]:
+        named = self.module._modules
+        if "q_proj" in named and "k_proj" in named:
+            maps = [named["q_proj"], named["k_proj"]]
+        else:
+            children = (named[name] for name in sorted(named) if name != SELECTOR)
+            maps = [x for x in children if x is not None and _is_map(x)]
+        if not maps:
+            raise ValueError(
+                f"an attention layer of the model, {type(self.module).__name__}, holds no "
+                "projections with weights, by which an adapter knows its model."
+            )
+        return maps[0], maps[-1]  # type: ignore[return-value]
 
 
 def find_attention(model: nn.Module) -> list[AttentionSite]:
-    """Lists the attention layers of a supported model, in order.
+    """Lists the attention layers of a model, in order, by what they hand to attention.
+
+    The model runs twice on eight tokens: as it is, and with a function in the place of its
+    attention that notes every call and computes what block-sparse attention computes at sparsity 0.
+    Both must give the same. The model is then as it was; random numbers too. Offloaded weights are
+    loaded for it as for any pass.
 
     Raises:
         TypeError: If ``model`` is no transformers model.
-        ValueError: If its architecture is not supported (with the list of those that are), or it
-            uses soft-capping, attention sinks or bidirectional attention.
+        ValueError: If its attention is none that block-sparse attention computes; the message says
+            what it has.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise TypeError(
             f"model must be a transformers model, got {type(model).__name__}, which has no config."
         )
-    kind = config.model_type
-    shown = f"model of type {short_repr(kind)}"
-    if kind not in FAMILIES:
-        hint = ""
-        if hasattr(config, "text_config"):
-            hint = " Of a model for images and text, load the text model alone."
-        raise ValueError(f"{shown} is not supported; supported are {sorted(FAMILIES)}.{hint}")
-    _refuse_features(config)
-    sites = [
-        _site(module, config)
-        for module in model.modules()
-        if type(module).__name__ == FAMILIES[kind]
-    ]
-    if not sites:
-        raise ValueError(
-            f"{shown} holds no {FAMILIES[kind]}; remote code with attention of its own is not "
-            "supported."
-        )
-    return sorted(sites, key=lambda site: site.number)
+    shown = f"model of type {short_repr(config.model_type)}"
+    try:
+        _refuse_features(config)
+        device = input_device(model)
+        if device.type == "meta":
+            raise ValueError("its weights are on the meta device; load them first.")
+        adapted = any(SELECTOR in module._modules for module in model.modules())
+        return _sites(attention_calls(model, device, compare=not adapted))
+    except ValueError as error:
+        raise ValueError(f"{shown} is not supported: {error}") from error
 
 
 def _refuse_features(config: Any) -> None:
+    if config.model_type in _UNFIT:
+        raise ValueError(_UNFIT[config.model_type])
+    if hasattr(config, "text_config"):
+        raise ValueError("of a model for images, sounds and text, load the text model alone.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("it has an encoder; only decoders are supported.")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ValueError(
-            "the model soft-caps its attention logits (attn_logit_softcapping="
+            "it soft-caps its attention logits (attn_logit_softcapping="
             f"{config.attn_logit_softcapping}), which block-sparse attention does not compute."
         )
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(
-        config, "is_causal", True
-    ):
-        raise ValueError("the model attends in both directions; only causal models are supported.")
+    both = getattr(config, "use_bidirectional_attention", False) in (True, "all")
+    if both or not getattr(config, "is_causal", True):
+        raise ValueError("it attends in both directions; only causal models are supported.")
 
 
-def _site(module: nn.Module, config: Any) -> AttentionSite:
-    if getattr(module, "sinks", None) is not None:
+def _sites(calls: list[AttentionCall]) -> list[AttentionSite]:
+    number_of_calls = Counter(call.module for call in calls)
+    repeated = sorted({type(m).__name__ for m, count in number_of_calls.items() if count > 1})
+    if repeated:
+        raise ValueError(f"a layer ({repeated[0]}) computes attention more than once in a pass.")
+    sites = [_site(call, place) for place, call in enumerate(calls)]
+    if len({site.number for site in sites}) != len(sites):
+        raise ValueError("several of its attention layers have the same layer_idx.")
+    return sorted(sites, key=lambda site: site.number)
+
+
+def _site(call: AttentionCall, place: int) -> AttentionSite:
+    if getattr(call.module, "sinks", None) is not None:
         raise ValueError(
-            "the model has learned attention sinks, which block-sparse attention does not compute."
+            "it has learned attention sinks, which block-sparse attention does not compute."
         )
-    number = int(getattr(module, "layer_idx"))  # noqa: B009
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        sliding = kinds[number] != "full_attention"
-    else:
-        sliding = getattr(config, "sliding_window", None) is not None
+    dense = None
+    if call.sliding:
+        dense = "have a sliding window"
+    elif call.value_dim != call.head_dim:
+        dense = (
+            f"have values of another size ({call.value_dim}) than queries and keys "
+            f"({call.head_dim})"
+        )
+    number = getattr(call.module, "layer_idx", None)
+    number = place if number is None else int(number)  # type: ignore[call-overload]
+    if number < 0:
+        raise ValueError(f"an attention layer must have a number, but its layer_idx is {number}.")
     return AttentionSite(
         number=number,
-        module=module,
-        num_heads=int(config.num_attention_heads),
-        num_kv_heads=int(config.num_key_value_heads),
-        head_dim=int(getattr(module, "head_dim")),  # noqa: B009
-        scale=float(getattr(module, "scaling")),  # noqa: B009
-        sliding=sliding,
+        module=call.module,
+        num_heads=call.num_heads,
+        num_kv_heads=call.num_kv_heads,
+        head_dim=call.head_dim,
+        scale=call.scale,
+        dense=dense,
     )
+
+
+def _is_map(module: nn.Module) -> bool:
+    layer = getattr(module, "base_layer", module)
+    return any(x.dim() > 1 for x in (*layer.parameters(), *layer.buffers()))
 
 
 def _weight(projection: Any) -> Tensor:

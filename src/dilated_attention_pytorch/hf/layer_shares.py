@@ -62,7 +62,8 @@ class KeptPrefix:
         self.model, self.windows = adapted.model, windows
         self._layers = decoder_layers(adapted)
         self._start = 0
-        self._entering: list[Tensor] = []
+        # A tensor, or a tuple that begins with it, as the model's layers return it.
+        self._entering: list[Any] = []
 
     def move_to(self, number: int) -> None:
         """Keeps what enters a layer, computed by the layers before it as they are now."""
@@ -83,21 +84,21 @@ class KeptPrefix:
         with evaluating(self.model), kept:
             return float(next_token_loss(self.model, window))
 
-    def _entering_at(self, number: int, index: int) -> Tensor:
-        found: list[Tensor] = []
+    def _entering_at(self, number: int, index: int) -> Any:
+        found: list[Any] = []
 
-        def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
+        def look(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found.append(output)
             raise _EnoughError
 
-        hook = self._layers[number].register_forward_pre_hook(look)
+        hook = self._layers[number - 1].register_forward_hook(look)
         try:
             self._run(index)
         except _EnoughError:
             return found[0]
         finally:
             hook.remove()
-        raise RuntimeError(f"the model did not run its layer {number}.")
+        raise RuntimeError(f"the model did not run its layer {number - 1}.")
 
 
 class _EnoughError(Exception):
@@ -105,16 +106,27 @@ class _EnoughError(Exception):
 
 
 def decoder_layers(adapted: AdaptedModel) -> list[nn.Module]:
-    """The layers that hold the attention layers, in order."""
-    parents = {child: module for module in adapted.model.modules() for child in module.children()}
-    return [parents[site.module] for site in adapted.sites]
+    """All layers in order, also those without attention; attention layers stand at their number.
+
+    Raises:
+        ValueError: If there is no such list in the model.
+    """
+    for layers in adapted.model.modules():
+        if isinstance(layers, nn.ModuleList) and all(
+            site.number < len(layers) and site.module in set(layers[site.number].modules())
+            for site in adapted.sites
+        ):
+            return list(layers)
+    raise ValueError(
+        "model must hold its layers in one nn.ModuleList, in the order of their numbers."
+    )
 
 
 @contextmanager
-def skipped(layers: list[nn.Module], output: Tensor) -> Iterator[None]:
+def skipped(layers: list[nn.Module], output: Any) -> Iterator[None]:
     """While open, layers do nothing but return ``output``; afterwards nothing of it is left."""
 
-    def give(*args: Any, **kwargs: Any) -> Tensor:
+    def give(*args: Any, **kwargs: Any) -> Any:
         return output
 
     before = [layer.__dict__.get("forward") for layer in layers]

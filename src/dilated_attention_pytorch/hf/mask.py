@@ -159,13 +159,9 @@ def _packed(
     return edges[:, None, None].expand(-1, 1, PACKED, -1)
 
 
-def check_compact(mask: Any, batch: int, kv_len: int) -> Tensor:
-    """Returns the mask if it is a compact one for these keys.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    fits = (
+def is_compact(mask: Any, batch: int, kv_len: int) -> bool:
+    """Whether a mask is one of :func:`compact_mask` for these keys."""
+    return (
         isinstance(mask, Tensor)
         and mask.dtype == torch.int32
         and mask.dim() == 4
@@ -173,7 +169,15 @@ def check_compact(mask: Any, batch: int, kv_len: int) -> Tensor:
         and mask.shape[2] <= PACKED
         and (mask.shape[2] == PACKED or mask.shape[3] == kv_len)
     )
-    if not fits:
+
+
+def check_compact(mask: Any, batch: int, kv_len: int) -> Tensor:
+    """Returns the mask if it is a compact one for these keys.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if not is_compact(mask, batch, kv_len):
         shown = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else mask
         raise ValueError(
             "attention_mask must be None or (batch, tokens) with 0 for padding: block-sparse "

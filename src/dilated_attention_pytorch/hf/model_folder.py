@@ -102,7 +102,11 @@ def _are_digests(files: Any) -> bool:
     )
 
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    # Of models that make several at once.
+    "qkv_proj", "gate_up_proj", "query_key_value",
+)  # fmt: skip
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _LARGEST_SCALE = 1e6
 
@@ -114,14 +118,20 @@ def add_lora(model: Any, rank: int) -> Any:
         peft's handle, whose ``save_pretrained`` writes the changes.
 
     Raises:
-        ValueError: If peft is not installed.
+        ValueError: If peft is not installed, or the model has no projection with a usual name.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("train='lora' needs peft: pip install peft.") from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(_PROJECTIONS))
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"train='lora' changes projections named {', '.join(_PROJECTIONS)}, of which the model "
+            "has none; take train='selectors' or train='all'."
+        ) from error
 
 
 def load_lora(model: Any, folder: str | Path) -> None:
