@@ -19,9 +19,9 @@ from dilated_attention_pytorch import AdaptiveConfig
 from dilated_attention_pytorch.hf.adapt import adapt
 from dilated_attention_pytorch.hf.adapter import load_adapter, save_adapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError
-from dilated_attention_pytorch.hf.families import find_attention
 from dilated_attention_pytorch.hf.layer_shares import KeptPrefix
 from dilated_attention_pytorch.hf.model_folder import add_lora
+from dilated_attention_pytorch.hf.sites import find_attention
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from model_types import PAGE, build, model_types, prompt, verdict
 from tiny_models import tiny_model, tokens

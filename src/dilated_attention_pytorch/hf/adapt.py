@@ -12,7 +12,7 @@ from torch import nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register, takes_cache
-from dilated_attention_pytorch.hf.families import AttentionSite, find_attention
+from dilated_attention_pytorch.hf.sites import AttentionSite, find_attention
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer

@@ -30,7 +30,7 @@ from dilated_attention_pytorch.hf.adapter_file import (
     slight_difference,
     write_adapter,
 )
-from dilated_attention_pytorch.hf.families import AttentionSite, find_attention, real_values
+from dilated_attention_pytorch.hf.sites import AttentionSite, find_attention, real_values
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 

@@ -24,7 +24,7 @@ from dilated_attention_pytorch.files import (
 from dilated_attention_pytorch.foreign_text import MAX_BYTES, json_digest, parse_json, short_repr
 from dilated_attention_pytorch.hf.adapt import SelectorConfig, make_selector
 from dilated_attention_pytorch.hf.attention import SELECTOR
-from dilated_attention_pytorch.hf.families import AttentionSite, real_values
+from dilated_attention_pytorch.hf.sites import AttentionSite, real_values
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.runtime import with_dimension
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts

@@ -22,7 +22,6 @@ from dilated_attention_pytorch.hf.calibration import (
     calibrated_selectors,
     find_calibration_target,
 )
-from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import check_length, check_vocabulary
 from dilated_attention_pytorch.hf.observe import (
     CountTiles,
@@ -30,6 +29,7 @@ from dilated_attention_pytorch.hf.observe import (
     mean_loss,
     measure_kept,
 )
+from dilated_attention_pytorch.hf.sites import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import METHODS, TrainingFreeConfig
 from dilated_attention_pytorch.selection.budget import most_sparse

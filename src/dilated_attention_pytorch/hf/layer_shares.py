@@ -31,7 +31,6 @@ from dilated_attention_pytorch.hf.calibration import (
     spread_windows,
     threshold_samples,
 )
-from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.job import folder_digest
 from dilated_attention_pytorch.hf.model_folder import (
     check_vocabulary,
@@ -40,6 +39,7 @@ from dilated_attention_pytorch.hf.model_folder import (
     load_tokens,
 )
 from dilated_attention_pytorch.hf.observe import SelectionObserver, evaluating, next_token_loss
+from dilated_attention_pytorch.hf.sites import input_device
 from dilated_attention_pytorch.hf.train_selectors import ADAPTER_NAME
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.runtime import check_integers

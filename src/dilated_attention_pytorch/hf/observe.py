@@ -15,8 +15,8 @@ from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
 from dilated_attention_pytorch.analysis.measures import join_measures, measure_selectors
 from dilated_attention_pytorch.analysis.recording import evaluation_mode
 from dilated_attention_pytorch.hf.adapt import AdaptedModel
-from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import token_texts
+from dilated_attention_pytorch.hf.sites import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer

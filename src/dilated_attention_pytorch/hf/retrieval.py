@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dilated_attention_pytorch.hf.evaluate import Evaluation
-from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import check_vocabulary, tokenize
 from dilated_attention_pytorch.hf.observe import CountTiles, evaluating
+from dilated_attention_pytorch.hf.sites import input_device
 
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 _NOISE = (

@@ -33,7 +33,6 @@ from dilated_attention_pytorch.hf.calibration import (
     fit_low_rank,
     spread_windows,
 )
-from dilated_attention_pytorch.hf.families import input_device
 from dilated_attention_pytorch.hf.model_folder import TokenText, add_lora, seal_folder
 from dilated_attention_pytorch.hf.observe import (
     CountTiles,
@@ -43,6 +42,7 @@ from dilated_attention_pytorch.hf.observe import (
     next_token_loss,
     observe_selection,
 )
+from dilated_attention_pytorch.hf.sites import input_device
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.tasks.text import TextWindows, validation_windows
 from dilated_attention_pytorch.train.checkpoint import check_form, check_training_state
