@@ -108,7 +108,7 @@ begun](log.md#a-plateau-longer-than-the-dense-start-2026-11-30-open). With four 
 is not room for all (*640x16x2 tighter*), and where a quarter asks three of five seeds do. Where
 room is tight or needs are uneven the mean is 0.05 to 0.33 above the even budget's. Dense attention
 has run in all 52 cells, the others in the first column, and before random blocks [were
-limited](log.md#one-random-block-for-two-2026-11-30-kept).
+fewer](log.md#fewer-random-blocks-where-rows-choose-2026-11-30-kept).
 
 LEARNING_MAP
 

@@ -99,8 +99,8 @@ class AdaptiveConfig:
             block itself; before it when causal, on both sides otherwise.
         num_sink_blocks: Blocks at the start of the sequence that are always read.
         num_explore_blocks: Uniformly random extra blocks per row while training, on top of the
-            budget: at most so many, and at most one for every two that the row reads, rounded up.
-            :class:`AdaptiveSparsityTrainer` ends them.
+            budget: so many in a row that chooses one or none, one less for each further block that
+            it chooses, down to one. 0: none. :class:`AdaptiveSparsityTrainer` ends them.
         query_scope: What a query block's summary sees when causal. None: ``"past"`` in
             :class:`MultiheadAdaptiveAttention` (unless ``budget="threshold"``), as in a language
             model, ``"block"`` in a bare layer and in adapters. ``"block"``: all its tokens,

@@ -190,7 +190,9 @@ def check_rules(
                 _, forced, free = candidates_of(case, sample, head, row)
                 got = set(kept[sample, head, row].nonzero().flatten().tolist())
                 assert forced <= got <= forced | free
-                extra = min(case["config"]["num_explore_blocks"], (len(budget[row]) + 1) // 2)
+                most = case["config"]["num_explore_blocks"]
+                fewer = max(len(budget[row]) - len(forced) - 1, 0)
+                extra = max(most - fewer, 1) if most else 0
                 assert len(got) == min(len(budget[row]) + extra, len(forced | free))
 
 

@@ -227,7 +227,7 @@ def measure_kept(adapted: AdaptedModel, windows: Tensor) -> KeptAttention:
         far = torch.ones_like(peak[0, 0], dtype=torch.bool).tril()
         best = peak.masked_fill(~far, -1).argmax(-1, keepdim=True)
         kept = chosen[:, :, 3:, 1:].gather(-1, best)
-        found.add_(torch.tensor([int(kept.sum()), kept.numel()], device="cpu"))
+        found.add_(torch.tensor([int(kept.sum()), kept.numel()], dtype=found.dtype, device="cpu"))
 
     observe_windows(adapted, windows, look)
     kept, rows = found.tolist()

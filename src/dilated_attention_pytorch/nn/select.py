@@ -141,8 +141,8 @@ def explore_blocks(layer: SelectorLayer, inputs: SelectionInputs, chosen: Tensor
     """Uniformly random blocks that were not chosen."""
     lottery = uniform_noise(chosen, inputs.generator)
     extra = layer.config.num_explore_blocks
-    free, read = inputs.candidates.scored & ~chosen, inputs.candidates.forced | chosen
-    return choose_top_k(lottery, free, explored(read, extra), extra)
+    free = inputs.candidates.scored & ~chosen
+    return choose_top_k(lottery, free, explored(chosen, extra), extra)
 
 
 def select(layer: SelectorLayer, inputs: SelectionInputs) -> Selection:

@@ -264,19 +264,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _op.register_autograd(_backward, setup_context=_save)
 
 
-def explored(read: Tensor, most: int) -> Tensor:
-    """How many random blocks a row reads: one for two others, rounded up, at most ``most``.
+def explored(chosen: Tensor, most: int) -> Tensor:
+    """How many random blocks a row reads: ``most``, one less for each chosen block but the first.
 
-    A row that reads more by chance than by choice learns from what evaluation does not read.
+    A selector learns by comparing the scored blocks of a row, and of two blocks it cannot be told
+    how clear attention is. What a row reads by chance it will miss in evaluation, so rows that
+    choose enough to compare read one such block.
 
     Args:
-        read: Booleans ``(b, h, i, c)``: the blocks that are read anyhow, forced ones included.
-        most: Upper limit.
+        chosen: Booleans ``(b, h, i, c)``: the blocks that were chosen by score.
+        most: At least 1.
 
     Returns:
-        int64 ``(b, h, i)``.
+        int64 ``(b, h, i)``, from 1 to ``most``.
     """
-    return ((read.sum(-1) + 1) // 2).clamp(max=most)
+    return (most + 1 - chosen.sum(-1)).clamp(1, most)
 
 
 def choose_reference(
@@ -319,7 +321,7 @@ def choose_reference(
     chosen = choose_top_k(ranked, free, count.expand(scores.shape[:3]), columns)
     if explore:
         lottery = uniform_noise(scores, generator)
-        extra = explored(chosen | forced, explore)
+        extra = explored(chosen, explore)
         chosen = chosen | choose_top_k(lottery, free & ~chosen, extra, explore)
     every = chosen | forced
     counts = every.sum(-1, dtype=torch.int32).clamp(max=width)

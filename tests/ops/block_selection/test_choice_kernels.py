@@ -117,16 +117,16 @@ def test_noise_samples_like_the_softmax_and_random_blocks_are_uniform() -> None:
     scores = torch.cat([scores, scores.new_full((1, 1, rows, 1), 99.0)], -1)
     rule[:, 1] = 5
 
-    def draw(seed: torch.Tensor, chosen: int = 1) -> tuple[torch.Tensor, ...]:
-        return choose_op(scores, None, rule, None, seed, one, chosen, 3, 4, False)
+    def draw(seed: torch.Tensor, chosen: int = 1, explore: int = 1) -> tuple[torch.Tensor, ...]:
+        return choose_op(scores, None, rule, None, seed, one, chosen, explore, 5, False)
 
     counts, indices, *_ = draw(seed)
     assert counts.eq(2).all()
     assert indices[..., 1].eq(4).all()
     uniform = torch.bincount(indices[..., 0].flatten(), minlength=4) / rows
     torch.testing.assert_close(uniform, torch.full_like(share, 0.25), atol=far, rtol=0)
-    # A row that reads nothing reads nothing by chance.
-    assert draw(seed, 0)[0].eq(0).all()
+    # One less for each but the first that is chosen, and never none (of five blocks).
+    assert [int(draw(seed, n, 3)[0].unique()) for n in range(4)] == [3, 4, 4, 4]
     again, other = draw(seed)[1], draw(seed + 1)[1]
     assert torch.equal(indices, again)
     assert not torch.equal(indices, other)

@@ -1,9 +1,9 @@
 """The choice of blocks: forced ones, the best by score, and some at random; row by row.
 
 A row takes its forced blocks, those of the highest ``score + temperature · Gumbel noise`` (ties to
-the lower place) up to its budget, and of the others some drawn uniformly: one for two that it reads
-anyhow, rounded up, at most ``explore``. The cut is found by bisection: on the floats' range, then
-on integers that order like them.
+the lower place) up to its budget, and of the others some drawn uniformly: ``explore``, one less for
+each that it took by score but the first, at least one. The cut is found by bisection: on the
+floats' range, then on integers that order like them.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def choose_kernel(
         # One bit less than would fit: a cut lies above the highest ticket.
         ticket = tl.where(left, (lottery_bits >> 2).to(tl.int32), -1)
         rest = tl.sum(left.to(tl.int32), 0)
-        extra = tl.minimum(tl.minimum(rest, explore), (wanted + 1) // 2)
+        extra = tl.minimum(explore, tl.maximum(explore + 1 - (wanted - must), 1))
+        extra = tl.minimum(rest, extra)
         chosen |= _highest(ticket, extra, 0, rest, tl.max(ticket, 0) + 1, 0, C, False)
     every = chosen.to(tl.int32)
     slot = running_count(every, C) - 1
@@ -236,7 +237,8 @@ def choose_op(
         seed: 0-dim int64, or None: no noise and no random blocks.
         temperature: 0-dim float32, of the noise.
         fixed_count: Scored blocks of every row without a ``budget``.
-        explore: Random extra blocks at most, and at most one for two others.
+        explore: Random blocks of a row that chooses one or none; each further one is one less,
+            down to one. 0: none.
         width: Length of the lists.
         want_kept: Whether scores are wanted; without, those results are empty.
     """
