@@ -158,9 +158,14 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         FitRun(windows=0)
     broken = tiny_model()
     with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
+        # A token of the text that the look at the model does not use.
+        broken.model.embed_tokens.weight[40].fill_(float("nan"))
     with pytest.raises(TrainingError, match="own loss on window 1 is nan"):
         fitting(broken).step()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="own output for 8 tokens is not finite"):
+        fitting(broken)
 
 
 def test_states_of_other_runs_are_refused() -> None:

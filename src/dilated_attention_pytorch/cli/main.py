@@ -104,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Attention whose connections are chosen from the content.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and leave")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
+        help="print the version, and leave",
+    )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
     train.add_train(commands)
     demo.add_demo(commands)

@@ -341,6 +341,11 @@ def attention_calls(
         raise ValueError(
             f"no layer calls attention through the attention interface of transformers{shown}."
         )
+    if expected is not None and not expected.isfinite().all():
+        raise ValueError(
+            f"its own output for {TOKENS} tokens is not finite: weights are damaged, or the dtype "
+            "is too narrow for it."
+        )
     error = 0.0 if expected is None else _difference(found, expected)
     if not error <= _TOLERANCE.get(found.dtype, _HALF_TOLERANCE):
         raise ValueError(
