@@ -162,6 +162,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         broken.model.embed_tokens.weight[30].fill_(float("nan"))
     with pytest.raises(TrainingError, match="own loss on window 1 is nan"):
         fitting(broken).step()
+    broken = tiny_model()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="own output for 8 tokens is not finite"):
