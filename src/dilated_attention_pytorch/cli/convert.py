@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 
@@ -36,8 +36,6 @@ from dilated_attention_pytorch.train.loop import Progress
 
 # Options that say what a run reads: naming them for --resume says that they may be read.
 _FILES = frozenset({"model", "text", "adapter"})
-# Names in the table where those in JSON would not do.
-_WORDS = {"base_sparsity": "sparsity, asked for", "sparsity": "sparsity, held-out"}
 
 
 def add_distill(commands: Any) -> None:
@@ -99,6 +97,9 @@ def add_allot(commands: Any) -> None:
 
 class PretrainedCommand(FolderCommand):
     """Fits or trains on a pretrained model; subclasses say what they do and write."""
+
+    # Names in the table where those in JSON would not do.
+    WORDS: ClassVar = {"base_sparsity": "sparsity, asked for", "sparsity": "sparsity, held-out"}
 
     def open(self) -> Any:
         """Starts or resumes; a resumed job takes no settings but the files that it reads."""
@@ -169,13 +170,17 @@ class PretrainedCommand(FolderCommand):
     def rows(self, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for key, value in summary.items():
             shown = f"{value:.4f}" if isinstance(value, float) else printable(value)
-            yield _WORDS.get(key, key.replace("_", " ")), shown
+            yield self.WORDS.get(key, key.replace("_", " ")), shown
 
 
 class DistillCommand(PretrainedCommand):
     """Fits maps, calibrates, and writes an adapter."""
 
     TITLE, UNIT, DOING = "Distill", "window", "fitting"
+    WORDS = PretrainedCommand.WORDS | {
+        "steps": "windows", "steps_planned": "windows planned",
+        "measured_at_step": "measured after", "trained_parameters": "fitted parameters",
+    }  # fmt: skip
     REMEDY = "lower --seq-len, or use --dtype bfloat16"
     BEFORE = "Loading the model and the text."
 
