@@ -302,7 +302,7 @@ def build_task(name: str, tokenizer: Any, haystack: Tensor, length: int, seed: i
         least = tokenize(tokenizer, puzzle.write(puzzle.least))
         needed, context = len(least), least
         if needed <= room:
-            context = _fitted(tokenizer, puzzle, len(least), room)
+            context = _fitted(tokenizer, puzzle.write, puzzle.least, len(least), room)
     if needed > room:
         raise ValueError(
             f"length must be at least {length + needed - room} for the task {name!r} with this "
@@ -345,18 +345,19 @@ def _spliced(haystack: Tensor, facts: list[Tensor], room: int, share: float, rng
     return torch.cat([*parts, text[before:]])
 
 
-def _fitted(tokenizer: Any, puzzle: Puzzle, least: int, room: int) -> Tensor:
-    """The written context with as many units as fit into ``room`` tokens."""
-    assert puzzle.write is not None
-    count, tokens = puzzle.least, least
+def _fitted(
+    tokenizer: Any, write: Callable[[int], str], least: int, tokens: int, room: int
+) -> Tensor:
+    """As many units of a context as fit into ``room`` tokens; the ``least`` have ``tokens``."""
+    count = least
     # Tokens are nearly proportional to units; what the first guess misses the second finds.
     for _ in range(2):
-        count = max(puzzle.least, count * room // tokens)
-        found = tokenize(tokenizer, puzzle.write(count))
+        count = max(least, count * room // tokens)
+        found = tokenize(tokenizer, write(count))
         tokens = len(found)
     while len(found) > room:
-        count = max(puzzle.least, min(count - 1, count * room // len(found)))
-        found = tokenize(tokenizer, puzzle.write(count))
+        count = max(least, min(count - 1, count * room // len(found)))
+        found = tokenize(tokenizer, write(count))
     return found
 
 
