@@ -37,7 +37,7 @@ from provenance import where
 RESULTS = Path(__file__).parent / "results" / "beyond_needles"
 SPARSITIES = (0.75, 0.9)
 PATTERNS = ("local", "dilated", "sink_local")
-BLOCK, NUM_NAMES, NUM_VALUES = 16, 128, 12
+BLOCK, NUM_VALUES = 16, 12
 # Kinds of tokens.
 NOISE, ENTRY, QUERY, ALIAS = range(4)
 
@@ -83,16 +83,21 @@ class Lookup:
     sparsity: float = 0.75
     num_layers: int = 1
     blocks: int = 32
-    entries: int = 2
+    entries: int = 1
     queries: int = 1
     together: bool = False
     hops: int = 1
     causal: bool = True
     cross: bool = False
     pixels: bool = False
-    num_heads: int = 2
+    num_heads: int = 4
     learning_rate: float = 4e-3
     batch_size: int = 32
+
+    @property
+    def num_names(self) -> int:
+        """Of entries and aliases; each stands in a sequence once."""
+        return self.blocks * self.entries * self.hops
 
     def config(self, **changes: Any) -> AdaptiveConfig:
         """The defaults at its sparsity and blocks of 16."""
@@ -114,8 +119,7 @@ class Lookup:
             return (rand(*shape) * high).long()
 
         aliases = entries if self.hops == 2 else 0
-        names = rand(size, NUM_NAMES).argsort(-1)[:, : blocks * (entries + aliases)]
-        names = names.view(size, blocks, entries + aliases)
+        names = rand(size, self.num_names).argsort(-1).view(size, blocks, entries + aliases)
         values = below(NUM_VALUES, size, blocks, entries)
         rows = torch.arange(blocks, device=device)
         asking = max(blocks // 4, 1) if self.cross else blocks
@@ -179,8 +183,8 @@ class Fields(nn.Module):
     def __init__(self, problem: Lookup) -> None:
         super().__init__()
         dim = 32 * problem.num_heads
-        self.kind, self.name = nn.Embedding(4, dim), nn.Embedding(NUM_NAMES, dim)
-        self.value, self.source = nn.Embedding(NUM_VALUES, dim), nn.Embedding(NUM_NAMES, dim)
+        self.kind, self.name = nn.Embedding(4, dim), nn.Embedding(problem.num_names, dim)
+        self.value, self.source = (nn.Embedding(n, dim) for n in (NUM_VALUES, problem.num_names))
 
     def forward(self, kind: Tensor, name: Tensor, value: Tensor) -> Tensor:
         """Vectors ``(batch, n, dim)``."""
@@ -196,7 +200,7 @@ class Pixels(nn.Module):
     def __init__(self, problem: Lookup) -> None:
         super().__init__()
         drawn = torch.Generator().manual_seed(7)
-        self.register_buffer("glyphs", torch.randn(NUM_NAMES, 24, generator=drawn))
+        self.register_buffer("glyphs", torch.randn(problem.num_names, 24, generator=drawn))
         self.register_buffer("colours", torch.randn(NUM_VALUES + 1, 24, generator=drawn))
         self.linear = nn.Linear(48, 32 * problem.num_heads)
 

@@ -141,7 +141,7 @@ def test_a_report_of_heads() -> None:
 
     check(lambda: [[x for x in vars(head).values() if isinstance(x, float)] for head in heads()])
     batches = [x, x.flip(0)]
-    trainer = AdaptiveSparsityTrainer(layer)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=9)
     check(lambda: trainer.analyze_patterns(batches))
 
 

@@ -153,7 +153,7 @@ def test_a_trainer_can_be_made_before_the_model() -> None:
 
 
 def test_pattern_analysis() -> None:
-    trainer = AdaptiveSparsityTrainer(LanguageModel(small()))
+    trainer = AdaptiveSparsityTrainer(LanguageModel(small()), annealing_steps=9)
     val_dataloader = torch.utils.data.DataLoader(torch.randn(6, 256, 64), batch_size=2)
     pattern_stats = trainer.analyze_patterns(dataloader=val_dataloader, num_samples=100)
     assert f"{np.mean(pattern_stats['sparsity_ratios']):.2%}".endswith("%")

@@ -48,7 +48,7 @@ def test_nothing_is_left_out_at_sparsity_zero(content, causal, scope):
     x = getattr(torch, content)(2, 300, 4, 16)
     dense = DenseAttention()(x, x, x, is_causal=causal)
     layer = small(query_scope=scope)
-    AdaptiveSparsityTrainer(layer, dense_steps=2, sparsity_warmup_steps=2)
+    AdaptiveSparsityTrainer(layer, annealing_steps=9, dense_steps=2, sparsity_warmup_steps=2)
     for ready in (small(base_sparsity=0.0, query_scope=scope), layer):
         for mode in (True, False):
             ready.train(mode)
@@ -178,7 +178,7 @@ def test_trainer_anneals_resumes_and_analyses():
     for _ in range(5):
         trainer.step()
     assert float(layer.base_sparsity) == pytest.approx(0.6)
-    other = AdaptiveSparsityTrainer(copy.deepcopy(layer))
+    other = AdaptiveSparsityTrainer(copy.deepcopy(layer), annealing_steps=1)
     other.load_state_dict(trainer.state_dict())
     assert other.step() == trainer.step()
     stats = trainer.analyze_patterns([torch.randn(2, 160, 4, 16) for _ in range(3)], 4)

@@ -696,18 +696,43 @@ def test_a_layer_leaves_the_dense_start_when_its_selector_meets_a_peaked_target(
     assert float(model[1].base_sparsity) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize(("peak", "warned"), [(0.1, True), (0.0, False), (0.5, False)])
-def test_a_dense_start_that_ends_on_the_plateau_is_named_once(peak: float, warned: bool) -> None:
+@pytest.mark.parametrize(
+    ("peak", "explore", "end"),
+    [(0.1, None, 300), (0.1, 250, 250), (0.1, 0, 100), (0.0, None, 100), (0.5, None, 100)],
+)
+def test_a_plateau_is_named_once_and_keeps_layers_dense(
+    peak: float, explore: int | None, end: int
+) -> None:
     """0: nothing was measured. 0.5: attention says where to read, its selector not yet."""
     layer = make(0.9)
-    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=100)
-    layer.budget_state[EVIDENCE, 0] = peak
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=100, explore_steps=explore)
+    layer.budget_state[EVIDENCE, 0], layer.budget_state[EVIDENCE, SKILL] = peak, 0.1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert bases(trainer, 120)[-1] == pytest.approx(0.9)
+        seen = bases(trainer, end + 10)
+    assert seen == pytest.approx([0.0] * end + [1 - 0.1 ** (n / 10) for n in range(1, 11)])
     words = [str(one.message) for one in said]
-    assert len(words) == warned
-    assert all("step 100: " in each and "higher learning rate" in each for each in words)
+    assert len(words) == (end > 100)
+    for each in words:
+        assert (
+            f"step 100: no layer's attention says yet where to read (its target is {peak:.2f}"
+            in each
+        )
+        assert f"at the latest until step {end}. " in each and "higher learning rate" in each
+
+
+def test_a_layer_that_leaves_the_plateau_late_takes_the_others_along() -> None:
+    """What one has found out shows that attention of the others does not say where to read."""
+    model = nn.ModuleList([make(0.9), make(0.9)])
+    trainer = AdaptiveSparsityTrainer(model, annealing_steps=100)
+    for layer in model:
+        layer.budget_state[EVIDENCE, 0] = 0.1
+    with pytest.warns(UserWarning, match="Layers stay dense until one does"):
+        bases(trainer, 155)
+    assert trainer.arrivals == [-1, -1]
+    model[1].budget_state[EVIDENCE, 0] = PEAKED
+    bases(trainer, 10)
+    assert trainer.arrivals == [170, 170]
 
 
 @pytest.mark.parametrize("skill", [SKILLED + 0.01, 0.0])
@@ -763,7 +788,7 @@ def test_arrivals_are_saved_and_resumed(stop: int) -> None:
     again.load_state_dict(trainer.state_dict())
     assert bases(again, 40 - stop) == whole[stop:]
     # Before there is a model.
-    later = AdaptiveSparsityTrainer()
+    later = AdaptiveSparsityTrainer(annealing_steps=7)
     later.load_state_dict(trainer.state_dict())
     later.attach(make(0.9))
     assert bases(later, 40 - stop) == whole[stop:]
@@ -774,7 +799,7 @@ def test_arrivals_are_saved_and_resumed(stop: int) -> None:
     monitor.start(model, step=stop)
     assert bases(monitor.trainer, 40 - stop) == whole[stop:]
     with pytest.raises(ValueError, match="one step for each of 2 adaptive layers"):
-        AdaptiveSparsityTrainer(nn.ModuleList([make(), make()])).load_state_dict(
+        AdaptiveSparsityTrainer(nn.ModuleList([make(), make()]), annealing_steps=7).load_state_dict(
             trainer.state_dict()
         )
 

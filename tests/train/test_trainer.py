@@ -126,7 +126,7 @@ def test_every_adaptive_layer_of_a_model_is_set() -> None:
 def test_sparsity_warm_up() -> None:
     model = Model()
     trainer = AdaptiveSparsityTrainer(
-        model, sparsity_warmup_steps=4, dense_steps=2, initial_sparsity=0.1
+        model, annealing_steps=9, sparsity_warmup_steps=4, dense_steps=2, initial_sparsity=0.1
     )
     seen = [(model.first.base_sparsity.item(), model.second.base_sparsity.item())]
     for _ in range(8):
@@ -142,7 +142,7 @@ def test_sparsity_warm_up() -> None:
 
 def test_dense_steps_alone() -> None:
     layer = make()
-    trainer = AdaptiveSparsityTrainer(layer, dense_steps=2)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=9, dense_steps=2)
     seen = [layer.base_sparsity.item()]
     for _ in range(3):
         trainer.step()
@@ -153,10 +153,10 @@ def test_dense_steps_alone() -> None:
 def test_without_warm_up_the_sparsity_is_left_alone() -> None:
     layer = make()
     layer.set_base_sparsity(0.25)
-    AdaptiveSparsityTrainer(layer).step()
+    AdaptiveSparsityTrainer(layer, annealing_steps=9).step()
     assert layer.base_sparsity.item() == pytest.approx(0.25)
     counted = make(budget="fixed", num_selected_blocks=2)
-    AdaptiveSparsityTrainer(counted).step()
+    AdaptiveSparsityTrainer(counted, annealing_steps=9).step()
 
 
 def test_resume_is_exact() -> None:
@@ -169,7 +169,7 @@ def test_resume_is_exact() -> None:
         broken.step()
     state = json.loads(json.dumps(broken.state_dict()))
     layer = make()
-    resumed = AdaptiveSparsityTrainer(layer)
+    resumed = AdaptiveSparsityTrainer(layer, annealing_steps=9)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == straight.state_dict()
     assert layer.temperature.item() == pytest.approx(straight.temperature)
@@ -210,7 +210,7 @@ def test_batches_that_do_not_fit_the_model_are_named() -> None:
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return self.layer(inputs, inputs, inputs)
 
-    trainer, x = AdaptiveSparsityTrainer(Model()), torch.randn(3, 64, 2, 8)
+    trainer, x = AdaptiveSparsityTrainer(Model(), annealing_steps=9), torch.randn(3, 64, 2, 8)
     for batch, words in (((x, torch.ones(3)), "2 entries"), ({"x": x}, r"\['x'\]")):
         with pytest.raises(TypeError, match=rf"Model.forward\(inputs.*holds {words}.*labels"):
             trainer.analyze_patterns([batch])
@@ -222,7 +222,9 @@ def test_analysis_of_a_bare_layer(kind: str) -> None:
     layer = make(budget="fixed", base_sparsity=0.5)
     x = torch.randn(3, 64, 2, 8)
     batch = {"tensor": x, "tuple": (x, x, x), "list": [x, x, x]}[kind]
-    stats = AdaptiveSparsityTrainer(layer).analyze_patterns([batch] * 5, num_samples=4)
+    stats = AdaptiveSparsityTrainer(layer, annealing_steps=9).analyze_patterns(
+        [batch] * 5, num_samples=4
+    )
     assert len(stats["sparsity_ratios"]) == 6 * 2, "4 samples are 2 batches of 3"
     assert stats["sparsity_ratios"] == pytest.approx([0.5] * 12)
     assert len(stats["pattern_diversity"]) == 2
@@ -235,7 +237,7 @@ def test_analysis_of_a_model_with_several_layers() -> None:
     model.second.eval()
     modes = [module.training for module in model.modules()]
     x = torch.randn(4, 64, 2, 8)
-    trainer = AdaptiveSparsityTrainer(model)
+    trainer = AdaptiveSparsityTrainer(model, annealing_steps=9)
     stats = trainer.analyze_patterns([(x, 2.0), {"x": x, "shift": 1.0}, x], num_samples=100)
     assert len(stats["sparsity_ratios"]) == 2 * 12 * 2
     assert len(stats["pattern_diversity"]) == 2 * 2
@@ -250,7 +252,7 @@ def test_analysis_of_a_model_with_several_layers() -> None:
 def test_analysis_tells_content_from_repetition() -> None:
     layer = make(base_sparsity=0.7)
     ones, noise = torch.ones(4, 256, 2, 8), torch.randn(4, 256, 2, 8)
-    trainer = AdaptiveSparsityTrainer(layer)
+    trainer = AdaptiveSparsityTrainer(layer, annealing_steps=9)
     simple, varied = (trainer.analyze_patterns([x]) for x in (ones, noise))
     assert min(simple["sparsity_ratios"]) > max(varied["sparsity_ratios"]) + 0.2
     assert simple["pattern_diversity"] == [0.0, 0.0]
@@ -260,7 +262,9 @@ def test_analysis_tells_content_from_repetition() -> None:
 def test_modes_are_restored_after_an_error() -> None:
     layer = make()
     with pytest.raises(ValueError, match="head_dim"):
-        AdaptiveSparsityTrainer(layer).analyze_patterns([torch.randn(1, 8, 2, 4)])
+        AdaptiveSparsityTrainer(layer, annealing_steps=9).analyze_patterns(
+            [torch.randn(1, 8, 2, 4)]
+        )
     assert layer.training
     assert not layer.observed
 
@@ -281,29 +285,32 @@ def test_modes_are_restored_after_an_error() -> None:
 )
 def test_bad_arguments(name: str, options: dict) -> None:
     with pytest.raises(ValueError, match=name):
-        AdaptiveSparsityTrainer(make(), **options)
+        AdaptiveSparsityTrainer(make(), **{"annealing_steps": 9, **options})
 
 
 def test_bad_models_and_data() -> None:
     with pytest.raises(TypeError, match="model"):
-        AdaptiveSparsityTrainer("layer")  # type: ignore[arg-type]
+        AdaptiveSparsityTrainer("layer", annealing_steps=9)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model"):
-        AdaptiveSparsityTrainer(nn.Linear(2, 2))
+        AdaptiveSparsityTrainer(nn.Linear(2, 2), annealing_steps=9)
     with pytest.raises(ValueError, match="num_samples"):
-        AdaptiveSparsityTrainer(make()).analyze_patterns([], num_samples=0)
+        AdaptiveSparsityTrainer(make(), annealing_steps=9).analyze_patterns([], num_samples=0)
     with pytest.raises(ValueError, match="dataloader"):
-        AdaptiveSparsityTrainer(make()).analyze_patterns([])
+        AdaptiveSparsityTrainer(make(), annealing_steps=9).analyze_patterns([])
 
 
 @pytest.mark.parametrize("name", ["annealing_steps", "sparsity_warmup_steps", "dense_steps"])
 def test_steps_are_whole_numbers(name: str) -> None:
-    # None: as many as each layer needs.
-    none = [None] if name == "annealing_steps" else []
-    for value in (math.inf, 1e400, math.nan, 2.5, True, "10", *none):
+    for value in (math.inf, 1e400, math.nan, 2.5, True, "10"):
         with pytest.raises(TypeError, match=f"{name} must be an int"):
-            AdaptiveSparsityTrainer(**{name: value})
+            AdaptiveSparsityTrainer(**{"annealing_steps": 9, name: value})
     with pytest.raises(ValueError, match=f"{name} must be at least"):
-        AdaptiveSparsityTrainer(**{name: -1})
+        AdaptiveSparsityTrainer(**{"annealing_steps": 9, name: -1})
+
+
+def test_nobody_can_guess_the_length_of_a_training() -> None:
+    with pytest.raises(TypeError, match="needs annealing_steps.* a quarter of the training"):
+        AdaptiveSparsityTrainer(make())
 
 
 def test_numbers_that_are_too_large_for_a_float() -> None:
@@ -325,7 +332,7 @@ def test_temperatures_as_far_apart_as_float32_allows(schedule: str) -> None:
         assert seen[-1] == ends[1]
     for value in (0.0, -1.0, math.nan, math.inf, 1e39, 1e-39):
         with pytest.raises(ValueError, match="initial_temperature must be positive and finite"):
-            AdaptiveSparsityTrainer(initial_temperature=value)
+            AdaptiveSparsityTrainer(initial_temperature=value, annealing_steps=9)
 
 
 def test_a_state_is_checked_before_any_of_it_is_taken() -> None:

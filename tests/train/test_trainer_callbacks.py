@@ -119,7 +119,7 @@ def test_monitor_measures_training_passes_and_writes() -> None:
 def test_a_training_that_failed_leaves_generation_alone() -> None:
     """Nobody calls stop(): the layer decodes, and its copies train, as if nobody had watched."""
     model = Model()
-    monitor = SparsityMonitor(AdaptiveSparsityTrainer(), every=1)
+    monitor = SparsityMonitor(AdaptiveSparsityTrainer(annealing_steps=9), every=1)
     monitor.start(model)
     assert model.layer.observed
     assert not model.eval().layer.observed

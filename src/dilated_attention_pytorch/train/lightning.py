@@ -19,7 +19,7 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
     Args:
         trainer: The schedules. None: those of each layer's config over a quarter of the training,
             whose number of steps must then be known (with a stream, or without a limit of epochs,
-            set ``max_steps``). Language models want ``AdaptiveSparsityTrainer(dense_steps=0)``.
+            set ``max_steps``). Language models want ``dense_steps=0``.
         every: Steps between two measurements.
 
     Example:
@@ -36,7 +36,8 @@ class AdaptiveSparsityCallback(Callback):  # type: ignore[misc]
         if self._given is not None:
             schedules = self._given
         elif self._saved is not None:
-            schedules = AdaptiveSparsityTrainer()
+            # The saved state names its own.
+            schedules = AdaptiveSparsityTrainer(annealing_steps=1)
         else:
             schedules = default_schedules(trainer.estimated_stepping_batches)
         self.on_fit_end(trainer, pl_module)

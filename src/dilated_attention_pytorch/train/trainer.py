@@ -156,9 +156,10 @@ class AdaptiveSparsityTrainer:
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block) and the selector says it, too (the mass of its best block
-    stands 0.8 of the way from a block at random to the best one), at the latest after
-    ``annealing_steps``, with a warning where attention has not found anything until then. Some are
-    left as they are: layers that say so already, as trained ones do; those whose selector is not
+    stands 0.8 of the way from a block at random to the best one). After ``annealing_steps`` all of
+    them begin, unless no layer's target says anything yet: then the trainer warns and waits for
+    one that does, at the latest to ``explore_steps``, as sparse attention hardly ever finds out
+    what dense attention has not. Some are left as they are: layers that say so already, as trained ones do; those whose selector is not
     taught by the mass of its tiles, or whose budget is no share; and those that were set to a
     sparsity of their own. Language models learn from the first step on and lose by a dense start:
     give them ``dense_steps=0``.
@@ -172,7 +173,7 @@ class AdaptiveSparsityTrainer:
             ``temperature`` in its :class:`AdaptiveConfig`.
         final_temperature: From ``annealing_steps`` on, > 0 in float32. None: each layer's
             ``min_temperature``.
-        annealing_steps: Calls of :meth:`step` until then, >= 1.
+        annealing_steps: Calls of :meth:`step` until then, >= 1; about a quarter of the training.
         schedule: ``"exponential"``, ``"linear"`` or ``"cosine"``.
         sparsity_warmup_steps: Steps from the initial sparsity to the configured one; 0: none.
             None: a tenth of ``annealing_steps``.
@@ -183,7 +184,8 @@ class AdaptiveSparsityTrainer:
             three quarters of a training that anneals over the first quarter.
 
     Raises:
-        TypeError: If ``model`` is not a module, or a number of steps no int.
+        TypeError: If ``annealing_steps`` is missing, ``model`` is not a module, or a number of
+            steps no int.
         ValueError: If a number is out of range, the schedule unknown, or the model holds no
             adaptive layer.
 
@@ -199,7 +201,7 @@ class AdaptiveSparsityTrainer:
         model: nn.Module | None = None,
         initial_temperature: float | None = None,
         final_temperature: float | None = None,
-        annealing_steps: int = 10_000,
+        annealing_steps: int | None = None,
         *,
         schedule: str = "exponential",
         sparsity_warmup_steps: int | None = None,
@@ -207,6 +209,11 @@ class AdaptiveSparsityTrainer:
         initial_sparsity: float = 0.0,
         explore_steps: int | None = None,
     ) -> None:
+        if annealing_steps is None:
+            raise TypeError(
+                "AdaptiveSparsityTrainer needs annealing_steps, the steps until its schedules end: "
+                "about a quarter of the training, as in annealing_steps=total_steps // 4."
+            )
         self.initial_temperature, self.final_temperature = initial_temperature, final_temperature
         self.annealing_steps, self.schedule = annealing_steps, schedule
         self.sparsity_warmup_steps, self.dense_steps = sparsity_warmup_steps, dense_steps
@@ -246,8 +253,7 @@ class AdaptiveSparsityTrainer:
 
     def _temperature(self, layer: BlockSparseAdaptive) -> float:
         config, first, last = layer.config, self.initial_temperature, self.final_temperature
-        exploring = 3 * self.annealing_steps if self.explore_steps is None else self.explore_steps
-        if layer.learns_by_mass and self.current_step >= exploring:
+        if layer.learns_by_mass and self.current_step >= self._exploring:
             return 0.0
         last = config.min_temperature if last is None else last
         if self.current_step >= self.annealing_steps:
@@ -271,6 +277,10 @@ class AdaptiveSparsityTrainer:
         progress = 1 - min(left, 1.0)
         keep = SCHEDULES["exponential"](1 - self.initial_sparsity, 1 - base_sparsity, progress)
         return max(1 - keep, 0.0)
+
+    @property
+    def _exploring(self) -> int:
+        return 3 * self.annealing_steps if self.explore_steps is None else self.explore_steps
 
     @property
     def _warmup(self) -> int:
@@ -399,29 +409,38 @@ class AdaptiveSparsityTrainer:
 
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
-        first, last = self.current_step == 1, self.current_step >= self.annealing_steps
-        if not waiting or not (first or last or self.current_step % _LOOK_EVERY == 0):
+        step, late = self.current_step, self.current_step >= self.annealing_steps
+        due = (
+            step == 1 or step % _LOOK_EVERY == 0 or step in (self.annealing_steps, self._exploring)
+        )
+        if not waiting or not due:
             return
         # One wait for the device, however many layers there are.
         device = layers[waiting[0]].budget_state.device
         starts = torch.stack([start_of(layers[n].budget_state).to(device) for n in waiting])
+        last = late and not self._stays_on_plateau()
         for n, (peak, skill) in zip(waiting, starts.tolist(), strict=True):
             # Layers that were trained before skill was measured have none.
-            skilled = skill >= SKILLED or (first and skill == 0)
+            skilled = skill >= SKILLED or (step == 1 and skill == 0)
             if last or (peak >= PEAKED and skilled):
-                self.arrivals[n] = 0 if first else self.current_step + self._warmup
-        if not last or self.current_step < _LONG_START:
-            return
+                self.arrivals[n] = 0 if step == 1 else step + self._warmup
+
+    def _stays_on_plateau(self) -> bool:
+        """Whether layers stay dense behind annealing, as none has found out where to read."""
         # 0: no row has had three blocks to compare.
-        highest = self.highest_peak() or PEAKED
-        if highest < PEAKED:
+        highest, end = self.highest_peak() or PEAKED, max(self._exploring, self.annealing_steps)
+        if self.annealing_steps < _LONG_START or highest >= PEAKED or self.current_step >= end:
+            return False
+        if self.current_step == self.annealing_steps:
             warnings.warn(
-                f"step {self.current_step}: the dense start ends on the plateau: no layer's "
-                f"attention says yet where to read (its target is {highest:.2f} of the way from "
-                f"uniform to one block; {PEAKED:g} would be clear). If the loss falls all the "
-                f"same, as on text, dense_steps=0 is better. {LEAVE_PLATEAU}",
-                stacklevel=3,
+                f"step {self.current_step}: no layer's attention says yet where to read (its "
+                f"target is {highest:.2f} of the way from uniform to one block; {PEAKED:g} would "
+                f"be clear). Layers stay dense until one does, at the latest until step {end}. If "
+                f"the loss falls all the same, as on text, dense_steps=0 is better. "
+                f"{LEAVE_PLATEAU}",
+                stacklevel=4,
             )
+        return True
 
     def _apply(self) -> None:
         for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
