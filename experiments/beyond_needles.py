@@ -73,7 +73,7 @@ class Lookup:
         entries: A block.
         queries: A block.
         together: All queries of a block ask for entries of one other block.
-        hops: 2: queries name an alias, whose block names the entry.
+        hops: 2: half of the queries name an alias, whose block names the entry.
         causal: Whether blocks see the past alone.
         cross: Queries stand in a sequence of their own, a quarter as long.
         pixels: Tokens are patches of an image, with noise.
@@ -144,8 +144,10 @@ class Lookup:
             at = below(entries, size, blocks, aliases)
             stands = names[sample, source, at]
             parts.append((ALIAS, names[..., entries:], stands))
-            asked = names[sample, target, entries + which]
-            answer = values[sample, source[sample, target, which], at[sample, target, which]]
+            other = source[sample, target, which], at[sample, target, which]
+            far = rand(*which.shape) < 0.5
+            asked = torch.where(far, names[sample, target, entries + which], asked)
+            answer = torch.where(far, values[sample, *other], answer)
         questions = (QUERY, asked, torch.zeros_like(asked))
         sets = [parts, [questions]] if self.cross else [[*parts, questions]]
         made = [_laid_out(part, rand) for part in sets]
@@ -336,9 +338,9 @@ def _text(device: str, held_out: bool) -> Tensor:
 BASES: tuple[Lookup | Bytes, ...] = (
     Lookup(name="several", queries=3),
     Lookup(name="copy", entries=4, queries=4, together=True),
-    Lookup(name="tracking", entries=1, hops=2, num_layers=2),
-    Lookup(name="recall, 4 layers", num_layers=4, learning_rate=2e-3),
-    Lookup(name="recall, 8 layers", num_layers=8, learning_rate=1e-3),
+    Lookup(name="tracking", queries=2, hops=2, num_layers=2),
+    Lookup(name="recall, 4 layers", num_layers=4, learning_rate=2e-3, batch_size=8),
+    Lookup(name="recall, 8 layers", num_layers=8, learning_rate=2e-3, batch_size=8),
     Lookup(name="both ways", causal=False),
     Lookup(name="patches", causal=False, pixels=True),
     Lookup(name="cross-attention", cross=True, queries=4, together=True, entries=4),

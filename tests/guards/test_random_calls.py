@@ -104,5 +104,7 @@ def test_interpreted_kernels_equal_the_oracle():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-def test_compiled_kernels_equal_the_oracle():
-    assert not mismatches("--calls", "600", "--seed", "0", "--device", "cuda")
+# Most calls compile kernels of their own: in parts that processes share.
+@pytest.mark.parametrize("first", range(0, 80_000, 10_000))
+def test_compiled_kernels_equal_the_oracle(first):
+    assert not mismatches("--calls", "40", "--seed", str(first), "--device", "cuda")

@@ -24,6 +24,7 @@ from dilated_attention_pytorch import (
     SelectorState,
 )
 from dilated_attention_pytorch.nn.held_budget import (
+    FIRST_HEAD,
     PEAKED,
     SKILLED,
     HeldBudget,
@@ -31,6 +32,7 @@ from dilated_attention_pytorch.nn.held_budget import (
     initial_state,
     peak_of,
     start_of,
+    watch_heads,
 )
 from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.train.language_model import (
@@ -162,7 +164,7 @@ def test_an_annealed_target_is_followed() -> None:
     layer.set_base_sparsity(0.0)
     for _ in range(5):
         layer(*draw("noise", generator), is_causal=True)
-    assert torch.equal(layer.budget_state[NEXT], initial_state()[NEXT]), "nothing is left out yet"
+    assert torch.equal(layer.budget_state[NEXT], initial_state(2)[NEXT]), "nothing is left out yet"
     assert sparsity(layer, "noise", True) == 0
     for step in range(60):
         target = 1 - 0.1 ** ((step + 1) / 60)
@@ -192,7 +194,7 @@ def test_a_fresh_layer_in_evaluation_is_what_the_settings_promise() -> None:
     layer = make(0.9)
     assert sparsity(layer, "ones", False) == pytest.approx(0.95, abs=0.01)
     assert sparsity(layer, "noise", False) == pytest.approx(0.85, abs=0.01)
-    assert torch.equal(layer.budget_state, initial_state())
+    assert torch.equal(layer.budget_state, initial_state(HEADS))
 
 
 def trained(**settings: object) -> BlockSparseAdaptive:
@@ -387,7 +389,7 @@ def test_weights_of_before_load_with_the_budgets_of_before() -> None:
     fresh, layer = make(0.9), trained()
     earlier = {name: x for name, x in fresh.state_dict().items() if name != "budget_state"}
     layer.load_state_dict(earlier)
-    assert torch.equal(layer.budget_state, initial_state())
+    assert torch.equal(layer.budget_state, initial_state(HEADS))
     # Parts of a state leave the rest alone.
     layer = trained()
     state = layer.budget_state.clone()
@@ -406,7 +408,7 @@ def test_casts_and_memory_of_its_own_leave_it_exact() -> None:
         made = make()
     assert made.budget_state.is_meta
     filled = copy.deepcopy(made).to_empty(device="cpu")
-    assert torch.equal(filled.budget_state, initial_state())
+    assert torch.equal(filled.budget_state, initial_state(HEADS))
     made.load_state_dict(trained().state_dict(), assign=True)
     assert torch.equal(made.budget_state, state)
 
@@ -502,7 +504,7 @@ def test_a_resumed_language_model_is_bit_for_bit_the_same(stop: int, tmp_path) -
     for x, y in zip(states(again)[0], states(whole)[0], strict=True):
         assert torch.equal(x, y)
     assert len(states(whole)[1]) == 2
-    assert not any(torch.equal(x, initial_state()) for x in states(whole)[1])
+    assert not any(torch.equal(x, initial_state(HEADS)) for x in states(whole)[1])
     assert states(again)[2] == states(whole)[2]
 
 
@@ -620,6 +622,59 @@ def test_rows_of_two_blocks_know_nothing_of_the_peak() -> None:
     assert float(peak_of(state)) == pytest.approx(0.45)
 
 
+def test_heads_are_measured_by_the_gradient_of_their_queries() -> None:
+    """A share of the largest one; heads that choose together count as the one that matters most."""
+    state, query = initial_state(2), torch.ones(2, 5, 4, 3, requires_grad=True)
+    slope = torch.tensor([1e-3, 4e-3, 1e-2, 3e-2])[:, None] * torch.tensor([1.0, -1.0, 1.0])
+    seen = watch_heads(query, state)
+    assert torch.equal(seen, query)
+    (seen * slope).sum().backward()
+    torch.testing.assert_close(query.grad, slope.expand_as(query))
+    want = [1 + 0.02 * (0.004 / 0.03 - 1), 1.0]
+    assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
+    assert torch.equal(state[NEXT], initial_state(2)[NEXT])
+    before = state.clone()
+    for broken in (0.0, math.nan, math.inf):
+        (watch_heads(query, state) * broken).sum().backward()
+    torch.func.grad(lambda x: (watch_heads(x, state) * slope).sum())(query.detach())
+    watch_heads(torch.ones(0, 5, 4, 3, requires_grad=True), state).sum().backward()
+    assert torch.equal(state, before)
+
+
+def test_idle_heads_are_as_they_were_when_a_pass_runs_again() -> None:
+    state, mark = initial_state(3), torch.tensor([0.25, 1.0])
+    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([1.0, 0.049, 0.05])
+    first = HeldBudget.of(state, mark)
+    assert first.heads.tolist() == [1, 0, 1]
+    assert first.most(torch.tensor([[[4, 0]]])).tolist() == [[[4, 0], [0, 0], [4, 0]]]
+    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.01, 1.0, 1.0])
+    assert HeldBudget.of(state).heads.tolist() == [0, 1, 1]
+    assert HeldBudget.of(state, mark).heads.tolist() == [1, 0, 1]
+    assert HeldBudget.latest(state).heads.tolist() == [1, 0, 1]
+
+
+def test_training_finds_the_head_that_nothing_depends_on() -> None:
+    layer = trained()
+    query, key, value = draw("needles", torch.Generator().manual_seed(3))
+    rest = value.shape[2] // 2
+    for _ in range(300):
+        out = layer(query.requires_grad_(), key, value, is_causal=True)
+        out[:, :, :rest].square().mean().backward()
+    heads = HeldBudget.of(layer.budget_state).heads
+    assert heads[:rest].all()
+    assert not heads[rest:].any()
+
+
+def test_states_from_before_heads_were_measured_load() -> None:
+    layer = trained()
+    old = layer.state_dict() | {"budget_state": layer.budget_state[:, :FIRST_HEAD].clone()}
+    other = make()
+    other.budget_state[EVIDENCE, FIRST_HEAD:] = 0
+    other.load_state_dict(old)
+    assert torch.equal(other.budget_state[:, :FIRST_HEAD], layer.budget_state[:, :FIRST_HEAD])
+    assert (other.budget_state[EVIDENCE, FIRST_HEAD:] == 1).all()
+
+
 def test_a_pass_takes_what_the_one_before_left() -> None:
     state, marks = initial_state(), torch.rand(3, 2, generator=torch.Generator().manual_seed(0))
     state[NEXT, :NUMBERS] = torch.tensor([1.5, 0.6, 0.4])
@@ -688,11 +743,16 @@ def test_a_layer_leaves_the_dense_start_when_its_selector_meets_a_peaked_target(
     model[0].budget_state[EVIDENCE, SKILL] = SKILLED - 0.01
     model[1].budget_state[EVIDENCE, SKILL] = SKILLED + 0.01
     bases(trainer, 35)
-    assert trainer.arrivals == [-1, -1], "either alone is not enough"
+    assert trainer.arrivals == [-2, -1], "either alone is not enough"
     model[1].budget_state[EVIDENCE, 0] = PEAKED
-    seen = bases(trainer, 25)
-    assert trainer.arrivals == [-1, 60], "looked at every tenth step: at 40, and 20 of warm-up"
-    assert seen == [0.0] * 25
+    bases(trainer, 30)
+    model[1].budget_state[EVIDENCE, 0] = PEAKED - 0.01
+    bases(trainer, 10)
+    assert trainer.arrivals == [-2, -1], "one that was clear for a moment"
+    model[1].budget_state[EVIDENCE, 0] = PEAKED
+    seen = bases(trainer, 85)
+    assert trainer.arrivals == [-2, 160], "clear from 80 to 140, and 20 of warm-up"
+    assert seen == [0.0] * 85
     assert float(model[1].base_sparsity) == pytest.approx(0.8)
 
 
@@ -718,7 +778,8 @@ def test_a_plateau_is_named_once_and_keeps_layers_dense(
             f"step 100: no layer's attention says yet where to read (its target is {peak:.2f}"
             in each
         )
-        assert f"at the latest until step {end}. " in each and "higher learning rate" in each
+        assert f"at the latest until step {end}. " in each
+        assert "higher learning rate" in each
 
 
 def test_a_layer_that_leaves_the_plateau_late_takes_the_others_along() -> None:
@@ -731,8 +792,10 @@ def test_a_layer_that_leaves_the_plateau_late_takes_the_others_along() -> None:
         bases(trainer, 155)
     assert trainer.arrivals == [-1, -1]
     model[1].budget_state[EVIDENCE, 0] = PEAKED
+    bases(trainer, 30)
+    assert trainer.arrivals == [-1, -1 - 160]
     bases(trainer, 10)
-    assert trainer.arrivals == [170, 170]
+    assert trainer.arrivals == [200, 200], "clear for 30 steps"
 
 
 @pytest.mark.parametrize("skill", [SKILLED + 0.01, 0.0])

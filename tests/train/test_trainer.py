@@ -309,7 +309,7 @@ def test_steps_are_whole_numbers(name: str) -> None:
 
 
 def test_nobody_can_guess_the_length_of_a_training() -> None:
-    with pytest.raises(TypeError, match="needs annealing_steps.* a quarter of the training"):
+    with pytest.raises(TypeError, match=r"needs annealing_steps.* a quarter of the training"):
         AdaptiveSparsityTrainer(make())
 
 

@@ -175,6 +175,10 @@ class BlockSparseLayer(CalledModule, ABC):
 
         return self.called(run, query, key, value)
 
+    def watched_query(self, query: Tensor) -> Tensor:
+        """Passes the queries of attention on; a backward pass may measure them."""
+        return query
+
     def pattern_info(self, pattern: BlockPattern) -> dict[str, Any]:
         """What ``return_pattern=True`` returns beside the output."""
         per_head = pattern.sparsity_per_head
@@ -343,7 +347,7 @@ class BlockSparseLayer(CalledModule, ABC):
             query = selection.query
         if selection.key is not None and score_key is key:
             key = selection.key
-        query = watch_rng(query, rng_state)
+        query = watch_rng(self.watched_query(query), rng_state)
         real: Tensor | None = None
         if query_lengths is not None:
             tokens = torch.arange(q_len, device=query.device)

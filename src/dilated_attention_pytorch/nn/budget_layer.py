@@ -269,7 +269,7 @@ class BudgetLayer(ExactBuffers, BlockSparseLayer):
         return {
             "base_sparsity": torch.tensor(self._first_sparsity, dtype=torch.float32, device="cpu"),
             "thresholds": ThresholdTable.empty_buffer(),
-            "budget_state": initial_state(),
+            "budget_state": initial_state(self.pattern_heads),
         }
 
     def add_budget_terms(self) -> None:

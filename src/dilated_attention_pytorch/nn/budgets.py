@@ -77,6 +77,7 @@ class ShareBudget(Budget):
         if held is None or not held.scores_decide:
             return RowBudgets(whole, keep)
         most = score_bound(layer, seen_blocks(rows.num_allowed, held.reach if back else None))
+        most = held.most(most)
         if scored.kernels:
             count = count_above(
                 scored.scores, scored.numbers, inputs.intervals, held.threshold, most
@@ -232,7 +233,7 @@ class ShareBudget(Budget):
         if held is None or not held.scores_decide:
             return budget
         count = blocks_above(
-            scores, candidates.scored, held.threshold, score_bound(layer, seen),
+            scores, candidates.scored, held.threshold, held.most(score_bound(layer, seen)),
             heads_compete=candidates.indices is None,
         )  # fmt: skip
         return torch.maximum(budget, forced + count)

@@ -3,7 +3,9 @@
 Two numbers keep the mean sparsity: a level on the rows' shares, because what all keys have in
 common makes contents look alike; and a threshold on the softmaxed scores. A third one says how much
 of the budget is shared evenly and how much goes by the scores. The mass teaches it: whichever of
-the two kinds of rows gets more attention from its last block deserves more blocks.
+the two kinds of rows gets more attention from its last block deserves more blocks. Scores win
+nothing for heads whose attention the loss does not depend on: such heads often look at one block as
+surely as those that the answer comes from.
 
 Rows that look back alone (``query_scope="past"``) cannot know how long the sequence will be. In
 training all rows of a document count as seeing what its last one does, elsewhere at least as much
@@ -19,17 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dilated_attention_pytorch.selection.budget import MOST_REACH, NO_THRESHOLD
 
 # Marks that float32 tells apart.
 _MARKS = 2**24
-# Rows of the buffer: numbers for the next pass, evidence, and the latest passes.
+# Rows of the buffer: numbers for the next pass, evidence, and the latest passes. Its first columns
+# are of the layer, the others of its heads.
 _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
 _MOST_PASSES = 64
-# Columns; marks in the rows of passes alone.
-_LEVEL, _EVEN, _THRESHOLD, _MARK = 0, 1, 2, 3
+# Columns; marks in the rows of passes alone. Heads: in the evidence how much the loss depends on
+# each, as a share of the layer's largest; in passes 1 where scores could win blocks, else 0.
+_LEVEL, _EVEN, _THRESHOLD, _MARK, FIRST_HEAD = 0, 1, 2, 3, 5
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
 # that the even share gave most, and of those that the scores did; the selector's skill; and how
 # many blocks the last rows of documents saw (not more than MOST_REACH).
@@ -52,12 +57,15 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
+# A head that matters less is idle.
+_IDLE, _MEMORY_OF_HEADS = 0.05, 0.02
 
 
-def initial_state() -> Tensor:
+def initial_state(heads: int = 0) -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
-    held, none = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0]
-    rows = [[*held, *none], [0.0] * 5, *[[*held, *none]] * _MOST_PASSES]
+    held, none, all_matter = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [1.0] * heads
+    numbers = [*held, *none, *all_matter]
+    rows = [numbers, [*[0.0] * FIRST_HEAD, *all_matter], *[numbers] * _MOST_PASSES]
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
@@ -67,7 +75,7 @@ def could_be_held(state: Tensor) -> bool:
     numbers[_EVIDENCE] = numbers[_NEXT]
     least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, NO_THRESHOLD]))
     held = ((numbers >= least) & (numbers <= most)).all() & (state[_EVIDENCE, _REACH] >= 0)
-    return bool(held & state.isfinite().all())
+    return bool(held & (state[:, FIRST_HEAD:] >= 0).all() & state.isfinite().all())
 
 
 def mark_pass(
@@ -101,11 +109,12 @@ class HeldBudget:
     """The numbers in force during one forward pass; all 0-dim float32.
 
     Attributes:
-        state: The layer's buffer, ``(66, 5)``.
+        state: The layer's buffer, ``(66, 5 + heads)``.
         level: Factor on the rows' shares.
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides; as in
             ``blocks_above``.
+        heads: ``(heads,)``: 1 where scores may win blocks, 0 in idle heads.
         reach: Blocks that rows which look back count as seeing at least; in a pass that moves
             these numbers ``(1 or b, 1, i)``, of :func:`documents_reach`.
         moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
@@ -116,6 +125,7 @@ class HeldBudget:
     level: Tensor
     even: Tensor
     threshold: Tensor
+    heads: Tensor
     reach: Tensor
     moves: Tensor | None = None
     scores_decide: bool = True
@@ -137,22 +147,30 @@ class HeldBudget:
         with torch.no_grad():
             # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
+            heads = (state[_EVIDENCE, FIRST_HEAD:] >= _IDLE).to(state.dtype)
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
                 same = (drawn == mark[0]) & torch.isclose(part, mark[1], rtol=1e-3)
                 moves = ~same.any()
                 held = torch.where(moves, held, (passes[:, :_MARK] * same[:, None]).sum(0))
-                noted = torch.cat([torch.cat([held, mark])[None], passes[:-1]])
+                heads = torch.where(moves, heads, (passes[:, FIRST_HEAD:] * same[:, None]).sum(0))
+                noted = torch.cat([torch.cat([held, mark, heads])[None], passes[:-1]])
                 state[_PASSES:] = torch.where(moves, noted, passes)
         level, even, threshold = held.unbind()
-        return cls(state, level, even, threshold, reach, moves, scores_decide)
+        return cls(state, level, even, threshold, heads, reach, moves, scores_decide)
 
     @classmethod
     def latest(cls, state: Tensor) -> HeldBudget:
         """What was in force in the latest pass in training."""
         level, even, threshold = state[_PASSES, :_MARK].clone().unbind()
-        return cls(state, level, even, threshold, _reach_of(state))
+        return cls(
+            state, level, even, threshold, state[_PASSES, FIRST_HEAD:].clone(), _reach_of(state)
+        )
+
+    def most(self, bound: Tensor) -> Tensor:
+        """The most blocks that scores may win each row, of a bound ``(1 or b, 1, i)``."""
+        return bound * self.heads[:, None].to(bound.dtype)
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
@@ -280,6 +298,43 @@ class MarginEvidence:
         moved = torch.where(even == 1, even, moved)
         moved = torch.where(self.keep < 1, moved, even)
         state[_NEXT, _EVEN] = torch.where(starts, _FIRST_EVEN, moved)
+
+
+def watch_heads(query: Tensor, state: Tensor) -> Tensor:
+    """Passes ``query`` on; its backward pass measures how much the loss depends on each head.
+
+    That is the size of the gradient of a head's queries: of what the loss would gain or lose if the
+    head looked elsewhere.
+
+    Args:
+        query: What attention reads, ``(batch, n, heads, d)``.
+        state: The layer's buffer; is written.
+    """
+    watched: Tensor = _WatchHeads.apply(query, state)
+    return watched
+
+
+class _WatchHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(query: Tensor, state: Tensor) -> Tensor:
+        return query.view_as(query)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        # Not saved for the backward pass: what is written to in between is meant to be read then.
+        ctx.state = inputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if not _transformed():
+            known = ctx.state[_EVIDENCE, FIRST_HEAD:]
+            size = grad.detach().float().square().mean((0, 1, 3)).view(len(known), -1).amax(-1)
+            share = (size / size.amax()).sqrt()
+            # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
+            share = torch.where(share.isfinite().all(), share, known)
+            ctx.state[_EVIDENCE, FIRST_HEAD:] = torch.lerp(known, share, _MEMORY_OF_HEADS)
+        return grad, None
 
 
 def _learn(scores: Tensor, scored: Tensor, mass: Tensor, *known: Any) -> None:

@@ -15,7 +15,12 @@ from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
 from dilated_attention_pytorch.nn.budget_layer import BudgetLayer, Scored, setting
 from dilated_attention_pytorch.nn.budgets import budget_of
 from dilated_attention_pytorch.nn.buffers import host_property, readable
-from dilated_attention_pytorch.nn.held_budget import initial_state, mark_pass
+from dilated_attention_pytorch.nn.held_budget import (
+    FIRST_HEAD,
+    initial_state,
+    mark_pass,
+    watch_heads,
+)
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.nn.state import Memory, NewestRow, SelectorState
 from dilated_attention_pytorch.runtime import FormerScalars
@@ -196,7 +201,8 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         self.register_buffer("temperature", setting(config.temperature))
         budget = budget_of(config.budget, config.num_selected_blocks)
         self.add_budget(budget, config.base_sparsity)
-        self.register_buffer("budget_state", initial_state().to(self.temperature.device))
+        state = initial_state(self.pattern_heads).to(self.temperature.device)
+        self.register_buffer("budget_state", state)
 
     def new_network(self) -> ImportanceScorer:
         """A network that compares summaries, with weights of its own."""
@@ -214,10 +220,13 @@ class SelectorLayer(FormerScalars, BudgetLayer):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        name = prefix + "budget_state"
-        if prefix + "temperature" in state_dict and name not in state_dict:
-            # Saved before there was one: all went by likeness.
-            state_dict = {**state_dict, name: initial_state()}
+        name, fresh = prefix + "budget_state", initial_state(self.pattern_heads)
+        if prefix + "temperature" in state_dict:
+            # Saved before there was one, all went by likeness; before it knew heads, all mattered.
+            saved = state_dict.get(name, fresh)
+            if saved.shape == (len(fresh), FIRST_HEAD) != fresh.shape:
+                saved = torch.cat([saved, fresh[:, FIRST_HEAD:].to(saved)], 1)
+            state_dict = {**state_dict, name: saved}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def initial_buffers(self) -> dict[str, Tensor]:
@@ -377,6 +386,12 @@ class SelectorLayer(FormerScalars, BudgetLayer):
     def teaches(self) -> bool:
         """Whether the backward pass of this forward pass teaches the selector by the mass."""
         return self.training and torch.is_grad_enabled() and self.learns_by_mass
+
+    def watched_query(self, query: Tensor) -> Tensor:
+        """Where scores decide on budgets, measures which heads the loss depends on."""
+        if not (self.teaches and self.budget.by_content and query.requires_grad):
+            return query
+        return watch_heads(query, self.budget_state)
 
     @property
     def learns_by_mass(self) -> bool:

@@ -136,6 +136,9 @@ TEXT_DENSE_STEPS = 0
 _LOOK_EVERY = 10
 # A start that was shorter says nothing of a plateau.
 _LONG_START = 100
+# For so much of annealing a target is to be clear. Shortly before attention finds out where to read
+# it often looks at something else as clearly: for up to 140 of 500 steps in the map's cells.
+_HELD = 0.3
 # What a state holds besides the arrivals.
 _SETTINGS = (
     "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
@@ -156,13 +159,15 @@ class AdaptiveSparsityTrainer:
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block) and the selector says it, too (the mass of its best block
-    stands 0.8 of the way from a block at random to the best one). After ``annealing_steps`` all of
-    them begin, unless no layer's target says anything yet: then the trainer warns and waits for
-    one that does, at the latest to ``explore_steps``, as sparse attention hardly ever finds out
-    what dense attention has not. Some are left as they are: layers that say so already, as trained ones do; those whose selector is not
-    taught by the mass of its tiles, or whose budget is no share; and those that were set to a
-    sparsity of their own. Language models learn from the first step on and lose by a dense start:
-    give them ``dense_steps=0``.
+    stands 0.8 of the way from a block at random to the best one), the former for 0.3 of
+    ``annealing_steps``: shortly before attention finds out, it often looks at something else as
+    clearly. After ``annealing_steps`` all of
+    them begin, unless no layer's target says anything yet: then the trainer warns and waits for one
+    that does, at the latest to ``explore_steps``, as sparse attention hardly ever finds out what
+    dense attention has not. Some are left as they are: layers that say so already, as trained ones
+    do; those whose selector is not taught by the mass of its tiles, or whose budget is no share;
+    and those that were set to a sparsity of their own. Language models learn from the first step on
+    and lose by a dense start: give them ``dense_steps=0``.
 
     At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
     of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
@@ -219,7 +224,8 @@ class AdaptiveSparsityTrainer:
         self.sparsity_warmup_steps, self.dense_steps = sparsity_warmup_steps, dense_steps
         self.initial_sparsity, self.explore_steps = initial_sparsity, explore_steps
         self.current_step = 0
-        # The step at which each layer has its own sparsity; -1: it has not begun to move.
+        # The step at which each layer has its own sparsity. Negative: it waits; -1 - s where its
+        # target has been clear since step s.
         self.arrivals: list[int] = []
         _check(self.state_dict())
         self.model: nn.Module | None = None
@@ -409,38 +415,41 @@ class AdaptiveSparsityTrainer:
 
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
-        step, late = self.current_step, self.current_step >= self.annealing_steps
-        due = (
-            step == 1 or step % _LOOK_EVERY == 0 or step in (self.annealing_steps, self._exploring)
-        )
-        if not waiting or not due:
+        step, annealed = self.current_step, self.annealing_steps
+        end = max(self._exploring, annealed)
+        if not waiting or not (step == 1 or step % _LOOK_EVERY == 0 or step in (annealed, end)):
             return
         # One wait for the device, however many layers there are.
         device = layers[waiting[0]].budget_state.device
-        starts = torch.stack([start_of(layers[n].budget_state).to(device) for n in waiting])
-        last = late and not self._stays_on_plateau()
-        for n, (peak, skill) in zip(waiting, starts.tolist(), strict=True):
-            # Layers that were trained before skill was measured have none.
-            skilled = skill >= SKILLED or (step == 1 and skill == 0)
-            if last or (peak >= PEAKED and skilled):
-                self.arrivals[n] = 0 if step == 1 else step + self._warmup
-
-    def _stays_on_plateau(self) -> bool:
-        """Whether layers stay dense behind annealing, as none has found out where to read."""
+        found = torch.stack([start_of(layers[n].budget_state).to(device) for n in waiting])
+        starts = dict(zip(waiting, found.tolist(), strict=True))
+        for n, (peak, skill) in starts.items():
+            if peak < PEAKED:
+                self.arrivals[n] = -1
+            elif step == 1 and (skill >= SKILLED or skill == 0):
+                # It was trained, perhaps before skill was measured.
+                self.arrivals[n] = 0
+            elif self.arrivals[n] == -1:
+                self.arrivals[n] = -1 - step
+        since = step - int(_HELD * annealed)
+        held = {n for n in starts if -1 - since <= self.arrivals[n] < -1}
+        peaks = [peak for peak, _ in starts.values()]
+        started = len(starts) < sum(_has_start(layer) for layer in layers)
         # 0: no row has had three blocks to compare.
-        highest, end = self.highest_peak() or PEAKED, max(self._exploring, self.annealing_steps)
-        if self.annealing_steps < _LONG_START or highest >= PEAKED or self.current_step >= end:
-            return False
-        if self.current_step == self.annealing_steps:
+        knows = held or started or not any(peaks) or annealed < _LONG_START
+        if step == annealed < end and not knows:
             warnings.warn(
-                f"step {self.current_step}: no layer's attention says yet where to read (its "
-                f"target is {highest:.2f} of the way from uniform to one block; {PEAKED:g} would "
-                f"be clear). Layers stay dense until one does, at the latest until step {end}. If "
-                f"the loss falls all the same, as on text, dense_steps=0 is better. "
-                f"{LEAVE_PLATEAU}",
-                stacklevel=4,
+                f"step {step}: no layer's attention says yet where to read (its target is "
+                f"{max(peaks):.2f} of the way from uniform to one block; {PEAKED:g}, for "
+                f"{int(_HELD * annealed)} steps, would be clear). Layers stay dense until one "
+                f"does, at the latest until step {end}. If the loss falls all the same, as on "
+                f"text, dense_steps=0 is better. {LEAVE_PLATEAU}",
+                stacklevel=3,
             )
-        return True
+        last = step >= end or (step >= annealed and knows)
+        for n, (_, skill) in starts.items():
+            if self.arrivals[n] < 0 and (last or (n in held and skill >= SKILLED)):
+                self.arrivals[n] = step + self._warmup
 
     def _apply(self) -> None:
         for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
@@ -488,8 +497,11 @@ def _check(state: Mapping[str, Any]) -> None:
     if not isinstance(state["arrivals"], list):
         raise TypeError(f"arrivals must be a list, got {short_repr(state['arrivals'])}.")
     for arrival in state["arrivals"]:
-        if as_int("an entry of arrivals", arrival) < -1:
-            raise ValueError(f"arrivals must be steps or -1, got {short_repr(arrival)}.")
+        if -1 - as_int("an entry of arrivals", arrival) > state["current_step"]:
+            raise ValueError(
+                f"arrivals must be steps, or -1 - s with a step s that was, got "
+                f"{short_repr(arrival)}."
+            )
 
 
 def _adaptive_layers(model: nn.Module) -> list[BlockSparseAdaptive]:
