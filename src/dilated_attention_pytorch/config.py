@@ -83,10 +83,10 @@ class AdaptiveConfig:
             follows what is kept, until ``base_sparsity`` is met. Once attention says clearly where
             to read, scores earn budgets too: of its share a row keeps a part in any case, and
             besides every block whose softmaxed score reaches a threshold, up to twice its share;
-            heads that want the same block give way. How large the part is, the backward pass
-            teaches: rows gain whose last blocks hold more of the attention. What was learned is
-            saved with the weights (``budget_state``) and rests in evaluation. A base sparsity of 0
-            keeps all;
+            heads that want the same block give way, and heads count by how much the loss depends
+            on them. How large the part is, the backward pass teaches: rows gain whose last blocks
+            hold more of the attention. What was learned is saved with the weights
+            (``budget_state``) and rests in evaluation. A base sparsity of 0 keeps all;
             ``"fixed"``: the same for all content; ``"threshold"``: the blocks whose softmaxed
             score reaches a threshold that a calibration finds; heads and rows with spread-out
             attention keep more (:meth:`BlockSparseAdaptive.set_thresholds`).

@@ -641,16 +641,14 @@ def test_heads_are_measured_by_the_gradient_of_their_queries() -> None:
     assert torch.equal(state, before)
 
 
-def test_idle_heads_are_as_they_were_when_a_pass_runs_again() -> None:
+def test_heads_count_as_they_did_when_a_pass_runs_again() -> None:
     state, mark = initial_state(3), torch.tensor([0.25, 1.0])
-    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([1.0, 0.049, 0.05])
-    first = HeldBudget.of(state, mark)
-    assert first.heads.tolist() == [1, 0, 1]
-    assert first.most(torch.tensor([[[4, 0]]])).tolist() == [[[4, 0], [0, 0], [4, 0]]]
-    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.01, 1.0, 1.0])
-    assert HeldBudget.of(state).heads.tolist() == [0, 1, 1]
-    assert HeldBudget.of(state, mark).heads.tolist() == [1, 0, 1]
-    assert HeldBudget.latest(state).heads.tolist() == [1, 0, 1]
+    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([1.0, 0.25, 0.5])
+    assert HeldBudget.of(state, mark).heads.tolist() == [1, 0.25, 0.5]
+    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.125, 1.0, 1.0])
+    assert HeldBudget.of(state).heads.tolist() == [0.125, 1, 1]
+    assert HeldBudget.of(state, mark).heads.tolist() == [1, 0.25, 0.5]
+    assert HeldBudget.latest(state).heads.tolist() == [1, 0.25, 0.5]
 
 
 def test_training_finds_the_head_that_nothing_depends_on() -> None:
@@ -661,8 +659,8 @@ def test_training_finds_the_head_that_nothing_depends_on() -> None:
         out = layer(query.requires_grad_(), key, value, is_causal=True)
         out[:, :, :rest].square().mean().backward()
     heads = HeldBudget.of(layer.budget_state).heads
-    assert heads[:rest].all()
-    assert not heads[rest:].any()
+    assert heads[:rest].max() > 0.99
+    assert heads[rest:].max() < 0.01
 
 
 def test_states_from_before_heads_were_measured_load() -> None:

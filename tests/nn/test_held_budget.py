@@ -31,8 +31,8 @@ EVEN, THRESHOLD, REACH = 0.5, 0.2, 3.5
 STATE = initial_state()
 STATE[0, :3] = torch.tensor([1.0, EVEN, THRESHOLD])
 STATE[1, 4] = REACH
-# Scores win nothing for a head that the loss hardly depends on.
-IDLE = 1
+# Of a head that the loss depends on less than on the others.
+LESS, WEIGHT = 1, 0.6
 LATTICE = ([32, 64], [1, 2])
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -60,7 +60,7 @@ def win_by_scores(layer: BlockSparseAdaptive) -> BlockSparseAdaptive:
 
 def put_state(layer: BlockSparseAdaptive) -> None:
     layer.budget_state[:, : STATE.shape[1]] = STATE
-    layer.budget_state[1, STATE.shape[1] :][IDLE : IDLE + 1] = 0.01
+    layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = WEIGHT
 
 
 def make(kind: str, scope: str, **changes: Any) -> BlockSparseAdaptive:
@@ -101,14 +101,14 @@ def by_score(scores: list[list[list[float]]], free: list[list[list[bool]]], comp
         top = max((scores[h][i][c] for c in columns), default=0.0)
         total = sum(math.exp(scores[h][i][c] - top) for c in columns)
         for c in columns:
-            expected[h][i][c] = math.exp(scores[h][i][c] - top) / total
+            weight = WEIGHT if h == LESS else 1.0
+            expected[h][i][c] = weight * math.exp(scores[h][i][c] - top) / total
     found = [[0] * rows for _ in range(heads)]
     for h, i in itertools.product(range(heads), range(rows)):
         for c, mass in enumerate(expected[h][i]):
             others = sum(expected[o][i][c] > mass for o in range(heads)) if compete else 0
             counted = mass * math.exp(-others) * (sum(free[h][i]) / 16) ** 0.25
-            wins = counted >= THRESHOLD and h != IDLE
-            found[h][i] += free[h][i][c] and wins
+            found[h][i] += free[h][i][c] and counted >= THRESHOLD
     return found
 
 

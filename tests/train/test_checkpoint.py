@@ -212,7 +212,7 @@ MOMENT = ("optimizer", "state", 0)
         (("trainer", "schedule"), "sudden"),
         (("trainer", "current_step"), -1),
         (("trainer", "arrivals"), []),
-        (("trainer", "arrivals"), [-2]),
+        (("trainer", "arrivals"), [-99]),
         (("trainer", "arrivals"), (0,)),
         (("trainer", "arrivals"), [0.5]),
         (("trainer", "annealing_steps"), 0),
@@ -337,7 +337,7 @@ def test_the_step_is_one(step: Any, tmp_path: Path) -> None:
         ("initial_temperature", float("nan")), ("final_temperature", -1.0),
         ("initial_sparsity", 1.0), ("schedule", ["linear"]), ("dense_steps", 0.5),
         ("initial_temperature", 10**400), ("arrivals", None), ("arrivals", (0,)), ("arrivals", []),
-        ("arrivals", [-2]), ("arrivals", [True]),
+        ("arrivals", [-3]), ("arrivals", [True]),
     ],
 )  # fmt: skip
 def test_schedules_are_taken_up_whole_or_not_at_all(name: str, value: Any) -> None:

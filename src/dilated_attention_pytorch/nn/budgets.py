@@ -77,14 +77,13 @@ class ShareBudget(Budget):
         if held is None or not held.scores_decide:
             return RowBudgets(whole, keep)
         most = score_bound(layer, seen_blocks(rows.num_allowed, held.reach if back else None))
-        most = held.most(most)
         if scored.kernels:
             count = count_above(
-                scored.scores, scored.numbers, inputs.intervals, held.threshold, most
+                scored.scores, scored.numbers, inputs.intervals, held.threshold, most, held.heads
             )
         else:
             count = blocks_above(
-                scored.scores, inputs.candidates.scored, held.threshold, most,
+                scored.scores, inputs.candidates.scored, held.threshold, most, held.heads,
                 heads_compete=scored.numbers is None,
             )  # fmt: skip
         by_score = scored.forced + count
@@ -233,7 +232,7 @@ class ShareBudget(Budget):
         if held is None or not held.scores_decide:
             return budget
         count = blocks_above(
-            scores, candidates.scored, held.threshold, held.most(score_bound(layer, seen)),
+            scores, candidates.scored, held.threshold, score_bound(layer, seen), held.heads,
             heads_compete=candidates.indices is None,
         )  # fmt: skip
         return torch.maximum(budget, forced + count)

@@ -3,9 +3,9 @@
 Two numbers keep the mean sparsity: a level on the rows' shares, because what all keys have in
 common makes contents look alike; and a threshold on the softmaxed scores. A third one says how much
 of the budget is shared evenly and how much goes by the scores. The mass teaches it: whichever of
-the two kinds of rows gets more attention from its last block deserves more blocks. Scores win
-nothing for heads whose attention the loss does not depend on: such heads often look at one block as
-surely as those that the answer comes from.
+the two kinds of rows gets more attention from its last block deserves more blocks. Scores count by
+how much the loss depends on their head's attention: a head that it does not depend on often looks
+at one block as surely as those that the answer comes from.
 
 Rows that look back alone (``query_scope="past"``) cannot know how long the sequence will be. In
 training all rows of a document count as seeing what its last one does, elsewhere at least as much
@@ -33,7 +33,7 @@ _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
 _MOST_PASSES = 64
 # Columns; marks in the rows of passes alone. Heads: in the evidence how much the loss depends on
-# each, as a share of the layer's largest; in passes 1 where scores could win blocks, else 0.
+# each, as a share of the layer's largest; in passes as it was in force.
 _LEVEL, _EVEN, _THRESHOLD, _MARK, FIRST_HEAD = 0, 1, 2, 3, 5
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
 # that the even share gave most, and of those that the scores did; the selector's skill; and how
@@ -57,8 +57,8 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
-# A head that matters less is idle.
-_IDLE, _MEMORY_OF_HEADS = 0.05, 0.02
+# Gradients of heads change more from step to step.
+_MEMORY_OF_HEADS = 0.02
 
 
 def initial_state(heads: int = 0) -> Tensor:
@@ -114,7 +114,7 @@ class HeldBudget:
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides; as in
             ``blocks_above``.
-        heads: ``(heads,)``: 1 where scores may win blocks, 0 in idle heads.
+        heads: ``(heads,)``: how much the loss depends on each, as a share of the largest.
         reach: Blocks that rows which look back count as seeing at least; in a pass that moves
             these numbers ``(1 or b, 1, i)``, of :func:`documents_reach`.
         moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
@@ -147,7 +147,7 @@ class HeldBudget:
         with torch.no_grad():
             # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
-            heads = (state[_EVIDENCE, FIRST_HEAD:] >= _IDLE).to(state.dtype)
+            heads = state[_EVIDENCE, FIRST_HEAD:].clone()
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
@@ -167,10 +167,6 @@ class HeldBudget:
         return cls(
             state, level, even, threshold, state[_PASSES, FIRST_HEAD:].clone(), _reach_of(state)
         )
-
-    def most(self, bound: Tensor) -> Tensor:
-        """The most blocks that scores may win each row, of a bound ``(1 or b, 1, i)``."""
-        return bound * self.heads[:, None].to(bound.dtype)
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.

@@ -391,19 +391,26 @@ NO_THRESHOLD = 64.0
 
 
 def blocks_above(
-    scores: Tensor, scored: Tensor, threshold: Tensor, most: Tensor, *, heads_compete: bool
+    scores: Tensor,
+    scored: Tensor,
+    threshold: Tensor,
+    most: Tensor,
+    weights: Tensor,
+    *,
+    heads_compete: bool,
 ) -> Tensor:
     r"""Scored blocks of each row whose softmaxed score reaches a threshold.
 
-    That is :math:`p_j (n / 16)^{1/4} \ge \tau` with n blocks to choose from. The more there are,
-    the more of the softmax goes to those that nobody reads: by p alone late rows would get less
-    than early ones that need the same.
+    That is :math:`w_h p_j (n / 16)^{1/4} \ge \tau` with n blocks to choose from. The more there
+    are, the more of the softmax goes to those that nobody reads: by p alone late rows would get
+    less than early ones that need the same.
 
     Args:
         scores: ``(batch, heads, i, c)``.
         scored: Booleans that broadcast to it: which may be chosen; the softmax is over these.
         threshold: 0-dim, of a row with 16 blocks to choose from.
         most: The most that a row may get, integers that broadcast to ``(batch, heads, i)``.
+        weights: w, what a head's mass counts, ``(heads,)``.
         heads_compete: Whether column c is the same block in all heads; a block then counts
             ``e**-n`` times its mass for a head with n others above it.
 
@@ -412,7 +419,7 @@ def blocks_above(
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log().view(1, 2, 1, 2)
-        >>> count = [torch.ones(2, dtype=torch.bool), torch.tensor(0.3), torch.tensor(2)]
+        >>> count = [torch.ones(2).bool(), torch.tensor(0.3), torch.tensor(2), torch.ones(2)]
         >>> blocks_above(scores, *count, heads_compete=False).tolist()
         [[[1], [1]]]
         >>> blocks_above(scores, *count, heads_compete=True).tolist()
@@ -421,6 +428,7 @@ def blocks_above(
     low = torch.finfo(torch.float32).min
     logits = scores.detach().float().nan_to_num(low, torch.inf, low)
     expected = logits.masked_fill(~scored, -torch.inf).softmax(-1).nan_to_num(0.0)
+    expected = expected * weights[:, None, None]
     heads = expected.shape[1]
     if heads_compete and heads > 1:
         above = torch.zeros_like(expected)

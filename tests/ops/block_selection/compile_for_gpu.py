@@ -104,7 +104,7 @@ def main():
         (H, J, None), (H, J, ints(1, H, Q, J)), (32, J, None), (32, 512, None),
     ):  # fmt: skip
         found = zeros(B, heads, Q, columns)
-        threshold.above_op(found, listed, rule, heat, ints(1, 1, Q))
+        threshold.above_op(found, listed, rule, heat, ints(1, 1, Q), torch.ones(heads))
     maps, spans = zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
         low_rank.low_rank_op(y, y, maps, maps, spans, 4, size, 0.1, H)

@@ -47,6 +47,10 @@ class Both:
     ) -> None:
         self.scores, self.intervals = scores, rule.intervals(rows)
         self.most = bounds(scores.shape[2]) if most is None else most
+        # Rounding is the same: powers of two and sums of two.
+        self.weights = torch.tensor([1.0, 0.5, 0.75], device=DEVICE)[
+            torch.arange(scores.shape[1]) % 3
+        ]
         self.candidates = rule.build(rows)
         self.lists = find_candidates(rule, rows, self.intervals)[0]
 
@@ -60,12 +64,15 @@ class Both:
     def wanted(self, threshold: float) -> Tensor:
         cut, columns = torch.tensor(threshold, device=DEVICE), self.candidates.indices
         return blocks_above(
-            self.of(columns), self.candidates.scored, cut, self.most, heads_compete=columns is None
-        )
+            self.of(columns), self.candidates.scored, cut, self.most, self.weights,
+            heads_compete=columns is None,
+        )  # fmt: skip
 
     def found(self, threshold: float) -> Tensor:
         cut = torch.tensor(threshold, device=DEVICE)
-        return count_above(self.of(self.lists), self.lists, self.intervals, cut, self.most)
+        return count_above(
+            self.of(self.lists), self.lists, self.intervals, cut, self.most, self.weights
+        )
 
     def away_from_masses(self, threshold: float) -> float:
         """A threshold near this one that rounding of the masses does not reach."""
@@ -95,11 +102,13 @@ def test_heads_compete_for_columns_alone() -> None:
     rows, rule = problem(16, 2)
     scores = draw(1, 1, 16, 16).expand(1, 2, 16, 16)
     alone = Both(rows, rule, scores)
+    alone.weights = torch.ones(2, device=DEVICE)
     alone.agree(0.2)
     # Two heads that ask for the same take nothing from each other; one that asks for more does.
     cut = alone.away_from_masses(0.2)
     assert torch.equal(alone.found(cut)[:, 0], alone.found(cut)[:, 1])
     sharper = Both(rows, rule, torch.cat([scores[:, :1], 1.5 * scores[:, :1]], 1))
+    sharper.weights = alone.weights
     sharper.agree(0.2)
     assert int(sharper.found(cut)[:, 0].sum()) < int(alone.found(cut)[:, 0].sum())
 
@@ -160,7 +169,7 @@ def test_nothing_to_count(shape: tuple[int, ...]) -> None:
     scores = torch.zeros(shape, device=DEVICE)
     intervals = torch.zeros(1, 5, shape[2], dtype=torch.int32, device=DEVICE)
     cut, most = torch.tensor(0.1, device=DEVICE), bounds(shape[2])
-    found = count_above(scores, None, intervals, cut, most)
+    found = count_above(scores, None, intervals, cut, most, torch.ones(shape[1], device=DEVICE))
     assert torch.equal(found, torch.zeros(shape[:3], dtype=torch.int32, device=DEVICE))
 
 
@@ -169,4 +178,4 @@ def test_the_operator_passes_the_checks_of_pytorch() -> None:
 
     rows, rule = problem(5, 2)
     given = (draw(1, 2, 5, 5), None, rule.intervals(rows), torch.tensor(0.1, device=DEVICE))
-    torch.library.opcheck(above_op, (*given, bounds(5).int()))
+    torch.library.opcheck(above_op, (*given, bounds(5).int(), torch.ones(2, device=DEVICE)))

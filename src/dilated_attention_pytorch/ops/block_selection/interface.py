@@ -347,7 +347,12 @@ def threshold_lists(
 
 
 def count_above(
-    scores: Tensor, candidates: Tensor | None, intervals: Tensor, threshold: Tensor, most: Tensor
+    scores: Tensor,
+    candidates: Tensor | None,
+    intervals: Tensor,
+    threshold: Tensor,
+    most: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """:func:`blocks_above` of what a rule scores, without temporaries of the scores' size.
 
@@ -357,6 +362,7 @@ def count_above(
         intervals: ``rule.intervals(rows)``.
         threshold: 0-dim float32.
         most: The most that a row may get, integers that broadcast to ``(b, p, i)``.
+        weights: Of the heads, ``(p,)`` float32.
 
     Returns:
         int32 ``(b, p, i)``. No gradient.
@@ -364,7 +370,7 @@ def count_above(
     from dilated_attention_pytorch.ops.block_selection.threshold import above_op
 
     most = most.to(torch.int32).expand(-1, -1, scores.shape[2])
-    found: Tensor = above_op(scores.detach(), candidates, intervals, threshold, most)
+    found: Tensor = above_op(scores.detach(), candidates, intervals, threshold, most, weights)
     return found
 
 

@@ -141,7 +141,7 @@ def _scored(source, entries, lane, head, columns, heads, low, end, sink_end, nea
 def above_kernel(
     scores, s_stride_b, s_stride_h, s_stride_i,
     candidates, c_stride_b, c_stride_h, c_stride_i,
-    rows, r_stride_b, threshold, most, m_stride_b, m_stride_h, counts,
+    rows, r_stride_b, threshold, most, m_stride_b, m_stride_h, weights, counts,
     num_rows, columns, heads,
     H: tl.constexpr, T: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +168,7 @@ def above_kernel(
         last = tl.minimum(end, columns)
     lane = tl.arange(0, T)
     cut = tl.load(threshold)
+    weight = tl.load(weights + head, mask=head < heads, other=0.0)
     count = tl.zeros((H,), tl.int32)
     if cut < _OFF:
         options = tl.zeros((H,), tl.float32)
@@ -193,7 +194,7 @@ def above_kernel(
                 near_first, near_end, LISTS,
             )  # fmt: skip
             mass = tl.div_rn(tl.exp(score - peak[:, None]), total[:, None])
-            mass = tl.where(known[:, None] & (score > float("-inf")), mass, 0.0)
+            mass = tl.where(known[:, None] & (score > float("-inf")), mass * weight[:, None], 0.0)
             # Who has more of a block than a head that reaches the threshold reaches it too.
             if tl.max(tl.max((mass >= reach).to(tl.int32), 1), 0) > 0:
                 expected = mass
@@ -213,13 +214,14 @@ def above_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::blocks_above", mutates_args=())
 def above_op(
-    scores: Tensor, candidates: Tensor | None, rule: Tensor, threshold: Tensor, most: Tensor
-) -> Tensor:
+    scores: Tensor, candidates: Tensor | None, rule: Tensor, threshold: Tensor, most: Tensor,
+    weights: Tensor,
+) -> Tensor:  # fmt: skip
     """Counts ``(b, p, i)`` int32 of the blocks above a threshold, at most ``most``. No gradient.
 
     ``scores`` are ``(b, p, i, c)``; ``candidates`` ``(1 or b, 1 or p, i, c)`` int32, negative past
     the last, or None: then column c is key block c, and the heads compete; ``rule`` is
-    ``(1 or b, 5, i)`` and ``most`` ``(1 or b, 1 or p, i)``, int32.
+    ``(1 or b, 5, i)`` and ``most`` ``(1 or b, 1 or p, i)``, int32; ``weights`` ``(p,)`` float32.
     """
     counts = _empty_counts(scores)
     batch, heads, rows, columns = scores.shape
@@ -228,6 +230,7 @@ def above_op(
     if columns == 0:
         return counts.zero_()
     scores, rule, most = rows_of(scores), rule.contiguous(), most.contiguous()
+    weights = weights.contiguous()
     lists: tuple[Any, ...] = (rule, 0, 0, 0)
     if candidates is not None:
         candidates = rows_of(candidates)
@@ -239,7 +242,7 @@ def above_op(
     with on_device(scores.device):
         above_kernel[(rows * batch * (heads // together),)](
             scores, *scores.stride()[:3], *lists, rule, batch_stride(rule), threshold,
-            most, *plane_strides(most), counts, rows, columns, heads,
+            most, *plane_strides(most), weights, counts, rows, columns, heads,
             H=h, T=t, LISTS=candidates is not None,
             num_warps=min(max(h * t // 1024, 1), 4), **overlap(scores.device),
         )  # fmt: skip
