@@ -60,7 +60,7 @@ def win_by_scores(layer: BlockSparseAdaptive) -> BlockSparseAdaptive:
 
 def put_state(layer: BlockSparseAdaptive) -> None:
     layer.budget_state[:, : STATE.shape[1]] = STATE
-    layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = WEIGHT
+    layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = WEIGHT**2
 
 
 def make(kind: str, scope: str, **changes: Any) -> BlockSparseAdaptive:

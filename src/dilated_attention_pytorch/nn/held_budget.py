@@ -33,7 +33,7 @@ _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
 _MOST_PASSES = 64
 # Columns; marks in the rows of passes alone. Heads: in the evidence how much the loss depends on
-# each, as a share of the layer's largest; in passes as it was in force.
+# each, as a share of the largest in a step, averaged; in passes what its scores counted.
 _LEVEL, _EVEN, _THRESHOLD, _MARK, FIRST_HEAD = 0, 1, 2, 3, 5
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
 # that the even share gave most, and of those that the scores did; the selector's skill; and how
@@ -57,8 +57,8 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
-# Gradients of heads change more from step to step.
-_MEMORY_OF_HEADS = 0.02
+# Gradients of heads change more from step to step, by factors.
+_MEMORY_OF_HEADS, _LEAST_OF_HEADS = 0.02, 1e-3
 
 
 def initial_state(heads: int = 0) -> Tensor:
@@ -75,7 +75,7 @@ def could_be_held(state: Tensor) -> bool:
     numbers[_EVIDENCE] = numbers[_NEXT]
     least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, NO_THRESHOLD]))
     held = ((numbers >= least) & (numbers <= most)).all() & (state[_EVIDENCE, _REACH] >= 0)
-    return bool(held & (state[:, FIRST_HEAD:] >= 0).all() & state.isfinite().all())
+    return bool(held & (state[:, FIRST_HEAD:] > 0).all() & state.isfinite().all())
 
 
 def mark_pass(
@@ -114,7 +114,7 @@ class HeldBudget:
         even: Share of each row's budget above its forced blocks that it gets in any case.
         threshold: Of the softmaxed scores, from which on blocks are kept besides; as in
             ``blocks_above``.
-        heads: ``(heads,)``: how much the loss depends on each, as a share of the largest.
+        heads: ``(heads,)``: what scores of each count, at most 1.
         reach: Blocks that rows which look back count as seeing at least; in a pass that moves
             these numbers ``(1 or b, 1, i)``, of :func:`documents_reach`.
         moves: Whether this pass measures and moves them, 0-dim boolean; None: certainly not.
@@ -147,7 +147,9 @@ class HeldBudget:
         with torch.no_grad():
             # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
-            heads = state[_EVIDENCE, FIRST_HEAD:].clone()
+            matters = state[_EVIDENCE, FIRST_HEAD:]
+            # The root: scores of a head that starves must be able to win blocks again.
+            heads = (matters / matters.amax()).sqrt() if len(matters) else matters.clone()
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
@@ -328,8 +330,10 @@ class _WatchHeads(torch.autograd.Function):
             size = grad.detach().float().square().mean((0, 1, 3)).view(len(known), -1).amax(-1)
             share = (size / size.amax()).sqrt()
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
-            share = torch.where(share.isfinite().all(), share, known)
-            ctx.state[_EVIDENCE, FIRST_HEAD:] = torch.lerp(known, share, _MEMORY_OF_HEADS)
+            share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_OF_HEADS), known)
+            # A geometric mean: one large gradient of one head says little of the others.
+            moved = torch.lerp(known.log(), share.log(), _MEMORY_OF_HEADS).exp()
+            ctx.state[_EVIDENCE, FIRST_HEAD:] = moved
         return grad, None
 
 

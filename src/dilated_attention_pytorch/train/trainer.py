@@ -136,9 +136,11 @@ TEXT_DENSE_STEPS = 0
 _LOOK_EVERY = 10
 # A start that was shorter says nothing of a plateau.
 _LONG_START = 100
-# For so much of annealing a target is to be clear. Shortly before attention finds out where to read
-# it often looks at something else as clearly: for up to 140 of 500 steps in the map's cells.
-_HELD = 0.3
+# Shortly before attention finds out where to read it often looks at something else as clearly, and
+# the selector knows it as well: for up to 250 of 500 steps in the map's cells. What attention finds
+# out then is new to the selector, whose skill falls below the first number; or it has been clear
+# for so much of annealing.
+_NEW, _HELD = 0.6, 0.6
 # What a state holds besides the arrivals.
 _SETTINGS = (
     "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
@@ -159,15 +161,15 @@ class AdaptiveSparsityTrainer:
     ``sparsity_warmup_steps``, geometrically in the share of kept blocks. Each layer begins to move
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block) and the selector says it, too (the mass of its best block
-    stands 0.8 of the way from a block at random to the best one), the former for 0.3 of
-    ``annealing_steps``: shortly before attention finds out, it often looks at something else as
-    clearly. After ``annealing_steps`` all of
-    them begin, unless no layer's target says anything yet: then the trainer warns and waits for one
-    that does, at the latest to ``explore_steps``, as sparse attention hardly ever finds out what
-    dense attention has not. Some are left as they are: layers that say so already, as trained ones
-    do; those whose selector is not taught by the mass of its tiles, or whose budget is no share;
-    and those that were set to a sparsity of their own. Language models learn from the first step on
-    and lose by a dense start: give them ``dense_steps=0``.
+    stands 0.8 of the way from a block at random to the best one), and the target was new to the
+    selector (it stood below 0.6) or has been clear for 0.6 of ``annealing_steps``: shortly before
+    attention finds out, it often looks at something else as clearly. After ``annealing_steps`` all
+    of them begin, unless no layer's target says anything yet: then the trainer warns and waits for
+    one that does, at the latest to ``explore_steps``, as sparse attention hardly ever finds out
+    what dense attention has not. Some are left as they are: layers that say so already, as trained
+    ones do; those whose selector is not taught by the mass of its tiles, or whose budget is no
+    share; and those that were set to a sparsity of their own. Language models learn from the first
+    step on and lose by a dense start: give them ``dense_steps=0``.
 
     At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
     of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
@@ -225,7 +227,7 @@ class AdaptiveSparsityTrainer:
         self.initial_sparsity, self.explore_steps = initial_sparsity, explore_steps
         self.current_step = 0
         # The step at which each layer has its own sparsity. Negative: it waits; -1 - s where its
-        # target has been clear since step s.
+        # target has been clear since step s, -2 where it was new to the selector.
         self.arrivals: list[int] = []
         _check(self.state_dict())
         self.model: nn.Module | None = None
@@ -429,9 +431,11 @@ class AdaptiveSparsityTrainer:
             elif step == 1 and (skill >= SKILLED or skill == 0):
                 # It was trained, perhaps before skill was measured.
                 self.arrivals[n] = 0
+            elif skill < _NEW:
+                self.arrivals[n] = -2
             elif self.arrivals[n] == -1:
                 self.arrivals[n] = -1 - step
-        since = step - int(_HELD * annealed)
+        since = max(step - int(_HELD * annealed), 1)
         held = {n for n in starts if -1 - since <= self.arrivals[n] < -1}
         peaks = [peak for peak, _ in starts.values()]
         started = len(starts) < sum(_has_start(layer) for layer in layers)
