@@ -760,12 +760,12 @@ def test_a_layer_leaves_the_dense_start_when_its_selector_meets_a_peaked_target(
 
 @pytest.mark.parametrize(
     ("peak", "explore", "end"),
-    [(0.1, None, 300), (0.1, 250, 250), (0.1, 0, 100), (0.0, None, 100), (0.5, None, 100)],
+    [(0.1, None, 300), (0.1, 250, 250), (0.1, 0, 100), (0.0, None, 100), (0.5, None, 300)],
 )
 def test_a_plateau_is_named_once_and_keeps_layers_dense(
     peak: float, explore: int | None, end: int
 ) -> None:
-    """0: nothing was measured. 0.5: attention says where to read, its selector not yet."""
+    """0: nothing was measured. 0.5: attention says where to read, its selector does not."""
     layer = make(0.9)
     trainer = AdaptiveSparsityTrainer(layer, annealing_steps=100, explore_steps=explore)
     layer.budget_state[EVIDENCE, 0], layer.budget_state[EVIDENCE, SKILL] = peak, 0.1
@@ -776,10 +776,8 @@ def test_a_plateau_is_named_once_and_keeps_layers_dense(
     words = [str(one.message) for one in said]
     assert len(words) == (end > 100)
     for each in words:
-        assert (
-            f"step 100: no layer's attention says yet where to read (its target is {peak:.2f}"
-            in each
-        )
+        assert f"the target is {peak:.2f} of the way" in each
+        assert "the selector meets 0.10" in each
         assert f"at the latest until step {end}. " in each
         assert "higher learning rate" in each
 
@@ -790,12 +788,15 @@ def test_a_layer_that_leaves_the_plateau_late_takes_the_others_along() -> None:
     trainer = AdaptiveSparsityTrainer(model, annealing_steps=100)
     for layer in model:
         layer.budget_state[EVIDENCE, 0] = 0.1
-    with pytest.warns(UserWarning, match="Layers stay dense until one does"):
+    with pytest.warns(UserWarning, match="Layers stay dense until one has"):
         bases(trainer, 155)
     assert trainer.arrivals == [-1, -1]
     model[1].budget_state[EVIDENCE, 0] = PEAKED
     bases(trainer, 10)
-    assert trainer.arrivals == [170, 170]
+    assert trainer.arrivals == [-1, -2], "what is new must be learned"
+    model[1].budget_state[EVIDENCE, SKILL] = SKILLED
+    bases(trainer, 20)
+    assert trainer.arrivals == [190, 180]
 
 
 @pytest.mark.parametrize("skill", [SKILLED + 0.01, 0.0])

@@ -163,13 +163,13 @@ class AdaptiveSparsityTrainer:
     the way from uniform to one block) and the selector says it, too (the mass of its best block
     stands 0.8 of the way from a block at random to the best one), and the target was new to the
     selector (it stood below 0.6) or has been clear for 0.6 of ``annealing_steps``: shortly before
-    attention finds out, it often looks at something else as clearly. After ``annealing_steps`` all
-    of them begin, unless no layer's target says anything yet: then the trainer warns and waits for
-    one that does, at the latest to ``explore_steps``, as sparse attention hardly ever finds out
-    what dense attention has not. Some are left as they are: layers that say so already, as trained
-    ones do; those whose selector is not taught by the mass of its tiles, or whose budget is no
-    share; and those that were set to a sparsity of their own. Language models learn from the first
-    step on and lose by a dense start: give them ``dense_steps=0``.
+    attention finds out, it often looks at something else as clearly. From ``annealing_steps`` on a
+    layer follows whose target never becomes clear, if another one has begun. Where none has, the
+    trainer warns; all begin at ``explore_steps`` at the latest, as sparse attention hardly ever
+    finds out what dense attention has not. Some are left as they are: layers that say so already,
+    as trained ones do; those whose selector is not taught by the mass of its tiles, or whose budget
+    is no share; and those that were set to a sparsity of their own. Language models learn from the
+    first step on and lose by a dense start: give them ``dense_steps=0``.
 
     At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
     of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
@@ -437,23 +437,25 @@ class AdaptiveSparsityTrainer:
                 self.arrivals[n] = -1 - step
         since = max(step - int(_HELD * annealed), 1)
         held = {n for n in starts if -1 - since <= self.arrivals[n] < -1}
-        peaks = [peak for peak, _ in starts.values()]
         started = len(starts) < sum(_has_start(layer) for layer in layers)
-        # 0: no row has had three blocks to compare.
-        knows = held or started or not any(peaks) or annealed < _LONG_START
-        if step == annealed < end and not knows:
+        # Peaks are 0 where no row has had three blocks to compare.
+        any_known = any(peak for peak, _ in starts.values())
+        last = step >= (annealed if annealed < _LONG_START or not any_known else end)
+        for n, (peak, skill) in starts.items():
+            along = step >= annealed and started and peak < PEAKED
+            if self.arrivals[n] < 0 and (last or along or (n in held and skill >= SKILLED)):
+                self.arrivals[n] = step + self._warmup
+        if step == annealed and not started and max(self.arrivals[n] for n in starts) < 0:
+            peak, skill = max(starts.values())
             warnings.warn(
-                f"step {step}: no layer's attention says yet where to read (its target is "
-                f"{max(peaks):.2f} of the way from uniform to one block; {PEAKED:g}, for "
-                f"{int(_HELD * annealed)} steps, would be clear). Layers stay dense until one "
-                f"does, at the latest until step {end}. If the loss falls all the same, as on "
-                f"text, dense_steps=0 is better. {LEAVE_PLATEAU}",
+                f"step {step}: no layer has found out where to read: its attention, or its "
+                f"selector has not learned it (the target is {peak:.2f} of the way from uniform to "
+                f"one block, {PEAKED:g} is clear; of that the selector meets {skill:.2f}, "
+                f"{SKILLED:g} is enough). Layers stay dense until one has, at the latest until "
+                f"step {end}. If the loss falls all the same, as on text, dense_steps=0 is better. "
+                f"{LEAVE_PLATEAU}",
                 stacklevel=3,
             )
-        last = step >= end or (step >= annealed and knows)
-        for n, (_, skill) in starts.items():
-            if self.arrivals[n] < 0 and (last or (n in held and skill >= SKILLED)):
-                self.arrivals[n] = step + self._warmup
 
     def _apply(self) -> None:
         for layer, arrival in zip(self._layers(), self.arrivals, strict=True):
