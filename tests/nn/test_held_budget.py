@@ -32,7 +32,7 @@ STATE = initial_state()
 STATE[0, :3] = torch.tensor([1.0, EVEN, THRESHOLD])
 STATE[1, 4] = REACH
 # Of a head that the loss depends on less than on the others.
-LESS, WEIGHT = 1, 0.6
+LESS, SHARE = 1, 0.1
 LATTICE = ([32, 64], [1, 2])
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -60,7 +60,7 @@ def win_by_scores(layer: BlockSparseAdaptive) -> BlockSparseAdaptive:
 
 def put_state(layer: BlockSparseAdaptive) -> None:
     layer.budget_state[:, : STATE.shape[1]] = STATE
-    layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = WEIGHT**2
+    layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = SHARE
 
 
 def make(kind: str, scope: str, **changes: Any) -> BlockSparseAdaptive:
@@ -101,7 +101,7 @@ def by_score(scores: list[list[list[float]]], free: list[list[list[bool]]], comp
         top = max((scores[h][i][c] for c in columns), default=0.0)
         total = sum(math.exp(scores[h][i][c] - top) for c in columns)
         for c in columns:
-            weight = WEIGHT if h == LESS else 1.0
+            weight = SHARE / (SHARE + 0.05) if h == LESS else 1 / 1.05
             expected[h][i][c] = weight * math.exp(scores[h][i][c] - top) / total
     found = [[0] * rows for _ in range(heads)]
     for h, i in itertools.product(range(heads), range(rows)):

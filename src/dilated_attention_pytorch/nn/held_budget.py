@@ -58,7 +58,7 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
 # Gradients of heads change more from step to step, by factors.
-_MEMORY_OF_HEADS, _LEAST_OF_HEADS = 0.02, 1e-3
+_MEMORY_OF_HEADS, _LEAST_OF_HEADS, _LITTLE = 0.02, 1e-3, 0.05
 
 
 def initial_state(heads: int = 0) -> Tensor:
@@ -147,9 +147,7 @@ class HeldBudget:
         with torch.no_grad():
             # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
-            matters = state[_EVIDENCE, FIRST_HEAD:]
-            # The root: scores of a head that starves must be able to win blocks again.
-            heads = (matters / matters.amax()).sqrt() if len(matters) else matters.clone()
+            heads = _weights(state)
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
@@ -199,6 +197,16 @@ class HeldBudget:
             reach = torch.where(before > 0, before + 0.1 * (reach - before), reach)
             known = self.moves & seen.any()
             self.state[_EVIDENCE, _REACH] = torch.where(known, reach, before)
+
+
+def _weights(state: Tensor) -> Tensor:
+    """What each head counts, of how much the loss depends on it."""
+    matters = state[_EVIDENCE, FIRST_HEAD:]
+    if not len(matters):
+        return matters.clone()
+    # Heads that have learned what they read have small gradients, too: only far smaller ones tell.
+    share = matters / matters.amax()
+    return share / (share + _LITTLE)
 
 
 def _reach_of(state: Tensor) -> Tensor:
@@ -278,6 +286,8 @@ class MarginEvidence:
         order = ranked.argsort(-1, descending=True)
         last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
         margin = mass.gather(-1, last)[..., 0]
+        if state.shape[1] > FIRST_HEAD:
+            margin = margin * _weights(state)[:, None]
         chose = self.count > 0
         kinds = torch.stack([chose & ~self.by_score, chose & self.by_score])
         found = kinds.flatten(1).any(1)

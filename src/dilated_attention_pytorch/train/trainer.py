@@ -140,7 +140,7 @@ _LONG_START = 100
 # the selector knows it as well: for up to 250 of 500 steps in the map's cells. What attention finds
 # out then is new to the selector, whose skill falls below the first number; or it has been clear
 # for so much of annealing.
-_NEW, _HELD = 0.6, 0.6
+_NEW, _HELD = 0.4, 0.6
 # What a state holds besides the arrivals.
 _SETTINGS = (
     "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
@@ -162,7 +162,7 @@ class AdaptiveSparsityTrainer:
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block) and the selector says it, too (the mass of its best block
     stands 0.8 of the way from a block at random to the best one), and the target was new to the
-    selector (it stood below 0.6) or has been clear for 0.6 of ``annealing_steps``: shortly before
+    selector (it stood below 0.4) or has been clear for 0.6 of ``annealing_steps``: shortly before
     attention finds out, it often looks at something else as clearly. From ``annealing_steps`` on a
     layer follows whose target never becomes clear, if another one has begun. Where none has, the
     trainer warns; all begin at ``explore_steps`` at the latest, as sparse attention hardly ever
