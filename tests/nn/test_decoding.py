@@ -461,6 +461,8 @@ def test_the_selector_can_look_at_other_tensors() -> None:
         ("distilled", "past"),
         ("distilled", "block"),
         ("floored", "block"),
+        ("peaks", "past"),
+        ("peaks, floored", "block"),
     ],
 )
 @torch.no_grad()
@@ -471,6 +473,7 @@ def test_a_compiled_choice_is_the_same(
 
     Without a backward pass there is nothing else to compile on a CPU.
     """
+    torch._dynamo.reset()
     traced = torch.compile(decode.list_blocks, fullgraph=True, dynamic=False, backend="eager")
     monkeypatch.setattr(decode, "_compiled_list_blocks", lambda: traced)
     layer, (q, k, v) = make_layer(name, scope), tokens(120)

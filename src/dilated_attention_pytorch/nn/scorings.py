@@ -383,8 +383,11 @@ def kept_by_peak_with_kernels(
         return None
     forced, allowed = count_forced(intervals)
     count = (forced + _peak_budget(layer, forced, allowed)).expand(peaks[0].shape[:3])
-    most = most_visible_share(blocks, layer.densest)
-    most += layer.num_sink_blocks + 2 * layer.num_local_blocks + 2
+    most = blocks
+    if not torch.compiler.is_compiling():
+        # There a float that moves would become a symbol.
+        most = most_visible_share(blocks, layer.densest)
+        most += layer.num_sink_blocks + 2 * layer.num_local_blocks + 2
     return best_blocks(peaks[0], intervals, count, min(most, blocks))
 
 
