@@ -358,7 +358,7 @@ def list_blocks(
         counts, indices = threshold_lists(
             scores, intervals, newest_thresholds(layer, memory, row),
             newest_floor(layer, row, blocks, blocks),
-            kept_by_peak_with_kernels(layer, peaks, intervals, blocks),
+            kept_by_peak_with_kernels(layer, peaks, intervals),
         )  # fmt: skip
         memory.counts.copy_(counts[..., 0])
         memory.indices[..., :blocks].copy_(indices[:, :, 0])

@@ -207,8 +207,7 @@ class TokenScoring(Scoring):
         if kernels:
             with torch.no_grad():
                 scores, *peaks = self._rate(layer, inputs)
-                blocks = inputs.rule.num_key_blocks
-                kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals, blocks)
+                kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals)
                 return replace(Scored.of(inputs, scores, kernels=True), kept=kept)
         found = _low_rank(layer)(
             inputs.query, inputs.key, inputs.mask, layer.block_size, inputs.candidates.indices,
@@ -369,7 +368,7 @@ def kept_by_peak(
 
 
 def kept_by_peak_with_kernels(
-    layer: SelectorLayer, peaks: Sequence[Tensor], intervals: Tensor, blocks: int
+    layer: SelectorLayer, peaks: Sequence[Tensor], intervals: Tensor
 ) -> Tensor | None:
     """The same of all key blocks, and the forced ones too.
 
@@ -377,13 +376,12 @@ def kept_by_peak_with_kernels(
         layer: Whose share.
         peaks: Those of all key blocks, if there are any.
         intervals: What rows see and must read.
-        blocks: Key blocks.
     """
     if not peaks:
         return None
     forced, allowed = count_forced(intervals)
     count = (forced + _peak_budget(layer, forced, allowed)).expand(peaks[0].shape[:3])
-    most = blocks
+    most = blocks = peaks[0].shape[-1]
     if not torch.compiler.is_compiling():
         # There a float that moves would become a symbol.
         most = most_visible_share(blocks, layer.densest)
