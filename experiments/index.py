@@ -182,7 +182,8 @@ leads.
 a row reads 3.2 blocks of 32 there, and thresholds alone starve rows
 ([1.55 for the adapter](log.md#thresholds-at-the-defaults-of-distill-2026-11-30-kept)); with the
 floor that `distill` sets the adapter is ahead of what needs no training at 0.8 and 0.9 at both
-lengths, and level with it at 0.5:
+lengths, and level with it at 0.5 (before it had a
+[part by peaks](log.md#a-part-by-peaks-above-a-floor-2026-11-30-kept)):
 
 | perplexity / dense, 2,048 tokens | 0.5 | 0.8 | 0.9 |
 |---|---|---|---|

@@ -28,7 +28,7 @@ def test_round_trip_through_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(AdaptiveConfig)}
     same = [name for name in values if getattr(config, name) == getattr(default, name)]
     # These exclude fields that are set above.
-    excluded = {"share_within_kv_group", "hierarchy", "threshold_floor"}
+    excluded = {"share_within_kv_group", "hierarchy", "threshold_floor", "peak_share"}
     assert set(same) == excluded, "every other field should leave its default"
     assert AdaptiveConfig.from_dict(values) == config
     # These two exclude fields above.
@@ -68,6 +68,8 @@ def test_from_dict_names_unknown_keys() -> None:
         ("budget", "top_p"),
         ("threshold_floor", -0.1),
         ("threshold_floor", 1.0),
+        ("peak_share", -0.1),
+        ("peak_share", 0.5),
         ("num_selected_blocks", -1),
         ("num_selected_blocks", 2),
         ("num_local_blocks", -1),

@@ -80,6 +80,12 @@ class Candidates:
         """Candidates per row, c."""
         return self.scored.shape[-1]
 
+    def keeping(self, kept: Tensor | None) -> Candidates:
+        """The same, with ``kept`` (booleans, or None) forced as far as it may be chosen."""
+        if kept is None:
+            return self
+        return Candidates(self.indices, self.scored & ~kept, self.forced | (self.scored & kept))
+
     def counts(self) -> tuple[Tensor, Tensor]:
         """Forced blocks of every row, and forced and other candidates, int64."""
         forced = self.forced.sum(-1)

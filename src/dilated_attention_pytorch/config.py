@@ -30,6 +30,7 @@ LARGEST = {
 # Settings of the selectors of frozen queries and keys that differ from AdaptiveConfig's.
 DISTILLED: dict[str, Any] = {
     "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "threshold_floor": 0.8,
+    "query_stride": 2, "peak_share": 0.5,
     "block_size": 32, "learnable_temperature": False, "num_explore_blocks": 1,
 }  # fmt: skip
 _DEEPEST, _WIDEST = 16, 2**16
@@ -93,6 +94,11 @@ class AdaptiveConfig:
         threshold_floor: With ``budget="threshold"``: share of its ``"fixed"`` budget that every
             row keeps at least, its best blocks first, in [0, 1). Where few blocks are left,
             thresholds alone starve rows. Needs ``query_scope="block"``.
+        peak_share: With ``budget="threshold"`` and ``scorer="low_rank"``: share of a row's even
+            budget (``1 - base_sparsity`` of what it sees, less the forced blocks) that goes by
+            *peaks*, in [0, 1]: to the blocks of which one of its scored queries expects most. They
+            are kept in any case, and what one query needs is not lost in the mean over a block. A
+            threshold, calibrated with them, decides on the others.
         num_selected_blocks: Scored blocks per query block, in place of ``base_sparsity``; needs
             ``budget="fixed"``. None: use ``base_sparsity``.
         num_local_blocks: Blocks next to the diagonal that are always read, besides the diagonal
@@ -149,6 +155,7 @@ class AdaptiveConfig:
     query_stride: int = 4
     budget: str = "adaptive"
     threshold_floor: float = 0.0
+    peak_share: float = 0.0
     num_selected_blocks: int | None = None
     num_local_blocks: int = 0
     num_sink_blocks: int = 0
@@ -330,6 +337,13 @@ def _check_ranges(config: AdaptiveConfig) -> None:
             f"query_stride must divide block_size={config.block_size}, got {config.query_stride}."
         )
     check_floor(config.threshold_floor, config.budget)
+    if not 0 <= config.peak_share <= 1:
+        raise ValueError(f"peak_share must lie in [0, 1], got {config.peak_share}.")
+    if config.peak_share and (config.scorer, config.budget) != ("low_rank", "threshold"):
+        raise ValueError(
+            "peak_share needs scorer='low_rank' and budget='threshold', got "
+            f"{config.scorer!r} and {config.budget!r}."
+        )
 
 
 def _check_hierarchy(config: AdaptiveConfig) -> None:

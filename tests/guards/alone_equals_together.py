@@ -65,6 +65,8 @@ def draw_config(rng: random.Random, **fixed: Any) -> AdaptiveConfig:
             "hierarchy": rng.choice([(), (), (2,), (3, 2), (2, 2)]),
             "hierarchy_keep": rng.choice([1, 2]),
         }  # fmt: skip
+        if (values["scorer"], values["budget"]) == ("low_rank", "threshold"):
+            values["peak_share"] = rng.choice([0.0, 0.6])
         if values["budget"] == "fixed" and rng.random() < 0.4:
             values["num_selected_blocks"] = rng.choice([0, 1, 2])
         try:

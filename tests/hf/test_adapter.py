@@ -132,6 +132,19 @@ def test_selectors_without_weights_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(model(tokens()).logits, logits)
 
 
+def test_peaks_are_saved(tmp_path: Path) -> None:
+    model, ids = tiny_model(), tokens(1, 128)
+    config = distilled_config(block_size=8, base_sparsity=0.6, hidden_dim=4, query_stride=4)
+    assert config.peak_share == 0.5
+    with adapt(model, config) as adapted, torch.no_grad():
+        calibrate(adapted, ids[0], 0.6, lengths=(128,), windows=1)
+        logits = model(ids).logits
+        save_adapter(adapted, tmp_path)
+    with load_adapter(model, tmp_path) as adapted, torch.no_grad():
+        assert adapted.configs[0] == config
+        assert torch.equal(model(ids).logits, logits)
+
+
 def test_the_same_scores_give_every_row_the_same_share():
     model = tiny_model("llama")
     tokens = torch.randint(0, model.config.vocab_size, (256,))
@@ -139,7 +152,7 @@ def test_the_same_scores_give_every_row_the_same_share():
         calibrate(adapted, tokens, 0.5, lengths=(128, 256), windows=1)
         adapter = SelectorAdapter.of(adapted)
     with adapter.with_budget("fixed").apply(model) as adapted:
-        assert {config.budget for config in adapted.configs.values()} == {"fixed"}
+        assert {(x.budget, x.peak_share) for x in adapted.configs.values()} == {("fixed", 0.0)}
         with CountTiles(adapted) as tiles:
             model(tokens[None])
     assert tiles.sparsity == pytest.approx(0.5, abs=0.02)
@@ -149,7 +162,9 @@ def test_the_same_scores_give_every_row_the_same_share():
 def test_a_floor_evens_the_rows_out_at_the_same_sparsity():
     model = tiny_model("llama")
     tokens = torch.randint(0, model.config.vocab_size, (1024,))
-    with adapt(model, distilled_config(block_size=16, base_sparsity=0.6)) as adapted:
+    # Peaks keep a part of the even budget in every row, too.
+    config = distilled_config(block_size=16, base_sparsity=0.6, peak_share=0.0)
+    with adapt(model, config) as adapted:
         adapter = SelectorAdapter.of(adapted)
     fewest = {}
     for floor in (0.0, 0.9):

@@ -63,6 +63,8 @@ def test_adapters_without_digests_are_read(name: str) -> None:
     found = SelectorAdapter.read(COMMITTED / name)
     assert len(found.configs) == 30
     assert len(found.tensors) == 150
+    # They were written before there were peaks, by scores of every fourth query.
+    assert {(x.query_stride, x.peak_share) for x in found.configs.values()} == {(4, 0.0)}
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.999])

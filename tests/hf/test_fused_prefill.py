@@ -86,10 +86,10 @@ def test_a_layer_adds_few_operators(scope: str) -> None:
     assert found["aten.topk.default"] == 0
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.8])
-def test_generated_tokens_list_blocks_at_once(floor: float) -> None:
+@pytest.mark.parametrize(("floor", "peaks"), [(0.0, 0.0), (0.8, 0.0), (0.8, 0.5)])
+def test_generated_tokens_list_blocks_at_once(floor: float, peaks: float) -> None:
     """Few blocks reach the threshold, so that with a floor most of what is read lies above it."""
-    config = replace(LOW_RANK, threshold_floor=floor, base_sparsity=0.05)
+    config = replace(LOW_RANK, threshold_floor=floor, peak_share=peaks, base_sparsity=0.05)
     # Across the beginning of a block.
     ids, outs, start, end = tokens(2, LENGTH), {}, 44, 56
     for backend in ("triton", "gather"):

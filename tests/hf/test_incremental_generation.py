@@ -177,9 +177,9 @@ def test_low_rank_choices_read_the_cached_keys_once_per_block(
     rated: list[tuple[int, int]] = []
     original = LowRankScorer.rate
 
-    def count(self: Any, query: Tensor, key: Tensor, *args: Any) -> Tensor:
+    def count(self: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
         rated.append((query.shape[1], key.shape[1]))
-        return original(self, query, key, *args)
+        return original(self, query, key, *args, **kwargs)
 
     monkeypatch.setattr(LowRankScorer, "rate", count)
     for scope, expected in (

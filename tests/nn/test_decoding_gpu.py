@@ -18,7 +18,7 @@ SIZE, HEADS, KV_HEADS, DIM = 32, 8, 2, 64
 
 
 # The selectors of converted models by default.
-DISTILLED = {"scorer": "low_rank", "num_sink_blocks": 1}
+DISTILLED = {"scorer": "low_rank", "num_sink_blocks": 1, "query_stride": 2, "peak_share": 0.5}
 
 
 def make(scope="past", dtype=torch.float32, **options):

@@ -17,6 +17,7 @@ SCORERS: dict[str, dict[str, Any]] = {
     "bilinear": {},
     "mlp": {"scorer": "mlp", "num_layers": 2, "pooling": ("attention", "max")},
     "low rank": {"scorer": "low_rank", "hidden_dim": 4, "query_stride": 2},
+    "peaks": {"scorer": "low_rank", "hidden_dim": 4, "query_stride": 2, "peak_share": 0.7},
 }
 
 

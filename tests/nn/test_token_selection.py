@@ -84,18 +84,22 @@ def refusal(layer: BlockSparseAdaptive) -> str | None:
     return layer.unsupported_reason(inputs_of(layer, *tokens()))
 
 
+@pytest.mark.parametrize("peak_share", [0.0, 0.5])
 @pytest.mark.parametrize("scope", ["block", "past"])
 @torch.no_grad()
 def test_decoding_rates_a_row_with_the_kernel_as_in_pytorch(
-    scope: str, monkeypatch: pytest.MonkeyPatch
+    scope: str, peak_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a cache with room, samples of two lengths with padding on the left."""
-    layer, outs, kernels = adaptive(query_scope=scope), [], []
+    layer, outs, kernels = adaptive(query_scope=scope, peak_share=peak_share), [], []
+    if peak_share:
+        # By peaks alone.
+        layer.set_thresholds(ThresholdTable((TOKENS,), (9.0,)))
     query, key = tokens()
     starts = torch.tensor([0, 7], device=DEVICE)
     counted = scorings.low_rank_scores
 
-    def count(*args: Any, **options: Any) -> Tensor:
+    def count(*args: Any, **options: Any) -> list[Tensor]:
         kernels.append(1)
         return counted(*args, **options)
 
@@ -141,6 +145,9 @@ CALLS = {
         *(({"share_within_kv_group": True}, name) for name in ("plain", "documents")),
         *(({"num_local_blocks": 2}, name) for name in ("plain", "lengths")),
         *(({"query_scope": "past", "query_stride": 1}, name) for name in ("plain", "offset")),
+        *(({"peak_share": 0.5, "threshold_floor": 0.8}, name) for name in CALLS),
+        *(({"peak_share": 1.0, "query_scope": "past"}, name) for name in CALLS),
+        ({"peak_share": 0.3, "share_within_kv_group": True}, "plain"),
     ],
     ids=str,
 )
@@ -251,8 +258,9 @@ def test_the_density_is_recorded() -> None:
     torch.testing.assert_close(*losses)
 
 
-def test_calibration_reads_the_same_scores() -> None:
-    layer = adaptive()
+@pytest.mark.parametrize("peak_share", [0.0, 0.7])
+def test_calibration_reads_the_same_scores(peak_share: float) -> None:
+    layer = adaptive(peak_share=peak_share)
     query, key = tokens()
     inputs = inputs_of(layer, query, key)
     fused = layer.threshold_sample(inputs)

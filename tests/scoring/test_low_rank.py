@@ -98,12 +98,12 @@ def test_a_row_can_be_rated_alone(share):
     want = net(q, k, AttentionMask(90, 90, causal=True), 16)
     sampled = torch.arange(64, 80, 4)
     last = sampled.expand(2, 4).clone()
-    got = net.rate(q[:, sampled], k, last, 16)
+    (got,) = net.rate(q[:, sampled], k, last, 16)
     torch.testing.assert_close(got, want[:, :, 4:5], rtol=1e-4, atol=1e-4)
     last[0, 3], broken = -1, q[:, sampled].clone()
     broken[0, 3] = torch.nan
-    three = net.rate(q[:, sampled[:3]], k, last[:, :3], 16)
-    got = net.rate(broken, k, last, 16)
+    (three,) = net.rate(q[:, sampled[:3]], k, last[:, :3], 16)
+    (got,) = net.rate(broken, k, last, 16)
     torch.testing.assert_close(got[:1], three[:1], rtol=1e-5, atol=1e-5)
 
 

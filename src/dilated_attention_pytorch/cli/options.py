@@ -347,6 +347,7 @@ def add_job_options(parser: argparse.ArgumentParser, folder: str) -> None:
         ("hidden_dim", int, "rank or width of the scorer", None),
         ("budget", str, "how blocks are shared out", BUDGETS),
         ("threshold_floor", float, "share of an even budget that rows keep above thresholds", None),
+        ("peak_share", float, "share of an even budget that goes by what one query needs", None),
     ):
         add_option(group, name, kind, what, config, choices=choices)
 

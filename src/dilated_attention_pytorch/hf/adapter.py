@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import ModelHubMixin, snapshot_download
 
+from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.files import replace_files
 from dilated_attention_pytorch.foreign_text import PLACE, short_repr
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, SelectorConfig, attach
@@ -99,12 +100,13 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
             budget: ``"fixed"``, ``"threshold"``, or ``"adaptive"`` of learned selectors.
             threshold_floor: Share of an even budget that every row keeps at least, in [0, 1), with
                 thresholds. Those that were calibrated with another floor miss their sparsity until
-                they are calibrated again.
+                they are calibrated again. ``peak_share`` stays with thresholds, and is 0 without.
         """
-        configs: dict[int, SelectorConfig] = {
-            n: replace(config, budget=budget, threshold_floor=threshold_floor)
-            for n, config in self.configs.items()
-        }
+        configs: dict[int, SelectorConfig] = {}
+        for n, config in self.configs.items():
+            if isinstance(config, AdaptiveConfig) and budget != "threshold":
+                config = replace(config, peak_share=0.0)
+            configs[n] = replace(config, budget=budget, threshold_floor=threshold_floor)
         # Thresholds belong to one budget; everything else stays.
         tensors = {
             name: value

@@ -62,7 +62,8 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
     """The selector for frozen queries and keys: low-rank scores, blocks of 32, thresholds.
 
     Every row keeps eight tenths of an even budget in any case, its best blocks (with
-    ``query_scope="block"``): where few blocks are left, thresholds alone starve rows.
+    ``query_scope="block"``): where few blocks are left, thresholds alone starve rows. Half of an
+    even budget goes to blocks that one query needs (``peak_share``).
 
     On frozen features what reads them is the bottleneck. Summaries of blocks keep nearly as much
     attention mass as the best choice and still cost far more perplexity: they miss sharp matches
@@ -75,9 +76,11 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
         **changes: Other fields of :class:`AdaptiveConfig`.
     """
     settings = {**DISTILLED, **changes}
-    floor = settings["budget"] == "threshold" and settings.get("query_scope") != "past"
-    if not floor and "threshold_floor" not in changes:
-        settings["threshold_floor"] = 0.0
+    calibrated = settings["budget"] == "threshold"
+    if not calibrated or settings.get("query_scope") == "past":
+        settings["threshold_floor"] = changes.get("threshold_floor", 0.0)
+    if not calibrated or settings["scorer"] != "low_rank":
+        settings["peak_share"] = changes.get("peak_share", 0.0)
     return AdaptiveConfig.from_dict(settings)
 
 

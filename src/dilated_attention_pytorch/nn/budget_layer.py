@@ -61,6 +61,8 @@ class Scored:
         levels: What the coarse levels of a hierarchy kept, from the coarsest down.
         towers: Encoded queries and keys whose products the scores are, for gradients of kernels.
         passed: Queries and keys for attention to read; see :class:`Selection`.
+        kept: Booleans ``(b, p, i, c)``: candidates that rows keep by their peaks, and maybe
+            forced ones; None: none.
     """
 
     inputs: SelectionInputs
@@ -74,6 +76,7 @@ class Scored:
     levels: Sequence[ChosenLevel] = ()
     towers: tuple[Tensor, Tensor] | None = None
     passed: tuple[Tensor | None, Tensor | None] = (None, None)
+    kept: Tensor | None = None
 
     @classmethod
     def of(cls, inputs: SelectionInputs, scores: Tensor, *, kernels: bool = False) -> Scored:
@@ -84,6 +87,11 @@ class Scored:
         candidates = inputs.candidates
         forced, limit = candidates.counts()
         return cls(inputs, scores, forced, limit, False, candidates.indices)
+
+    @property
+    def candidates(self) -> Candidates:
+        """What thresholds decide on: what is kept by a peak is forced."""
+        return self.inputs.candidates.keeping(self.kept)
 
     def key_means(self) -> Tensor:
         """Means ``(b, j, g, d)`` of the key blocks, for budgets; no gradient."""

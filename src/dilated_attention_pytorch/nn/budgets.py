@@ -306,7 +306,7 @@ class ThresholdBudget(Budget):
     """``budget="threshold"``: every block whose share of the softmaxed scores reaches a threshold.
 
     A calibration finds the thresholds by length. Rows keep a floor in any case
-    (``threshold_floor``).
+    (``threshold_floor``), and some blocks by their peaks (``peak_share``).
     """
 
     calibrated = True
@@ -314,7 +314,7 @@ class ThresholdBudget(Budget):
     def rows(self, layer: BudgetLayer, scored: Scored) -> RowBudgets:
         """Counts what reaches the threshold."""
         threshold = row_thresholds(layer, scored.inputs)
-        whole = _count_above(scored.scores, scored.inputs.candidates, threshold)
+        whole = _count_above(scored.scores, scored.candidates, threshold)
         least = threshold_floor(layer, scored.inputs)
         if least is not None:
             whole = torch.maximum(whole, least)
@@ -328,7 +328,7 @@ class ThresholdBudget(Budget):
         inputs = scored.inputs
         counts, indices = threshold_lists(
             scored.scores.detach(), inputs.intervals, row_thresholds(layer, inputs),
-            threshold_floor(layer, inputs),
+            threshold_floor(layer, inputs), scored.kept,
         )  # fmt: skip
         layer.record_density(counts, inputs.rows)
         return inputs.listed_pattern(counts, indices)
@@ -535,7 +535,7 @@ def newest_thresholds(layer: BudgetLayer, memory: Memory, row: NewestRow) -> Ten
 def threshold_sample(layer: BudgetLayer, scored: Scored) -> ThresholdSample:
     """What a calibration of ``budget="threshold"`` needs of scores."""
     inputs = scored.inputs
-    candidates, lengths = inputs.candidates, row_lengths(layer, inputs)
+    candidates, lengths = scored.candidates, row_lengths(layer, inputs)
     share = lengths.float() / inputs.mask.kv_len if isinstance(lengths, Tensor) else None
     return ThresholdSample.of(
         scored.scores, candidates.scored, candidates.forced, inputs.rows.num_allowed,

@@ -16,7 +16,11 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import row_ranges
 from dilated_attention_pytorch.mask import ceil_div
 from dilated_attention_pytorch.nn.budgets import newest_floor, newest_thresholds, rule_of
-from dilated_attention_pytorch.nn.scorings import has_token_kernel
+from dilated_attention_pytorch.nn.scorings import (
+    has_token_kernel,
+    kept_by_peak,
+    kept_by_peak_with_kernels,
+)
 from dilated_attention_pytorch.nn.select import slot_bias
 from dilated_attention_pytorch.nn.selector import CachedKeys, SelectorLayer
 from dilated_attention_pytorch.nn.state import RING_BLOCKS, Memory, NewestRow, SelectorState
@@ -31,7 +35,7 @@ from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS
 from dilated_attention_pytorch.pattern import pack_ascending
 from dilated_attention_pytorch.runtime import check_floating
 from dilated_attention_pytorch.selection.budget import unit_means
-from dilated_attention_pytorch.selection.top_k import choose_top_k
+from dilated_attention_pytorch.selection.top_k import choose_top_k, first_of_all
 
 # So few tokens of samples of different lengths choose one by one, to wait for nothing.
 MANY = 16
@@ -201,6 +205,9 @@ def allocate(
         earned=table(heads, dtype=torch.int64),
         given=table(heads, dtype=torch.int64),
         masses=table(heads if layer.sums_mass else 0, dtype=sample.dtype),
+        peaks=table(
+            heads if layer.sums_mass and layer.config.peak_share else 0, dtype=sample.dtype
+        ),
         sampled=counter(),
         counts=torch.zeros(batch, heads, dtype=torch.int32, device=query.device),
         indices=torch.zeros(batch, heads, width, dtype=torch.int32, device=query.device),
@@ -346,21 +353,27 @@ def list_blocks(
     if layer.keeps_summaries:
         complexity = _summarise(layer, memory, row)
     if cached is not None and _lists_at_once(layer, cached, blocks):
-        scores = layer.scoring.newest(layer, memory, row, None, cached, blocks)
+        scores, *peaks = layer.scoring.newest(layer, memory, row, None, cached, blocks)
+        intervals = rule.intervals(row.rows)
         counts, indices = threshold_lists(
-            scores, rule.intervals(row.rows), newest_thresholds(layer, memory, row),
+            scores, intervals, newest_thresholds(layer, memory, row),
             newest_floor(layer, row, blocks, blocks),
+            kept_by_peak_with_kernels(layer, peaks, intervals),
         )  # fmt: skip
         memory.counts.copy_(counts[..., 0])
         memory.indices[..., :blocks].copy_(indices[:, :, 0])
         return
     candidates = rule.build(row.rows)
-    scores = layer.scoring.newest(layer, memory, row, candidates.indices, cached, blocks)
-    budget = layer.budget.next_row(layer, memory, row, candidates, scores, complexity, blocks)
+    scores, *peaks = layer.scoring.newest(layer, memory, row, candidates.indices, cached, blocks)
+    kept = kept_by_peak(layer, peaks, candidates, row.rows.num_allowed)
+    budget = layer.budget.next_row(
+        layer, memory, row, candidates.keeping(kept), scores, complexity, blocks
+    )
     scored, forced = candidates.scored, candidates.forced
     count = (budget - forced.sum(-1)).clamp(min=0)
     width = candidates.width
-    chosen = choose_top_k(scores, scored, count, most_scored(layer, blocks, width))
+    most = most_scored(layer, blocks, width)
+    chosen = choose_top_k(first_of_all(scores, kept), scored, count, most)
     everything = chosen | forced
     slots = pack_ascending(everything, memory.indices.shape[2]).long()
     numbers = slots

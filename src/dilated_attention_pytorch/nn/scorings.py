@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dilated_attention_pytorch.candidates import Candidates, count_forced
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.budget_layer import Scored, key_means
 from dilated_attention_pytorch.nn.hierarchy import narrow_down
-from dilated_attention_pytorch.nn.inputs import OwnBlocks, SelectionInputs
+from dilated_attention_pytorch.nn.inputs import OwnBlocks, SelectionInputs, bound_of
 from dilated_attention_pytorch.nn.selector import CachedKeys, Scoring, SelectorLayer
 from dilated_attention_pytorch.nn.state import Memory, NewestRow
 from dilated_attention_pytorch.ops.block_selection.interface import (
+    best_blocks,
     find_candidates,
     low_rank_scores,
     low_rank_unsupported_reason,
@@ -31,7 +34,10 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
+from dilated_attention_pytorch.selection.budget import most_visible_share
 from dilated_attention_pytorch.selection.hierarchical import ChosenLevel
+from dilated_attention_pytorch.selection.threshold import peak_budget
+from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
 class SummaryScoring(Scoring):
@@ -162,7 +168,7 @@ class SummaryScoring(Scoring):
         numbers: Tensor | None,
         cached: CachedKeys | None,
         blocks: int,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """The summary of the row's queries against those that were kept."""
         size, first = layer.block_size, row.first
         start = first - (size - 1) if layer.past else first
@@ -173,9 +179,8 @@ class SummaryScoring(Scoring):
             real = real & row.asks(start, size, memory.known)
         with layer.exactly(query.device):
             asked = _network(layer).encode_queries(layer.pool_queries(query, real))
-            return _network(layer).compare(
-                asked, memory.encoded_keys[:, :, 1 : blocks + 1], numbers
-            )
+            encoded = memory.encoded_keys[:, :, 1 : blocks + 1]
+            return [_network(layer).compare(asked, encoded, numbers)]
 
 
 class TokenScoring(Scoring):
@@ -201,15 +206,20 @@ class TokenScoring(Scoring):
         """The expected mass of every tile; with the kernels without gradient."""
         if kernels:
             with torch.no_grad():
-                return Scored.of(inputs, self._rate(layer, inputs), kernels=True)
-        scores = _low_rank(layer)(
+                scores, *peaks = self._rate(layer, inputs)
+                kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals)
+                return replace(Scored.of(inputs, scores, kernels=True), kept=kept)
+        found = _low_rank(layer)(
             inputs.query, inputs.key, inputs.mask, layer.block_size, inputs.candidates.indices,
             query_valid=inputs.query_valid, past=layer.looks_back(inputs.mask),
+            peaks=layer.config.peak_share > 0,
         )  # fmt: skip
-        return Scored.of(inputs, scores)
+        scores, *peaks = found if layer.config.peak_share else (found,)
+        kept = kept_by_peak(layer, peaks, inputs.candidates, inputs.rows.num_allowed)
+        return replace(Scored.of(inputs, scores), kept=kept)
 
-    def _rate(self, layer: SelectorLayer, inputs: SelectionInputs) -> Tensor:
-        """Scores of all tiles, ``(b, pattern heads, i, j)`` float32, with a kernel."""
+    def _rate(self, layer: SelectorLayer, inputs: SelectionInputs) -> list[Tensor]:
+        """Scores and peaks of all tiles, ``(b, pattern heads, i, j)`` float32, with a kernel."""
         scorer, size = _low_rank(layer), layer.block_size
         stride, query, lead = scorer.query_stride, inputs.query, 0
         if layer.looks_back(inputs.mask):
@@ -247,16 +257,16 @@ class TokenScoring(Scoring):
         numbers: Tensor | None,
         cached: CachedKeys | None,
         blocks: int,
-    ) -> Tensor:
-        """The mass that the row's queries expect in each block.
+    ) -> list[Tensor]:
+        """The mass that the row's queries expect in each block, and its peak.
 
         With ``query_scope="block"`` what they have given so far is kept.
         """
-        scores = self._of_all_blocks(layer, memory, row, cast(CachedKeys, cached), blocks)
+        maps = self._of_all_blocks(layer, memory, row, cast(CachedKeys, cached), blocks)
         if numbers is None:
-            return scores
+            return maps
         index = numbers.clamp(0, blocks - 1)
-        return scores.gather(-1, index.expand(*scores.shape[:3], -1))
+        return [x.gather(-1, index.expand(*x.shape[:3], -1)) for x in maps]
 
     def _of_all_blocks(
         self,
@@ -265,7 +275,7 @@ class TokenScoring(Scoring):
         row: NewestRow,
         cached: CachedKeys,
         blocks: int,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         stride, size = _low_rank(layer).query_stride, layer.block_size
         per_block, first = size // stride, row.first
         start = first - (size - stride) if layer.past else first
@@ -276,17 +286,22 @@ class TokenScoring(Scoring):
             return self._rate_newest(layer, memory, start, per_block, cached, blocks, asking)
         count = (memory.lengths - 1 - start).div(stride, rounding_mode="floor") + 1
         newest = start + (count - 1) * stride
-        total = memory.masses[:, :, 1 : blocks + 1]
+        total, highest = (x[:, :, 1 : blocks + 1] for x in (memory.masses, memory.peaks))
         if cached.newest:
-            mass = self._rate_newest(layer, memory, newest, 1, cached, blocks)[:, :, 0].exp()
+            found = self._rate_newest(layer, memory, newest, 1, cached, blocks)
+            mass, *peaks = found[0].exp()[:, :, 0], *(x[:, :, 0] for x in found[1:])
             begins, more = (x.view(-1, 1, 1) for x in (count == 1, newest > memory.sampled))
             total.copy_(torch.where(begins, mass, torch.where(more, total + mass, total)))
+            for peak in peaks:
+                highest.copy_(torch.where(begins, peak, torch.maximum(highest, peak)))
         else:
-            mean = self._rate_newest(layer, memory, start, per_block, cached, blocks)[:, :, 0]
-            total.copy_(mean.exp() * count.view(-1, 1, 1))
+            mean, *peaks = self._rate_newest(layer, memory, start, per_block, cached, blocks)
+            total.copy_(mean[:, :, 0].exp() * count.view(-1, 1, 1))
+            for peak in peaks:
+                highest.copy_(peak[:, :, 0])
         memory.sampled.copy_(newest)
         mean = (total / count.view(-1, 1, 1)).clamp(min=torch.finfo(total.dtype).tiny)
-        return mean.log()[:, :, None]
+        return [x[:, :, None] for x in (mean.log(), highest)[: 1 + len(peaks)]]
 
     def _rate_newest(
         self,
@@ -297,10 +312,10 @@ class TokenScoring(Scoring):
         cached: CachedKeys,
         blocks: int,
         asking: Tensor | None = None,
-    ) -> Tensor:
-        """Scores by the ``count`` sampled queries from token ``start`` on, as far as there are any.
+    ) -> list[Tensor]:
+        """Scores and peaks by the ``count`` sampled queries from token ``start`` on.
 
-        ``asking``: ``(b, count)`` booleans, which of them count at all.
+        As far as there are any. ``asking``: ``(b, count)`` booleans, which of them count at all.
         """
         scorer, size = _low_rank(layer), layer.block_size
         query, real = memory.window("queries", start, count, step=scorer.query_stride)
@@ -312,12 +327,12 @@ class TokenScoring(Scoring):
         if has_token_kernel(layer, key, blocks):
             spans = torch.stack([torch.zeros_like(last), last + 1], 1).int()
             visible = AttentionMask(query.shape[1], key.shape[1])
-            scores = _rate_by_kernel(layer, query, key, spans, 1, visible)
+            maps = _rate_by_kernel(layer, query, key, spans, 1, visible)
         else:
-            scores = scorer.rate(query, key, last, size)
+            maps = scorer.rate(query, key, last, size, peaks=layer.config.peak_share > 0)
         # Room of the state that the cache has not, whose blocks nobody sees.
-        missing = blocks - scores.shape[3]
-        return F.pad(scores, (0, missing)) if missing else scores
+        missing = blocks - maps[0].shape[3]
+        return [F.pad(x, (0, missing)) for x in maps] if missing else maps
 
 
 def scoring_of(scorer: str) -> Scoring:
@@ -332,6 +347,51 @@ def has_token_kernel(layer: SelectorLayer, key: Tensor, blocks: int) -> bool:
     size, dim = layer.block_size, layer.head_dim
     reason = kernel_unsupported_reason(key.device, key.dtype, size, dim, blocks)
     return reason is None and low_rank_unsupported_reason(key.dtype, size, dim) is None
+
+
+def kept_by_peak(
+    layer: SelectorLayer, peaks: Sequence[Tensor], candidates: Candidates, allowed: Tensor
+) -> Tensor | None:
+    """Candidates that rows keep by their peaks, ``(b, p, i, c)``; None without ``peak_share``.
+
+    Args:
+        layer: Whose share.
+        peaks: The peaks of the candidates, if there are any.
+        candidates: What rows may choose from.
+        allowed: Visible blocks per row.
+    """
+    if not peaks:
+        return None
+    count = _peak_budget(layer, candidates.forced.sum(-1), allowed).expand(peaks[0].shape[:3])
+    most = bound_of(count, candidates.width)
+    return choose_top_k(peaks[0], candidates.scored, count, most)
+
+
+def kept_by_peak_with_kernels(
+    layer: SelectorLayer, peaks: Sequence[Tensor], intervals: Tensor
+) -> Tensor | None:
+    """The same of all key blocks, and the forced ones too.
+
+    Args:
+        layer: Whose share.
+        peaks: Those of all key blocks, if there are any.
+        intervals: What rows see and must read.
+    """
+    if not peaks:
+        return None
+    forced, allowed = count_forced(intervals)
+    count = (forced + _peak_budget(layer, forced, allowed)).expand(peaks[0].shape[:3])
+    most = blocks = peaks[0].shape[-1]
+    if not torch.compiler.is_compiling():
+        # There a float that moves would become a symbol.
+        most = most_visible_share(blocks, layer.densest)
+        most += layer.num_sink_blocks + 2 * layer.num_local_blocks + 2
+    return best_blocks(peaks[0], intervals, count, min(most, blocks))
+
+
+def _peak_budget(layer: SelectorLayer, forced: Tensor, allowed: Tensor) -> Tensor:
+    share, keep = layer.config.peak_share, 1 - layer.base_sparsity
+    return peak_budget(share, keep, forced, allowed, layer.pattern_heads)
 
 
 def _network(layer: SelectorLayer) -> ImportanceScorer:
@@ -349,12 +409,13 @@ def _rate_by_kernel(
     spans: Tensor,
     query_stride: int,
     mask: AttentionMask,
-) -> Tensor:
+) -> list[Tensor]:
     scorer, size = _low_rank(layer), layer.block_size
     return scorer.called(
         lambda query, key: low_rank_scores(
             query, key, scorer.query_map, scorer.key_map, spans, query_stride=query_stride,
             block_size=size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
+            peaks=layer.config.peak_share > 0,
         ),
         query, key, mask, size,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from dilated_attention_pytorch.selection.mass_target import mass_target_probe
 from dilated_attention_pytorch.selection.top_k import (
     choose_top_k,
     explored,
+    first_of_all,
     gumbel_noise,
     relaxed_top_k,
     uniform_noise,
@@ -171,7 +172,7 @@ def choose_with_pytorch(layer: SelectorLayer, scored: Scored, budgets: RowBudget
     config, inputs, scores, explore = layer.config, scored.inputs, scored.scores, layer.explores
     count = (budgets.whole - scored.forced.int()).clamp(min=0)
     bound = bound_of(count, lambda: layer.budget.most(layer, inputs))
-    ranked = scores.detach()
+    ranked = first_of_all(scores.detach(), scored.kept)
     if explore:
         noise = gumbel_noise(scores, inputs.generator)
         ranked = ranked + noise * layer.effective_temperature().detach()

@@ -82,8 +82,10 @@ class Scoring(ABC):
         numbers: Tensor | None,
         cached: CachedKeys | None,
         blocks: int,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Scores ``(b, p, 1, c)`` of the newest row, as a pass over everything would give them.
+
+        With ``peak_share`` also the peaks.
 
         Args:
             layer: Whose weights.

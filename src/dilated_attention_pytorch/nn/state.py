@@ -39,7 +39,9 @@ class Memory:
         given: ``(b, p, J + 1)`` int64: running sums of the rows' budgets.
         masses: ``(b, p, J + 1)``: the sum of the mass that the newest row's sampled queries expect
             in each block; p = 0 where choices keep no such sum.
-        sampled: ``(b,)`` int64: the newest token in that sum.
+        peaks: Shaped like it: the largest share that one of them gives; p = 0 without
+            ``peak_share``, too.
+        sampled: ``(b,)`` int64: the newest token in both.
         counts: ``(b, p)`` int32: blocks that the newest token's row reads.
         indices: ``(b, p, k)`` int32: their numbers.
         bias: ``(b, p, k)`` float32: their logit bias, or k = 0.
@@ -55,6 +57,7 @@ class Memory:
     earned: Tensor
     given: Tensor
     masses: Tensor
+    peaks: Tensor
     sampled: Tensor
     counts: Tensor
     indices: Tensor
@@ -144,7 +147,9 @@ class NewestRow:
 
 
 # The axis along which each tensor grows with the blocks.
-_GROWING = {"encoded_keys": 2, "unit_sums": 2, "factors": 2, "earned": 2, "given": 2, "masses": 2}
+_GROWING = dict.fromkeys(
+    ("encoded_keys", "unit_sums", "factors", "earned", "given", "masses", "peaks"), 2
+)
 
 
 class SelectorState:

@@ -154,6 +154,7 @@ class LowRankScorer(CalledModule):
         *,
         query_valid: Tensor | None = None,
         past: bool = False,
+        peaks: bool = False,
         compute: Callable[..., Any] | None = None,
     ) -> Any:
         """Scores query blocks against key blocks.
@@ -168,10 +169,13 @@ class LowRankScorer(CalledModule):
                 which begins no block whose later tokens are real.
             past: Rate block i by every ``query_stride``-th query up to its first token, as many as
                 a block has, in place of its own: a choice then depends on nothing later.
+            peaks: Say too what the sampled query that asks most for a key block gives it, the
+                largest of the heads that share a pattern.
             compute: Called with the inputs instead; see :class:`CalledModule`.
 
         Returns:
-            Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all).
+            Scores ``(batch, pattern heads, i, c)`` in float32 (c = j for all); with ``peaks`` a
+            pair of them and the peaks, shares in [0, 1] without gradient.
         """
         if compute is not None:
             return compute(query, key)
@@ -191,13 +195,15 @@ class LowRankScorer(CalledModule):
             k = torch.einsum(
                 "bmhd,hdr->bhmr", *_wide(key.repeat_interleave(groups, 2), self.key_map)
             )
-            mass = self._mass(q * self.scale, k, mask, block_size, valid, lead)
-            scores = self._scores(mass)
-        if candidates is None:
-            return scores
-        return take_columns(scores, candidates)
+            found = self._mass(q * self.scale, k, mask, block_size, valid, lead, peaks)
+            maps = self._scores(found)
+        if candidates is not None:
+            maps = [take_columns(x, candidates) for x in maps]
+        return tuple(maps) if peaks else maps[0]
 
-    def rate(self, query: Tensor, key: Tensor, last: Tensor, block_size: int) -> Tensor:
+    def rate(
+        self, query: Tensor, key: Tensor, last: Tensor, block_size: int, *, peaks: bool = False
+    ) -> list[Tensor]:
         """Scores of one row of blocks by a few queries, as in :meth:`forward`; no gradient.
 
         Queries go through both maps and meet the keys as they are: nothing is kept or computed of
@@ -209,13 +215,14 @@ class LowRankScorer(CalledModule):
             last: ``(batch, t)`` integers: the last key that each query sees; -1: it counts for
                 nothing, and may hold anything.
             block_size: Tokens per block.
+            peaks: As in :meth:`forward`.
 
         Returns:
-            ``(batch, pattern heads, 1, j)``.
+            The scores, and with ``peaks`` those, too: ``(batch, pattern heads, 1, j)``.
         """
         visible = AttentionMask(query.shape[1], key.shape[1])
         return self.called(
-            lambda q, k: self._rate(q, k, last, block_size), query, key, visible, block_size
+            lambda q, k: self._rate(q, k, last, block_size, peaks), query, key, visible, block_size
         )
 
     def checksum(self, like: Tensor) -> Tensor:
@@ -223,7 +230,9 @@ class LowRankScorer(CalledModule):
         mask = AttentionMask(like.shape[1], like.shape[1])
         return self.called(lambda *_: checksum_of(self.query_map), like, like, mask, 1)
 
-    def _rate(self, query: Tensor, key: Tensor, last: Tensor, block_size: int) -> Tensor:
+    def _rate(
+        self, query: Tensor, key: Tensor, last: Tensor, block_size: int, peaks: bool
+    ) -> list[Tensor]:
         groups = self.num_heads // self.num_kv_heads
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             real = torch.where((last >= 0)[..., None, None], query, 0)
@@ -235,13 +244,18 @@ class LowRankScorer(CalledModule):
             column = torch.arange(key.shape[1], device=key.device)
             seen = column <= last[:, None, :, None]
             weights = (last >= 0)[:, None].to(logits.dtype)
-            return self._scores(mass_of_rows(logits, seen, weights, query.shape[1], block_size))
+            rows = query.shape[1]
+            found = mass_of_rows(logits, seen, weights, rows, block_size, peaks=peaks)
+            return self._scores(found)
 
-    def _scores(self, mass: Tensor) -> Tensor:
-        """Logarithms of the mass of every head, averaged over those that share a pattern."""
-        if self.heads_per_pattern > 1:
-            mass = mass.unflatten(1, (-1, self.heads_per_pattern)).mean(2)
-        return mass.clamp(min=torch.finfo(torch.float32).tiny).log()
+    def _scores(self, found: Tensor) -> list[Tensor]:
+        """Logarithms of the mass of every head, averaged over those that share a pattern.
+
+        And, where ``found`` has them, the largest of their peaks.
+        """
+        mass, *peaks = found.unflatten(2, (-1, self.heads_per_pattern))
+        scores = mass.mean(2).clamp(min=torch.finfo(torch.float32).tiny).log()
+        return [scores, *(x.amax(2) for x in peaks)]
 
     def _mass(
         self,
@@ -251,21 +265,23 @@ class LowRankScorer(CalledModule):
         block_size: int,
         valid: Tensor | None,
         lead: int,
+        peaks: bool,
     ) -> Tensor:
-        """Mass ``(b, h, i, j)``, some rows of blocks at a time."""
+        """Mass and peaks as of ``mass_of_rows``, some rows of blocks at a time."""
         stride, maps = self.query_stride, q.shape[0] * q.shape[1]
         per_block = block_size // stride
         blocks, parts = ceil_div(mask.kv_len, block_size), []
         for first, last, end in chunks(mask, max(maps // stride, 1), block_size, q.device):
             part = slice(first // stride, ceil_div(last, block_size) * per_block)
             real = None if valid is None else valid[:, part]
-            given = (q[:, :, part], k[:, :, :end], mask, first - lead, block_size, real)
+            given = (q[:, :, part], k[:, :, :end], mask, first - lead, block_size, real, peaks)
             if torch.is_grad_enabled() and last - first < mask.q_len:
                 rows = checkpoint(self._rows, *given, use_reentrant=False)
             else:
                 rows = self._rows(*given)
             parts.append(F.pad(rows, (0, blocks - rows.shape[-1])))
-        return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:2], 0, blocks)
+        none = q.new_zeros(1 + peaks, *q.shape[:2], 0, blocks)
+        return torch.cat(parts, 3) if parts else none
 
     def _rows(
         self,
@@ -275,10 +291,11 @@ class LowRankScorer(CalledModule):
         first: int,
         block_size: int,
         valid: Tensor | None,
+        peaks: bool,
     ) -> Tensor:
-        """Mass of the blocks whose sampled queries are ``q`` (b, h, t, r), from token ``first``.
+        """Mass and peaks of the blocks whose sampled queries are ``q`` (b, h, t, r).
 
-        Tokens before the sequence are not valid.
+        ``first``: Token of the first. Tokens before the sequence are not valid.
         """
         row = first + torch.arange(q.shape[2], device=q.device) * self.query_stride
         column = torch.arange(k.shape[2], device=q.device)
@@ -287,4 +304,6 @@ class LowRankScorer(CalledModule):
         if valid is not None:
             weight = weight & valid[:, None]
         per_block = block_size // self.query_stride
-        return mass_of_rows(score_products(q, k), seen, weight.to(q.dtype), per_block, block_size)
+        return mass_of_rows(
+            score_products(q, k), seen, weight.to(q.dtype), per_block, block_size, peaks=peaks
+        )

@@ -123,17 +123,20 @@ def _tiles(
             weights = logits.new_ones(1, 1, last - first)
             if row_weights is not None:
                 weights = row_weights[..., first:last].to(wide)
-            mass = mass_of_rows(logits, seen, weights, 1 if peak else block_size, block_size)
-            if peak:
-                mass = F.pad(mass, (0, 0, 0, (first - last) % block_size))
-                mass = mass.unflatten(2, (-1, block_size)).amax(3)
+            mass = mass_of_rows(logits, seen, weights, block_size, block_size, peaks=peak)[-1]
             rows_out = slice(first // block_size, ceil_div(last, block_size))
             out[:, :, rows_out, : mass.shape[-1]] = mass
     return out.float()
 
 
 def mass_of_rows(
-    logits: Tensor, seen: Tensor, weights: Tensor, rows_per_block: int, block_size: int
+    logits: Tensor,
+    seen: Tensor,
+    weights: Tensor,
+    rows_per_block: int,
+    block_size: int,
+    *,
+    peaks: bool = False,
 ) -> Tensor:
     """The mean over each block's rows of where their softmax goes; differentiable.
 
@@ -143,9 +146,11 @@ def mass_of_rows(
         weights: ``(b or 1, h or 1, n)``, not negative.
         rows_per_block: Rows of a query block.
         block_size: Keys of a key block.
+        peaks: Also the largest share that a row gives, times its weight; without gradient.
 
     Returns:
-        ``(b, h, i, j)``; rows that see nothing add nothing, and a block of weight 0 is 0.
+        ``(1, b, h, i, j)``, with ``peaks`` ``(2, b, h, i, j)``; rows that see nothing add nothing,
+        and a block of weight 0 is 0.
     """
     # Rows of weight 0 may hold anything: they are left out here, for 0 * NaN is NaN.
     counted = seen & (weights != 0)[..., None]
@@ -153,9 +158,10 @@ def mass_of_rows(
     p = F.pad(p, (0, -p.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
     p = p * (seen.any(-1) * weights)[..., None]
     short = -p.shape[2] % rows_per_block
-    p = F.pad(p, (0, 0, 0, short)).unflatten(2, (-1, rows_per_block)).sum(3)
+    p = F.pad(p, (0, 0, 0, short)).unflatten(2, (-1, rows_per_block))
     total = F.pad(weights, (0, short)).unflatten(2, (-1, rows_per_block)).sum(3)
-    return p / total[..., None].clamp(min=torch.finfo(p.dtype).tiny)
+    mean = p.sum(3) / total[..., None].clamp(min=torch.finfo(p.dtype).tiny)
+    return torch.stack([mean, p.detach().amax(3)]) if peaks else mean[None]
 
 
 def chunks(

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.candidates import RowRange
-from dilated_attention_pytorch.selection.budget import round_budget, water_level_budget
+from dilated_attention_pytorch.selection.budget import (
+    FRACTION_BITS,
+    round_budget,
+    rounding_phases,
+    water_level_budget,
+)
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 
@@ -86,6 +91,32 @@ def floor_budget(
     keep = torch.full(shape, 1 - sparsity, dtype=torch.float32, device=rows.low.device)
     even = water_level_budget(keep, forced, limit, rows, max_limit)
     return round_budget(forced + share * (even - forced), rows)
+
+
+def peak_budget(share: float, keep: Tensor, forced: Tensor, allowed: Tensor, heads: int) -> Tensor:
+    """Blocks that every row keeps by their peaks, whatever its threshold is.
+
+    A share of what lies above the forced blocks in a row's own even budget: it depends on no other
+    row. Heads round up in different rows.
+
+    Args:
+        share: In [0, 1].
+        keep: Share of the visible blocks, 0-dim.
+        forced: Forced blocks per row, integers that broadcast to ``(batch, heads, i)``.
+        allowed: Visible blocks per row, likewise.
+        heads: Of the pattern.
+
+    Returns:
+        int64 ``(1 or b, heads, i)``, without the forced blocks.
+
+    Example:
+        >>> allowed = torch.tensor([[[4, 10, 20, 40]]])
+        >>> peak_budget(0.5, torch.tensor(0.25), torch.tensor(1), allowed, 1).tolist()
+        [[[0, 1, 2, 5]]]
+    """
+    even = (keep.double() * allowed - forced).clamp(min=0)
+    units = (share * even * (1 << FRACTION_BITS)).round().long()
+    return (units + rounding_phases(heads, units.device)) >> FRACTION_BITS
 
 
 @dataclass(frozen=True, eq=False)

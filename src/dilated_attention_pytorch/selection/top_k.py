@@ -52,6 +52,11 @@ def choose_top_k(scores: Tensor, allowed: Tensor, count: Tensor, max_count: int)
     return chosen & (count > 0)[..., None]
 
 
+def first_of_all(scores: Tensor, kept: Tensor | None) -> Tensor:
+    """Scores that rank some columns above all others, as booleans of their shape name them."""
+    return scores if kept is None else scores.detach().masked_fill(kept, torch.inf)
+
+
 def uniform_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Samples from [0, 1) shaped like ``like``, in float32.
 

@@ -98,8 +98,8 @@ def main():
     for rows, columns in ((Q, J), (1100, 512)):
         transpose.transpose_op(ints(B, H, rows), ints(B, H, rows, K), columns)
     lattice.lattice_op(rule, longs, [4, 8], [1, 2], H, 1, 2)
-    for by_row in (None, zeros(1, 1, Q)):
-        threshold.threshold_op(zeros(B, H, Q, J), rule, 0.1, by_row)
+    for by_row, kept in ((None, None), (zeros(1, 1, Q), zeros(B, H, Q, J) > 0)):
+        threshold.threshold_op(zeros(B, H, Q, J), rule, 0.1, by_row, kept)
     for heads, columns, listed in (
         (H, J, None), (H, J, ints(1, H, Q, J)), (32, J, None), (32, 512, None),
     ):  # fmt: skip
@@ -107,7 +107,7 @@ def main():
         threshold.above_op(found, listed, rule, heat, ints(1, 1, Q), torch.ones(heads))
     maps, spans = zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
-        low_rank.low_rank_op(y, y, maps, maps, spans, 4, size, 0.1, H)
+        low_rank.low_rank_op(y, y, maps, maps, spans, 4, size, 0.1, H, size > 16)
     kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     assert compiled == kernels, compiled ^ kernels
 

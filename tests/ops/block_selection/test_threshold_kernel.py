@@ -14,7 +14,7 @@ from dilated_attention_pytorch.selection.top_k import choose_top_k
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-from dilated_attention_pytorch.ops.block_selection.interface import threshold_lists
+from dilated_attention_pytorch.ops.block_selection.interface import best_blocks, threshold_lists
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = 8
@@ -30,9 +30,11 @@ def problem(blocks: int, local: int, sinks: int, lengths: Tensor | None = None):
     return mask, rows, rule
 
 
-def chosen(rule, rows, scores: Tensor, threshold: float | Tensor) -> Tensor:
+def chosen(
+    rule, rows, scores: Tensor, threshold: float | Tensor, kept: Tensor | None = None
+) -> Tensor:
     """The PyTorch path: budget by threshold, then the best within it."""
-    candidates = rule.build(rows)
+    candidates = rule.build(rows).keeping(kept)
     limit = threshold[..., None] if isinstance(threshold, Tensor) else threshold
     count = threshold_budget(scores, candidates.scored, candidates.forced, limit)
     shape = torch.broadcast_shapes(scores.shape, candidates.scored.shape)
@@ -42,8 +44,8 @@ def chosen(rule, rows, scores: Tensor, threshold: float | Tensor) -> Tensor:
     return best | candidates.forced
 
 
-def lists(rule, rows, scores: Tensor, threshold: float | Tensor) -> Tensor:
-    counts, indices = threshold_lists(scores, rule.intervals(rows), threshold)
+def lists(rule, rows, scores: Tensor, threshold: float | Tensor, **options: Tensor) -> Tensor:
+    counts, indices = threshold_lists(scores, rule.intervals(rows), threshold, **options)
     blocks = scores.shape[-1]
     tokens = blocks * SIZE
     # Validates: ascending, inside, unused entries 0.
@@ -75,6 +77,31 @@ def test_samples_heads_and_rows_can_have_thresholds_of_their_own(shape: tuple[in
     got = lists(rule, rows, scores, threshold)
     assert torch.equal(got, chosen(rule, rows, scores, threshold))
     assert not torch.equal(got, lists(rule, rows, scores, float(threshold.mean())))
+
+
+@pytest.mark.parametrize("blocks", [1, 9, 16, 33])
+def test_some_are_kept_in_any_case(blocks: int) -> None:
+    """Those of the best by other scores, up to a number of each row; then the floor's."""
+    _, rows, rule = problem(blocks, 0, 1, torch.tensor([blocks * SIZE, SIZE], device=DEVICE))
+    generator = torch.Generator().manual_seed(blocks)
+    # Many ties.
+    others = torch.randint(0, 4, (2, 2, blocks, blocks), generator=generator).float().to(DEVICE)
+    scores = 2 * torch.randn(2, 2, blocks, blocks, generator=generator).to(DEVICE)
+    budget = torch.randint(0, 6, (2, 2, blocks), generator=generator).to(DEVICE)
+    candidates = rule.build(rows)
+    forced, _ = candidates.counts()
+    found = best_blocks(others, rule.intervals(rows), forced + budget, min(8, blocks))
+    scored = candidates.scored.expand(scores.shape)
+    want = choose_top_k(others, scored, budget, blocks) | candidates.forced
+    assert torch.equal(found & (scored | candidates.forced), want)
+    for threshold in (0.2, 2.0):
+        got = lists(rule, rows, scores, threshold, kept=found)
+        assert torch.equal(got, chosen(rule, rows, scores, threshold, found))
+        least = forced + 3
+        floored = lists(rule, rows, scores, threshold, kept=found, least=least)
+        missing = (least - got.sum(-1)).clamp(min=0)
+        more = choose_top_k(scores, scored & ~got, missing, blocks)
+        assert torch.equal(floored, got | more)
 
 
 def test_ties_all_pass_or_none_does() -> None:

@@ -13,6 +13,7 @@ from dilated_attention_pytorch.ops.operators import (
 )
 from dilated_attention_pytorch.pattern import TRANSPOSERS, BlockPattern, PatternTranspose
 from dilated_attention_pytorch.selection.budget import FRACTION_BITS, level_tables, round_budget
+from dilated_attention_pytorch.selection.top_k import first_of_all
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # One program holds a row of candidates in registers.
@@ -287,7 +288,8 @@ def low_rank_scores(
     block_size: int,
     scale: float,
     pattern_heads: int,
-) -> Tensor:
+    peaks: bool = False,
+) -> list[Tensor]:
     """:class:`LowRankScorer` on all tiles, without the square of the tokens. No gradient.
 
     Queries go through both maps in float32 and meet the keys as they are; of bfloat16 keys that
@@ -303,22 +305,46 @@ def low_rank_scores(
         block_size: Tokens per block, a multiple of it.
         scale: Factor of the logits.
         pattern_heads: Divides h; the mass of neighbouring heads is averaged.
+        peaks: Also what the query that asks most for a block gives it; the most of those heads.
 
     Returns:
-        ``(b, pattern_heads, i, j)`` float32: logarithms of the expected mass.
+        Logarithms of the expected mass, and with ``peaks`` those, too:
+        ``(b, pattern_heads, i, j)`` float32.
     """
     from dilated_attention_pytorch.ops.block_selection.low_rank import low_rank_op
 
-    scores: Tensor = low_rank_op(
+    found = low_rank_op(
         query, key.to(query.dtype), query_map, key_map, spans, query_stride, block_size, scale,
-        pattern_heads,
+        pattern_heads, peaks,
     )  # fmt: skip
-    return scores
+    return list(found[: 1 + peaks])
+
+
+def best_blocks(scores: Tensor, intervals: Tensor, budget: Tensor, width: int) -> Tensor:
+    """Forced blocks and the best others: booleans ``(b, p, i, j)``, of what a row sees.
+
+    Args:
+        scores: ``(b, p, i, j)`` of all key blocks.
+        intervals: ``rule.intervals(rows)``.
+        budget: Blocks of each row, forced ones included, integers ``(b, p, i)``.
+        width: An upper bound of it.
+    """
+    from dilated_attention_pytorch.ops.block_selection.choice import choose_op
+
+    counts, indices, _, _ = choose_op(
+        scores, None, intervals, budget.int(), None, None, 0, 0, width, False
+    )
+    used = torch.arange(width, device=scores.device) < counts[..., None]
+    # What fills up a list names its first block again.
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(
+        -1, torch.where(used, indices, indices[..., :1]).long(), True
+    )
 
 
 def threshold_lists(
-    scores: Tensor, intervals: Tensor, threshold: float | Tensor, least: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, intervals: Tensor, threshold: float | Tensor, least: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Forced blocks and those whose share of the softmaxed scores reaches a threshold.
 
     Args:
@@ -327,6 +353,7 @@ def threshold_lists(
         threshold: In [0, 1], for all rows or ``(1 or b, 1 or p, 1 or i)``.
         least: What a row keeps at least, forced blocks included, the best ones: integers that
             broadcast to ``(b, p, i)``. None: the forced ones.
+        kept: Booleans ``(b, p, i, j)``: blocks that are kept in any case. None: the forced ones.
 
     Returns:
         Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32.
@@ -335,11 +362,12 @@ def threshold_lists(
     from dilated_attention_pytorch.ops.block_selection.threshold import threshold_op
 
     given = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
-    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, *given)
+    found: tuple[Tensor, Tensor] = threshold_op(scores, intervals, *given, kept)
     if least is None:
         return found
     # What reaches a threshold are a row's best blocks, so the larger number of blocks decides.
     budget = torch.maximum(found[0], least.int())
+    scores = first_of_all(scores, kept)
     counts, indices, _, _ = choose_op(
         scores, None, intervals, budget, None, None, 0, 0, scores.shape[-1], False
     )

@@ -5,7 +5,8 @@ the mean over the block's sampled queries n (those that see a key) and over the 
 
     Σ_(m in j) softmax_m(scale · (q_n A) · (k_m B)),
 
-of which the logarithm is written. Queries go through both maps, ``q A Bᵀ``, so that keys need none.
+of which the logarithm is written; and, where it is asked for, the largest of these sums, the
+block's *peak*. Queries go through both maps, ``q A Bᵀ``, so that keys need none.
 Logits are in base 2. A query sees one range of keys, its *span*.
 """
 
@@ -171,11 +172,11 @@ def _load_sums(source, block, row, num_rows, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def mass_kernel(
-    sums, spans, s_stride_b, scores, first_row, num_rows, total_rows, columns, heads,
+    sums, spans, s_stride_b, scores, peaks, first_row, num_rows, total_rows, columns, heads,
     BLOCK: tl.constexpr, PER_BLOCK: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
-    SHARE: tl.constexpr, PDL: tl.constexpr,
+    SHARE: tl.constexpr, PEAKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The logarithm of the mean mass of one query block's rows and ``SHARE`` heads."""
+    """The logarithm of the mean mass of one query block's rows and ``SHARE`` heads; peaks."""
     follow(PDL)
     plane = tl.cast(tl.program_id(1), tl.int64)
     batch = plane * SHARE // heads
@@ -191,7 +192,7 @@ def mass_kernel(
     end = tl.cdiv(tl.max(tl.where(sees, stop, 0), 0), BLOCK)
     lane = tl.arange(0, C)
     blocks = tl.cdiv(total_rows, PER_BLOCK)
-    target = scores + (plane * blocks + first_row // PER_BLOCK + tl.program_id(0)) * columns
+    target = (plane * blocks + first_row // PER_BLOCK + tl.program_id(0)) * columns
     for extra in range(SHARE):
         source = sums + (plane * SHARE + extra) * columns * num_rows
         peak = tl.full([P], float("-inf"), tl.float32)
@@ -206,13 +207,20 @@ def mass_kernel(
         for at in range(0, columns, C):
             block = at + lane
             value = _load_sums(source, block, row, num_rows, start, stop, BLOCK)
-            mass = tl.sum(tl.exp2(value - base[None, :]), 1) * weight
+            shares = tl.exp2(value - base[None, :])
+            mass = tl.sum(shares, 1) * weight
             ok = block < columns
             if extra > 0:
-                mass += tl.load(target + block, mask=ok, other=0.0)
+                mass += tl.load(scores + target + block, mask=ok, other=0.0)
             if extra == SHARE - 1:
                 mass = tl.log(tl.maximum(mass, _TINY))
-            tl.store(target + block, mass, mask=ok)
+            tl.store(scores + target + block, mass, mask=ok)
+            if PEAKS:
+                highest = tl.max(shares, 1)
+                if extra > 0:
+                    others = tl.load(peaks + target + block, mask=ok, other=0.0)
+                    highest = tl.maximum(highest, others)
+                tl.store(peaks + target + block, highest, mask=ok)
         # The next head adds to what other threads may have written.
         tl.debug_barrier()
 
@@ -220,9 +228,11 @@ def mass_kernel(
 @torch.library.custom_op(f"{NAMESPACE}::low_rank_scores", mutates_args=())
 def low_rank_op(
     query: Tensor, key: Tensor, query_map: Tensor, key_map: Tensor, spans: Tensor,
-    query_stride: int, block_size: int, scale: float, pattern_heads: int,
-) -> Tensor:  # fmt: skip
+    query_stride: int, block_size: int, scale: float, pattern_heads: int, want_peaks: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:class:`LowRankScorer` on all tiles: ``(b, pattern heads, i, j)`` float32. No gradient.
+
+    Beside the scores the peaks; empty if they are not wanted.
 
     Queries ``(b, n, h, d)`` and keys ``(b, m, g, d)`` share a dtype; maps are ``(h, d, r)``.
     ``spans`` is ``(1 or b, 2, t)`` int32: first key that every ``query_stride``-th query sees, and
@@ -231,9 +241,9 @@ def low_rank_op(
     query, key, spans = rows_of(query), rows_of(key), spans.contiguous()
     batch, n, heads, head_dim = query.shape
     blocks, columns = ceil_div(n, block_size), ceil_div(key.shape[1], block_size)
-    scores = query.new_empty(batch, pattern_heads, blocks, columns, dtype=torch.float32)
+    scores, peaks = found = _empty_maps(query, batch, pattern_heads, blocks, columns, want_peaks)
     if scores.numel() == 0:
-        return scores
+        return found
     total_rows, planes, device = spans.shape[2], batch * heads, query.device
     d, rank = max(triton.next_power_of_2(head_dim), 16), query_map.shape[2]
     # bfloat16 keys need no rounding, and queries lose what they lost when they were made.
@@ -273,16 +283,22 @@ def low_rank_op(
                 num_warps=8 if tile_columns > 128 else 4, num_stages=stages, **overlap(device),
             )  # fmt: skip
             mass_kernel[(ceil_div(num_rows, per_block), batch * pattern_heads)](
-                sums, spans, batch_stride(spans), scores, first_row, num_rows, total_rows,
+                sums, spans, batch_stride(spans), scores, peaks, first_row, num_rows, total_rows,
                 columns, heads, BLOCK=block_size, PER_BLOCK=per_block,
                 P=triton.next_power_of_2(per_block), C=max(2048 // per_block, 16),
-                SHARE=heads // pattern_heads, num_warps=4, **overlap(device),
+                SHARE=heads // pattern_heads, PEAKS=want_peaks, num_warps=4, **overlap(device),
             )  # fmt: skip
-    return scores
+    return found
+
+
+def _empty_maps(query: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    *shape, want_peaks = sizes
+    scores = query.new_empty(shape, dtype=torch.float32)
+    return scores, torch.empty_like(scores) if want_peaks else scores.new_empty(0)
 
 
 @low_rank_op.register_fake
-def _(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-    block_size, pattern_heads = rest[4], rest[6]
+def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    block_size, pattern_heads, want_peaks = rest[4], *rest[6:]
     rows, columns = (ceil_div(x.shape[1], block_size) for x in (query, key))
-    return query.new_empty(query.shape[0], pattern_heads, rows, columns, dtype=torch.float32)
+    return _empty_maps(query, query.shape[0], pattern_heads, rows, columns, want_peaks)

@@ -3,7 +3,7 @@
 The expected mass of a block is its share of the softmaxed scores of its row:
 
 * ``threshold``: ``softmax_j(s_ij) >= τ`` over all that a row sees, its forced blocks included,
-  which are kept anyway;
+  which are kept anyway, as is what a mask names;
 * ``above``: over the n blocks that may be chosen by score alone, and at least
   ``τ / (n / 16)**(1/4)``. Where a pattern's heads compete, m heads that expect strictly more of a
   block leave ``e**-m`` of a head's mass.
@@ -41,13 +41,14 @@ _TILE = 4096
 @triton.jit(do_not_specialize=VARYING)
 def threshold_kernel(
     scores, s_stride_b, s_stride_h, s_stride_i, rows, r_stride_b, counts, indices, threshold,
-    own_thresholds, t_stride_b, t_stride_h, t_stride_i, num_rows, columns, heads, width,
-    C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr, PDL: tl.constexpr,
+    own_thresholds, t_stride_b, t_stride_h, t_stride_i, kept, num_rows, columns, heads, width,
+    C: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr, KEPT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax over what a row sees; the packed ascending list of forced and likely blocks.
 
     What reaches a threshold needs no ranking: of equal scores all do or none does. ``OWN``:
-    heads or rows have thresholds of their own.
+    heads or rows have thresholds of their own. ``KEPT``: a mask of what is kept in any case.
     """
     follow(PDL)
     row = tl.program_id(0) % num_rows
@@ -69,6 +70,9 @@ def threshold_kernel(
     total = tl.sum(likely, 0)
     likely = tl.div_rn(likely, tl.where(total > 0.0, total, 1.0))
     forced = (column < sink_end) | ((column >= near_first) & (column < near_end))
+    if KEPT:
+        whole = (plane * num_rows + row) * columns
+        forced |= tl.load(kept + whole + column, mask=visible, other=0) != 0
     if OWN:
         place = batch * t_stride_b + plane % heads * t_stride_h + row * t_stride_i
         threshold = tl.load(own_thresholds + place)
@@ -85,13 +89,14 @@ def threshold_kernel(
 
 @torch.library.custom_op(f"{NAMESPACE}::threshold_lists", mutates_args=())
 def threshold_op(
-    scores: Tensor, rule: Tensor, threshold: float, own_thresholds: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, rule: Tensor, threshold: float, own_thresholds: Tensor | None,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Counts ``(b, p, i)`` and ascending lists ``(b, p, i, j)``, int32. No gradient.
 
     ``scores`` are those of all key blocks ``(b, p, i, j)``; ``rule`` is ``(1 or b, 5, i)`` int32;
     ``own_thresholds`` ``(1 or b, 1 or p, 1 or i)`` are those of samples, heads or rows in the place
-    of ``threshold``, or None.
+    of ``threshold``, or None; ``kept`` are booleans ``(b, p, i, j)`` or None.
     """
     counts, indices = _empty_lists(scores)
     batch, heads, rows, columns = scores.shape
@@ -108,8 +113,9 @@ def threshold_op(
     with on_device(scores.device):
         threshold_kernel[(rows * batch * heads,)](
             scores, *scores.stride()[:3], rule, batch_stride(rule), counts, indices, threshold,
-            own, *steps, rows, columns, heads, columns, C=c, W=c, EVEN=columns % 16 == 0,
-            OWN=own_thresholds is not None,
+            own, *steps, rule if kept is None else kept.contiguous().view(torch.uint8),
+            rows, columns, heads, columns, C=c, W=c, EVEN=columns % 16 == 0,
+            OWN=own_thresholds is not None, KEPT=kept is not None,
             num_warps=min(max(c // 512, 1), 32), **overlap(scores.device),
         )  # fmt: skip
     return counts, indices
