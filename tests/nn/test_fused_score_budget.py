@@ -53,6 +53,7 @@ def make(settings: dict[str, Any], lattice: Any = (None, None)) -> BlockSparseAd
 def set_threshold(layer: BlockSparseAdaptive, threshold: float) -> None:
     """In force next, with a small even share."""
     layer.budget_state[0, :3] = torch.tensor([1.0, 0.1, threshold], device=DEVICE)
+    layer.budget_state[1, 5:] = 1.0
     layer.budget_state[1, 6:7] = 0.1
 
 

@@ -60,6 +60,7 @@ def win_by_scores(layer: BlockSparseAdaptive) -> BlockSparseAdaptive:
 
 def put_state(layer: BlockSparseAdaptive) -> None:
     layer.budget_state[:, : STATE.shape[1]] = STATE
+    layer.budget_state[1, STATE.shape[1] :] = 1.0
     layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = SHARE
 
 
@@ -101,7 +102,7 @@ def by_score(scores: list[list[list[float]]], free: list[list[list[bool]]], comp
         top = max((scores[h][i][c] for c in columns), default=0.0)
         total = sum(math.exp(scores[h][i][c] - top) for c in columns)
         for c in columns:
-            weight = SHARE / (SHARE + 0.05) if h == LESS else 1 / 1.05
+            weight = SHARE / (SHARE + 0.1) if h == LESS else 1 / 1.1
             expected[h][i][c] = weight * math.exp(scores[h][i][c] - top) / total
     found = [[0] * rows for _ in range(heads)]
     for h, i in itertools.product(range(heads), range(rows)):

@@ -57,15 +57,16 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
-# Gradients of heads change more from step to step, by factors.
-_MEMORY_OF_HEADS, _LEAST_OF_HEADS, _LITTLE = 0.02, 1e-3, 0.05
+# Gradients of heads change more from step to step, by factors. They shrink as heads have learned
+# what they read: a head that mattered is soon known and slowly forgotten.
+_RISE, _FALL, _LEAST_SHARE, _LITTLE = 0.02, 0.004, 1e-3, 0.1
 
 
 def initial_state(heads: int = 0) -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
-    held, none, all_matter = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [1.0] * heads
-    numbers = [*held, *none, *all_matter]
-    rows = [numbers, [*[0.0] * FIRST_HEAD, *all_matter], *[numbers] * _MOST_PASSES]
+    held, none, all_alike = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [_LEAST_SHARE] * heads
+    numbers = [*held, *none, *all_alike]
+    rows = [numbers, [*[0.0] * FIRST_HEAD, *all_alike], *[numbers] * _MOST_PASSES]
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
@@ -204,7 +205,6 @@ def _weights(state: Tensor) -> Tensor:
     matters = state[_EVIDENCE, FIRST_HEAD:]
     if not len(matters):
         return matters.clone()
-    # Heads that have learned what they read have small gradients, too: only far smaller ones tell.
     share = matters / matters.amax()
     return share / (share + _LITTLE)
 
@@ -340,9 +340,10 @@ class _WatchHeads(torch.autograd.Function):
             size = grad.detach().float().square().mean((0, 1, 3)).view(len(known), -1).amax(-1)
             share = (size / size.amax()).sqrt()
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
-            share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_OF_HEADS), known)
+            share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_SHARE), known)
             # A geometric mean: one large gradient of one head says little of the others.
-            moved = torch.lerp(known.log(), share.log(), _MEMORY_OF_HEADS).exp()
+            rate = torch.where(share > known, _RISE, _FALL)
+            moved = torch.lerp(known.log(), share.log(), rate).exp()
             ctx.state[_EVIDENCE, FIRST_HEAD:] = moved
         return grad, None
 
