@@ -101,14 +101,12 @@ FROZEN
 **Promise.** Training starts to learn wherever dense attention does, and a budget that follows the
 content beats an even one of the same sparsity.
 
-**Finding.** In ten of thirteen geometries every seed that learns densely reaches 0.98 of it, in
-nearly all as soon. In *512x16x2* dense attention itself waits for 450 to 1,030 steps, and two of
-four seeds do: the dense start ends before [the others have
-begun](log.md#a-plateau-longer-than-the-dense-start-2026-11-30-open). With four heads at 0.94 there
-is not room for all (*640x16x2 tighter*), and where a quarter asks three of five seeds do. Where
-room is tight or needs are uneven the mean is 0.05 to 0.33 above the even budget's. Dense attention
-has run in all 52 cells, the others in the first column, and before random blocks [were
-fewer](log.md#fewer-random-blocks-where-rows-choose-2026-11-30-kept).
+**Finding.** Not finished: the sparse runs are of thirteen cells and of older rules. Since then
+[starts no longer come too soon](log.md#starts-that-came-too-soon-2026-11-30-fixed), for which late
+seeds came later still, and [heads that nothing depends
+on](log.md#heads-that-nothing-depends-on-2026-11-30-kept) no longer take the budget, for which
+seeds of *640x16x2 uneven* stayed behind. Dense attention has run in all cells but those of
+*640x16x2 tight*.
 
 LEARNING_MAP
 
@@ -118,12 +116,11 @@ LEARNING_MAP
 
 **Promise.** The same defaults work on other problems.
 
-**Finding.** Not finished. In *several* a row has three questions to three blocks. At 0.75 the
-default is a little ahead of the even budget, far ahead of a window (the one fixed pattern that
-was run) and of mean pooling, and 0.18 behind dense attention; at 0.9, with fewer than two blocks
-a row and head, it is behind the even budget. In *tracking* (two hops) and *both ways* dense
-attention does not learn in 2,000 steps, so that they decide nothing yet; at 0.9 mean pooling
-tracks better than the default.
+**Finding.** Not finished, and the runs are of an easier model with two heads: of these three
+problems dense attention learned one. In *several* a row has three questions to three blocks. At
+0.75 the default is a little ahead of the even budget and 0.18 behind dense attention; at 0.9 there
+are fewer blocks than questions. With four heads, one entry a block and in *tracking* half of the
+questions at one hop dense attention learns all ten problems but text within 300 steps.
 
 BEYOND_NEEDLES
 

@@ -637,25 +637,25 @@ def test_heads_are_measured_by_the_gradient_of_their_queries() -> None:
     """A share of the largest one; heads that choose together count as the one that matters most."""
     state, query = initial_state(2), torch.ones(2, 5, 4, 3, requires_grad=True)
     slope = torch.tensor([1e-3, 4e-3, 1e-2, 3e-2])[:, None] * torch.tensor([1.0, -1.0, 1.0])
-    seen = watch_heads(query, state)
+    seen = watch_heads(query, state, True)
     assert torch.equal(seen, query)
     (seen * slope).sum().backward()
     torch.testing.assert_close(query.grad, slope.expand_as(query))
     first = 1e-3**0.98
     want = [first * (0.004 / 0.03) ** 0.02, first]
     assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
-    # What mattered is slowly forgotten.
-    again = torch.full((2, 5, 4, 3), 1.0, requires_grad=True)
-    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.5, 1.0])
-    (watch_heads(again, state) * slope).sum().backward()
-    want = [0.5**0.996 * (0.004 / 0.03) ** 0.004, 1.0]
-    assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
+    # What mattered is slowly forgotten once blocks are left out.
+    for dense, fall in ((True, 0.02), (False, 0.001)):
+        state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.5, 1.0])
+        (watch_heads(query, state, dense) * slope).sum().backward()
+        want = [0.5 ** (1 - fall) * (0.004 / 0.03) ** fall, 1.0]
+        assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
     assert torch.equal(state[NEXT], initial_state(2)[NEXT])
     before = state.clone()
     for broken in (0.0, math.nan, math.inf):
-        (watch_heads(query, state) * broken).sum().backward()
-    torch.func.grad(lambda x: (watch_heads(x, state) * slope).sum())(query.detach())
-    watch_heads(torch.ones(0, 5, 4, 3, requires_grad=True), state).sum().backward()
+        (watch_heads(query, state, False) * broken).sum().backward()
+    torch.func.grad(lambda x: (watch_heads(x, state, False) * slope).sum())(query.detach())
+    watch_heads(torch.ones(0, 5, 4, 3, requires_grad=True), state, True).sum().backward()
     assert torch.equal(state, before)
 
 

@@ -58,8 +58,8 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
 # Gradients of heads change more from step to step, by factors. They shrink as heads have learned
-# what they read: a head that mattered is soon known and slowly forgotten.
-_RISE, _FALL, _LEAST_SHARE, _LITTLE = 0.02, 0.004, 1e-3, 0.1
+# what they read: once blocks are left out, a head that mattered is slowly forgotten.
+_RISE, _FALL, _LEAST_SHARE, _LITTLE = 0.02, 0.001, 1e-3, 0.1
 
 
 def initial_state(heads: int = 0) -> Tensor:
@@ -308,7 +308,7 @@ class MarginEvidence:
         state[_NEXT, _EVEN] = torch.where(starts, _FIRST_EVEN, moved)
 
 
-def watch_heads(query: Tensor, state: Tensor) -> Tensor:
+def watch_heads(query: Tensor, state: Tensor, dense: bool) -> Tensor:
     """Passes ``query`` on; its backward pass measures how much the loss depends on each head.
 
     That is the size of the gradient of a head's queries: of what the loss would gain or lose if the
@@ -317,24 +317,25 @@ def watch_heads(query: Tensor, state: Tensor) -> Tensor:
     Args:
         query: What attention reads, ``(batch, n, heads, d)``.
         state: The layer's buffer; is written.
+        dense: Whether the pass leaves out nothing.
     """
-    watched: Tensor = _WatchHeads.apply(query, state)
+    watched: Tensor = _WatchHeads.apply(query, state, _RISE if dense else _FALL)
     return watched
 
 
 class _WatchHeads(torch.autograd.Function):
     @staticmethod
-    def forward(query: Tensor, state: Tensor) -> Tensor:
+    def forward(query: Tensor, state: Tensor, fall: float) -> Tensor:
         return query.view_as(query)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         # Not saved for the backward pass: what is written to in between is meant to be read then.
-        ctx.state = inputs[1]
+        _, ctx.state, ctx.fall = inputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if not _transformed():
             known = ctx.state[_EVIDENCE, FIRST_HEAD:]
             size = grad.detach().float().square().mean((0, 1, 3)).view(len(known), -1).amax(-1)
@@ -342,10 +343,10 @@ class _WatchHeads(torch.autograd.Function):
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
             share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_SHARE), known)
             # A geometric mean: one large gradient of one head says little of the others.
-            rate = torch.where(share > known, _RISE, _FALL)
+            rate = torch.where(share > known, _RISE, ctx.fall)
             moved = torch.lerp(known.log(), share.log(), rate).exp()
             ctx.state[_EVIDENCE, FIRST_HEAD:] = moved
-        return grad, None
+        return grad, None, None
 
 
 def _learn(scores: Tensor, scored: Tensor, mass: Tensor, *known: Any) -> None:

@@ -393,7 +393,7 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         """Where scores decide on budgets, measures which heads the loss depends on."""
         if not (self.teaches and self.budget.by_content and query.requires_grad):
             return query
-        return watch_heads(query, self.budget_state)
+        return watch_heads(query, self.budget_state, self.keeps_all)
 
     @property
     def learns_by_mass(self) -> bool:
