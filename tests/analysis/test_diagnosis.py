@@ -235,6 +235,10 @@ def test_a_scorer_that_prefers_the_worst_blocks(model: NeedleModel) -> None:
 def test_attention_that_no_choice_can_hold() -> None:
     layer = bare(base_sparsity=0.9)
     assert verdict("kept mass", layer, 0.01 * bare_input(layer)) == "warn"
+    (measures,) = measure_selectors(layer, 0.01 * bare_input(layer))
+    assert 0 < measures.peak_recall < 1
+    found = diagnose(layer, 0.01 * bare_input(layer))["kept mass"]
+    assert f"one query asks for most: {measures.peak_recall:.2f}" in found.evidence
 
 
 @pytest.mark.parametrize("offset", [5.0, -5.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -21,8 +22,9 @@ from dilated_attention_pytorch.analysis.recording import (
     SampleRecord,
     block_texts,
     byte_tokens,
+    keeps_peaks,
     record,
-    tile_mass,
+    shared_mass,
 )
 from dilated_attention_pytorch.analysis.statistics import (
     HEAD_KINDS,
@@ -83,6 +85,7 @@ def test_a_padded_sample_is_recorded_as_it_is_alone(cross: bool) -> None:
         found, want = getattr(together, name)[:, :6, :width], getattr(alone, name)
         torch.testing.assert_close(found, want, equal_nan=True)
     torch.testing.assert_close(together.best_mass[:, :6], alone.best_mass)
+    torch.testing.assert_close(together.peaks[:, :6], alone.peaks, equal_nan=True)
     assert not together.mass[:, 6:].any()
 
 
@@ -100,7 +103,7 @@ def test_tile_mass_is_the_mean_of_the_softmax(causal: bool, groups: int) -> None
     q, k = tokens(2, n, 4, 8), tokens(2, m, 2, 8, seed=1)
     w = tokens(2, n, 4, seed=2).abs()
     mask = AttentionMask(n, m, causal, query_offset=m - n)
-    got = tile_mass(q, k, mask, block_size=size, scale=0.3, weights=w, pattern_heads=groups)
+    got = shared_mass(q, k, mask, block_size=size, scale=0.3, weights=w, pattern_heads=groups)
     assert got.shape == (2, groups, 3, 4)
     share = 4 // groups
     for b in range(2):
@@ -122,9 +125,9 @@ def test_tile_mass_is_the_mean_of_the_softmax(causal: bool, groups: int) -> None
 def test_rows_that_see_nothing_or_weigh_nothing_have_no_mass() -> None:
     q = tokens(1, 32, 1, 8)
     mask = AttentionMask(32, 32, key_lengths=torch.tensor([0]))
-    assert torch.equal(tile_mass(q, q, mask, block_size=16), torch.zeros(1, 1, 2, 2))
+    assert torch.equal(shared_mass(q, q, mask, block_size=16), torch.zeros(1, 1, 2, 2))
     zero = torch.zeros(1, 32, 1)
-    assert not tile_mass(q, q, AttentionMask(32, 32), block_size=16, weights=zero).any()
+    assert not shared_mass(q, q, AttentionMask(32, 32), block_size=16, weights=zero).any()
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -180,12 +183,49 @@ def test_best_mass_is_the_best_choice_of_as_many_tiles() -> None:
     (sample,) = record(model, [tokens(1, 256, 4, 8)]).samples
     (layer,) = sample.layers
     x = tokens(1, 256, 4, 8)
-    mass = tile_mass(x, x[:, :, :2], AttentionMask(256, 256, True), block_size=16)[0]
+    mass = shared_mass(x, x[:, :, :2], AttentionMask(256, 256, True), block_size=16)[0]
     for head in range(4):
         for row in range(16):
             count = int(layer.kept()[head, row].sum())
             best = mass[head, row].sort(descending=True).values[:count].sum()
             torch.testing.assert_close(layer.best_mass[head, row], best)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_peaks_are_kept_where_one_query_asks_for_a_block_that_is_read(causal: bool) -> None:
+    """Against a loop, two heads a pattern; not the first block, the own one and its neighbours."""
+    query, key = tokens(1, 100, 4, 8), tokens(1, 100, 2, 8, seed=1)
+    dense = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(2)) < 0.5
+    pattern = BlockPattern.from_dense(dense, q_len=100, kv_len=100, block_size=16)
+    found = keeps_peaks(query, key, AttentionMask(100, 100, causal), pattern, 0.5)
+    assert found.shape == (1, 2, 7)
+    for g, i in itertools.product(range(2), range(7)):
+        most, best = 0.0, None
+        for h, n in itertools.product((2 * g, 2 * g + 1), range(16 * i, min(16 * i + 16, 100))):
+            logits = key[0, :, h // 2] @ query[0, n, h] * 0.5
+            if causal:
+                logits[n + 1 :] = -torch.inf
+            p = F.pad(logits.softmax(0), (0, 12)).view(7, 16).sum(1)
+            for j in range(1, 7):
+                if abs(i - j) > 1 and float(p[j]) > most:
+                    most, best = float(p[j]), j
+        want = torch.nan if best is None else float(dense[g, i, best])
+        assert found[0, g, i].item() == pytest.approx(want, nan_ok=True)
+    assert found.isnan().any() == causal
+    assert {0.0, 1.0} <= set(found.flatten().tolist())
+
+
+def test_statistics_say_how_many_rows_keep_their_peaks() -> None:
+    model = adaptive()
+    (sample,) = record(model, [tokens(1, 256, 4, 8)]).samples
+    (layer,) = sample.layers
+    (heads,) = head_statistics(record(model, [tokens(1, 256, 4, 8)]))
+    want = layer.peaks.nanmean(-1)
+    assert [head.peak_recall for head in heads] == pytest.approx(want.tolist())
+    assert 0 < want.mean() < 1
+    # The first three rows have no far block.
+    assert layer.peaks[:, :3].isnan().all()
+    assert not layer.peaks[:, 3:].isnan().any()
 
 
 KINDS = {

@@ -325,10 +325,12 @@ def head_collapse(measures: Measures, history: History) -> Answer:
 @_check("kept mass", "Do the kept blocks hold what dense attention would read?")
 def kept_mass(measures: Measures, history: History) -> Answer:
     shares = [(_share(m.mass, m.kept), _share(m.mass, _best(m))) for m in measures]
+    peaks = ", ".join(f"{m.peak_recall:.2f}" for m in measures)
     # Where attention is local the own block, which is read in any case, holds most of it.
     text = "own and forced blocks included: " + _by_layer(
         measures, [f"{kept:.2f} (the best choice {best:.2f})" for kept, best in shares]
     )
+    text += f"; rows that keep the far block which one query asks for most: {peaks}"
     if min(kept / max(best, 1e-12) for kept, best in shares) < 0.5:
         remedy = (
             "Better blocks are there and are not chosen: see the checks of gradient and selection."

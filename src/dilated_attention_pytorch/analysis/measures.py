@@ -16,6 +16,7 @@ from dilated_attention_pytorch.analysis.recording import (
     call_model,
     evaluation_mode,
     layer_mass,
+    peaks_of,
     to_tiles,
     watch_layers,
 )
@@ -41,6 +42,8 @@ class SelectorMeasures:
         by_mean_pooling: As many tiles per row, chosen by the product of mean-pooled queries and
             keys.
         mass: Dense attention by tile, rows weighted by their output gradient.
+        peak_recall: Share of the rows that keep the far block which one of their queries asks for
+            most; NaN where no row has one.
         scores: Scores of the candidates, of any shape.
         density: Tiles computed / tiles of dense attention.
         budget_factors: The adaptive budget's share of the base budget by row; None: another budget.
@@ -57,6 +60,7 @@ class SelectorMeasures:
     scorable: Tensor
     by_mean_pooling: Tensor
     mass: Tensor
+    peak_recall: float
     scores: Tensor
     density: float
     budget_factors: Tensor | None
@@ -149,6 +153,7 @@ def _joined(parts: Sequence[SelectorMeasures]) -> SelectorMeasures:
         name=parts[0].name,
         layer=parts[0].layer,
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in tiles},
+        peak_recall=sum(part.peak_recall for part in parts) / len(parts),
         density=sum(part.density for part in parts) / len(parts),
         budget_factors=torch.cat(factors) if factors else None,
         largest_logit=max(part.largest_logit for part in parts),
@@ -234,6 +239,7 @@ def _measure(seen: NamedPass) -> SelectorMeasures:
         scorable=scorable,
         by_mean_pooling=_by_mean_pooling(seen, scorable, chosen),
         mass=layer_mass(seen, weights),
+        peak_recall=float(peaks_of(seen).nanmean()),
         scores=scores.masked_select(inputs.candidates.scored.expand(scores.shape)),
         density=float(1 - pattern.sparsity),
         budget_factors=factors,

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dilated_attention_pytorch.mask import AttentionMask, ceil_div
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer, LayerPass, observe_passes
 from dilated_attention_pytorch.nn.inputs import SelectionInputs
 from dilated_attention_pytorch.pattern import BlockPattern
+from dilated_attention_pytorch.scoring.tile_mass import tile_mass, tile_peak
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class LayerRecord:
             measured.
         best_mass: ``(h, i)`` float32: the share that the best choice of as many tiles (with the
             same forced ones) would hold. None: not measured.
+        peaks: ``(h, i)`` float32: of :func:`keeps_peaks`. None: not measured.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerRecord:
     scores: Tensor | None = None
     mass: Tensor | None = None
     best_mass: Tensor | None = None
+    peaks: Tensor | None = None
 
     def __post_init__(self) -> None:
         lists = self.pattern.kv_indices
@@ -56,6 +59,7 @@ class LayerRecord:
             ("scores", lists.shape[1:]),
             ("mass", lists.shape[1:]),
             ("best_mass", lists.shape[1:3]),
+            ("peaks", lists.shape[1:3]),
         ):
             value = getattr(self, name)
             if value is not None and value.shape != expected:
@@ -161,6 +165,33 @@ def tile_distances(pattern: BlockPattern) -> Tensor:
     """``(i, j)`` int64: blocks between every tile and the row's own block."""
     columns = torch.arange(pattern.num_key_blocks, device=pattern.device)
     return (own_blocks(pattern)[:, None] - columns).abs()
+
+
+def keeps_peaks(
+    query: Tensor, key: Tensor, mask: AttentionMask, pattern: BlockPattern, scale: float | None
+) -> Tensor:
+    """Whether rows keep the far block which one of their queries asks for most.
+
+    Far are all blocks but the first, the row's own and its neighbours, whatever the selector always
+    reads. Kept mass is a mean that hides what single queries need.
+
+    Args:
+        query: ``(batch, q_len, num_heads, head_dim)``.
+        key: ``(batch, kv_len, num_kv_heads, head_dim)``.
+        mask: Which keys a query sees.
+        pattern: What is read; heads that share it ask together.
+        scale: Factor of the logits; None: ``head_dim ** -0.5``.
+
+    Returns:
+        ``(batch, pattern's heads, i)`` float32: 1, 0, or NaN in rows without far blocks.
+    """
+    peak = tile_peak(query, key, mask, block_size=pattern.block_size[0], scale=scale)
+    peak = peak.unflatten(1, (pattern.num_heads, -1)).amax(2)
+    far = tile_distances(pattern) > 1
+    far[:, :1] = False
+    best, index = peak.masked_fill(~far, 0).max(-1, keepdim=True)
+    kept = pattern.to_dense().expand(peak.shape).gather(-1, index).float()
+    return torch.where(best > 0, kept, torch.nan)[..., 0]
 
 
 def visible_tiles(pattern: BlockPattern) -> Tensor:
@@ -270,8 +301,7 @@ def _check_call(model: nn.Module, /, *arguments: Any, **named: Any) -> None:
         ) from None
 
 
-@torch.no_grad()
-def tile_mass(
+def shared_mass(
     query: Tensor,
     key: Tensor,
     mask: AttentionMask,
@@ -281,11 +311,7 @@ def tile_mass(
     weights: Tensor | None = None,
     pattern_heads: int | None = None,
 ) -> Tensor:
-    r"""The share of a query block's *dense* attention that each key block holds.
-
-    :math:`m_{ij} = \sum_n w_n \sum_{m \in j} \mathrm{softmax}_m(s\, q_n \cdot k_m)` over the tokens
-    n of query block i, with weights that sum to one per block (and group of heads). Computed one
-    query block at a time; quadratic in time, linear in memory.
+    """:func:`tile_mass` of heads that share a pattern, whose rows count by their weights.
 
     Args:
         query: ``(batch, q_len, num_heads, head_dim)``.
@@ -295,39 +321,19 @@ def tile_mass(
         scale: Factor of the logits; None: ``head_dim ** -0.5``.
         weights: ``(batch, q_len, num_heads)``, not negative: how much each row counts, such as the
             norm of its output gradient. None: all alike.
-        pattern_heads: Heads to return; those that share a pattern are merged. None: num_heads.
+        pattern_heads: Heads to return; neighbours are merged. None: num_heads.
 
     Returns:
         ``(batch, pattern_heads, i, j)`` float32. Rows sum to 1, or to 0 where no token of the
         block sees a key or has weight.
     """
-    batch, q_len, heads, dim = query.shape
-    groups = heads if pattern_heads is None else pattern_heads
-    scale = dim**-0.5 if scale is None else scale
-    q, k = query.float().transpose(1, 2), key.float().transpose(1, 2)
-    k = k.repeat_interleave(heads // k.shape[1], 1)
-    if weights is None:
-        weights = torch.ones(batch, q_len, heads, dtype=torch.float32, device=query.device)
-    w = weights.float().transpose(1, 2)
-    blocks = ceil_div(mask.kv_len, block_size)
-    columns = torch.arange(mask.kv_len, device=query.device).view(1, 1, 1, -1)
-    rows = []
-    for start in range(0, q_len, block_size):
-        stop = min(start + block_size, q_len)
-        numbers = torch.arange(start, stop, device=query.device).view(1, 1, -1, 1)
-        visible = mask.tokens(numbers, columns)
-        logits = (q[:, :, start:stop] @ k.transpose(-1, -2) * scale).masked_fill(
-            ~visible, -torch.inf
-        )
-        seen = visible.any(-1, keepdim=True)
-        p = logits.masked_fill(~seen, 0).softmax(-1).masked_fill(~seen, 0)
-        p = F.pad(p, (0, blocks * block_size - mask.kv_len))
-        tiles = p.unflatten(-1, (blocks, block_size)).sum(-1)
-        # (batch, groups, heads of the group, tokens)
-        share = (w[:, :, start:stop] * seen[..., 0]).unflatten(1, (groups, -1))
-        share = share / share.sum((2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        rows.append((tiles.unflatten(1, (groups, -1)) * share[..., None]).sum((2, 3)))
-    return torch.stack(rows, 2)
+    given = query.new_ones(query.shape[:3]) if weights is None else weights
+    rows = given.float().transpose(1, 2)
+    mass = tile_mass(query, key, mask, block_size=block_size, scale=scale, row_weights=rows)
+    total = F.pad(rows, (0, -rows.shape[2] % block_size)).unflatten(2, (-1, block_size)).sum(3)
+    groups = mass.shape[1] if pattern_heads is None else pattern_heads
+    mass = (mass * total[..., None]).unflatten(1, (groups, -1)).sum(2)
+    return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.no_grad()
@@ -386,23 +392,22 @@ def _records(seen: NamedPass, measure_mass: bool) -> list[LayerRecord]:
     """One record per sample of the batch."""
     pattern, batch = seen.pattern, seen.query.shape[0]
     scores = _slot_scores(seen)
-    mass = best = None
+    found: list[Tensor | None] = [scores]
     if measure_mass:
         dense = layer_mass(seen)
-        mass = _take_slots(dense, pattern)
-        best = _best_mass(dense, pattern, scores)
+        found += [_take_slots(dense, pattern), _best_mass(dense, pattern, scores), peaks_of(seen)]
     return [
         LayerRecord(
             seen.name,
             _sample_pattern(pattern, n),
-            *(None if x is None else x[min(n, len(x) - 1)].cpu() for x in (scores, mass, best)),
+            *(None if x is None else x[min(n, len(x) - 1)].cpu() for x in found),
         )
         for n in range(batch)
     ]
 
 
 def layer_mass(seen: NamedPass, weights: Tensor | None = None) -> Tensor:
-    """:func:`tile_mass` of a pass, ``(batch, heads of the pattern, i, j)``.
+    """:func:`shared_mass` of a pass, ``(batch, heads of the pattern, i, j)``.
 
     Queries of padding count for nothing, whatever they and their ``weights`` hold.
     """
@@ -411,7 +416,7 @@ def layer_mass(seen: NamedPass, weights: Tensor | None = None) -> Tensor:
         query = torch.where(valid[..., None, None], query, 0)
         given = query.new_ones(query.shape[:3]) if weights is None else weights
         weights = torch.where(valid[..., None], given, 0)
-    return tile_mass(
+    return shared_mass(
         query,
         seen.key,
         seen.inputs.mask,
@@ -420,6 +425,14 @@ def layer_mass(seen: NamedPass, weights: Tensor | None = None) -> Tensor:
         weights=weights,
         pattern_heads=seen.pattern.num_heads,
     )
+
+
+def peaks_of(seen: NamedPass) -> Tensor:
+    """:func:`keeps_peaks` of a pass; queries of padding ask for nothing."""
+    query, valid = seen.query, seen.inputs.query_valid
+    if valid is not None:
+        query = torch.where(valid[..., None, None], query, 0)
+    return keeps_peaks(query, seen.key, seen.inputs.mask, seen.pattern, seen.layer.scale)
 
 
 def _slot_scores(seen: NamedPass) -> Tensor | None:

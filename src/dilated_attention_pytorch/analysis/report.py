@@ -57,6 +57,7 @@ _STATISTICS = (
     ("sparsity", "sparsity", "share of the tiles left out"),
     ("kept_mass", "attention kept", "share of dense attention that the kept tiles hold"),
     ("best_mass", "attention at best", "the same for the best choice of as many tiles"),
+    ("peak_recall", "peak recall", "share of the rows that keep what one query asks for most"),
     ("diversity", "diversity", "how much patterns differ between samples (Jaccard distance)"),
     ("similarity", "likeness of heads", "to the other heads of the layer (Jaccard similarity)"),
     ("locality", "locality", "share of near blocks among the chosen"),

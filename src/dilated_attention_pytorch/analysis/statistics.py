@@ -150,6 +150,8 @@ class HeadStatistics:
             of tiles that are really used.
         kept_mass: Share of the dense attention that the kept tiles hold.
         best_mass: The share that the best choice of as many tiles would hold.
+        peak_recall: Share of the rows that keep the far block which one of their queries asks for
+            most; NaN where no row has one.
         distance_profile: By distance in blocks (from 0 on): share of the visible tiles that are
             kept.
         kind: Of :data:`HEAD_KINDS`.
@@ -168,6 +170,7 @@ class HeadStatistics:
     entropy: float
     kept_mass: float
     best_mass: float
+    peak_recall: float
     distance_profile: tuple[float, ...]
     kind: str
 
@@ -200,6 +203,7 @@ def _layer_statistics(number: int, records: Sequence[LayerRecord]) -> list[HeadS
         "entropy": _mean([_entropy(r) for r in records]),
         "kept_mass": _mean([_row_mean(r, r.mass) for r in records]),
         "best_mass": _mean([_row_mean(r, r.best_mass) for r in records]),
+        "peak_recall": torch.cat([_peaks(r) for r in records], -1).nanmean(-1),
     }
     profiles = distance_profile(records)
     out = []
@@ -309,6 +313,12 @@ def _row_mean(record: LayerRecord, mass: Tensor | None) -> Tensor:
     if mass.dim() == 3:
         mass = mass.masked_fill(~record.pattern.slot_used()[0], 0).sum(-1)
     return mass.double().mean(-1)
+
+
+def _peaks(record: LayerRecord) -> Tensor:
+    if record.peaks is None:
+        return _unknown(record.pattern.num_heads)[:, None]
+    return record.peaks.double()
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

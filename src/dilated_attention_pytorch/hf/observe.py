@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dilated_attention_pytorch.analysis import Diagnosis, Recording, record
 from dilated_attention_pytorch.analysis.measures import join_measures, measure_selectors
-from dilated_attention_pytorch.analysis.recording import evaluation_mode
+from dilated_attention_pytorch.analysis.recording import evaluation_mode, keeps_peaks
 from dilated_attention_pytorch.hf.adapt import AdaptedModel
 from dilated_attention_pytorch.hf.model_folder import token_texts
 from dilated_attention_pytorch.hf.sites import input_device
@@ -22,7 +22,7 @@ from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree
 from dilated_attention_pytorch.nn.block_sparse import BlockSparseLayer
 from dilated_attention_pytorch.nn.inputs import Selection, SelectionInputs, even_budget
 from dilated_attention_pytorch.runtime import check_integers
-from dilated_attention_pytorch.scoring.tile_mass import tile_mass, tile_peak
+from dilated_attention_pytorch.scoring.tile_mass import tile_mass
 from dilated_attention_pytorch.selection.top_k import choose_top_k
 from dilated_attention_pytorch.train.monitor import TileCount
 
@@ -209,29 +209,18 @@ def measure_kept(adapted: AdaptedModel, windows: Tensor) -> KeptAttention:
         windows: Tokens ``(windows, tokens)``, one document each.
     """
     mass: list[float] = []
-    found = torch.zeros(2, dtype=torch.int64, device="cpu")
+    peaks: list[Tensor] = []
 
     def look(number: int, selector: BlockSparseLayer, inputs: SelectionInputs) -> None:
         true = true_mass(selector, inputs)
-        chosen = selector.choose(inputs).pattern.to_dense().expand(true.shape)
+        pattern = selector.choose(inputs).pattern
+        chosen = pattern.to_dense().expand(true.shape)
         mass.append(float(true.masked_fill(~chosen, 0).sum(-1).mean()))
-        if true.shape[-1] < 4:
-            return
-        peak = tile_peak(
-            inputs.query, inputs.key, inputs.mask, block_size=selector.block_size,
-            scale=selector.scale,
-        )  # fmt: skip
-        # Heads that share a pattern ask together. A row's far blocks are those from 1 to two below
-        # its own; the first three rows have none.
-        peak = peak.unflatten(1, (selector.pattern_heads, -1)).amax(2)[:, :, 3:, 1:]
-        far = torch.ones_like(peak[0, 0], dtype=torch.bool).tril()
-        best = peak.masked_fill(~far, -1).argmax(-1, keepdim=True)
-        kept = chosen[:, :, 3:, 1:].gather(-1, best)
-        found.add_(torch.tensor([int(kept.sum()), kept.numel()], dtype=found.dtype, device="cpu"))
+        found = keeps_peaks(inputs.query, inputs.key, inputs.mask, pattern, selector.scale)
+        peaks.append(found.flatten().cpu())
 
     observe_windows(adapted, windows, look)
-    kept, rows = found.tolist()
-    return KeptAttention(sum(mass) / len(mass), kept / rows if rows else float("nan"))
+    return KeptAttention(sum(mass) / len(mass), float(torch.cat(peaks).nanmean()))
 
 
 # Neither fitting nor tuning lowers a temperature: the one ranks nothing at random, the other keeps
