@@ -110,3 +110,20 @@ def test_documents_are_counted_from_their_own_start() -> None:
     assert listed(built, "forced", 0, 1, 1) == [0, 1]
     # Row 2: segment {2, 3}; head 1 may choose block 3.
     assert listed(built, "scored", 0, 1, 2) == [3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_stream_reads_nothing_that_another_one_has_not_written():
+    """The first stream sleeps for a second before it computes the ranges of this length."""
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    mask, given = AttentionMask(12_345, 12_345, True), {"has_diagonal": True}
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(2 * 10**9)
+        row_ranges(mask, (SIZE, SIZE), device=torch.device("cuda"), **given)
+    with torch.cuda.stream(second):
+        rows = row_ranges(mask, (SIZE, SIZE), device=torch.device("cuda"), **given)
+        found = rows.end.to("cpu", copy=True)
+    want = row_ranges(mask, (SIZE, SIZE), device=torch.device("cpu"), **given)
+    assert torch.equal(found, want.end)
+    torch.cuda.synchronize()

@@ -244,7 +244,8 @@ def row_ranges(
 ) -> RowRange:
     """Computes the visible range of every query block. Linear in the number of blocks.
 
-    Where the rule is the same for all samples the result is kept for the next call.
+    Where the rule is the same for all samples the result is kept for the next call on the same
+    stream.
 
     Args:
         mask: The token rule. Documents must start at block boundaries (``documents.py`` brings
@@ -259,11 +260,11 @@ def row_ranges(
         query_lengths = mask.key_lengths
     if mask.per_sample or tracing():
         return _row_ranges(mask, block_size, has_diagonal, device, query_lengths)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    # Another stream might read them before they are written.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     return _shared_row_ranges(
         mask.q_len, mask.kv_len, mask.causal, int(mask.query_offset), block_size, has_diagonal,
-        device,
+        device if stream is None else stream.device, stream,
     )  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def _shared_row_ranges(
     block_size: tuple[int, int],
     has_diagonal: bool,
     device: torch.device,
+    stream: torch.cuda.Stream | None,
 ) -> RowRange:
     mask = AttentionMask(q_len, kv_len, causal, query_offset)
     with torch.inference_mode(False), torch.no_grad():
