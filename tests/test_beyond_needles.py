@@ -27,6 +27,7 @@ def entries(kind: Any, name: Any, value: Any, of: int) -> dict[int, tuple[int, i
 def test_every_question_has_its_answer_in_another_block(problem: Any) -> None:
     batch = problem.batch(3, torch.Generator().manual_seed(0))
     asked = batch.answer != -100
+    far = 0
     assert bool((batch.kind[asked] == module.QUERY).all())
     assert 0 < int(asked.sum()) <= int((batch.kind == module.QUERY).sum())
     for row in range(3):
@@ -38,16 +39,18 @@ def test_every_question_has_its_answer_in_another_block(problem: Any) -> None:
         for t in asked[row].nonzero()[:, 0].tolist():
             name, block = int(own[1][t]), t // module.BLOCK
             stands_in = found[name][1] if name in found else aliases[name][1]
-            if problem.hops == 2:
-                assert name in aliases
+            if name in aliases:
                 assert found[aliases[name][0]][1] <= stands_in
                 name = aliases[name][0]
+                far += 1
             assert found[name][0] == int(batch.answer[row, t])
             blocks.setdefault(block, set()).add(stands_in)
             if batch.memory is None:
                 assert stands_in < block if problem.causal else stands_in != block
         if problem.together:
             assert all(len(read) == 1 for read in blocks.values())
+    share = far / int(asked.sum())
+    assert 0.4 < share < 0.6 if problem.hops == 2 else share == 0
 
 
 def test_a_copy_from_far_away_gets_the_judged_bytes_right() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -90,6 +91,11 @@ def change_weights(model: Any, cache: Any, adapted: Any) -> None:
         parameter.mul_(-1)
 
 
+def change_modules(model: Any, cache: Any, adapted: Any) -> None:
+    for selector in adapted.selectors.values():
+        selector.scorer = copy.deepcopy(selector.scorer)
+
+
 def change_sparsity(model: Any, cache: Any, adapted: Any) -> None:
     adapted.set_base_sparsity(0.3)
 
@@ -105,7 +111,16 @@ def run_without(model: Any, cache: Any, adapted: Any) -> None:
 
 @pytest.mark.parametrize("make", [dynamic, static])
 @pytest.mark.parametrize(
-    "change", [edit_keys, replace_keys, change_weights, change_sparsity, crop_far, run_without]
+    "change",
+    [
+        edit_keys,
+        replace_keys,
+        change_weights,
+        change_modules,
+        change_sparsity,
+        crop_far,
+        run_without,
+    ],
 )
 @torch.no_grad()
 def test_what_the_state_has_not_seen(

@@ -35,7 +35,16 @@ class FollowedState:
         self.state = state
         self.seen: Tensor | None = None
         self._selector = weakref.ref(selector)
-        self._weights = [*selector.parameters(), *selector.buffers()]
+        # Where every weight and module hangs, and what hung there: walking through modules anew is
+        # slower than all else that a token costs the host.
+        self._places = [
+            (place, dict(place))
+            for module in selector.modules()
+            for place in (module._parameters, module._buffers, module._modules)
+        ]
+        self._weights = [
+            x for _, then in self._places for x in then.values() if isinstance(x, Tensor)
+        ]
         self._weight_versions = [_version(x) for x in self._weights]
         self._keys: weakref.ref[Tensor] | None = None
         self._keys_version = 0
@@ -51,13 +60,18 @@ class FollowedState:
 
     def belongs_to(self, selector: BlockSparseAdaptive) -> bool:
         """Whether it is this selector's, and the selector has not changed."""
-        weights = [*selector.parameters(), *selector.buffers()]
-        # Of offloaded weights every call has other objects.
-        same = len(weights) == len(self._weights) and all(
-            a is b or (a.is_meta and b.is_meta) for a, b in zip(weights, self._weights, strict=True)
-        )
-        versions = [_version(x) for x in self._weights]
-        return self._selector() is selector and same and versions == self._weight_versions
+        if self._selector() is not selector:
+            return False
+        for place, then in self._places:
+            if place.keys() != then.keys():
+                return False
+            for name, was in then.items():
+                # Of offloaded weights every call has other objects.
+                if (now := place[name]) is was:
+                    continue
+                if not all(getattr(x, "is_meta", False) for x in (now, was)):
+                    return False
+        return [_version(x) for x in self._weights] == self._weight_versions
 
     def reorder(self, samples: Tensor) -> None:
         """Goes on with what ``samples`` were."""

@@ -343,7 +343,8 @@ class _WatchHeads(torch.autograd.Function):
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
             share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_SHARE), known)
             # A geometric mean: one large gradient of one head says little of the others.
-            rate = torch.where(share > known, _RISE, ctx.fall)
+            # Not torch.where of two numbers, which makes the default dtype.
+            rate = ctx.fall + (_RISE - ctx.fall) * (share > known).to(known.dtype)
             moved = torch.lerp(known.log(), share.log(), rate).exp()
             ctx.state[_EVIDENCE, FIRST_HEAD:] = moved
         return grad, None, None

@@ -50,9 +50,10 @@ class DecodeArguments:
         """Tokens that each query sees, ``(b, n)`` int64: its own position + 1, at least 0."""
         n = self.query.shape[1]
         steps = torch.arange(1 - n, 1, device=self.query.device)
-        limit = (self.lengths.long()[:, None] + steps).clamp(min=0)
-        room = self.key.shape[1] if self.starts is None else self.key.shape[1] - self.starts.long()
-        return torch.minimum(limit, torch.as_tensor(room, device=limit.device).view(-1, 1))
+        limit = (self.lengths.long()[:, None] + steps).clamp(0, self.key.shape[1])
+        if self.starts is None:
+            return limit
+        return torch.minimum(limit, (self.key.shape[1] - self.starts.long())[:, None])
 
     def listed(self) -> Tensor:
         """Booleans shaped like ``indices``: the entries that are read.

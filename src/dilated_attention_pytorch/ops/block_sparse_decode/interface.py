@@ -158,6 +158,8 @@ def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor]:
         token = token + args.starts.long().view(-1, 1, 1, 1)
     token = token.clamp(0, max(args.key.shape[1] - 1, 0))
     repeat = planes // token.shape[1]
+    if repeat == 1:
+        return token, visible
     return token.repeat_interleave(repeat, 1), visible.repeat_interleave(repeat, 1)
 
 
