@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dilated_attention_pytorch.scoring.summaries import exact_dtype
 from dilated_attention_pytorch.selection.budget import MOST_REACH, NO_THRESHOLD
 
 # Marks that float32 tells apart.
@@ -338,8 +339,11 @@ class _WatchHeads(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if not _transformed():
             known = ctx.state[_EVIDENCE, FIRST_HEAD:]
-            size = grad.detach().float().square().mean((0, 1, 3)).view(len(known), -1).amax(-1)
-            share = (size / size.amax()).sqrt()
+            # Without a copy of the gradient.
+            wide = exact_dtype(grad.dtype)
+            size = torch.linalg.vector_norm(grad.detach(), dim=(0, 1, 3), dtype=wide).float()
+            size = size.view(len(known), -1).amax(-1)
+            share = size / size.amax()
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
             share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_SHARE), known)
             # A geometric mean: one large gradient of one head says little of the others.
