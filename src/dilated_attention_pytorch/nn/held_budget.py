@@ -202,12 +202,12 @@ class HeldBudget:
 
 
 def _weights(state: Tensor) -> Tensor:
-    """What each head counts, of how much the loss depends on it."""
+    """What each head counts, of how much the loss depends on it; exactly 1 where all are alike."""
     matters = state[_EVIDENCE, FIRST_HEAD:]
     if not len(matters):
         return matters.clone()
     share = matters / matters.amax()
-    return share / (share + _LITTLE)
+    return share * (1 + _LITTLE) / (share + _LITTLE)
 
 
 def _reach_of(state: Tensor) -> Tensor:
