@@ -30,7 +30,7 @@ LARGEST = {
 # Settings of the selectors of frozen queries and keys that differ from AdaptiveConfig's.
 DISTILLED: dict[str, Any] = {
     "scorer": "low_rank", "hidden_dim": 32, "budget": "threshold", "threshold_floor": 0.8,
-    "query_stride": 2, "peak_share": 0.5,
+    "query_stride": 2, "peak_share": 0.25,
     "block_size": 32, "learnable_temperature": False, "num_explore_blocks": 1,
 }  # fmt: skip
 _DEEPEST, _WIDEST = 16, 2**16

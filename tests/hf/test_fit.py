@@ -152,9 +152,9 @@ def test_a_short_text_has_fewer_windows() -> None:
 
 
 def test_peaks_go_with_low_rank_scores_and_thresholds() -> None:
-    assert (CONFIG.peak_share, CONFIG.threshold_floor) == (0.5, 0.8)
+    assert (CONFIG.peak_share, CONFIG.threshold_floor) == (0.25, 0.8)
     past = distilled_config(query_scope="past")
-    assert (past.peak_share, past.threshold_floor) == (0.5, 0.0)
+    assert (past.peak_share, past.threshold_floor) == (0.25, 0.0)
     for other in ({"budget": "fixed"}, {"scorer": "bilinear"}):
         assert distilled_config(**other).peak_share == 0
         with pytest.raises(ValueError, match="peak_share needs scorer='low_rank' and budget="):

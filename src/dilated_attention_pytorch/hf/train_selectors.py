@@ -62,8 +62,8 @@ def distilled_config(**changes: Any) -> AdaptiveConfig:
     """The selector for frozen queries and keys: low-rank scores, blocks of 32, thresholds.
 
     Every row keeps eight tenths of an even budget in any case, its best blocks (with
-    ``query_scope="block"``): where few blocks are left, thresholds alone starve rows. Half of an
-    even budget goes to blocks that one query needs (``peak_share``).
+    ``query_scope="block"``): where few blocks are left, thresholds alone starve rows. A quarter
+    of an even budget goes to blocks that one query needs (``peak_share``).
 
     On frozen features what reads them is the bottleneck. Summaries of blocks keep nearly as much
     attention mass as the best choice and still cost far more perplexity: they miss sharp matches
