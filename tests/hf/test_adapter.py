@@ -135,7 +135,7 @@ def test_selectors_without_weights_are_saved_and_loaded(tmp_path: Path) -> None:
 def test_peaks_are_saved(tmp_path: Path) -> None:
     model, ids = tiny_model(), tokens(1, 128)
     config = distilled_config(block_size=8, base_sparsity=0.6, hidden_dim=4, query_stride=4)
-    assert config.peak_share == 0.5
+    assert config.peak_share == 0.25
     with adapt(model, config) as adapted, torch.no_grad():
         calibrate(adapted, ids[0], 0.6, lengths=(128,), windows=1)
         logits = model(ids).logits
