@@ -522,7 +522,7 @@ SCORED = torch.ones(1, 1, 3, 4, dtype=torch.bool)
 def test_rows_with_more_mass_at_their_last_block_gain(
     even_margin: float, score_margin: float
 ) -> None:
-    state = initial_state()
+    state = initial_state(1)
     state[NEXT, :NUMBERS] = torch.tensor([1.0, 0.5, 0.2])
     margins = (even_margin, score_margin, score_margin)
     mass = torch.tensor([[0.5, m, 0.05, 0.0] for m in margins]).view(1, 1, 3, 4)
@@ -551,7 +551,7 @@ def test_the_mass_of_a_head_counts_by_how_much_the_loss_depends_on_it() -> None:
 
 def test_the_last_block_is_the_last_by_score_of_those_that_a_row_chose() -> None:
     """Not a random one behind, nor a forced one, nor one of a row that chose none."""
-    state = initial_state()
+    state = initial_state(1)
     state[NEXT, 1] = 0.5
     scores = torch.tensor([[1.0, 2.0, 9.0, 3.0]] * 3).view(1, 1, 3, 4)
     scored = torch.tensor([True, True, False, True]).expand(1, 1, 3, 4)
@@ -566,7 +566,7 @@ def test_the_last_block_is_the_last_by_score_of_those_that_a_row_chose() -> None
 def test_scores_begin_to_decide_where_the_target_is_peaked_and_something_is_left_out(
     peaked: bool, keep: float, starts: bool
 ) -> None:
-    state = initial_state()
+    state = initial_state(1)
     row = [0.97, 0.01, 0.01, 0.01] if peaked else [0.25, 0.25, 0.25, 0.25]
     mass = torch.tensor([row] * 3).view(1, 1, 3, 4)
     seen = []
@@ -587,12 +587,12 @@ def test_scores_begin_to_decide_where_the_target_is_peaked_and_something_is_left
 
 
 def test_budgets_that_scores_have_no_part_in_measure_the_peak_alone() -> None:
-    state = initial_state()
+    state = initial_state(1)
     mass = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3).view(1, 1, 3, 4)
     for _ in range(20):
         evidence(state, [2, 2, 2], None).learn(SCORES, SCORED, mass)
     assert float(peak_of(state)) == pytest.approx(1 - 0.9**20)
-    assert torch.equal(state[NEXT], initial_state()[NEXT])
+    assert torch.equal(state[NEXT], initial_state(1)[NEXT])
     # What is not finite is no evidence.
     state[NEXT, 1] = 0.5
     before = state.clone()
@@ -602,7 +602,7 @@ def test_budgets_that_scores_have_no_part_in_measure_the_peak_alone() -> None:
 
 
 def test_skill_is_how_near_the_best_block_by_score_comes_to_the_best_one() -> None:
-    state = initial_state()
+    state = initial_state(1)
     row = [0.3, 0.5, 0.05, 0.15]
     mass = torch.tensor([row, row, row]).view(1, 1, 3, 4)
     scored = SCORED.clone()
@@ -621,7 +621,7 @@ def test_skill_is_how_near_the_best_block_by_score_comes_to_the_best_one() -> No
 
 
 def test_rows_of_two_blocks_know_nothing_of_the_peak() -> None:
-    state = initial_state()
+    state = initial_state(1)
     state[EVIDENCE, 0] = 0.5
     mass = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 3).view(1, 1, 3, 4)
     two = torch.tensor([True, True, False, False]).expand(1, 1, 3, 4)
@@ -695,13 +695,13 @@ def test_states_from_before_heads_were_measured_load() -> None:
 
 
 def test_a_pass_takes_what_the_one_before_left() -> None:
-    state, marks = initial_state(), torch.rand(3, 2, generator=torch.Generator().manual_seed(0))
+    state, marks = initial_state(1), torch.rand(3, 2, generator=torch.Generator().manual_seed(0))
     state[NEXT, :NUMBERS] = torch.tensor([1.5, 0.6, 0.4])
     resting = HeldBudget.of(state)
     assert resting.moves is None
     assert float(resting.reach) == 0
     assert float(resting.level) == 1.5
-    assert torch.equal(state[LATEST:], initial_state()[LATEST:]), "evaluation notes nothing"
+    assert torch.equal(state[LATEST:], initial_state(1)[LATEST:]), "evaluation notes nothing"
     rows = torch.ones(1, 1, 4)
     # Twice as many as asked: the level falls by the fifth root, the threshold rises.
     wide = rows * 4, rows * 4, torch.full((1, 1, 4), 4), torch.tensor(0.5)

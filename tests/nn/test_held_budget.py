@@ -28,7 +28,7 @@ from guards import alone_equals_together
 
 SIZE, HEADS, KV_HEADS, DIM, TOKENS = 16, 4, 2, 16, 90
 EVEN, THRESHOLD, REACH = 0.5, 0.2, 3.5
-STATE = initial_state()
+STATE = initial_state(0)
 STATE[0, :3] = torch.tensor([1.0, EVEN, THRESHOLD])
 STATE[1, 4] = REACH
 # Of a head that the loss depends on less than on the others.

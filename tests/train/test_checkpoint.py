@@ -239,6 +239,17 @@ def test_a_state_is_taken_up_whole_or_not_at_all(
     assert same(state["training"], made.state_dict())
 
 
+def test_a_state_from_before_heads_were_measured_goes_on(state: dict[str, Any]) -> None:
+    old, made = copy.deepcopy(state["training"]), training()
+    names = [name for name in old["model"] if name.endswith(".budget_state")]
+    for name in names:
+        old["model"][name] = old["model"][name][:, :5].clone()
+    made.load_state_dict(old)
+    assert names
+    for name in names:
+        assert torch.equal(made.state_dict()["model"][name][:, :5], old["model"][name])
+
+
 def test_weights_that_are_no_numbers_are_refused(state: dict[str, Any]) -> None:
     name = next(iter(state["training"]["model"]))
     value = state["training"]["model"][name]

@@ -411,9 +411,8 @@ def layer_mass(seen: NamedPass, weights: Tensor | None = None) -> Tensor:
 
     Queries of padding count for nothing, whatever they and their ``weights`` hold.
     """
-    layer, query, valid = seen.layer, seen.query, seen.inputs.query_valid
+    layer, query, valid = seen.layer, _real_query(seen), seen.inputs.query_valid
     if valid is not None:
-        query = torch.where(valid[..., None, None], query, 0)
         given = query.new_ones(query.shape[:3]) if weights is None else weights
         weights = torch.where(valid[..., None], given, 0)
     return shared_mass(
@@ -429,10 +428,14 @@ def layer_mass(seen: NamedPass, weights: Tensor | None = None) -> Tensor:
 
 def peaks_of(seen: NamedPass) -> Tensor:
     """:func:`keeps_peaks` of a pass; queries of padding ask for nothing."""
-    query, valid = seen.query, seen.inputs.query_valid
-    if valid is not None:
-        query = torch.where(valid[..., None, None], query, 0)
+    query = _real_query(seen)
     return keeps_peaks(query, seen.key, seen.inputs.mask, seen.pattern, seen.layer.scale)
+
+
+def _real_query(seen: NamedPass) -> Tensor:
+    """The queries of a pass, 0 where they are padding."""
+    valid = seen.inputs.query_valid
+    return seen.query if valid is None else torch.where(valid[..., None, None], seen.query, 0)
 
 
 def _slot_scores(seen: NamedPass) -> Tensor | None:

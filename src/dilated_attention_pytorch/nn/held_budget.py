@@ -63,7 +63,7 @@ _MEMORY, _STEP = 0.1, 0.01
 _RISE, _FALL, _LEAST_SHARE, _LITTLE = 0.02, 0.001, 1e-3, 0.1
 
 
-def initial_state(heads: int = 0) -> Tensor:
+def initial_state(heads: int) -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
     held, none, all_alike = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [_LEAST_SHARE] * heads
     numbers = [*held, *none, *all_alike]
@@ -204,8 +204,6 @@ class HeldBudget:
 def _weights(state: Tensor) -> Tensor:
     """What each head counts, of how much the loss depends on it; exactly 1 where all are alike."""
     matters = state[_EVIDENCE, FIRST_HEAD:]
-    if not len(matters):
-        return matters.clone()
     share = matters / matters.amax()
     return share * (1 + _LITTLE) / (share + _LITTLE)
 
@@ -286,9 +284,7 @@ class MarginEvidence:
         # The last of a row's own blocks, by score.
         order = ranked.argsort(-1, descending=True)
         last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
-        margin = mass.gather(-1, last)[..., 0]
-        if state.shape[1] > FIRST_HEAD:
-            margin = margin * _weights(state)[:, None]
+        margin = mass.gather(-1, last)[..., 0] * _weights(state)[:, None]
         chose = self.count > 0
         kinds = torch.stack([chose & ~self.by_score, chose & self.by_score])
         found = kinds.flatten(1).any(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dilated_attention_pytorch.files import UNFINISHED, write_atomically
 from dilated_attention_pytorch.foreign_text import short_repr
-from dilated_attention_pytorch.nn.held_budget import could_be_held
+from dilated_attention_pytorch.nn.held_budget import FIRST_HEAD, could_be_held
 
 FORMAT = "dilated_attention_pytorch.training"
 VERSION = 2
@@ -259,6 +259,9 @@ def _check_tensor(name: str, own: Tensor, saved: Any) -> None:
     # There may be any number of calibrated lengths, and numbers of their own may gain precision.
     free = name.endswith(".thresholds")
     shapes_fit = saved.dim() == 2 if free else saved.shape == own.shape
+    if name.endswith(".budget_state"):
+        # Of before it knew heads.
+        shapes_fit |= saved.shape == (len(own), FIRST_HEAD)
     alike = saved.is_floating_point() and own.is_floating_point() and not saved.dim()
     if not shapes_fit or not (saved.dtype == own.dtype or alike) or saved.layout != torch.strided:
         raise CheckpointError(

@@ -21,7 +21,6 @@ from dilated_attention_pytorch.nn.held_budget import (
     LEAVE_PLATEAU,
     PEAKED,
     SKILLED,
-    peak_of,
     start_of,
 )
 from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
@@ -310,21 +309,6 @@ class AdaptiveSparsityTrainer:
         self._look_for_starts(layers)
         self._apply()
         return self.temperature
-
-    def highest_peak(self) -> float | None:
-        """How clearly the target of the clearest layer's selector says where to read.
-
-        Below 0.4 after ``annealing_steps`` a model stands on the plateau: attention has not found
-        out what to look at. Waits for the device.
-
-        Returns:
-            From 0 (uniform) to 1 (one block), lately; None where no layer looks for a start.
-
-        Raises:
-            RuntimeError: If no model is attached.
-        """
-        peaks = [float(peak_of(x.budget_state)) for x in self._layers() if _has_start(x)]
-        return max(peaks, default=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: the step and the schedule's settings."""
