@@ -132,6 +132,23 @@ def test_selectors_without_weights_are_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(model(tokens()).logits, logits)
 
 
+@pytest.mark.parametrize("budget", ["adaptive", "threshold"])
+def test_adapters_from_before_heads_were_measured_load(budget: str, tmp_path: Path) -> None:
+    model, ids = tiny_model(), tokens(1, 128)
+    config = AdaptiveConfig(block_size=8, base_sparsity=0.6, budget=budget)
+    with adapt(model, config) as adapted, torch.no_grad():
+        if budget == "threshold":
+            calibrate(adapted, ids[0], 0.6, lengths=(128,), windows=1)
+        logits = model(ids).logits
+        save_adapter(adapted, tmp_path)
+    new = SelectorAdapter.read(tmp_path)
+    old = {n: x[:, :5].clone() if n.endswith("budget_state") else x for n, x in new.tensors.items()}
+    assert any(old[name].shape != x.shape for name, x in new.tensors.items())
+    SelectorAdapter(new.configs, old, new.base, new.versions).save_pretrained(tmp_path / "old")
+    with load_adapter(model, tmp_path / "old"), torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+
+
 def test_peaks_are_saved(tmp_path: Path) -> None:
     model, ids = tiny_model(), tokens(1, 128)
     config = distilled_config(block_size=8, base_sparsity=0.6, hidden_dim=4, query_stride=4)

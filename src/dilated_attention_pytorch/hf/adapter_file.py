@@ -26,6 +26,7 @@ from dilated_attention_pytorch.hf.adapt import SelectorConfig, make_selector
 from dilated_attention_pytorch.hf.attention import SELECTOR
 from dilated_attention_pytorch.hf.sites import AttentionSite, real_values
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
+from dilated_attention_pytorch.nn.held_budget import FIRST_HEAD
 from dilated_attention_pytorch.runtime import with_dimension
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
@@ -343,6 +344,9 @@ def check_fit(content: AdapterContent, sites: list[AttentionSite]) -> None:
             wanted = expected.get(name)
             shapes = (value.shape, with_dimension(value).shape)
             fits = wanted is not None and wanted.shape in shapes
+            if name == "budget_state" and wanted is not None:
+                # Or of before it knew heads.
+                fits |= value.shape == (len(wanted), FIRST_HEAD)
             if name == "thresholds":
                 # There may be any number of lengths.
                 fits = wanted is not None

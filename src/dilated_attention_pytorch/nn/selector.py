@@ -226,7 +226,7 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         if prefix + "temperature" in state_dict:
             # Saved before there was one, all went by likeness; before it knew heads, all mattered.
             saved = state_dict.get(name, fresh)
-            if saved.shape == (len(fresh), FIRST_HEAD) != fresh.shape:
+            if saved.shape == (len(fresh), FIRST_HEAD):
                 saved = torch.cat([saved, fresh[:, FIRST_HEAD:].to(saved)], 1)
             state_dict = {**state_dict, name: saved}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
