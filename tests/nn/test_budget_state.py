@@ -637,42 +637,38 @@ def test_heads_are_measured_by_the_gradient_of_their_queries() -> None:
     """A share of the largest one; heads that choose together count as the one that matters most."""
     state, query = initial_state(2), torch.ones(2, 5, 4, 3, requires_grad=True)
     slope = torch.tensor([1e-3, 4e-3, 1e-2, 3e-2])[:, None] * torch.tensor([1.0, -1.0, 1.0])
-    seen = watch_heads(query, state, True)
+    seen = watch_heads(query, state)
     assert torch.equal(seen, query)
     (seen * slope).sum().backward()
     torch.testing.assert_close(query.grad, slope.expand_as(query))
     first = 1e-3**0.98
     want = [first * (0.004 / 0.03) ** 0.02, first]
     assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
-    # What mattered is slowly forgotten once blocks are left out.
-    for dense, fall in ((True, 0.02), (False, 0.001)):
-        state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.5, 1.0])
-        (watch_heads(query, state, dense) * slope).sum().backward()
-        want = [0.5 ** (1 - fall) * (0.004 / 0.03) ** fall, 1.0]
-        assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
+    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.5, 1.0])
+    (watch_heads(query, state) * slope).sum().backward()
+    want = [0.5**0.98 * (0.004 / 0.03) ** 0.02, 1.0]
+    assert state[EVIDENCE, FIRST_HEAD:].tolist() == pytest.approx(want)
     assert torch.equal(state[NEXT], initial_state(2)[NEXT])
     before = state.clone()
     for broken in (0.0, math.nan, math.inf):
-        (watch_heads(query, state, False) * broken).sum().backward()
-    torch.func.grad(lambda x: (watch_heads(x, state, False) * slope).sum())(query.detach())
-    watch_heads(torch.ones(0, 5, 4, 3, requires_grad=True), state, True).sum().backward()
+        (watch_heads(query, state) * broken).sum().backward()
+    torch.func.grad(lambda x: (watch_heads(x, state) * slope).sum())(query.detach())
+    watch_heads(torch.ones(0, 5, 4, 3, requires_grad=True), state).sum().backward()
     assert torch.equal(state, before)
 
 
-def test_heads_count_as_they_did_when_a_pass_runs_again() -> None:
+def test_heads_count_by_their_share_of_the_largest() -> None:
     state, mark = initial_state(3), torch.tensor([0.25, 1.0])
-    state[EVIDENCE, FIRST_HEAD:] = torch.tensor([1.0, 0.25, 0.5])
-    then = pytest.approx([1.0, 1.1 * 0.25 / 0.35, 1.1 * 0.5 / 0.6])
-    assert HeldBudget.of(state, mark).heads.tolist() == then
     state[EVIDENCE, FIRST_HEAD:] = torch.tensor([0.125, 0.5, 0.25])
-    now = pytest.approx([1.1 * 0.25 / 0.35, 1.0, 1.1 * 0.5 / 0.6])
-    assert HeldBudget.of(state).heads.tolist() == now
-    again = HeldBudget.of(state, mark), HeldBudget.latest(state)
-    assert [x.heads.tolist() for x in again] == [then, then]
+    held = HeldBudget.of(state, mark), HeldBudget.of(state, mark), HeldBudget.latest(state)
+    want = pytest.approx([1.1 * 0.25 / 0.35, 1.0, 1.1 * 0.5 / 0.6])
+    assert [x.heads.tolist() for x in held] == [want] * 3
 
 
-def test_training_finds_the_head_that_nothing_depends_on() -> None:
+def test_dense_training_finds_the_head_that_nothing_depends_on() -> None:
+    """And sparse training does not move what was found."""
     layer = trained()
+    layer.set_base_sparsity(0.0)
     query, key, value = draw("needles", torch.Generator().manual_seed(3))
     rest = value.shape[2] // 2
     for _ in range(300):
@@ -681,6 +677,9 @@ def test_training_finds_the_head_that_nothing_depends_on() -> None:
     heads = HeldBudget.of(layer.budget_state).heads
     assert heads[:rest].min() > 0.9
     assert heads[rest:].max() < 0.1
+    layer.set_base_sparsity(0.8)
+    layer(query, key, value, is_causal=True)[:, :, rest:].square().mean().backward()
+    assert torch.equal(HeldBudget.of(layer.budget_state).heads, heads)
 
 
 def test_states_from_before_heads_were_measured_load() -> None:

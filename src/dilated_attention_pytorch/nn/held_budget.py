@@ -4,8 +4,8 @@ Two numbers keep the mean sparsity: a level on the rows' shares, because what al
 common makes contents look alike; and a threshold on the softmaxed scores. A third one says how much
 of the budget is shared evenly and how much goes by the scores. The mass teaches it: whichever of
 the two kinds of rows gets more attention from its last block deserves more blocks. Scores count by
-how much the loss depends on their head's attention: a head that it does not depend on often looks
-at one block as surely as those that the answer comes from.
+how much the loss depended on their head's attention while nothing was left out: a head that it does
+not depend on often looks at one block as surely as those that the answer comes from.
 
 Rows that look back alone (``query_scope="past"``) cannot know how long the sequence will be. In
 training all rows of a document count as seeing what its last one does, elsewhere at least as much
@@ -33,8 +33,8 @@ _MARKS = 2**24
 _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
 _MOST_PASSES = 64
-# Columns; marks in the rows of passes alone. Heads: in the evidence how much the loss depends on
-# each, as a share of the largest in a step, averaged; in passes what its scores counted.
+# Columns; marks in the rows of passes alone, heads in the evidence alone: how much the loss depends
+# on each, as a share of the largest in a step, averaged.
 _LEVEL, _EVEN, _THRESHOLD, _MARK, FIRST_HEAD = 0, 1, 2, 3, 5
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
 # that the even share gave most, and of those that the scores did; the selector's skill; and how
@@ -58,9 +58,8 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
-# Gradients of heads change more from step to step, by factors. They shrink as heads have learned
-# what they read: once blocks are left out, a head that mattered is slowly forgotten.
-_RISE, _FALL, _LEAST_SHARE, _LITTLE = 0.02, 0.001, 1e-3, 0.1
+# Gradients of heads change more from step to step, by factors.
+_HEAD_MEMORY, _LEAST_SHARE, _LITTLE = 0.02, 1e-3, 0.1
 
 
 def initial_state(heads: int) -> Tensor:
@@ -149,26 +148,23 @@ class HeldBudget:
         with torch.no_grad():
             # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
-            heads = _weights(state)
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
                 same = (drawn == mark[0]) & torch.isclose(part, mark[1], rtol=1e-3)
                 moves = ~same.any()
                 held = torch.where(moves, held, (passes[:, :_MARK] * same[:, None]).sum(0))
-                heads = torch.where(moves, heads, (passes[:, FIRST_HEAD:] * same[:, None]).sum(0))
-                noted = torch.cat([torch.cat([held, mark, heads])[None], passes[:-1]])
+                new = torch.cat([held, mark, state[_NEXT, FIRST_HEAD:]])
+                noted = torch.cat([new[None], passes[:-1]])
                 state[_PASSES:] = torch.where(moves, noted, passes)
         level, even, threshold = held.unbind()
-        return cls(state, level, even, threshold, heads, reach, moves, scores_decide)
+        return cls(state, level, even, threshold, _weights(state), reach, moves, scores_decide)
 
     @classmethod
     def latest(cls, state: Tensor) -> HeldBudget:
         """What was in force in the latest pass in training."""
         level, even, threshold = state[_PASSES, :_MARK].clone().unbind()
-        return cls(
-            state, level, even, threshold, state[_PASSES, FIRST_HEAD:].clone(), _reach_of(state)
-        )
+        return cls(state, level, even, threshold, _weights(state), _reach_of(state))
 
     def follow(self, exact: Tensor, whole: Tensor, allowed: Tensor, keep: Tensor) -> None:
         """Moves level and threshold towards the asked mean; at a base sparsity of 0 nothing.
@@ -305,34 +301,34 @@ class MarginEvidence:
         state[_NEXT, _EVEN] = torch.where(starts, _FIRST_EVEN, moved)
 
 
-def watch_heads(query: Tensor, state: Tensor, dense: bool) -> Tensor:
+def watch_heads(query: Tensor, state: Tensor) -> Tensor:
     """Passes ``query`` on; its backward pass measures how much the loss depends on each head.
 
     That is the size of the gradient of a head's queries: of what the loss would gain or lose if the
-    head looked elsewhere.
+    head looked elsewhere. For passes that leave nothing out: elsewhere is what a sparse pass does
+    not see, and there heads that nothing depends on seem to matter more and more.
 
     Args:
         query: What attention reads, ``(batch, n, heads, d)``.
         state: The layer's buffer; is written.
-        dense: Whether the pass leaves out nothing.
     """
-    watched: Tensor = _WatchHeads.apply(query, state, _RISE if dense else _FALL)
+    watched: Tensor = _WatchHeads.apply(query, state)
     return watched
 
 
 class _WatchHeads(torch.autograd.Function):
     @staticmethod
-    def forward(query: Tensor, state: Tensor, fall: float) -> Tensor:
+    def forward(query: Tensor, state: Tensor) -> Tensor:
         return query.view_as(query)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         # Not saved for the backward pass: what is written to in between is meant to be read then.
-        _, ctx.state, ctx.fall = inputs
+        _, ctx.state = inputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if not _transformed():
             known = ctx.state[_EVIDENCE, FIRST_HEAD:]
             # Without a copy of the gradient.
@@ -343,11 +339,9 @@ class _WatchHeads(torch.autograd.Function):
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
             share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_SHARE), known)
             # A geometric mean: one large gradient of one head says little of the others.
-            # Not torch.where of two numbers, which makes the default dtype.
-            rate = ctx.fall + (_RISE - ctx.fall) * (share > known).to(known.dtype)
-            moved = torch.lerp(known.log(), share.log(), rate).exp()
+            moved = torch.lerp(known.log(), share.log(), _HEAD_MEMORY).exp()
             ctx.state[_EVIDENCE, FIRST_HEAD:] = moved
-        return grad, None, None
+        return grad, None
 
 
 def _learn(scores: Tensor, scored: Tensor, mass: Tensor, *known: Any) -> None:

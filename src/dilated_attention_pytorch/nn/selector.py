@@ -390,10 +390,10 @@ class SelectorLayer(FormerScalars, BudgetLayer):
         return self.training and torch.is_grad_enabled() and self.learns_by_mass
 
     def watched_query(self, query: Tensor) -> Tensor:
-        """Where scores decide on budgets, measures which heads the loss depends on."""
-        if not (self.teaches and self.budget.by_content and query.requires_grad):
+        """Before scores decide on budgets, measures which heads the loss depends on."""
+        if not (self.teaches and self.budget.by_content and self.keeps_all and query.requires_grad):
             return query
-        return watch_heads(query, self.budget_state, self.keeps_all)
+        return watch_heads(query, self.budget_state)
 
     @property
     def learns_by_mass(self) -> bool:
