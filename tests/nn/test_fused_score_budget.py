@@ -54,7 +54,7 @@ def set_threshold(layer: BlockSparseAdaptive, threshold: float) -> None:
     """In force next, with a small even share."""
     layer.budget_state[0, :3] = torch.tensor([1.0, 0.1, threshold], device=DEVICE)
     layer.budget_state[1, 5:] = 1.0
-    layer.budget_state[1, 6:7] = 0.1
+    layer.budget_state[1, 6:7] = 0.1**2
 
 
 def inputs(batch: int) -> list[Tensor]:

@@ -60,8 +60,9 @@ def win_by_scores(layer: BlockSparseAdaptive) -> BlockSparseAdaptive:
 
 def put_state(layer: BlockSparseAdaptive) -> None:
     layer.budget_state[:, : STATE.shape[1]] = STATE
-    layer.budget_state[1, STATE.shape[1] :] = 1.0
-    layer.budget_state[1, STATE.shape[1] :][LESS : LESS + 1] = SHARE
+    heads = layer.budget_state[1, STATE.shape[1] :]
+    heads[:] = 1.0
+    heads[LESS : LESS + 1] = SHARE**2
 
 
 def make(kind: str, scope: str, **changes: Any) -> BlockSparseAdaptive:

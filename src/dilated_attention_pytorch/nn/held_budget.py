@@ -34,7 +34,7 @@ _NEXT, _EVIDENCE, _PASSES = 0, 1, 2
 # More passes than are under way at once.
 _MOST_PASSES = 64
 # Columns; marks in the rows of passes alone, heads in the evidence alone: how much the loss depends
-# on each, as a share of the largest in a step, averaged.
+# on each, the square of its gradient, averaged; 0: not measured.
 _LEVEL, _EVEN, _THRESHOLD, _MARK, FIRST_HEAD = 0, 1, 2, 3, 5
 # Columns of the evidence: how peaked the selector's target is; the mass of the last blocks of rows
 # that the even share gave most, and of those that the scores did; the selector's skill; and how
@@ -58,13 +58,13 @@ _FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
-# Gradients of heads change more from step to step, by factors.
-_HEAD_MEMORY, _LEAST_SHARE, _LITTLE = 0.02, 1e-3, 0.1
+# Gradients of heads change more from step to step.
+_HEAD_MEMORY, _LITTLE = 0.02, 0.1
 
 
 def initial_state(heads: int) -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
-    held, none, all_alike = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [_LEAST_SHARE] * heads
+    held, none, all_alike = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [0.0] * heads
     numbers = [*held, *none, *all_alike]
     rows = [numbers, [*[0.0] * FIRST_HEAD, *all_alike], *[numbers] * _MOST_PASSES]
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
@@ -76,7 +76,7 @@ def could_be_held(state: Tensor) -> bool:
     numbers[_EVIDENCE] = numbers[_NEXT]
     least, most = (state.new_tensor(x) for x in ([0.0] * 3, [_LARGEST_LEVEL, 1.0, NO_THRESHOLD]))
     held = ((numbers >= least) & (numbers <= most)).all() & (state[_EVIDENCE, _REACH] >= 0)
-    return bool(held & (state[:, FIRST_HEAD:] > 0).all() & state.isfinite().all())
+    return bool(held & (state[:, FIRST_HEAD:] >= 0).all() & state.isfinite().all())
 
 
 def mark_pass(
@@ -200,7 +200,8 @@ class HeldBudget:
 def _weights(state: Tensor) -> Tensor:
     """What each head counts, of how much the loss depends on it; exactly 1 where all are alike."""
     matters = state[_EVIDENCE, FIRST_HEAD:]
-    share = matters / matters.amax()
+    largest = matters.amax()
+    share = torch.where(largest > 0, (matters / largest).sqrt(), torch.ones_like(matters))
     return share * (1 + _LITTLE) / (share + _LITTLE)
 
 
@@ -334,13 +335,12 @@ class _WatchHeads(torch.autograd.Function):
             # Without a copy of the gradient.
             wide = exact_dtype(grad.dtype)
             size = torch.linalg.vector_norm(grad.detach(), dim=(0, 1, 3), dtype=wide).float()
-            size = size.view(len(known), -1).amax(-1)
-            share = size / size.amax()
+            # Squares: what a head learned counts long after its gradient has become small, as that
+            # of heads that nothing depends on is then no smaller.
+            moved = torch.lerp(known, size.view(len(known), -1).amax(-1).square(), _HEAD_MEMORY)
             # Nothing is known of passes without tokens, or whose gradients are zero or not finite.
-            share = torch.where(share.isfinite().all(), share.clamp(min=_LEAST_SHARE), known)
-            # A geometric mean: one large gradient of one head says little of the others.
-            moved = torch.lerp(known.log(), share.log(), _HEAD_MEMORY).exp()
-            ctx.state[_EVIDENCE, FIRST_HEAD:] = moved
+            told = (size > 0).any() & moved.isfinite().all()
+            ctx.state[_EVIDENCE, FIRST_HEAD:] = torch.where(told, moved, known)
         return grad, None
 
 

@@ -136,10 +136,9 @@ _LOOK_EVERY = 10
 # A start that was shorter says nothing of a plateau.
 _LONG_START = 100
 # Shortly before attention finds out where to read it often looks at something else as clearly, and
-# the selector knows it as well: for up to 250 of 500 steps in the map's cells. What attention finds
-# out then is new to the selector, whose skill falls below the first number; or it has been clear
-# for so much of annealing.
-_NEW, _HELD = 0.4, 0.6
+# the selector knows it as well: for up to 500 of 2,000 steps in the map's cells. What attention
+# finds out then is new to the selector, whose skill falls below this.
+_NEW = 0.4
 # What a state holds besides the arrivals.
 _SETTINGS = (
     "current_step", "initial_temperature", "final_temperature", "annealing_steps", "schedule",
@@ -161,14 +160,14 @@ class AdaptiveSparsityTrainer:
     as soon as what its selector is to learn says clearly where to read (its target stands 0.4 of
     the way from uniform to one block) and the selector says it, too (the mass of its best block
     stands 0.8 of the way from a block at random to the best one), and the target was new to the
-    selector (it stood below 0.4) or has been clear for 0.6 of ``annealing_steps``: shortly before
+    selector (it stood below 0.4) or has been clear for ``annealing_steps``: shortly before
     attention finds out, it often looks at something else as clearly. From ``annealing_steps`` on a
     layer follows whose target never becomes clear, if another one has begun. Where none has, the
-    trainer warns; all begin at ``explore_steps`` at the latest, as sparse attention hardly ever
-    finds out what dense attention has not. Some are left as they are: layers that say so already,
-    as trained ones do; those whose selector is not taught by the mass of its tiles, or whose budget
-    is no share; and those that were set to a sparsity of their own. Language models learn from the
-    first step on and lose by a dense start: give them ``dense_steps=0``.
+    trainer warns; all have their sparsity at ``explore_steps`` at the latest, as sparse attention
+    hardly ever finds out what dense attention has not. Some are left as they are: layers that say
+    so already, as trained ones do; those whose selector is not taught by the mass of its tiles, or
+    whose budget is no share; and those that were set to a sparsity of their own. Language models
+    learn from the first step on and lose by a dense start: give them ``dense_steps=0``.
 
     At the end training reads what evaluation reads: from ``explore_steps`` on layers that the mass
     of their tiles teaches draw neither noise nor random blocks; their temperature is 0.
@@ -402,7 +401,7 @@ class AdaptiveSparsityTrainer:
     def _look_for_starts(self, layers: Sequence[BlockSparseAdaptive]) -> None:
         waiting = [n for n, arrival in enumerate(self.arrivals) if arrival < 0]
         step, annealed = self.current_step, self.annealing_steps
-        end = max(self._exploring, annealed)
+        end = max(self._exploring - self._warmup, annealed)
         if not waiting or not (step == 1 or step % _LOOK_EVERY == 0 or step in (annealed, end)):
             return
         # One wait for the device, however many layers there are.
@@ -419,7 +418,7 @@ class AdaptiveSparsityTrainer:
                 self.arrivals[n] = -2
             elif self.arrivals[n] == -1:
                 self.arrivals[n] = -1 - step
-        since = max(step - int(_HELD * annealed), 1)
+        since = max(step - annealed, 1)
         held = {n for n in starts if -1 - since <= self.arrivals[n] < -1}
         started = len(starts) < sum(_has_start(layer) for layer in layers)
         # Peaks are 0 where no row has had three blocks to compare.
