@@ -34,6 +34,7 @@ from dilated_attention_pytorch.nn.held_budget import (
     start_of,
     watch_heads,
 )
+from dilated_attention_pytorch.selection.budget import blocks_above
 from dilated_attention_pytorch.tasks.text import TextData
 from dilated_attention_pytorch.train.language_model import (
     LanguageModelRun,
@@ -175,6 +176,23 @@ def test_an_annealed_target_is_followed() -> None:
     for _ in range(30):
         layer(*draw("noise", generator), is_causal=True)
     assert abs(sparsity(layer, "noise", True) - 0.9) <= 0.01
+
+
+def test_the_sparsity_is_held_where_selectors_are_sure() -> None:
+    """All blocks but the best have so little of the softmax that none of them reached 1e-5."""
+    state, generator = initial_state(2), torch.Generator().manual_seed(0)
+    state[NEXT, :NUMBERS] = torch.tensor([1.0, 0.03, 0.3])
+    scored, most = torch.ones(1, 2, 50, 20, dtype=torch.bool), torch.tensor(8)
+    allowed, keep, kept = torch.tensor(20), torch.tensor(0.2), []
+    for step in range(300):
+        held = HeldBudget.of(state, torch.tensor([step / 512, 1.0]))
+        scores = 10 * torch.randn(1, 2, 50, 20, generator=generator)
+        scores[..., 0] = 40
+        whole = blocks_above(scores, scored, held.threshold, most, held.heads, heads_compete=False)
+        held.follow(torch.full((1, 2, 50), 4.0), whole, allowed, keep)
+        kept.append(float(whole.float().mean()))
+    assert kept[60] < 3
+    assert sum(kept[-20:]) / 20 == pytest.approx(4, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["ones", "noise", "biased noise"])

@@ -53,8 +53,9 @@ LEAVE_PLATEAU = (
     "needs no choice by content: compare with a fixed pattern."
 )
 _LARGEST_LEVEL = 8.0
-# Little changes at once: the threshold takes some ten steps to find its place.
-_FIRST_EVEN, _FIRST_THRESHOLD = 0.8, 0.3
+# Little changes at once: the threshold takes some ten steps to find its place. Of sure selectors all
+# blocks but the best have next to nothing of the softmax.
+_FIRST_EVEN, _FIRST_THRESHOLD, _LEAST_THRESHOLD = 0.8, 0.3, 1e-20
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
@@ -182,7 +183,7 @@ class HeldBudget:
             asked = (allowed.expand(exact.shape).sum() * keep).clamp(min=1)
             shared, kept = ((x.detach().sum() / asked).clamp(0.5, 2.0) for x in (exact, whole))
             level = (self.level * shared**-0.2).clamp(1 / _LARGEST_LEVEL, _LARGEST_LEVEL)
-            threshold = (self.threshold * kept**0.3).clamp(1e-5, NO_THRESHOLD)
+            threshold = (self.threshold * kept**0.3).clamp(_LEAST_THRESHOLD, NO_THRESHOLD)
             free = self.moves & (keep < 1) & torch.isfinite(shared + kept)
             moved = torch.stack([level, self.even, threshold])
             moves = torch.stack([free, torch.zeros_like(free), free & (self.even < 1)])
