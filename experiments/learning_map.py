@@ -408,7 +408,8 @@ class Judged:
             times the steps to 0.9 of dense attention's. None: dense attention does not start.
         holds: Training leaves out what was asked, within 0.02, in every seed.
         pays: Not worse than the even budget by more than 0.01, and better by 0.1 where that one is
-            below 0.9.
+            below 0.9, in the mean of the seeds of which dense attention learns all: no budget
+            makes up for attention that does not start.
     """
 
     starts: bool | None
@@ -419,14 +420,15 @@ class Judged:
     def of(cls, dense: Sequence[Any], adaptive: Sequence[Any], fixed: Sequence[Any]) -> Judged:
         """Of finished runs, five seeds of each."""
         fourth = [sorted(r["steps_to_90"] or math.inf for r in x)[3] for x in (dense, adaptive)]
-        means = [sum(r["accuracy"] for r in x) / len(x) for x in (dense, adaptive, fixed)]
+        able = [n for n, r in enumerate(dense) if r["accuracy"] >= 0.99]
+        even, own = (sum(x[n]["accuracy"] for n in able) for x in (fixed, adaptive))
         there = sum(r["accuracy"] >= 0.98 * max(r["accuracy"] for r in dense) for r in adaptive)
         return cls(
             (there >= 4 and fourth[1] <= 1.5 * fourth[0])
-            if sum(r["accuracy"] >= 0.99 for r in dense) >= 4
+            if len(able) >= 4
             else None,
             all(abs(r["training_sparsity"] - r["asked"]) <= 0.02 for r in adaptive),
-            means[1] >= means[2] + (0.1 if means[2] < 0.9 else -0.01),
+            own >= even + len(able) * (0.1 if even < 0.9 * len(able) else -0.01),
         )
 
     def __str__(self) -> str:
@@ -462,7 +464,7 @@ def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         "times the steps to 0.9.",
         "- *Holds*: within 0.02 in every seed, in the last quarter of the training.",
         "- *Pays*: at most 0.01 worse than the even budget, at least 0.1 better where that one is "
-        "below 0.9.", "",
+        "below 0.9; of the seeds that dense attention learns.", "",
         f"Mean accuracy of all seeds and recipes, {STEPS} steps.", "",
         "| geometry | asked | " + " | ".join(methods) + " | cells that meet all three |",
         "|---|---|" + "---|" * len(methods) + "---|",
