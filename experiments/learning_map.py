@@ -424,9 +424,7 @@ class Judged:
         even, own = (sum(x[n]["accuracy"] for n in able) for x in (fixed, adaptive))
         there = sum(r["accuracy"] >= 0.98 * max(r["accuracy"] for r in dense) for r in adaptive)
         return cls(
-            (there >= 4 and fourth[1] <= 1.5 * fourth[0])
-            if len(able) >= 4
-            else None,
+            (there >= 4 and fourth[1] <= 1.5 * fourth[0]) if len(able) >= 4 else None,
             all(abs(r["training_sparsity"] - r["asked"]) <= 0.02 for r in adaptive),
             own >= even + len(able) * (0.1 if even < 0.9 * len(able) else -0.01),
         )

@@ -3,7 +3,7 @@
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter, load_adapter, save_adapter
 from dilated_attention_pytorch.hf.adapter_file import AdapterError, AdapterWarning
-from dilated_attention_pytorch.hf.attention import register
+from dilated_attention_pytorch.hf.attention import DenseBelow, register
 from dilated_attention_pytorch.hf.calibration import calibrate, fit_low_rank
 from dilated_attention_pytorch.hf.evaluate import Evaluation, EvaluationSettings
 from dilated_attention_pytorch.hf.layer_shares import measure_costs
@@ -20,6 +20,7 @@ __all__ = [
     "AdapterError",
     "AdapterWarning",
     "CountTiles",
+    "DenseBelow",
     "Evaluation",
     "EvaluationSettings",
     "RetrievalSettings",

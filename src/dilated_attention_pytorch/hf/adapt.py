@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from dilated_attention_pytorch.config import AdaptiveConfig, check_sparsity
-from dilated_attention_pytorch.hf.attention import SELECTOR, hand_over_cache, register, takes_cache
+from dilated_attention_pytorch.hf.attention import (
+    SELECTOR,
+    DenseBelow,
+    hand_over_cache,
+    register,
+    takes_cache,
+)
 from dilated_attention_pytorch.hf.sites import AttentionSite, find_attention
 from dilated_attention_pytorch.nn.adaptive import BlockSparseAdaptive
 from dilated_attention_pytorch.nn.baselines import BlockSparseTrainingFree, TrainingFreeConfig
@@ -59,6 +65,18 @@ class AdaptedModel:
         """The selectors by layer number."""
         found = {site.number: site.module._modules.get(SELECTOR) for site in self.sites}
         return {n: s for n, s in found.items() if isinstance(s, BlockSparseLayer)}
+
+    @property
+    def dense_below(self) -> DenseBelow:
+        """Below how many tokens the model attends densely; to be set, :class:`DenseBelow`."""
+        return DenseBelow.of(next(iter(self.selectors.values())))
+
+    @dense_below.setter
+    def dense_below(self, value: DenseBelow) -> None:
+        if not isinstance(value, DenseBelow):
+            raise TypeError(f"dense_below must be a DenseBelow, got {type(value).__name__}.")
+        for selector in self.selectors.values():
+            value.tell(selector)
 
     def selector_parameters(self) -> list[nn.Parameter]:
         """All parameters of the selectors."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dilated_attention_pytorch.config import as_int
 from dilated_attention_pytorch.hf.cache import CacheHandle
 from dilated_attention_pytorch.hf.mask import (
     OFFSET,
@@ -40,6 +41,53 @@ CACHE = "block_selector_cache"
 # the whole cache. With 8,192 tokens cached (9 heads, one busy CPU thread) 4, 16 and 64 tokens took
 # 24, 94 and 377 ms, the layer 16 ms; drafts should be judged as the same tokens one by one.
 MOST_CHOICES = 8
+# Name of the attribute by which a selector knows its DenseBelow.
+_DENSE_BELOW = "dense_below"
+
+
+@dataclass(frozen=True)
+class DenseBelow:
+    """Below how many tokens an adapted model attends densely, where sparse attention is slower.
+
+    Counted are the keys of a pass, those of the cache among them; a static cache has as many as it
+    has room for where nobody follows it, as in compiled passes. Training and whoever records
+    patterns are left out.
+
+    Attributes:
+        prefill: For passes over several tokens; 0: never.
+        generation: For passes over one token; 0: never.
+
+    Raises:
+        TypeError: If a number is no int.
+        ValueError: If one is negative.
+    """
+
+    prefill: int = 0
+    generation: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        for name in ("prefill", "generation"):
+            if as_int(name, getattr(self, name)) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+    @classmethod
+    def of(cls, selector: BlockSparseLayer) -> DenseBelow:
+        """What a selector was told."""
+        told: DenseBelow = selector.__dict__.get(_DENSE_BELOW, _ALWAYS_SPARSE)
+        return told
+
+    def tell(self, selector: BlockSparseLayer) -> None:
+        """Tells a selector."""
+        setattr(selector, _DENSE_BELOW, self)
+
+    def holds(self, selector: BlockSparseLayer, q_len: int, kv_len: int) -> bool:
+        """Whether a pass of the layer is dense."""
+        least = self.generation if q_len == 1 else self.prefill
+        return kv_len < least and not (selector.training or selector.observed)
+
+
+_ALWAYS_SPARSE = DenseBelow()
 
 
 def register() -> str:
@@ -72,7 +120,8 @@ def block_sparse_forward(
 ) -> tuple[Tensor, None]:
     """Attention of one layer; transformers calls it.
 
-    Layers without a selector (dense layers, sliding windows) run PyTorch's attention.
+    Layers without a selector (dense layers, sliding windows) run PyTorch's attention; the others,
+    too, where :class:`DenseBelow` says so.
 
     Args:
         module: The model's attention layer; its selector decides which blocks are read.
@@ -96,13 +145,18 @@ def block_sparse_forward(
     cached_keys = key
     # Under autocast rotary positions leave queries and keys in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if selector is None:
-        if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:
-            attention_mask = token_mask(attention_mask, query.shape[2], key.shape[2])
+
+    def densely() -> tuple[Tensor, None]:
+        seen = attention_mask
+        if isinstance(seen, Tensor) and seen.dtype == torch.int32:
+            seen = token_mask(seen, query.shape[2], key.shape[2])
         out: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+            module, query, key, value, seen, dropout=dropout, scaling=scaling, **others
         )
         return out
+
+    if selector is None:
+        return densely()
     if dropout:
         raise ValueError(
             f"attention_dropout must be 0, got {dropout}: block-sparse attention never forms the "
@@ -117,15 +171,18 @@ def block_sparse_forward(
             f"scaling must be {selector.scale}, which the selector was made for, got {scaling}."
         )
     mask = check_compact(attention_mask, query.shape[0], key.shape[2])
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    step = None if handle is None else CacheStep.of(mask, query.shape[2], key.shape[2])
+    tokens = key.shape[2] if step is None else step.end
+    dense = DenseBelow.of(selector).holds(selector, query.shape[2], tokens)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if handle is not None:
-        step = CacheStep.of(mask, query.shape[1], key.shape[1])
-        if step is not None and handle.can_keep(cached_keys):
-            attended = CachedAttention(handle, query, key, value, mask, step).attend()
-            return attended.contiguous(), None
+        if not dense and step is not None and handle.can_keep(cached_keys):
+            return CachedAttention(handle, q, k, v, mask, step).attend().contiguous(), None
         handle.drop()
+    if dense:
+        return densely()
     # Some models take a view of it.
-    return whole_attention(selector, query, key, value, mask).contiguous(), None
+    return whole_attention(selector, q, k, v, mask).contiguous(), None
 
 
 def whole_attention(

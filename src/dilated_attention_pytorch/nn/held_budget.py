@@ -53,8 +53,8 @@ LEAVE_PLATEAU = (
     "needs no choice by content: compare with a fixed pattern."
 )
 _LARGEST_LEVEL = 8.0
-# Little changes at once: the threshold takes some ten steps to find its place. Of sure selectors all
-# blocks but the best have next to nothing of the softmax.
+# Little changes at once: the threshold takes some ten steps to find its place. Of sure selectors
+# all blocks but the best have next to nothing of the softmax.
 _FIRST_EVEN, _FIRST_THRESHOLD, _LEAST_THRESHOLD = 0.8, 0.3, 1e-20
 # Some rows of either kind are left, to compare with.
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
