@@ -29,7 +29,8 @@ SMALLER = {
     "allot": "--lengths 256 --windows 1",
     "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --repeats 0 "
     "--baselines mean_pool",
-    "evaluate --suite": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 "
+    "evaluate --suite speed": "--lengths 64 --repeats 1",
+    "evaluate --suite retrieval": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 "
     "--samples 1 --tasks needle --baselines mean_pool",
     "report": "--samples 1",
     "diagnose": "--samples 2",
@@ -76,7 +77,7 @@ def test_the_way_from_a_model_folder(
             exec(compile(code, f"{page.name}, block {number + 1}", "exec"), names)
         for line in commands("" if python else code):
             command, *arguments = shlex.split(line)
-            suite = f"{command} {arguments[0]}"
+            suite = " ".join([command, *arguments[:2]])
             smaller = SMALLER[suite if suite in SMALLER else command]
             status = main([command, *arguments, *smaller.split()])
             # A selector that was taught for two steps may fail its diagnosis.

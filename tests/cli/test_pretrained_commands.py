@@ -140,6 +140,29 @@ def tune(distilled: Path, model: Path, texts: Path, out: Path, *more: str) -> li
     ]  # fmt: skip
 
 
+def test_the_speed_of_an_adapter_is_measured_and_noted_in_it(
+    model: Path, texts: Path, distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(distilled / "adapter", folder)
+    command = ["evaluate", "--model", str(model), "--text", str(texts), "--suite", "speed"]
+    measure = [*command, "--adapter", str(folder), "--repeats", "1"]
+    assert main([*measure, "--lengths", "64", "128", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["length"] for row in found["rows"]] == [64, 128]
+    about = json.loads((folder / "adapter.json").read_text())
+    assert about["dense_below"] == {found["device"]: found["dense_below"]}
+    assert (found["device"], found["written"]) == ("cpu", True)
+    # Lengths of its own where none are named: up to what the model has positions for.
+    assert main(measure) == 0
+    shown = capsys.readouterr().out
+    assert "On cpu; this is noted in the adapter" in shown
+    assert main(command) == 2
+    assert "--suite speed needs --adapter" in capsys.readouterr().err
+    assert main([*measure, "--sparsities", "0.5"]) == 2
+    assert "--sparsities: no effect with --suite speed" in capsys.readouterr().err
+
+
 def test_tune_starts_from_the_adapter(
     distilled: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

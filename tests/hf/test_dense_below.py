@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from dilated_attention_pytorch import AdaptiveConfig
-from dilated_attention_pytorch.hf import DenseBelow, adapt
+from dilated_attention_pytorch.hf import (
+    AdapterError,
+    DenseBelow,
+    SelectorAdapter,
+    adapt,
+    load_adapter,
+    save_adapter,
+)
+from dilated_attention_pytorch.hf.evaluate import break_even, measure_speed
 from dilated_attention_pytorch.nn.block_sparse import observe_patterns
 from tiny_models import tiny_model
 
@@ -124,3 +134,79 @@ def test_bad_lengths_name_what_is_wrong() -> None:
         pytest.raises(TypeError, match="dense_below must be a DenseBelow, got int"),
     ):
         adapted.dense_below = 1024
+
+
+def test_load_adapter_takes_what_was_measured_on_the_device(tmp_path: Path) -> None:
+    model, ids = tiny_model(), tokens()
+    with adapt(model, CONFIG) as adapted:
+        save_adapter(adapted, tmp_path)
+        assert SelectorAdapter.of(adapted).dense_below == {}
+    with load_adapter(model, tmp_path) as adapted:
+        assert adapted.dense_below == DenseBelow()
+    adapter, plain = SelectorAdapter.read(tmp_path), logits(model, ids)
+    adapter.dense_below |= {"cpu": DenseBelow(200, 300), "some GPU": DenseBelow(400)}
+    adapter.save_pretrained(tmp_path)
+    assert SelectorAdapter.read(tmp_path).dense_below == adapter.dense_below
+    with load_adapter(model, tmp_path) as adapted:
+        assert adapted.dense_below == DenseBelow(200, 300)
+        assert torch.equal(logits(model, ids), plain)
+    for given in (DenseBelow(), DenseBelow(1)):
+        with load_adapter(model, tmp_path, dense_below=given) as adapted:
+            assert adapted.dense_below == given
+            assert not torch.allclose(logits(model, ids), plain, atol=1e-3)
+    # Whoever measures the selectors applies them without.
+    with adapter.apply(model) as adapted:
+        assert adapted.dense_below == DenseBelow()
+
+
+def test_the_lengths_of_an_adapter_may_be_set_by_hand(tmp_path: Path) -> None:
+    with adapt(tiny_model(), CONFIG) as adapted:
+        save_adapter(adapted, tmp_path)
+    path = tmp_path / "adapter.json"
+    about = json.loads(path.read_text())
+    about["dense_below"] = {"cpu": {"prefill": 7, "generation": 0}}
+    path.write_text(json.dumps(about))
+    assert SelectorAdapter.read(tmp_path).dense_below == {"cpu": DenseBelow(7)}
+    for wrong, words in (
+        ({"cpu": 7}, "must hold .'generation', 'prefill'. for each device, got"),
+        ([], "dense_below must hold"),
+        ({"cpu": {"prefill": 7}}, "dense_below must hold"),
+        ({"cpu": {"prefill": -7, "generation": 0}}, "prefill must not be negative, got -7"),
+        ({"cpu": {"prefill": "7", "generation": 0}}, "prefill must be an int, got '7'"),
+    ):
+        path.write_text(json.dumps({**about, "dense_below": wrong}))
+        with pytest.raises(AdapterError, match=words):
+            SelectorAdapter.read(tmp_path)
+
+
+def test_the_break_even_is_where_sparse_is_faster_at_every_longer_length() -> None:
+    def row(length: int, prefill: float, generation: float) -> dict[str, float]:
+        return {
+            "length": length, "prefill_dense": 1.0, "prefill_sparse": prefill,
+            "generation_dense": 1.0, "generation_sparse": generation,
+        }  # fmt: skip
+
+    rows = [row(512, 0.9, 0.5), row(1024, 1.0, 0.5), row(2048, 0.9, 0.5), row(4096, 0.5, 1.1)]
+    assert break_even(rows) == break_even(rows[::-1]) == DenseBelow(2048, 4097)
+    assert break_even(rows[:1]) == DenseBelow(512, 512)
+
+
+def test_both_ways_are_timed_and_settings_stay() -> None:
+    model = tiny_model()
+    lengths = []
+    with adapt(model, CONFIG) as adapted:
+        adapted.dense_below = DenseBelow(3, 4)
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append((args[0].shape[1], adapted.dense_below.prefill)),
+            with_kwargs=True,
+        )
+        found = measure_speed(adapted, tokens(40)[0], repeats=2, new_tokens=3)
+        hook.remove()
+        assert adapted.dense_below == DenseBelow(3, 4)
+    assert found.pop("length") == 40
+    assert len(found) == 4
+    assert all(seconds > 0 for seconds in found.values())
+    # Of either way one run warms up.
+    assert sum(length == 40 for length, _ in lengths) == 6
+    assert sum(length == 1 for length, _ in lengths) == 18
+    assert sum(prefill > 40 for _, prefill in lengths) == 12

@@ -38,7 +38,10 @@ from dilated_attention_pytorch.foreign_text import printable
 _OPTIONS_OF = {
     "perplexity": ("prefixes", "repeats"),
     "retrieval": ("tasks", "samples", "seed"),
+    "speed": ("repeats",),
 }
+# The speed suite's prompts where no lengths are named; it stops before one that takes minutes.
+_FIRST_PROMPT, _LONGEST_PROMPT, _LONG_SECONDS = 512, 32_768, 10.0
 _CELL = ("text", "length", "method", "sparsity")
 _NO_CHOICE = (
     "* The blocks that are always read leave out no more: nothing was chosen, and all methods with "
@@ -53,7 +56,8 @@ def add_evaluate(commands: Any) -> None:
         help="measure a sparse pretrained model and its baselines against dense attention",
         description="Perplexity by length and sparsity relative to dense attention, kept "
         "attention mass and speed, of an adapter and of training-free selectors; or, with --suite "
-        "retrieval, whether they still find what stands far away.",
+        "retrieval, whether they still find what stands far away; or, with --suite speed, from "
+        "which length on an adapter is faster than dense attention, which it notes in the adapter.",
     )
     parser.set_defaults(command=evaluate)
     add_model_and_text(parser, required=True)
@@ -117,16 +121,22 @@ def evaluate(parsed: argparse.Namespace) -> int:
         remedy = "lower --lengths, or use --dtype bfloat16"
         stack.enter_context(failing(remedy, OSError, ValueError))
         evaluation, suite = _build(parsed)
-        found = _measure(evaluation, console) if suite is None else _ask(suite, console)
+        if parsed.suite == "speed":
+            found = _time(evaluation, named_options(parsed).get("lengths"), console)
+            found["written"] = _note(evaluation.adapter, parsed.adapter, found)
+        else:
+            found = _measure(evaluation, console) if suite is None else _ask(suite, console)
         result = _finite({"model": parsed.model, "adapter": parsed.adapter, **found})
         if parsed.out is not None:
             content = json.dumps(result, indent=2) + "\n"
             write_atomically(parsed.out / "results.json", content.encode())
-            if suite is None:
+            if parsed.suite == "perplexity":
                 plot = parsed.out / "perplexity.png"
                 write_plot(plot_perplexity, found["rows"], plot, console)
     if parsed.json:
         print(json.dumps(result, indent=2))
+    elif parsed.suite == "speed":
+        _print_speed(**found)
     elif suite is None:
         _print(evaluation, **found)
     else:
@@ -149,6 +159,81 @@ def _measure(evaluation: Any, console: PlainConsole) -> dict[str, Any]:
         for length in evaluation.settings.lengths
     ]
     return {"dense": dense, "rows": rows}
+
+
+def _time(evaluation: Any, lengths: Sequence[int] | None, console: PlainConsole) -> dict[str, Any]:
+    """Prompts and generation at several lengths, and from which length on sparse is faster."""
+    from dilated_attention_pytorch.hf.adapter import device_name
+    from dilated_attention_pytorch.hf.evaluate import break_even, measure_speed
+    from dilated_attention_pytorch.hf.sites import input_device
+
+    model, (text, *_) = evaluation.model, evaluation.texts.values()
+    named = lengths is not None
+    if lengths is None:
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST_PROMPT)
+        doubled = (_FIRST_PROMPT << n for n in range(16))
+        lengths = [n for n in doubled if n + 8 <= min(room, _LONGEST_PROMPT + 8)] or [room // 2]
+    rows: list[dict[str, float]] = []
+    with evaluation.adapter.apply(model) as adapted, counting_bar(console) as bar:
+        task = bar.add_task("timing", total=len(lengths))
+        for length in sorted(lengths):
+            bar.update(task, description=f"{length:,} tokens")
+            # What stands in it hardly matters to speed: a short text is repeated.
+            prompt = text.repeat(-(-length // len(text)))[:length]
+            repeats = max(evaluation.settings.repeats, 1)
+            rows.append(measure_speed(adapted, prompt, repeats))
+            bar.advance(task)
+            if not named and rows[-1]["prefill_dense"] > _LONG_SECONDS:
+                break
+    found = break_even(rows)
+    return {
+        "suite": "speed", "device": device_name(input_device(model)), "rows": rows,
+        "dense_below": {"prefill": found.prefill, "generation": found.generation},
+    }  # fmt: skip
+
+
+def _note(adapter: Any, folder: str, found: dict[str, Any]) -> bool:
+    """Writes what was measured into the adapter's folder; False where that cannot be written."""
+    from dilated_attention_pytorch.hf.adapter_file import write_adapter
+    from dilated_attention_pytorch.hf.attention import DenseBelow
+
+    adapter.dense_below[found["device"]] = DenseBelow(**found["dense_below"])
+    try:
+        write_adapter(Path(folder), adapter)
+    except OSError:
+        return False
+    return True
+
+
+def _print_speed(
+    suite: str,
+    device: str,
+    rows: list[dict[str, float]],
+    dense_below: dict[str, int],
+    written: bool,
+) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("tokens", "prompt,\ndense", "sparse", "dense\n/ sparse", "a new token,\ndense",
+                    "sparse", "dense\n/ sparse"):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [f"{row['length']:,}"]
+        for kind, unit, name in (("prefill", 1, "s"), ("generation", 1e3, "ms")):
+            dense, sparse = row[f"{kind}_dense"], row[f"{kind}_sparse"]
+            cells += [f"{x * unit:.3g} {name}" for x in (dense, sparse)] + [f"{dense / sparse:.2f}"]
+        table.add_row(*cells)
+    console = PlainConsole()
+    console.print(table)
+    longest = max(row["length"] for row in rows)
+    for kind, words in (("prefill", "Prompts"), ("generation", "New tokens")):
+        first = dense_below[kind]
+        if first > longest:
+            console.print(f"{words}: sparse attention is faster at none of these lengths.")
+        else:
+            console.print(f"{words}: sparse attention is faster from {first:,} tokens on.")
+    there = "is noted in the adapter, and load_adapter leaves shorter ones dense on this device."
+    alone = "could not be written to the adapter; give it to load_adapter as dense_below."
+    console.print(f"On {device}; this {there if written else alone}")
 
 
 def _print(evaluation: Any, dense: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
@@ -190,10 +275,19 @@ def _build(parsed: argparse.Namespace) -> tuple[Any, Any]:
         options["baselines"] = ()
     if options.get("tolerance") == -1:
         options["tolerance"] = None
-    for other in set(_OPTIONS_OF) - {parsed.suite}:
-        if unused := [name for name in _OPTIONS_OF[other] if name in options]:
-            flags = ", ".join(f"--{name}" for name in unused)
-            raise UsageError(f"{flags}: no effect with --suite {parsed.suite}; leave it out.")
+    own = set(_OPTIONS_OF[parsed.suite])
+    others = [x for names in _OPTIONS_OF.values() for x in names if x not in own]
+    if parsed.suite == "speed":
+        if adapter is None:
+            raise UsageError("--suite speed needs --adapter, whose speed it measures.")
+        others += ["sparsities", "baselines", "tolerance", "windows", "calibration_windows"]
+        if min(lengths := options.get("lengths", (2,))) < 2:
+            raise UsageError(f"--lengths must be at least 2, got {min(lengths)}.")
+        # Prompts may be longer than windows of a text can be.
+        options["lengths"] = (2 * options["block_size"],)
+    if unused := [name for name in others if name in options]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UsageError(f"{flags}: no effect with --suite {parsed.suite}; leave it out.")
     asked = {name: options[name] for name in _OPTIONS_OF["retrieval"] if name in options}
     retrieval = parsed.suite == "retrieval"
     try:

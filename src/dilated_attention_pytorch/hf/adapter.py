@@ -31,7 +31,13 @@ from dilated_attention_pytorch.hf.adapter_file import (
     slight_difference,
     write_adapter,
 )
-from dilated_attention_pytorch.hf.sites import AttentionSite, find_attention, real_values
+from dilated_attention_pytorch.hf.attention import DenseBelow
+from dilated_attention_pytorch.hf.sites import (
+    AttentionSite,
+    find_attention,
+    input_device,
+    real_values,
+)
 from dilated_attention_pytorch.selection.layer_shares import SparsityCosts
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
 
@@ -56,6 +62,8 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         base: Identity of the base model.
         versions: Of the packages that wrote it.
         costs: Those of :class:`AdaptedModel`, by which a mean sparsity is shared among layers.
+        dense_below: By device, ``"cpu"`` or the name of a GPU: below how many tokens sparse
+            attention was slower there, measured by ``dilated-attention evaluate --suite speed``.
     """
 
     def __post_init__(self) -> None:
@@ -301,7 +309,18 @@ def save_adapter(adapted: AdaptedModel, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def load_adapter(model: Any, folder: str | Path, *, backend: str = "auto") -> AdaptedModel:
+def device_name(device: torch.device) -> str:
+    """By what :attr:`SelectorAdapter.dense_below` knows a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def load_adapter(
+    model: Any,
+    folder: str | Path,
+    *,
+    backend: str = "auto",
+    dense_below: DenseBelow | None = None,
+) -> AdaptedModel:
     """Adapts a model with saved selectors.
 
     Args:
@@ -309,9 +328,18 @@ def load_adapter(model: Any, folder: str | Path, *, backend: str = "auto") -> Ad
         folder: What :func:`save_adapter` wrote. Of the Hub:
             ``SelectorAdapter.from_pretrained("owner/name").apply(model)``.
         backend: What computes attention: ``"auto"``, or a name in ``BACKENDS``.
+        dense_below: Below how many tokens the model attends as it came. None: what was measured
+            for this adapter on the model's device (:attr:`SelectorAdapter.dense_below`), or never
+            if nothing was; ``DenseBelow()``: never.
 
     Raises:
         AdapterError: If there is no adapter, it is damaged, or the base is another one.
         ValueError: If the model cannot be adapted. After every error the model is as before.
     """
-    return SelectorAdapter.read(folder).apply(model, backend=backend)
+    adapter = SelectorAdapter.read(folder)
+    adapted = adapter.apply(model, backend=backend)
+    if dense_below is None:
+        name = device_name(input_device(model))
+        dense_below = adapter.dense_below.get(name, DenseBelow())
+    adapted.dense_below = dense_below
+    return adapted

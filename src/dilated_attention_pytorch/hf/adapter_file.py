@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dilated_attention_pytorch.files import (
 )
 from dilated_attention_pytorch.foreign_text import MAX_BYTES, json_digest, parse_json, short_repr
 from dilated_attention_pytorch.hf.adapt import SelectorConfig, make_selector
-from dilated_attention_pytorch.hf.attention import SELECTOR
+from dilated_attention_pytorch.hf.attention import SELECTOR, DenseBelow
 from dilated_attention_pytorch.hf.sites import AttentionSite, real_values
 from dilated_attention_pytorch.nn.baselines import TrainingFreeConfig
 from dilated_attention_pytorch.nn.held_budget import FIRST_HEAD
@@ -220,7 +220,7 @@ CONFIG_NAME = "adapter.json"
 WEIGHTS_NAME = "selectors.safetensors"
 
 _REQUIRED = {"format", "version", "versions", "base", "layers"}
-_OPTIONAL = {"costs", "weights", "digest"}
+_OPTIONAL = {"costs", "weights", "digest", "dense_below"}
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,3}")
 _TENSOR = re.compile(r"(0|[1-9][0-9]{0,3})\.([A-Za-z0-9_.]{1,200})")
 _LARGEST_LENGTH = 2**40
@@ -244,6 +244,7 @@ class AdapterContent:
     base: dict[str, Any]
     versions: dict[str, str]
     costs: tuple[SparsityCosts, ...] = ()
+    dense_below: dict[str, DenseBelow] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raises ValueError if the parts do not belong together, or a number is none."""
@@ -293,6 +294,8 @@ def write_adapter(folder: Path, content: AdapterContent) -> None:
     }
     if content.costs:
         about["costs"] = [costs.to_dict() for costs in content.costs]
+    if content.dense_below:
+        about["dense_below"] = {name: asdict(one) for name, one in content.dense_below.items()}
     about["digest"] = _digest(about)
     text = json.dumps(about, indent=2, allow_nan=False) + "\n"
     new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -399,6 +402,7 @@ def _parse(folder: Path, config: bytes, weights: bytes) -> AdapterContent:
         _mapping(about, "base"),
         {name: str(own) for name, own in _mapping(about, "versions").items()},
         tuple(SparsityCosts.from_dict(own) for own in costs),
+        _dense_below(about.get("dense_below", {})),
     )
     content.check()
     return content
@@ -407,12 +411,25 @@ def _parse(folder: Path, config: bytes, weights: bytes) -> AdapterContent:
 def _digest(about: dict[str, Any]) -> str:
     """SHA-256 of all that decides what the adapter computes.
 
-    Where its base lies may be corrected by hand, and every version is read alike.
+    Where its base lies and where it is dense may be set by hand, and every version is read alike.
     """
-    decisive = {key: own for key, own in about.items() if key not in ("version", "digest")}
+    left_out = ("version", "digest", "dense_below")
+    decisive = {key: own for key, own in about.items() if key not in left_out}
     if isinstance(about.get("base"), dict):
         decisive["base"] = {key: own for key, own in about["base"].items() if key != "name"}
     return json_digest(decisive)
+
+
+def _dense_below(told: Any) -> dict[str, DenseBelow]:
+    """By device."""
+    names = set(asdict(DenseBelow()))
+    if not isinstance(told, dict) or any(
+        not isinstance(one, dict) or set(one) != names for one in told.values()
+    ):
+        raise ValueError(
+            f"dense_below must hold {sorted(names)} for each device, got {short_repr(told)}."
+        )
+    return {name: DenseBelow(**one) for name, one in told.items()}
 
 
 def _refuse_code(about: dict[str, Any], place: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
 from dilated_attention_pytorch.hf.adapter import SelectorAdapter
+from dilated_attention_pytorch.hf.attention import DenseBelow
 from dilated_attention_pytorch.hf.calibration import (
     calibrate,
     calibrated_selectors,
@@ -39,6 +42,7 @@ from dilated_attention_pytorch.selection.threshold import ThresholdTable
 ADAPTER, ALLOTTED = "adapter", "allotted"
 # With the thresholds that it was saved with, as load_adapter gives it.
 SAVED = f"{ADAPTER}:saved"
+_ANY_LENGTH = 2**40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +364,72 @@ class Evaluation:
         seconds = statistics.median(times[1:])
         # A clock may stand still.
         return tokens.shape[1] / seconds if seconds > 0 else math.nan
+
+
+def measure_speed(
+    adapted: AdaptedModel, tokens: Tensor, repeats: int = 3, new_tokens: int = 8
+) -> dict[str, float]:
+    """Times one prompt and some tokens that go on, densely and sparsely in turns.
+
+    Args:
+        adapted: The model.
+        tokens: The prompt, ``(length,)``.
+        repeats: Timed runs of each kind, behind one that warms up; the median counts.
+        new_tokens: Generated one at a time.
+
+    Returns:
+        ``length``, and in seconds ``prefill_dense``, ``prefill_sparse``, ``generation_dense`` and
+        ``generation_sparse``, the last two per token.
+    """
+    model, before = adapted.model, adapted.dense_below
+    device = input_device(model)
+    prompt = tokens[None].to(device).long()
+    ways = {"dense": DenseBelow(_ANY_LENGTH, _ANY_LENGTH), "sparse": DenseBelow()}
+    times: dict[str, list[float]] = defaultdict(list)
+    order = random.Random(0)
+    try:
+        with evaluating(model):
+            for _ in range(repeats + 1):
+                for way in order.sample(list(ways), len(ways)):
+                    adapted.dense_below = ways[way]
+                    clock = [_now(device)]
+                    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+                    clock.append(_now(device))
+                    for _ in range(new_tokens):
+                        model(prompt[:, -1:], past_key_values=cache, use_cache=True)
+                    clock.append(_now(device))
+                    times[f"prefill_{way}"].append(clock[1] - clock[0])
+                    times[f"generation_{way}"].append((clock[2] - clock[1]) / new_tokens)
+    finally:
+        adapted.dense_below = before
+    medians = {name: statistics.median(own[1:]) for name, own in times.items()}
+    return {"length": len(tokens), **medians}
+
+
+def break_even(rows: Sequence[Mapping[str, float]]) -> DenseBelow:
+    """From which measured length on sparse attention is faster, at every longer one too.
+
+    Args:
+        rows: Of :func:`measure_speed`, one or more.
+
+    Returns:
+        The lengths; where it is not faster at the longest one, one token more than that.
+    """
+    ordered = sorted(rows, key=lambda row: row["length"], reverse=True)
+    found = []
+    for kind in ("prefill", "generation"):
+        first = ordered[0]["length"] + 1
+        for row in ordered:
+            if row[f"{kind}_sparse"] >= row[f"{kind}_dense"]:
+                break
+            first = row["length"]
+        found.append(int(first))
+    return DenseBelow(*found)
+
+
+def _now(device: torch.device) -> float:
+    _wait(device)
+    return time.perf_counter()
 
 
 def block_choosers(adapted: AdaptedModel) -> list[BlockSparseAdaptive]:
