@@ -30,8 +30,8 @@ SMALLER = {
     "evaluate": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 --repeats 0 "
     "--baselines mean_pool",
     "evaluate --suite speed": "--lengths 64 --repeats 1",
-    "evaluate --suite retrieval": "--lengths 256 --sparsities 0.6 --windows 1 --calibration-windows 1 "
-    "--samples 1 --tasks needle --baselines mean_pool",
+    "evaluate --suite retrieval": "--lengths 256 --sparsities 0.6 --windows 1 --samples 1 "
+    "--calibration-windows 1 --tasks needle --baselines mean_pool",
     "report": "--samples 1",
     "diagnose": "--samples 2",
 }
