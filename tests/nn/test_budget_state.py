@@ -528,7 +528,8 @@ def test_a_resumed_language_model_is_bit_for_bit_the_same(stop: int, tmp_path) -
 
 def evidence(state: Tensor, count: list[int], by_score: list[bool] | None, keep: float = 0.1):
     rows = None if by_score is None else torch.tensor(by_score).view(1, 1, -1)
-    return MarginEvidence(state, torch.tensor(count).view(1, 1, -1), rows, torch.tensor(keep))
+    number, heads = torch.tensor(count).view(1, 1, -1), HeldBudget.of(state).heads
+    return MarginEvidence(state, number, rows, torch.tensor(keep), heads)
 
 
 # Four tiles of three rows: by score best first. The second slot is the last of rows with two.
@@ -562,7 +563,7 @@ def test_the_mass_of_a_head_counts_by_how_much_the_loss_depends_on_it() -> None:
     mass = torch.tensor([0.5, 0.3, 0.05, 0.0]).expand(1, 2, 1, 4)
     count = torch.full((1, 2, 1), 2)
     by_score = torch.tensor([False, True]).view(1, 2, 1)
-    one = MarginEvidence(state, count, by_score, torch.tensor(0.2))
+    one = MarginEvidence(state, count, by_score, torch.tensor(0.2), HeldBudget.of(state).heads)
     one.learn(SCORES[:, :, :1].expand(1, 2, 1, 4), SCORED[:, :, :1].expand(1, 2, 1, 4), mass)
     assert state[EVIDENCE, 1:NUMBERS].tolist() == pytest.approx([0.03 * 1.1 * 0.05 / 0.15, 0.03])
 

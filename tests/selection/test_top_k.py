@@ -52,3 +52,11 @@ def test_nan_ranks_last_but_still_counts() -> None:
 def test_has_no_gradient() -> None:
     scores = torch.randn(4, requires_grad=True)
     assert not choose_top_k(scores, torch.ones(4).bool(), torch.tensor(2), 2).requires_grad
+
+
+def test_one_count_for_all_samples_chooses_in_each() -> None:
+    scores = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    allowed, count = torch.ones(6, dtype=torch.bool), torch.tensor([1, 2, 3, 6])
+    chosen = choose_top_k(scores, allowed, count.view(1, 1, 4), 6)
+    assert torch.equal(chosen, choose_top_k(scores, allowed, count.expand(3, 2, 4), 6))
+    assert torch.equal(chosen.sum(-1), count.expand(3, 2, 4))

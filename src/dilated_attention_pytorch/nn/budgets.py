@@ -449,9 +449,11 @@ def newest_floor(layer: BudgetLayer, row: NewestRow, blocks: int, width: int) ->
     """What the newest row of each sample keeps at least, ``(b, heads, 1)``, by all rows so far."""
     if not layer.threshold_floor:
         return None
-    rows, sparsity = row.so_far(blocks), 1 - layer.densest
-    limits = room(layer, rows, blocks)
-    least = floor_budget(layer.threshold_floor, sparsity, *limits, rows, width)
+    rows, share, sparsity = row.so_far(blocks), layer.threshold_floor, 1 - layer.densest
+    least = rows.remember(
+        (rule_of(layer, blocks), "newest floor", share, sparsity, width),
+        lambda: floor_budget(share, sparsity, *room(layer, rows, blocks), rows, width),
+    )
     return row.newest(least, layer.pattern_heads)
 
 
@@ -524,9 +526,12 @@ def row_thresholds(layer: BudgetLayer, inputs: SelectionInputs) -> float | Tenso
     )
 
 
-def newest_thresholds(layer: BudgetLayer, memory: Memory, row: NewestRow) -> Tensor:
-    """The row's threshold in each sample, ``(b, 1, 1)``."""
+def newest_thresholds(layer: BudgetLayer, memory: Memory, row: NewestRow) -> float | Tensor:
+    """The row's threshold in each sample, ``(b, 1, 1)``, or one number for all."""
     # With "past" those that the row's first token sees, whichever token chooses.
+    if row.tokens is not None and row.last is not None and (table := layer.threshold_table()):
+        own = row.last * layer.block_size + 1 if layer.past else _rounded(layer, row.tokens)
+        return table.at(own)
     first = row.number * layer.block_size + 1
     lengths = first if layer.past else _rounded(layer, memory.lengths)
     return thresholds_at(layer.threshold_rows(), lengths.view(-1, 1, 1))

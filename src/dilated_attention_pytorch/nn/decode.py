@@ -33,7 +33,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import arrange
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
 from dilated_attention_pytorch.pattern import pack_ascending
-from dilated_attention_pytorch.runtime import check_floating
+from dilated_attention_pytorch.runtime import check_floating, tracing
 from dilated_attention_pytorch.selection.budget import unit_means
 from dilated_attention_pytorch.selection.top_k import choose_top_k, first_of_all
 
@@ -331,24 +331,31 @@ def choose_blocks(layer: SelectorLayer, state: SelectorState, key_cache: Tensor)
     needed = ceil_div(max(state.num_tokens, 1), size)
     state.grow(needed, list_width(layer, needed))
     blocks = state.num_blocks if state.max_tokens is not None else needed
-    (_compiled_list_blocks() if state.compile else list_blocks)(layer, memory, blocks, cached)
+    known = state.uniform and state.max_tokens is None and not tracing()
+    tokens = state.num_tokens if known else None
+    list_all = _compiled_list_blocks() if state.compile else list_blocks
+    list_all(layer, memory, blocks, cached, tokens)
     state.listed = True
 
 
 @cache
-def _compiled_list_blocks() -> Callable[[SelectorLayer, Memory, int, CachedKeys | None], None]:
+def _compiled_list_blocks() -> Callable[..., None]:
     # On first use: the compiler is slow to import.
     return torch.compile(list_blocks, fullgraph=True, dynamic=False)
 
 
 def list_blocks(
-    layer: SelectorLayer, memory: Memory, blocks: int, cached: CachedKeys | None
+    layer: SelectorLayer,
+    memory: Memory,
+    blocks: int,
+    cached: CachedKeys | None,
+    tokens: int | None = None,
 ) -> None:
     """Chooses among ``blocks`` blocks for the newest token of each sample: lists in ``memory``.
 
-    ``cached``: the keys, for scorers that read them.
+    ``cached``: the keys, for scorers that read them. ``tokens``: of every sample, if known.
     """
-    row, rule = NewestRow.of(memory, layer.block_size), rule_of(layer, blocks)
+    row, rule = NewestRow.of(memory, layer.block_size, tokens), rule_of(layer, blocks)
     complexity = None
     if layer.keeps_summaries:
         complexity = _summarise(layer, memory, row)

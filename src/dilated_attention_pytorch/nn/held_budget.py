@@ -239,16 +239,18 @@ class MarginEvidence:
         by_score: Booleans of that shape: rows that the scores gave more than their even share.
             None: scores have no part in the budget.
         keep: ``1 - base_sparsity``, 0-dim.
+        heads: ``(heads,)``: what the mass of each counts, with ``by_score``.
     """
 
     state: Tensor
     count: Tensor
     by_score: Tensor | None
     keep: Tensor
+    heads: Tensor | None
 
-    def ask(self) -> tuple[Callable[..., None], Tensor, Tensor, Tensor | None, Tensor]:
+    def ask(self) -> tuple[Any, ...]:
         """What ``mass_target_probe`` is told, so that a backward pass calls :meth:`learn`."""
-        return _learn, self.state, self.count, self.by_score, self.keep
+        return _learn, self.state, self.count, self.by_score, self.keep, self.heads
 
     def learn(self, scores: Tensor, scored: Tensor, mass: Tensor) -> None:
         """Takes in one backward pass; nothing inside of ``torch.func``.
@@ -277,12 +279,12 @@ class MarginEvidence:
         won, there = ((x - chance) * (options > 2) for x in (first, best))
         skill = torch.lerp(state[_EVIDENCE, _SKILL], won.sum() / there.sum(), _MEMORY)
         state[_EVIDENCE, _SKILL] = torch.where(skill.isfinite(), skill, state[_EVIDENCE, _SKILL])
-        if self.by_score is None:
+        if self.by_score is None or self.heads is None:
             return
         # The last of a row's own blocks, by score.
         order = ranked.argsort(-1, descending=True)
         last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
-        margin = mass.gather(-1, last)[..., 0] * _weights(state)[:, None]
+        margin = mass.gather(-1, last)[..., 0] * self.heads[:, None]
         chose = self.count > 0
         kinds = torch.stack([chose & ~self.by_score, chose & self.by_score])
         found = kinds.flatten(1).any(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -90,28 +91,40 @@ class NewestRow:
         number: ``(b,)`` int64.
         first: ``(b,)`` int64: their first tokens.
         rows: What it sees.
+        tokens: How many each sample has, if the host knows that all have as many.
+        last: The number, if the host knows it.
     """
 
     number: Tensor
     first: Tensor
     rows: RowRange
+    tokens: int | None = None
+    last: int | None = None
 
     @classmethod
-    def of(cls, memory: Memory, block_size: int) -> NewestRow:
-        """The rows of the newest tokens that a memory counts."""
+    def of(cls, memory: Memory, block_size: int, tokens: int | None = None) -> NewestRow:
+        """The rows of the newest tokens that a memory counts; ``tokens`` as the attribute."""
         number = (memory.lengths - 1).clamp(min=0).div(block_size, rounding_mode="floor")
+        if tokens is not None:
+            last = max(tokens - 1, 0) // block_size
+            rows = _shared_rows(last, last, *_place(number.device))
+            return cls(number, number * block_size, rows, tokens, last)
         own = number.view(-1, 1, 1)
         rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
         return cls(number, number * block_size, rows)
 
     def so_far(self, blocks: int) -> RowRange:
         """All rows of a forward pass up to the newest one; those behind it see nothing."""
+        if self.last == blocks - 1:
+            return _shared_rows(0, self.last, *_place(self.number.device))
         number = torch.arange(blocks, device=self.number.device).view(1, 1, -1)
         end = torch.where(number <= self.number.view(-1, 1, 1), number + 1, 0)
         return RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
 
     def newest(self, budgets: Tensor, heads: int) -> Tensor:
-        """The row's entry of ``(b, 1 or heads, blocks)``: ``(b, heads, 1)``."""
+        """The row's entry of ``(1 or b, 1 or heads, blocks)``: ``(1 or b, heads, 1)``."""
+        if self.last is not None:
+            return budgets[:, :, self.last :][:, :, :1].expand(-1, heads, -1).long()
         place = self.number.view(-1, 1, 1).expand(-1, heads, 1)
         return budgets.expand(-1, heads, -1).gather(2, place).long()
 
@@ -144,6 +157,23 @@ class NewestRow:
         index = (self.number + 1 + step).clamp(min=0)
         index = index.view(-1, 1, 1, *(1,) * (table.dim() - 3))
         return index.expand(-1, table.shape[1], 1, *table.shape[3:])
+
+
+def _place(device: torch.device) -> tuple[torch.device, torch.cuda.Stream | None]:
+    # Another stream might read what is shared before it is written.
+    return device, torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=64)
+def _shared_rows(
+    first: int, last: int, device: torch.device, stream: torch.cuda.Stream | None
+) -> RowRange:
+    """Rows of a sequence and what they see: one for all layers of a model, and for all tokens of
+    the last row, with what follows from it."""
+    with torch.inference_mode(False), torch.no_grad():
+        number = torch.arange(first, last + 1, device=device).view(1, 1, -1)
+        none = torch.zeros_like(number)
+        return RowRange(none, number + 1, number, number, True, none)
 
 
 # The axis along which each tensor grows with the blocks.

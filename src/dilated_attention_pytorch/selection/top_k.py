@@ -24,7 +24,8 @@ def choose_top_k(scores: Tensor, allowed: Tensor, count: Tensor, max_count: int)
     Args:
         scores: ``(..., c)``.
         allowed: Booleans that broadcast to the same shape.
-        count: Integers ``(...)``; more than there are allowed columns means all of them.
+        count: Integers that broadcast to ``(...)``; more than there are allowed columns means all
+            of them.
         max_count: An upper bound of ``count``.
 
     Returns:
@@ -43,6 +44,8 @@ def choose_top_k(scores: Tensor, allowed: Tensor, count: Tensor, max_count: int)
     rank = scores.detach().nan_to_num(-torch.inf, torch.inf, -torch.inf)
     rank = rank.masked_fill(~allowed, -torch.inf)
     best = rank.topk(k, dim=-1).values
+    # Not left to gather, which would take the first samples' alone.
+    count = count.expand(rank.shape[:-1])
     place = (count.clamp(1, k) - 1).long()
     threshold = best.gather(-1, place[..., None])
     above = rank > threshold
