@@ -528,8 +528,7 @@ def test_a_resumed_language_model_is_bit_for_bit_the_same(stop: int, tmp_path) -
 
 def evidence(state: Tensor, count: list[int], by_score: list[bool] | None, keep: float = 0.1):
     rows = None if by_score is None else torch.tensor(by_score).view(1, 1, -1)
-    number, heads = torch.tensor(count).view(1, 1, -1), HeldBudget.of(state).heads
-    return MarginEvidence(state, number, rows, torch.tensor(keep), heads)
+    return MarginEvidence(state, torch.tensor(count).view(1, 1, -1), rows, torch.tensor(keep))
 
 
 # Four tiles of three rows: by score best first. The second slot is the last of rows with two.

@@ -136,8 +136,7 @@ class RowBudgets:
         if self.keep is None or not layer.training:
             return None
         count = (self.whole - forced).clamp(min=0)
-        heads = None if self.held is None else self.held.heads
-        return MarginEvidence(layer.budget_state, count, self.by_score, self.keep, heads)
+        return MarginEvidence(layer.budget_state, count, self.by_score, self.keep)
 
     def hand_on(self) -> None:
         """Leaves what this pass measured for the next one, after the mass probe is made.

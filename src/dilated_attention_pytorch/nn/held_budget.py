@@ -149,17 +149,18 @@ class HeldBudget:
         with torch.no_grad():
             # Read before it is written: a compiled backward pass may come after the next pass.
             held, moves, reach = state[_NEXT, :_MARK].clone(), None, _reach_of(state)
+            heads = _weights(state)
             if mark is not None:
                 passes = state[_PASSES:].clone()
                 drawn, part = passes[:, _MARK], passes[:, _MARK + 1]
                 same = (drawn == mark[0]) & torch.isclose(part, mark[1], rtol=1e-3)
                 moves = ~same.any()
                 held = torch.where(moves, held, (passes[:, :_MARK] * same[:, None]).sum(0))
-                new = torch.cat([held, mark, state[_NEXT, FIRST_HEAD:]])
+                new = torch.cat([held, mark, torch.zeros_like(heads)])
                 noted = torch.cat([new[None], passes[:-1]])
                 state[_PASSES:] = torch.where(moves, noted, passes)
         level, even, threshold = held.unbind()
-        return cls(state, level, even, threshold, _weights(state), reach, moves, scores_decide)
+        return cls(state, level, even, threshold, heads, reach, moves, scores_decide)
 
     @classmethod
     def latest(cls, state: Tensor) -> HeldBudget:
@@ -239,18 +240,16 @@ class MarginEvidence:
         by_score: Booleans of that shape: rows that the scores gave more than their even share.
             None: scores have no part in the budget.
         keep: ``1 - base_sparsity``, 0-dim.
-        heads: ``(heads,)``: what the mass of each counts, with ``by_score``.
     """
 
     state: Tensor
     count: Tensor
     by_score: Tensor | None
     keep: Tensor
-    heads: Tensor | None
 
-    def ask(self) -> tuple[Any, ...]:
+    def ask(self) -> tuple[Callable[..., None], Tensor, Tensor, Tensor | None, Tensor]:
         """What ``mass_target_probe`` is told, so that a backward pass calls :meth:`learn`."""
-        return _learn, self.state, self.count, self.by_score, self.keep, self.heads
+        return _learn, self.state, self.count, self.by_score, self.keep
 
     def learn(self, scores: Tensor, scored: Tensor, mass: Tensor) -> None:
         """Takes in one backward pass; nothing inside of ``torch.func``.
@@ -279,12 +278,12 @@ class MarginEvidence:
         won, there = ((x - chance) * (options > 2) for x in (first, best))
         skill = torch.lerp(state[_EVIDENCE, _SKILL], won.sum() / there.sum(), _MEMORY)
         state[_EVIDENCE, _SKILL] = torch.where(skill.isfinite(), skill, state[_EVIDENCE, _SKILL])
-        if self.by_score is None or self.heads is None:
+        if self.by_score is None:
             return
         # The last of a row's own blocks, by score.
         order = ranked.argsort(-1, descending=True)
         last = order.gather(-1, (self.count - 1).clamp(0, scores.shape[-1] - 1).long()[..., None])
-        margin = mass.gather(-1, last)[..., 0] * self.heads[:, None]
+        margin = mass.gather(-1, last)[..., 0] * _weights(state)[:, None]
         chose = self.count > 0
         kinds = torch.stack([chose & ~self.by_score, chose & self.by_score])
         found = kinds.flatten(1).any(1)
