@@ -562,7 +562,7 @@ def test_the_mass_of_a_head_counts_by_how_much_the_loss_depends_on_it() -> None:
     mass = torch.tensor([0.5, 0.3, 0.05, 0.0]).expand(1, 2, 1, 4)
     count = torch.full((1, 2, 1), 2)
     by_score = torch.tensor([False, True]).view(1, 2, 1)
-    one = MarginEvidence(state, count, by_score, torch.tensor(0.2), HeldBudget.of(state).heads)
+    one = MarginEvidence(state, count, by_score, torch.tensor(0.2))
     one.learn(SCORES[:, :, :1].expand(1, 2, 1, 4), SCORED[:, :, :1].expand(1, 2, 1, 4), mass)
     assert state[EVIDENCE, 1:NUMBERS].tolist() == pytest.approx([0.03 * 1.1 * 0.05 / 0.15, 0.03])
 
