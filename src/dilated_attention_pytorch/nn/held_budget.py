@@ -65,9 +65,8 @@ _HEAD_MEMORY, _LITTLE = 0.02, 0.1
 
 def initial_state(heads: int) -> Tensor:
     """The buffer of a layer that has not trained: all by likeness, nothing by scores."""
-    held, none, all_alike = [1.0, 1.0, NO_THRESHOLD], [-1.0, -1.0], [0.0] * heads
-    numbers = [*held, *none, *all_alike]
-    rows = [numbers, [*[0.0] * FIRST_HEAD, *all_alike], *[numbers] * _MOST_PASSES]
+    numbers = [1.0, 1.0, NO_THRESHOLD, -1.0, -1.0, *[0.0] * heads]
+    rows = [numbers, [0.0] * len(numbers), *[numbers] * _MOST_PASSES]
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
