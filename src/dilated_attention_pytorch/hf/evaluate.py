@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dilated_attention_pytorch.config import check_sparsity
 from dilated_attention_pytorch.hf.adapt import AdaptedModel, adapt
@@ -43,6 +44,8 @@ ADAPTER, ALLOTTED = "adapter", "allotted"
 # With the thresholds that it was saved with, as load_adapter gives it.
 SAVED = f"{ADAPTER}:saved"
 _ANY_LENGTH = 2**40
+# A pass of a prefix waits for Python; together they do so once.
+_PREFIXES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,13 +474,22 @@ def prefix_losses(adapted: AdaptedModel, windows: Tensor, positions: int) -> dic
         for _ in texts
     ]
     whole = [x for pair in zip(texts, places, strict=True) for x in _losses_at(model, *pair)]
+    # Short ones with short ones: those of one pass are filled up to the longest.
+    prefixes = sorted(
+        (
+            tokens[0, : place + 2]
+            for tokens, own in zip(texts, places, strict=True)
+            for place in own
+        ),
+        key=len,
+    )
     alone: list[float] = []
     try:
-        for tokens, own in zip(texts, places, strict=True):
-            for place in own:
-                for selector, table in tables:
-                    selector.set_thresholds(ThresholdTable((place + 1,), (table.at(length),)))
-                alone += _losses_at(model, tokens[:, : place + 2], [place])
+        for selector, table in tables:
+            same = table.at(length)
+            selector.set_thresholds(ThresholdTable((1, 2 * length), (same, same)))
+        for first in range(0, len(prefixes), _PREFIXES_AT_ONCE):
+            alone += _last_losses(model, prefixes[first : first + _PREFIXES_AT_ONCE])
     finally:
         for selector, table in tables:
             selector.set_thresholds(table)
@@ -495,6 +507,18 @@ def _losses_at(model: Any, tokens: Tensor, places: list[int]) -> list[float]:
         kept = model(inputs, use_cache=False, logits_to_keep=inputs.shape[1] - first).logits[0]
     logits = kept[[place - first for place in places]].float()
     return F.cross_entropy(logits, tokens[0, 1:][places], reduction="none").tolist()
+
+
+def _last_losses(model: Any, texts: Sequence[Tensor]) -> list[float]:
+    """The loss of the last token of each text, from all before it, in one pass."""
+    inputs = pad_sequence([text[:-1] for text in texts], batch_first=True)
+    last = torch.tensor([len(text) - 2 for text in texts], device=inputs.device)
+    mask = torch.arange(inputs.shape[1], device=inputs.device) <= last[:, None]
+    with evaluating(model):
+        kept = model(inputs, attention_mask=mask.long(), use_cache=False, logits_to_keep=last)
+    logits = kept.logits.float()[torch.arange(len(texts)), torch.arange(len(texts))]
+    targets = torch.stack([text[-1] for text in texts])
+    return F.cross_entropy(logits, targets, reduction="none").tolist()
 
 
 def perplexity(model: Any, windows: Tensor) -> float:
