@@ -512,11 +512,12 @@ def _losses_at(model: Any, tokens: Tensor, places: list[int]) -> list[float]:
 def _last_losses(model: Any, texts: Sequence[Tensor]) -> list[float]:
     """The loss of the last token of each text, from all before it, in one pass."""
     inputs = pad_sequence([text[:-1] for text in texts], batch_first=True)
-    last = torch.tensor([len(text) - 2 for text in texts], device=inputs.device)
+    last = torch.tensor([len(text) - 2 for text in texts], dtype=torch.long, device=inputs.device)
     mask = torch.arange(inputs.shape[1], device=inputs.device) <= last[:, None]
     with evaluating(model):
         kept = model(inputs, attention_mask=mask.long(), use_cache=False, logits_to_keep=last)
-    logits = kept.logits.float()[torch.arange(len(texts)), torch.arange(len(texts))]
+    # Of each text its own last place.
+    logits = kept.logits.float().diagonal(dim1=0, dim2=1).mT
     targets = torch.stack([text[-1] for text in texts])
     return F.cross_entropy(logits, targets, reduction="none").tolist()
 
