@@ -154,6 +154,7 @@ def test_load_adapter_takes_what_was_measured_on_the_device(tmp_path: Path) -> N
         with load_adapter(model, tmp_path, dense_below=given) as adapted:
             assert adapted.dense_below == given
             assert not torch.allclose(logits(model, ids), plain, atol=1e-3)
+    assert adapter.with_costs([]).dense_below == adapter.dense_below
     # Whoever measures the selectors applies them without.
     with adapter.apply(model) as adapted:
         assert adapted.dense_below == DenseBelow()

@@ -129,7 +129,7 @@ class SelectorAdapter(  # type: ignore[call-arg, misc]
         Thresholds that were calibrated before are those of the former shares until they are
         calibrated again.
         """
-        return SelectorAdapter(self.configs, self.tensors, self.base, self.versions, tuple(costs))
+        return replace(self, costs=tuple(costs))
 
     def check_base(self, model: Any) -> None:
         """Raises AdapterError if the selectors were made for another model than this one.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dilated_attention_pytorch.candidates import RowRange
+from dilated_attention_pytorch.candidates import RowRange, row_ranges
+from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.ops.operators import HAS_TRITON
 from dilated_attention_pytorch.runtime import check_integers
 
@@ -107,7 +107,7 @@ class NewestRow:
         number = (memory.lengths - 1).clamp(min=0).div(block_size, rounding_mode="floor")
         if tokens is not None:
             last = max(tokens - 1, 0) // block_size
-            rows = _shared_rows(last, last, *_place(number.device))
+            rows = _rows(AttentionMask(1, last + 1, True, last), number.device)
             return cls(number, number * block_size, rows, tokens, last)
         own = number.view(-1, 1, 1)
         rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
@@ -116,7 +116,7 @@ class NewestRow:
     def so_far(self, blocks: int) -> RowRange:
         """All rows of a forward pass up to the newest one; those behind it see nothing."""
         if self.last == blocks - 1:
-            return _shared_rows(0, self.last, *_place(self.number.device))
+            return _rows(AttentionMask(blocks, blocks, True), self.number.device)
         number = torch.arange(blocks, device=self.number.device).view(1, 1, -1)
         end = torch.where(number <= self.number.view(-1, 1, 1), number + 1, 0)
         return RowRange(torch.zeros_like(end), end, number, number, True, torch.zeros_like(end))
@@ -159,21 +159,12 @@ class NewestRow:
         return index.expand(-1, table.shape[1], 1, *table.shape[3:])
 
 
-def _place(device: torch.device) -> tuple[torch.device, torch.cuda.Stream | None]:
-    # Another stream might read what is shared before it is written.
-    return device, torch.cuda.current_stream(device) if device.type == "cuda" else None
+def _rows(mask: AttentionMask, device: torch.device) -> RowRange:
+    """What rows see by a mask that counts blocks.
 
-
-@lru_cache(maxsize=64)
-def _shared_rows(
-    first: int, last: int, device: torch.device, stream: torch.cuda.Stream | None
-) -> RowRange:
-    """Rows of a sequence and what they see: one for all layers of a model, and for all tokens of
-    the last row, with what follows from it."""
-    with torch.inference_mode(False), torch.no_grad():
-        number = torch.arange(first, last + 1, device=device).view(1, 1, -1)
-        none = torch.zeros_like(number)
-        return RowRange(none, number + 1, number, number, True, none)
+    It is kept, with what follows from it: all layers of a model and all tokens of a row share it.
+    """
+    return row_ranges(mask, (1, 1), has_diagonal=True, device=device)
 
 
 # The axis along which each tensor grows with the blocks.
