@@ -103,7 +103,7 @@ def by_score(scores: list[list[list[float]]], free: list[list[list[bool]]], comp
         top = max((scores[h][i][c] for c in columns), default=0.0)
         total = sum(math.exp(scores[h][i][c] - top) for c in columns)
         for c in columns:
-            weight = 1.1 * SHARE / (SHARE + 0.1) if h == LESS else 1.0
+            weight = 2 * SHARE / (1 + SHARE) if h == LESS else 1.0
             expected[h][i][c] = weight * math.exp(scores[h][i][c] - top) / total
     found = [[0] * rows for _ in range(heads)]
     for h, i in itertools.product(range(heads), range(rows)):

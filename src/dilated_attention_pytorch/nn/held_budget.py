@@ -60,7 +60,7 @@ _FIRST_EVEN, _FIRST_THRESHOLD, _LEAST_THRESHOLD = 0.8, 0.3, 1e-20
 _LEAST_EVEN, _MOST_EVEN = 0.03, 0.97
 _MEMORY, _STEP = 0.1, 0.01
 # Gradients of heads change more from step to step.
-_HEAD_MEMORY, _LITTLE = 0.02, 0.1
+_HEAD_MEMORY = 0.02
 
 
 def initial_state(heads: int) -> Tensor:
@@ -203,7 +203,7 @@ def _weights(state: Tensor) -> Tensor:
     matters = state[_EVIDENCE, FIRST_HEAD:]
     largest = matters.amax()
     share = torch.where(largest > 0, (matters / largest).sqrt(), torch.ones_like(matters))
-    return share * (1 + _LITTLE) / (share + _LITTLE)
+    return 2 * share / (1 + share)
 
 
 def _reach_of(state: Tensor) -> Tensor:
