@@ -292,6 +292,7 @@ def render() -> str:
         head = head.replace(place, text)
     PICTURES.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(RESULTS / "pretrained" / "perplexity.png", PICTURES / "pretrained.png")
+    shutil.copyfile(RESULTS / "learning_map" / "plot.png", PICTURES / "learning_map.png")
     return "\n".join([head, *(section(name) for name in NAMES)])
 
 

@@ -812,9 +812,9 @@ def test_a_plateau_is_named_once_and_keeps_layers_dense(
     words = [str(one.message) for one in said]
     assert len(words) == (end > 100)
     for each in words:
-        assert f"the target is {peak:.2f} of the way" in each
-        assert "the selector meets 0.10" in each
-        assert f"at the latest until step {end}. " in each
+        assert f"target is clear ({peak:.2f} of the way" in each
+        assert "the selector meets it (0.10" in each
+        assert f"at the latest at step {end}. " in each
         assert "higher learning rate" in each
 
 
@@ -824,7 +824,7 @@ def test_a_layer_that_leaves_the_plateau_late_takes_the_others_along() -> None:
     trainer = AdaptiveSparsityTrainer(model, annealing_steps=100)
     for layer in model:
         layer.budget_state[EVIDENCE, 0] = 0.1
-    with pytest.warns(UserWarning, match="Layers stay dense until one has"):
+    with pytest.warns(UserWarning, match="all layers are still dense"):
         bases(trainer, 155)
     assert trainer.arrivals == [-1, -1]
     model[1].budget_state[EVIDENCE, 0] = PEAKED

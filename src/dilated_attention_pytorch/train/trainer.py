@@ -431,12 +431,12 @@ class AdaptiveSparsityTrainer:
         if step == annealed and not started and max(self.arrivals[n] for n in starts) < 0:
             peak, skill = max(starts.values())
             warnings.warn(
-                f"step {step}: no layer has found out where to read: its attention, or its "
-                f"selector has not learned it (the target is {peak:.2f} of the way from uniform to "
-                f"one block, {PEAKED:g} is clear; of that the selector meets {skill:.2f}, "
-                f"{SKILLED:g} is enough). Layers stay dense until one has, at the latest until "
-                f"step {end}. If the loss falls all the same, as on text, dense_steps=0 is better. "
-                f"{LEAVE_PLATEAU}",
+                f"step {step}: all layers are still dense. One begins to leave blocks out once its "
+                f"selector's target is clear ({peak:.2f} of the way from uniform to one block, "
+                f"{PEAKED:g} is enough), the selector meets it ({skill:.2f}, {SKILLED:g} is "
+                f"enough), and it was new to the selector or has been clear for {annealed} steps; "
+                f"at the latest at step {end}. If the loss falls all the same, as on text, "
+                f"dense_steps=0 is better. Where it does not fall: {LEAVE_PLATEAU}",
                 stacklevel=3,
             )
 
