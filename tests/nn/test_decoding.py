@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.nn import decode
@@ -399,6 +400,30 @@ class Block(nn.Module):
     def project(self, x: Tensor) -> list[Tensor]:
         parts = self.qkv(x).split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], -1)
         return [p.unflatten(-1, (-1, DIM)) for p in parts]
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "most"), [("low rank", "past", 125), ("peaks, floored", "block", 235)]
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take their place there")
+def test_a_new_token_takes_few_operations(name: str, scope: str, most: int) -> None:
+    """Each costs the host some microseconds, whatever it computes."""
+    layer, counted = make_layer(name, scope), []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.append(func)
+            return func(*args, **(kwargs or {}))
+
+    qkv = tokens(72, batch=1)
+    state = SelectorState()
+    with torch.no_grad():
+        layer.prefill(*(x[:, :40] for x in qkv), state)
+        for last in range(41, 73):
+            query, key, value = (x[:, :last] for x in qkv)
+            with Count():
+                layer.decode(query[:, -1:], key, value, state)
+    assert len(counted) / 32 < most
 
 
 @torch.no_grad()

@@ -39,3 +39,25 @@ def test_rings_hold_the_latest_tokens(backend, cached, left):
             for token in range(max(first, int(done[b]) - ring), int(done[b])):
                 assert torch.equal(queries[b, token % ring], q[b, token])
                 assert torch.equal(keys[b, token % ring], k[b, token])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_length_that_the_host_knows_changes_nothing(cached):
+    torch.manual_seed(0)
+    ring, total = 4, 11
+    q, k = (torch.randn(2, total, h, 5, device=DEVICE) for h in (4, 2))
+    lengths = torch.zeros(2, dtype=torch.long, device=DEVICE)
+    twice = [
+        [torch.zeros(2, ring, h, 5, device=DEVICE) for h in (4, 2)] + [lengths.clone()]
+        for _ in range(2)
+    ]
+    for done in range(total):
+        new = slice(done, done + 1)
+        for known, state in enumerate(twice):
+            append_tokens(
+                *state, q[:, new], k if cached else k[:, new], cached=cached,
+                tokens=done if known else None, backend="index",
+            )  # fmt: skip
+        for one, other in zip(*twice, strict=True):
+            assert torch.equal(one, other)
+    assert twice[1][2].tolist() == [total] * 2

@@ -33,7 +33,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.arguments import (
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import arrange
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import BACKENDS, run_decode
 from dilated_attention_pytorch.pattern import pack_ascending
-from dilated_attention_pytorch.runtime import check_floating, tracing
+from dilated_attention_pytorch.runtime import check_floating
 from dilated_attention_pytorch.selection.budget import unit_means
 from dilated_attention_pytorch.selection.top_k import choose_top_k, first_of_all
 
@@ -279,6 +279,7 @@ def _attend(
         lengths=state.lengths, starts=state.starts, block_size=layer.block_size,
         scale=check_scale(layer.scale, layer.head_dim),
         block_bias=memory.bias[:, :, None, :width] if memory.bias.shape[2] else None,
+        wants_lse=False,
     )  # fmt: skip
     backend = layer.backend if layer.backend in BACKENDS else "auto"
     return run_decode(arguments, backend)[0]
@@ -331,8 +332,7 @@ def choose_blocks(layer: SelectorLayer, state: SelectorState, key_cache: Tensor)
     needed = ceil_div(max(state.num_tokens, 1), size)
     state.grow(needed, list_width(layer, needed))
     blocks = state.num_blocks if state.max_tokens is not None else needed
-    known = state.uniform and state.max_tokens is None and not tracing()
-    tokens = state.num_tokens if known else None
+    tokens = state.num_tokens if state.known_length else None
     list_all = _compiled_list_blocks() if state.compile else list_blocks
     list_all(layer, memory, blocks, cached, tokens)
     state.listed = True
@@ -370,7 +370,8 @@ def list_blocks(
         memory.counts.copy_(counts[..., 0])
         memory.indices[..., :blocks].copy_(indices[:, :, 0])
         return
-    candidates = rule.build(row.rows)
+    # The layers of a model share them.
+    candidates = row.rows.remember(rule, lambda: rule.build(row.rows))
     scores, *peaks = layer.scoring.newest(layer, memory, row, candidates.indices, cached, blocks)
     kept = kept_by_peak(layer, peaks, candidates, row.rows.num_allowed)
     budget = layer.budget.next_row(
@@ -410,7 +411,7 @@ def _summarise(layer: SelectorLayer, memory: Memory, row: NewestRow) -> Tensor |
         The row's complexity ``(b, g, 1)``, for an adaptive budget.
     """
     size = layer.block_size
-    tokens, valid = memory.window("keys", (row.number - 1) * size, 2 * size)
+    tokens, valid, _ = memory.window("keys", (row.number - 1) * size, 2 * size)
     if layer.past:
         # Whichever token of the row chooses sees what its first one does.
         valid[:, size + 1 :] = False

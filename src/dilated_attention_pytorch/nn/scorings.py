@@ -174,7 +174,7 @@ class SummaryScoring(Scoring):
         start = first - (size - 1) if layer.past else first
         # Where the queries up to the row's first token are gone, those that follow stand in.
         start = torch.where(memory.known > first, memory.known, start)
-        query, real = memory.window("queries", start, size)
+        query, real, _ = memory.window("queries", start, size)
         if layer.past:
             real = real & row.asks(start, size, memory.known)
         with layer.exactly(query.device):
@@ -318,10 +318,9 @@ class TokenScoring(Scoring):
         As far as there are any. ``asking``: ``(b, count)`` booleans, which of them count at all.
         """
         scorer, size = _low_rank(layer), layer.block_size
-        query, real = memory.window("queries", start, count, step=scorer.query_stride)
+        query, real, token = memory.window("queries", start, count, scorer.query_stride)
         if asking is not None:
             real = real & asking
-        token = start[:, None] + scorer.query_stride * torch.arange(count, device=query.device)
         last = torch.where(real, token, -1)
         key = cached.blocks(blocks, size)
         if has_token_kernel(layer, key, blocks):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import RowRange, row_ranges
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.ops.operators import HAS_TRITON
-from dilated_attention_pytorch.runtime import check_integers
+from dilated_attention_pytorch.runtime import check_integers, tracing
 
 # Tokens that the ring buffers hold, in blocks: the newest token's block, the one before, and one
 # more so that a block of rejected tokens overwrites nothing that is needed again.
@@ -64,7 +64,9 @@ class Memory:
     indices: Tensor
     bias: Tensor
 
-    def window(self, name: str, first: Tensor, count: int, step: int = 1) -> tuple[Tensor, Tensor]:
+    def window(
+        self, name: str, first: Tensor, count: int, step: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens from the ring buffers.
 
         Args:
@@ -74,13 +76,16 @@ class Memory:
             step: Take every so many.
 
         Returns:
-            ``(b, count, heads, d)``, and booleans ``(b, count)``: which tokens exist and are known.
+            ``(b, count, heads, d)``; booleans ``(b, count)``: which tokens exist and are known; and
+            their numbers ``(b, count)``.
         """
         ring: Tensor = getattr(self, name)
-        token = first[:, None] + step * torch.arange(count, device=ring.device)
+        token = first[:, None]
+        if count > 1:
+            token = token + step * torch.arange(count, device=ring.device)
         slots = (token % ring.shape[1])[..., None, None].expand(-1, -1, *ring.shape[2:])
         begin = self.known[:, None] if name == "queries" else 0
-        return ring.gather(1, slots), (token >= begin) & (token < self.lengths[:, None])
+        return ring.gather(1, slots), (token >= begin) & (token < self.lengths[:, None]), token
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +254,11 @@ class SelectorState:
         return self.memory
 
     @property
+    def known_length(self) -> bool:
+        """Whether all samples have ``num_tokens`` tokens, and no CUDA graph adds to them."""
+        return self.uniform and self.max_tokens is None and not tracing()
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that there is room for, J."""
         return self.filled().given.shape[2] - 1
@@ -290,6 +300,7 @@ class SelectorState:
         append_tokens(
             memory.queries, memory.keys, memory.lengths, query, key, cached=cached,
             starts=self.starts if cached else None,
+            tokens=self.num_tokens if self.known_length else None,
         )  # fmt: skip
         self.count(self.num_tokens + query.shape[1])
 
@@ -442,6 +453,7 @@ def append_tokens(
     *,
     cached: bool = False,
     starts: Tensor | None = None,
+    tokens: int | None = None,
     backend: str = "auto",
 ) -> None:
     """Writes new tokens into two ring buffers and adds them to ``lengths``, in place.
@@ -462,6 +474,7 @@ def append_tokens(
         cached: ``key`` is a cache ``(b, capacity, g, d)`` that holds the new keys at their
             position.
         starts: ``(b,)`` integers: cache position of token 0. None: 0.
+        tokens: The lengths, if the host knows that all are the same.
         backend: ``"triton"``, ``"index"`` or ``"auto"``: Triton on CUDA.
     """
     on_gpu = query.device.type == "cuda" and HAS_TRITON and query.dtype != torch.float64
@@ -470,6 +483,13 @@ def append_tokens(
         from dilated_attention_pytorch.ops.triton_ring_buffer import append_op
 
         append_op(queries, keys, lengths, query, key, cached, starts)
+        return
+    if tokens is not None and starts is None and query.shape[1] == 1:
+        # Slices take a third of the time of indices.
+        slot = slice(tokens % queries.shape[1], tokens % queries.shape[1] + 1)
+        queries[:, slot] = query
+        keys[:, slot] = key[:, tokens : tokens + 1] if cached else key
+        lengths += 1
         return
     steps = torch.arange(query.shape[1], device=query.device)
     token = lengths[:, None] + steps

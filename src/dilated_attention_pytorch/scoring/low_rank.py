@@ -235,7 +235,8 @@ class LowRankScorer(CalledModule):
     ) -> list[Tensor]:
         groups = self.num_heads // self.num_kv_heads
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            real = torch.where((last >= 0)[..., None, None], query, 0)
+            counts = last >= 0
+            real = torch.where(counts[..., None, None], query, 0)
             short = torch.einsum("bthd,hdr->bhtr", *_wide(real, self.query_map))
             folded = short @ _wide(query, self.key_map)[1].mT * self.scale
             folded = folded.unflatten(1, (self.num_kv_heads, groups)).flatten(2, 3)
@@ -243,7 +244,7 @@ class LowRankScorer(CalledModule):
             logits = logits.unflatten(2, (groups, -1)).flatten(1, 2)
             column = torch.arange(key.shape[1], device=key.device)
             seen = column <= last[:, None, :, None]
-            weights = (last >= 0)[:, None].to(logits.dtype)
+            weights = counts[:, None].to(logits.dtype)
             rows = query.shape[1]
             found = mass_of_rows(logits, seen, weights, rows, block_size, peaks=peaks)
             return self._scores(found)

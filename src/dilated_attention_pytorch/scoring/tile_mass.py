@@ -155,11 +155,15 @@ def mass_of_rows(
     # Rows of weight 0 may hold anything: they are left out here, for 0 * NaN is NaN.
     counted = seen & (weights != 0)[..., None]
     p = torch.where(counted, logits, torch.finfo(logits.dtype).min).softmax(-1)
-    p = F.pad(p, (0, -p.shape[-1] % block_size)).unflatten(-1, (-1, block_size)).sum(-1)
+    # Padding by nothing would copy all the same.
+    if missing := -p.shape[-1] % block_size:
+        p = F.pad(p, (0, missing))
+    p = p.unflatten(-1, (-1, block_size)).sum(-1)
     p = p * (seen.any(-1) * weights)[..., None]
-    short = -p.shape[2] % rows_per_block
-    p = F.pad(p, (0, 0, 0, short)).unflatten(2, (-1, rows_per_block))
-    total = F.pad(weights, (0, short)).unflatten(2, (-1, rows_per_block)).sum(3)
+    if short := -p.shape[2] % rows_per_block:
+        p, weights = F.pad(p, (0, 0, 0, short)), F.pad(weights, (0, short))
+    p = p.unflatten(2, (-1, rows_per_block))
+    total = weights.unflatten(2, (-1, rows_per_block)).sum(3)
     mean = p.sum(3) / total[..., None].clamp(min=torch.finfo(p.dtype).tiny)
     return torch.stack([mean, p.detach().amax(3)]) if peaks else mean[None]
 

@@ -42,17 +42,16 @@ def choose_top_k(scores: Tensor, allowed: Tensor, count: Tensor, max_count: int)
     if k == 0 or scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     rank = scores.detach().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    rank = rank.masked_fill(~allowed, -torch.inf)
+    rank = torch.where(allowed, rank, -torch.inf)
     best = rank.topk(k, dim=-1).values
     # Not left to gather, which would take the first samples' alone.
-    count = count.expand(rank.shape[:-1])
-    place = (count.clamp(1, k) - 1).long()
-    threshold = best.gather(-1, place[..., None])
+    count = count.expand(rank.shape[:-1])[..., None]
+    threshold = best.gather(-1, (count - 1).clamp(0, k - 1).long())
     above = rank > threshold
-    missing = count[..., None] - above.sum(-1, keepdim=True)
+    # Not more than 0 where nothing is to be chosen: the threshold is the best one then.
+    missing = count - above.sum(-1, keepdim=True)
     tied = (rank == threshold) & allowed
-    chosen = above | (tied & (tied.cumsum(-1) <= missing))
-    return chosen & (count > 0)[..., None]
+    return above | (tied & (tied.cumsum(-1) <= missing))
 
 
 def first_of_all(scores: Tensor, kept: Tensor | None) -> Tensor:

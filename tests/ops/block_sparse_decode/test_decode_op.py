@@ -103,13 +103,16 @@ def test_interpreted_half_precision_stays_close():
 
 @pytest.mark.parametrize("backend", ["gather", "reference"])
 def test_any_strides(backend):
-    """A cache laid out (batch, heads, tokens, dim), and one whose tokens are not rows."""
+    """Caches laid out (batch, heads, tokens, dim), values alone so, and tokens that are no rows."""
     inputs, options = make(CASES["left padding"], "query")
     want = block_sparse_decode(*inputs, **options)
     q, k, v, *lists = inputs
     moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
     torch.testing.assert_close(
         block_sparse_decode(q, *moved, *lists, **options, backend=backend), want
+    )
+    torch.testing.assert_close(
+        block_sparse_decode(q, k, moved[1], *lists, **options, backend=backend), want
     )
     wide = [torch.stack([x, x], -1)[..., 0] for x in (k, v)]
     torch.testing.assert_close(

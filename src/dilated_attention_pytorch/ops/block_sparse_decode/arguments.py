@@ -33,6 +33,7 @@ class DecodeArguments:
         block_bias: Shaped like ``indices`` or None, in float32 (float64 for float64 inputs).
         block_size: Tokens per block.
         scale: Factor of the logits.
+        wants_lse: Whether the caller reads it; if not, it may be empty.
     """
 
     query: Tensor
@@ -45,12 +46,14 @@ class DecodeArguments:
     block_bias: Tensor | None
     block_size: int
     scale: float
+    wants_lse: bool = True
 
     def limits(self) -> Tensor:
         """Tokens that each query sees, ``(b, n)`` int64: its own position + 1, at least 0."""
-        n = self.query.shape[1]
-        steps = torch.arange(1 - n, 1, device=self.query.device)
-        limit = (self.lengths.long()[:, None] + steps).clamp(0, self.key.shape[1])
+        n, limit = self.query.shape[1], self.lengths.long()[:, None]
+        if n > 1:
+            limit = limit + torch.arange(1 - n, 1, device=self.query.device)
+        limit = limit.clamp(0, self.key.shape[1])
         if self.starts is None:
             return limit
         return torch.minimum(limit, (self.key.shape[1] - self.starts.long())[:, None])
@@ -107,7 +110,7 @@ def check_arguments(
 def arrange(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, kv_num_blocks: Tensor,
     kv_indices: Tensor, *, lengths: Tensor, starts: Tensor | None, block_size: int, scale: float,
-    block_bias: Tensor | None,
+    block_bias: Tensor | None, wants_lse: bool = True,
 ) -> DecodeArguments:  # fmt: skip
     """:func:`check_arguments` of what was checked before."""
     if block_bias is not None:
@@ -118,7 +121,7 @@ def arrange(
         query, key_cache, value_cache = (x.to(dtype) for x in (query, key_cache, value_cache))
     return DecodeArguments(
         query, key_cache, value_cache, kv_num_blocks, kv_indices, lengths, starts, block_bias,
-        block_size, scale,
+        block_size, scale, wants_lse,
     )  # fmt: skip
 
 

@@ -73,107 +73,88 @@ def gather_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
 
 
 def _decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
-    """One row per list and group: the query heads of its tokens that share keys and list."""
+    """One row per list and KV head: the query heads of its tokens that share keys and list."""
     batch, n, heads, dim = args.query.shape
     wide = torch.float64 if args.query.dtype == torch.float64 else torch.float32
     if 0 in (args.query.numel(), args.key.numel(), args.indices.numel()):
         nothing = args.query.new_full((batch, heads, n), -torch.inf, dtype=wide)
         return torch.zeros_like(args.query), nothing
-    kv_heads, lists = args.key.shape[2], args.counts.shape[1]
-    planes = max(kv_heads, lists)
-    group, per_list = heads // planes, n // args.counts.shape[2]
-    query = args.query.reshape(batch, n // per_list, per_list, planes, group, dim)
-    query = query.permute(0, 3, 1, 2, 4, 5).to(wide) * args.scale
-    index, visible = _tokens(args, planes)
-    out = torch.empty_like(query)
-    lse = torch.empty(query.shape[:-1], dtype=wide, device=query.device)
-    bias = None
-    if args.block_bias is not None:
-        bias = args.block_bias.repeat_interleave(args.block_size, -1)
-        bias = bias.repeat_interleave(planes // lists, 1)
+    kv_heads, (list_heads, lists) = args.key.shape[2], args.counts.shape[1:]
+    planes = max(kv_heads, list_heads)
+    shape = (batch, planes, lists, n // lists, heads // planes)
+    rows = planes * lists
+    query = args.query.reshape(batch, lists, shape[3], planes, shape[4], dim)
+    query = query.permute(0, 3, 1, 2, 4, 5).reshape(batch, rows, -1, dim).to(wide) * args.scale
+    places, hidden, bias = _tokens(args, planes)
+    head = torch.arange(rows, device=query.device) // (rows // kv_heads)
     limit = _CHUNK_NUMBERS.get(query.device.type, _CHUNK_NUMBERS_ELSEWHERE)
-    step = min(max(limit // max(index.shape[2] * index.shape[3] * dim, 1), 1), planes)
-    keys, values = _Rows(args.key), _Rows(args.value)
-    head = torch.arange(planes, device=query.device) // (planes // kv_heads)
-    for b in range(batch):
-        for first in range(0, planes, step):
+    step = min(max(limit // (places.shape[-1] * dim), 1), rows)
+    outs, norms = [], []
+    for sample in range(batch):
+        own = slice(sample, sample + 1)
+        (keys, steps), (values, value_steps) = map(rows_and_steps, (args.key[own], args.value[own]))
+        for first in range(0, rows, step):
             part = slice(first, first + step)
-            tokens = index[b, part]
-            q = query[b, part]
-            k = keys.take(b, head[part], tokens).to(wide)
-            logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, (per_list, group))
+            tokens, unseen = places[sample, part], hidden[sample, part]
+            index = (tokens * steps[1] + head[part, None] * steps[2]).flatten()
+            k = keys.index_select(0, index).view(*tokens.shape, dim).to(wide)
+            if value_steps != steps:
+                index = (tokens * value_steps[1] + head[part, None] * value_steps[2]).flatten()
+            v = values.index_select(0, index).view(*tokens.shape, dim).to(wide)
+            asked = query[sample, part]
+            logits = torch.bmm(asked, k.mT)
             if bias is not None:
-                logits += bias[b, part, :, None, None]
-            logits.masked_fill_(~visible[b, part, :, :, None], -torch.inf)
-            high = logits.amax(-1, keepdim=True)
-            empty = high == -torch.inf
-            weights = logits.sub_(high.masked_fill_(empty, 0)).exp_()
-            total = weights.sum(-1, keepdim=True)
-            v = values.take(b, head[part], tokens).to(wide)
-            x = _weighted_sum(weights, v, visible[b, part])
-            # A row without tokens has weights of 0, but 0 * nan and 0 / 0 are nan.
-            out[b, part] = (x / total).masked_fill(empty, 0)
-            # An infinite logit takes all the weight: not inf - inf.
-            of_rows = (total.log() + high).masked_fill(high == torch.inf, torch.inf)
-            lse[b, part] = of_rows.squeeze(-1)
-    # Planes and groups are the heads, lists and their tokens the tokens.
-    out = out.permute(0, 2, 3, 1, 4, 5).reshape(args.query.shape)
-    return out.to(args.query.dtype), lse.permute(0, 1, 4, 2, 3).reshape(batch, heads, n)
+                logits += bias[sample, part]
+            of_tokens = logits.view(-1, *shape[3:], tokens.shape[-1])
+            of_tokens.masked_fill_(unseen, -torch.inf)
+            if args.wants_lse:
+                norms.append(logits.logsumexp(-1))
+            empty = (logits == -torch.inf).all(-1, keepdim=True)
+            # Values that are not finite reach those queries of a list alone that see them: a later
+            # one may see more than an earlier one.
+            pairs = None
+            if shape[3] > 1 and readable(v) and not all_finite(v):
+                pairs = unseen.expand(of_tokens.shape).flatten(1, 2)
+            found = weighted_sum(logits.softmax(-1), v, pairs, torch.empty_like(asked))
+            # A row that sees nothing has weights of NaN, and what it would read may be NaN.
+            outs.append(found.masked_fill_(empty, 0))
+    out = torch.cat(outs).view(*shape, dim).permute(0, 2, 3, 1, 4, 5).reshape(args.query.shape)
+    lse = out.new_empty(0)
+    if norms:
+        lse = torch.cat(norms).view(shape).permute(0, 1, 4, 2, 3).reshape(batch, heads, n)
+    return out.to(args.query.dtype), lse
 
 
-def _weighted_sum(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """``(p, l, t, g, m)`` weights of ``(p, l, m, d)`` values, ``(p, l, t, g, d)``.
-
-    Where looking costs no wait, values that are not finite reach those of the t queries alone that
-    see them: a later one may see more than an earlier one.
-    """
-    rows = weights.flatten(0, 1).flatten(1, 2)
-    x = rows.new_empty(*rows.shape[:2], v.shape[-1])
-    hidden = None
-    if weights.shape[2] > 1 and readable(v) and not all_finite(v):
-        hidden = ~visible[:, :, :, None].expand(weights.shape).flatten(0, 1).flatten(1, 2)
-    weighted_sum(rows, v.flatten(0, 1), hidden, x)
-    return x.view(*weights.shape[:-1], -1)
-
-
-def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor]:
-    """Cache positions of each list's tokens, and which of them each of its queries sees.
+def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cache positions of the tokens of each row, what its queries do not see, and a bias.
 
     Returns:
-        ``(b, planes, l, k * block_size)`` for l lists, and booleans ``(b, planes, l, n / l, k *
-        block_size)``.
+        ``(b, r, m)`` for r rows, planes by lists, of m tokens; booleans ``(b, r, n / lists, 1,
+        m)``; and None or ``(b, r, 1, m)``.
     """
     size, lists = args.block_size, args.counts.shape[2]
-    limits = args.limits().unflatten(1, (lists, -1))[:, None, :, :, None]
     inside = torch.arange(size, device=args.indices.device)
-    token = (args.indices.long()[..., None] * size + inside).flatten(-2)
+    token = (args.indices[..., None] * size + inside).flatten(-2)
+    limits = args.limits().view(-1, 1, lists, args.query.shape[1] // lists, 1)
     listed = args.listed().repeat_interleave(size, -1)
-    visible = listed[:, :, :, None] & (token[:, :, :, None] < limits)
+    hidden = ~((token[..., None, :] < limits) & listed[..., None, :])
     # What nobody sees repeats the first token that is seen. The last query sees all that those
     # before it see.
-    seen = visible[:, :, :, -1]
-    if token.shape[-1]:
-        token = torch.where(seen, token, token.gather(-1, seen.int().argmax(-1, keepdim=True)))
+    unseen, last = hidden[:, :, :, -1], args.key.shape[1] - 1
+    first = token.masked_fill(unseen, last).amin(-1, keepdim=True)
+    token = torch.where(unseen, first, token)
     if args.starts is not None:
         token = token + args.starts.long().view(-1, 1, 1, 1)
-    token = token.clamp(0, max(args.key.shape[1] - 1, 0))
-    repeat = planes // token.shape[1]
-    if repeat == 1:
-        return token, visible
-    return token.repeat_interleave(repeat, 1), visible.repeat_interleave(repeat, 1)
-
-
-class _Rows:
-    """A cache as rows of ``head_dim`` numbers, gathered without a copy of the cache."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.rows, self.strides = rows_and_steps(x)
-
-    def take(self, batch: int, heads: Tensor, tokens: Tensor) -> Tensor:
-        """Tokens ``(p, n, t)`` of heads ``(p,)`` of one sample as ``(p, n, t, d)``."""
-        base = heads * self.strides[2] + batch * self.strides[0]
-        place = tokens * self.strides[1] + base[:, None, None]
-        return self.rows.index_select(0, place.flatten()).view(*tokens.shape, -1)
+    token = token.clamp(0, last)
+    bias = args.block_bias
+    if bias is not None:
+        bias = bias.repeat_interleave(size, -1)
+    if planes > token.shape[1]:
+        repeat = planes // token.shape[1]
+        token, hidden = (x.repeat_interleave(repeat, 1) for x in (token, hidden))
+        bias = None if bias is None else bias.repeat_interleave(repeat, 1)
+    rows = None if bias is None else bias.flatten(1, 2)[:, :, None]
+    return token.flatten(1, 2), hidden.flatten(1, 2)[..., None, :], rows
 
 
 Backend = Callable[[DecodeArguments], tuple[Tensor, Tensor]]
