@@ -133,16 +133,16 @@ def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor, Tensor 
         m)``; and None or ``(b, r, 1, m)``.
     """
     size, lists = args.block_size, args.counts.shape[2]
+    last = args.key.shape[1] - 1
     inside = torch.arange(size, device=args.indices.device)
-    token = (args.indices[..., None] * size + inside).flatten(-2)
+    # What is not listed lies behind the cache, where nobody sees it.
+    block = torch.where(args.listed(), args.indices, last // size + 1)
+    token = (block[..., None] * size + inside).flatten(-2)
     limits = args.limits().view(-1, 1, lists, args.query.shape[1] // lists, 1)
-    listed = args.listed().repeat_interleave(size, -1)
-    hidden = ~((token[..., None, :] < limits) & listed[..., None, :])
+    hidden = token[..., None, :] >= limits
     # What nobody sees repeats the first token that is seen. The last query sees all that those
     # before it see.
-    unseen, last = hidden[:, :, :, -1], args.key.shape[1] - 1
-    first = token.masked_fill(unseen, last).amin(-1, keepdim=True)
-    token = torch.where(unseen, first, token)
+    token = torch.where(hidden[:, :, :, -1], token.amin(-1, keepdim=True), token)
     if args.starts is not None:
         token = token + args.starts.long().view(-1, 1, 1, 1)
     token = token.clamp(0, last)
