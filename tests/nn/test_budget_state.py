@@ -824,7 +824,7 @@ def test_a_layer_that_leaves_the_plateau_late_takes_the_others_along() -> None:
     trainer = AdaptiveSparsityTrainer(model, annealing_steps=100)
     for layer in model:
         layer.budget_state[EVIDENCE, 0] = 0.1
-    with pytest.warns(UserWarning, match="all layers are still dense"):
+    with pytest.warns(UserWarning, match="all layers that begin dense still are"):
         bases(trainer, 155)
     assert trainer.arrivals == [-1, -1]
     model[1].budget_state[EVIDENCE, 0] = PEAKED

@@ -485,7 +485,7 @@ def append_tokens(
         append_op(queries, keys, lengths, query, key, cached, starts)
         return
     if tokens is not None and starts is None and query.shape[1] == 1:
-        # Slices take a third of the time of indices.
+        # Six operations in place of fifteen, each of which costs the host as much.
         slot = slice(tokens % queries.shape[1], tokens % queries.shape[1] + 1)
         queries[:, slot] = query
         keys[:, slot] = key[:, tokens : tokens + 1] if cached else key

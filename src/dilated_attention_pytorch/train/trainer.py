@@ -431,8 +431,8 @@ class AdaptiveSparsityTrainer:
         if step == annealed and not started and max(self.arrivals[n] for n in starts) < 0:
             peak, skill = max(starts.values())
             warnings.warn(
-                f"step {step}: all layers are still dense. One begins to leave blocks out once its "
-                f"selector's target is clear ({peak:.2f} of the way from uniform to one block, "
+                f"step {step}: all layers that begin dense still are. One leaves blocks out once "
+                f"its selector's target is clear ({peak:.2f} of the way from uniform to one block, "
                 f"{PEAKED:g} is enough), the selector meets it ({skill:.2f}, {SKILLED:g} is "
                 f"enough), and it was new to the selector or has been clear for {annealed} steps; "
                 f"at the latest at step {end}. If the loss falls all the same, as on text, "

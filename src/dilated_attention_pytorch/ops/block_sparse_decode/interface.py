@@ -146,15 +146,13 @@ def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor, Tensor 
     if args.starts is not None:
         token = token + args.starts.long().view(-1, 1, 1, 1)
     token = token.clamp(0, last)
-    bias = args.block_bias
-    if bias is not None:
-        bias = bias.repeat_interleave(size, -1)
-    if planes > token.shape[1]:
-        repeat = planes // token.shape[1]
-        token, hidden = (x.repeat_interleave(repeat, 1) for x in (token, hidden))
-        bias = None if bias is None else bias.repeat_interleave(repeat, 1)
-    rows = None if bias is None else bias.flatten(1, 2)[:, :, None]
-    return token.flatten(1, 2), hidden.flatten(1, 2)[..., None, :], rows
+    parts = [token, hidden]
+    if args.block_bias is not None:
+        parts.append(args.block_bias.repeat_interleave(size, -1))
+    if (repeat := planes // token.shape[1]) > 1:
+        parts = [x.repeat_interleave(repeat, 1) for x in parts]
+    token, hidden, *bias = (x.flatten(1, 2) for x in parts)
+    return token, hidden[..., None, :], bias[0][:, :, None] if bias else None
 
 
 Backend = Callable[[DecodeArguments], tuple[Tensor, Tensor]]
