@@ -47,7 +47,7 @@ def tokens(length, dtype=torch.float32):
 @pytest.mark.parametrize("budget", ["fixed", "adaptive", "threshold"])
 @torch.no_grad()
 def test_decoding_equals_one_causal_pass(budget, shared):
-    """In float32 and IEEE products, so that equal scores stay equal."""
+    """In float32 and precise products, so that equal scores stay equal."""
     layer = make(budget=budget, share_within_kv_group=shared)
     q, k, v = tokens(500)
     want, state = layer(q, k, v, is_causal=True), SelectorState(512)

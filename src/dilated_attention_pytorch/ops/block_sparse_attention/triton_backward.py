@@ -459,8 +459,9 @@ def launch_backward(
     lse2, delta, norm = rows = [
         lse.new_empty(batch, num_heads, padded_len, dtype=torch.float32) for _ in range(3)
     ]
-    config_query = config_query or query_config(call.tile())
-    pack_query = call.pack(config_query.rows)
+    tile = call.tile()
+    config_query = config_query or query_config(tile)
+    pack_query = tile.pack(config_query.rows)
     # Before the dK, dV kernel, whose memory must not be given to the one that overlaps it.
     of_bias, of_mass = (
         empty_parts(call, config_query, pack_query) if wanted else None
@@ -475,8 +476,9 @@ def launch_backward(
             ROWS=32, D=call.padded_head_dim, HEAD_DIM=head_dim, GRAD_LSE=grad_lse is not None,
             num_warps=4,
         )  # fmt: skip
-        config = config or key_config(call.tile())
-        pack = call.pack(config.rows)
+        config = config or key_config(tile)
+        # Three TF32 products of two heads do not fit the registers.
+        pack = 1 if tile.full_precision else tile.pack(config.rows)
         (query, gradient), tma_q = sources((call.query, grad_out), pack, config.rows, call)
         (key, value), tma = sources((call.key, call.value), 1, config.columns, call)
         key_kernel[(triton.cdiv(kv_len, config.columns), batch * num_kv_heads)](

@@ -214,7 +214,7 @@ def launch_forward(
         return
     config = config or forward_config(call.tile())
     batch, q_len, num_heads, _ = call.query.shape
-    pack = call.pack(config.rows)
+    pack = call.tile().pack(config.rows)
     tiles = triton.cdiv(q_len, config.rows)
     (query,), tma_q = sources((call.query,), pack, config.rows, call)
     (key, value), tma = sources((call.key, call.value), 1, config.columns, call)

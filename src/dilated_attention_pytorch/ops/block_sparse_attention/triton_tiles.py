@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dilated_attention_pytorch.ops.triton_device import INTERPRETED, capability, strides
+from dilated_attention_pytorch.ops.triton_device import INTERPRETED, PRECISE, capability, strides
 
 
 @triton.jit
@@ -167,13 +167,22 @@ class TileShape:
         block_q: Tokens per query block.
         block_k: Tokens per key block.
         head_dim: The power of two that a tile's last dimension takes.
+        shared: Query heads with the same key head and list.
         full_precision: Whether inputs are float32.
     """
 
     block_q: int
     block_k: int
     head_dim: int
-    full_precision: bool
+    shared: int = 1
+    full_precision: bool = False
+
+    def pack(self, rows: int) -> int:
+        """Heads in a tile of at most 64 rows: a power of two dividing the shared ones."""
+        pack = 1
+        while self.shared % (2 * pack) == 0 and 2 * pack * rows <= 64:
+            pack *= 2
+        return pack
 
 
 @dataclass(frozen=True)
@@ -203,11 +212,21 @@ class LaunchConfig:
         return found
 
 
+def _float32_config(tile: TileShape) -> LaunchConfig:
+    """A warp for 16 rows or columns: the operands of three TF32 products stand in registers."""
+    if tile.head_dim > 128:
+        return LaunchConfig(16, 16, 4, 1)
+    small = tile.head_dim <= 64
+    rows, columns = 64 if small and tile.block_q >= 64 else 16, 64 if small else 32
+    columns = min(tile.block_k, columns)
+    return LaunchConfig(rows, columns, max(tile.pack(rows) * rows, columns) // 16, 1)
+
+
 def forward_config(tile: TileShape) -> LaunchConfig:
     """The launch (`benchmarks/results/tune_triton.json`) of the forward kernel."""
     d = tile.head_dim
     if tile.full_precision:
-        return LaunchConfig(min(tile.block_q, 64), min(tile.block_k, 32), 4, 1)
+        return _float32_config(tile)
     rows, columns = min(tile.block_q, 64), min(tile.block_k, 64)
     return LaunchConfig(rows, columns, 4, 3 if 64 < d <= 128 else 2)
 
@@ -216,7 +235,7 @@ def query_config(tile: TileShape) -> LaunchConfig:
     """The launch (`benchmarks/results/tune_triton.json`) of the dQ kernel."""
     d = tile.head_dim
     if tile.full_precision:
-        return LaunchConfig(min(tile.block_q, 32), min(tile.block_k, 32), 4, 1)
+        return _float32_config(tile)
     rows, columns = min(tile.block_q, 64), min(tile.block_k, 64 if d <= 128 else 32)
     return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2, 128 if d <= 64 else None)
 
@@ -225,7 +244,10 @@ def key_config(tile: TileShape) -> LaunchConfig:
     """The launch (`benchmarks/results/tune_triton.json`) of the dK, dV kernel."""
     d = tile.head_dim
     if tile.full_precision:
-        return LaunchConfig(min(tile.block_q, 32), min(tile.block_k, 32), 4, 1)
+        if d <= 64 and min(tile.block_q, tile.block_k) >= 64:
+            return LaunchConfig(64, 64, 4, 1)
+        rows = min(tile.block_q, 32 if d <= 128 else 16)
+        return LaunchConfig(rows, 16, 2 if tile.block_q == 16 and d <= 128 else 4, 1)
     rows = min(tile.block_q, 64 if d <= 128 else 32)
     columns = min(tile.block_k, 64)
     if d <= 64:
@@ -281,9 +303,9 @@ class Call:
 
     def tile(self) -> TileShape:
         """What the launch configurations depend on."""
-        return TileShape(
-            self.block_q, self.block_k, self.padded_head_dim, self.query.dtype == torch.float32
-        )
+        shared = min(self.group, self.heads_per_pattern)
+        full_precision = self.query.dtype == torch.float32
+        return TileShape(self.block_q, self.block_k, self.padded_head_dim, shared, full_precision)
 
     @property
     def empty(self) -> bool:
@@ -305,14 +327,6 @@ class Call:
         """The power of two that a tile's last dimension takes."""
         return max(16, triton.next_power_of_2(self.query.shape[3]))
 
-    def pack(self, rows: int) -> int:
-        """Heads in a tile of at most 64 rows: a power of two dividing those of one key and list."""
-        shared = min(self.group, self.heads_per_pattern)
-        pack = 1
-        while shared % (2 * pack) == 0 and 2 * pack * rows <= 64:
-            pack *= 2
-        return pack
-
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments that all kernels share."""
         full_precision = torch.get_float32_matmul_precision() == "highest"
@@ -330,7 +344,7 @@ class Call:
             "DOCUMENTS": self.document_ids is not None,
             "EVEN_KEYS": self.key.shape[1] % self.block_k == 0,
             "UPCAST": INTERPRETED,
-            "PRECISION": "ieee" if full_precision else "tf32",
+            "PRECISION": PRECISE.value if full_precision else "tf32",
         }
 
     def mask_arguments(self) -> tuple[Any, ...]:

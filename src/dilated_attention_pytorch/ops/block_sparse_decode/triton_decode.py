@@ -25,6 +25,7 @@ from dilated_attention_pytorch.ops.triton_device import (
     INTERPRETED,
     LN2,
     LOG2E,
+    PRECISE,
     on_device,
     strides,
 )
@@ -225,7 +226,7 @@ def launch_decode(
             PACK=pack, ROWS=max(16, triton.next_power_of_2(pack)),
             BLOCK=args.block_size, COLUMNS=config.columns, D=d, HEAD_DIM=dim,
             BIAS=bias is not None, STARTS=args.starts is not None, UPCAST=INTERPRETED,
-            PRECISION="ieee" if full_precision else "tf32", STAGES=config.num_stages,
+            PRECISION=PRECISE.value if full_precision else "tf32", STAGES=config.num_stages,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         merge_kernel[(new, heads, batch)](
