@@ -1,7 +1,8 @@
-"""Block-sparse attention against its rivals on one GPU, bfloat16.
+"""Block-sparse attention against its rivals on one GPU.
 
-    python benchmarks/gpu_attention.py            # the speed bars
+    python benchmarks/gpu_attention.py            # the speed bars, bfloat16
     python benchmarks/gpu_attention.py --sweep    # also step time by sparsity and by length
+    python benchmarks/gpu_attention.py --float32  # float32 alone: gpu_attention_float32.json
 
 Patterns are random with the same share of tiles for everybody, at each one's best block size.
 A step is forward + backward; ours counts the transpose of a fresh pattern and, in "ours", the
@@ -35,6 +36,7 @@ from gpu_setups import Setup, event_ms, fresh, inputs, random_pattern
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "gpu_attention.json"
+OUT_FLOAT32 = OUT.with_name("gpu_attention_float32.json")
 
 BARS = {
     "block 128": Setup(block_size=128),
@@ -45,6 +47,12 @@ BARS = {
 SWEEP = {
     **{f"sparsity {s}": Setup(sparsity=s) for s in (0.5, 0.7, 0.8, 0.95)},
     **{f"{n} tokens": Setup(tokens=n) for n in (2048, 4096, 8192, 16384, 65536)},
+}
+FLOAT32 = {
+    f"block {block}, head_dim {dim}": Setup(
+        8192, 8, 8, dim, block, sparsity=0.75, causal=True, dtype="float32"
+    )
+    for block, dim in ((16, 32), (16, 64), (32, 64), (64, 64), (64, 128))
 }
 LARGEST = Setup(tokens=131072, sparsity=0.95)
 
@@ -151,6 +159,11 @@ def flash4(setup: Setup, sparse: bool) -> Attend:
 
 def contenders(setup: Setup, quick: bool, slow: bool = True) -> dict[str, Callable[[], Attend]]:
     """Everybody in a setup; ``slow``: also those that lose to others of their kind."""
+    if setup.dtype == "float32":
+        return {
+            "ours": lambda: ours(setup, mass=True),
+            "dense, memory-efficient": lambda: dense(setup, SDPBackend.EFFICIENT_ATTENTION),
+        }
     grouped = setup.heads != setup.kv_heads
     found: dict[str, Callable[[], Attend]] = {
         "ours": lambda: ours(setup, mass=True),
@@ -302,26 +315,29 @@ def main() -> int:
     parser.add_argument(
         "--setups", nargs="+", choices=[*BARS], help="these alone, and no more (default: all)"
     )
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--float32", action="store_true", help="float32 alone")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"environment": environment("cuda"), "bars": {}, "sweep": {}}
-    for name in arguments.setups or BARS:
-        setup = BARS[name]
+    bars = FLOAT32 if arguments.float32 else BARS
+    out = arguments.out or (OUT_FLOAT32 if arguments.float32 else OUT)
+    for name in arguments.setups or bars:
+        setup = bars[name]
         record["bars"][name] = measure(setup, arguments.rounds, slow=not arguments.quick)
         show(name, record["bars"][name])
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    if arguments.setups:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.setups or arguments.float32:
         return 0
     record["peak_gigabytes"] = {"setup": asdict(LARGEST), "step": peak_gigabytes(LARGEST)}
     print(f"peak at {LARGEST.tokens} tokens: {record['peak_gigabytes']['step']:.2f} GiB")
     record["break_even"] = break_even(arguments.rounds)
     for row in record["break_even"]:
         print(f"head_dim {row['head_dim']}, {row['tokens']} tokens: {row['step_ms']}")
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(record, indent=1) + "\n")
     for name, setup in SWEEP.items() if arguments.sweep else ():
         record["sweep"][name] = measure(setup, arguments.rounds, quick=True)
         show(name, record["sweep"][name])
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -15,7 +15,7 @@ from dilated_attention_pytorch import BlockPattern
 
 @dataclass(frozen=True)
 class Setup:
-    """One attention problem in bfloat16, batch 1."""
+    """One attention problem, batch 1."""
 
     tokens: int = 32768
     heads: int = 16
@@ -24,13 +24,15 @@ class Setup:
     block_size: int = 64
     sparsity: float = 0.9
     causal: bool = False
+    dtype: str = "bfloat16"
 
 
 def inputs(setup: Setup, grad: bool = False) -> list[Tensor]:
     """Random queries, keys and values."""
     torch.manual_seed(0)
     shapes = [(1, setup.tokens, h, setup.head_dim) for h in (setup.heads, *[setup.kv_heads] * 2)]
-    made = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    dtype = getattr(torch, setup.dtype)
+    made = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
     return [x.requires_grad_(grad) for x in made]
 
 

@@ -1,6 +1,7 @@
 """Times launch configurations of the Triton kernels, on a GPU.
 
-    python benchmarks/tune_triton.py
+    python benchmarks/tune_triton.py              # bfloat16
+    python benchmarks/tune_triton.py --float32    # tune_triton_float32.json
 
 For each setup of the speed bars: every forward configuration; the backward pass with every dK, dV
 configuration; then with every dQ configuration beside the best of those. Writes
@@ -14,7 +15,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from gpu_setups import Setup, inputs, median_ms, random_pattern
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "tune_triton.json"
+OUT_FLOAT32 = OUT.with_name("tune_triton_float32.json")
 Config = LaunchConfig
 
 SETUPS = {
@@ -39,6 +41,12 @@ SETUPS = {
     "block 128, head_dim 128": Setup(block_size=128, head_dim=128),
     "block 64, head_dim 64, causal": Setup(block_size=64, head_dim=64, causal=True),
     "4 query heads per KV head": Setup(kv_heads=4),
+}
+FLOAT32_SETUPS = {
+    f"float32, block {block}, head_dim {dim}": Setup(
+        8192, 8, 8, dim, block, sparsity=0.75, causal=True, dtype="float32"
+    )
+    for block, dim in ((16, 32), (32, 64), (64, 64), (64, 128))
 }
 
 # Query rows, key columns, warps, stages, registers per thread (none named: free).
@@ -54,6 +62,17 @@ QUERY = {
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1), (64, 64, 4, 2, 128)],
     128: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
 }
+# Of every kernel in float32.
+FLOAT32 = {
+    16: [(16, 16, 1, 1), (16, 16, 2, 1), (16, 16, 4, 1)],
+    32: [(16, 32, 2, 1), (32, 16, 4, 1), (32, 32, 2, 1), (32, 32, 4, 1)],
+    64: [(16, 32, 2, 1), (32, 16, 4, 1), (32, 32, 4, 1), (64, 32, 4, 1), (64, 64, 4, 1)],
+}
+
+
+def variants(setup: Setup, of: Mapping[int, Any]) -> list[Any]:
+    """Configurations to try."""
+    return (FLOAT32 if setup.dtype == "float32" else of)[setup.block_size]
 
 
 @dataclass
@@ -103,22 +122,22 @@ def attempt(call: Callable[[], Any], repeats: int) -> float:
 
 def time_setup(setup: Setup, repeats: int) -> list[dict[str, Any]]:
     """All timings of one setup."""
-    job, size, rows = Job.make(setup), setup.block_size, []
+    job, rows = Job.make(setup), []
 
     def record(part: str, label: Any, call: Callable[[], Any]) -> float:
         taken = attempt(call, repeats)
         rows.append({"part": part, "config": label, "ms": taken if taken < 1e9 else None})
         return taken
 
-    for variant in FORWARD[size]:
+    for variant in variants(setup, FORWARD):
         config = Config(*variant)
         record("forward", variant, partial(job.forward, config))
     timed = {}
-    for variant in KEY[size]:
+    for variant in variants(setup, KEY):
         config = Config(*variant)
         timed[config] = record("backward, dK dV", variant, partial(job.backward, config, None))
     best = min(timed, key=lambda config: timed[config])
-    for variant in QUERY[size]:
+    for variant in variants(setup, QUERY):
         config = Config(*variant)
         record("backward, dQ", [astuple(best), variant], partial(job.backward, best, config))
     alone = partial(job.backward, best, None, overlap=False)
@@ -130,7 +149,7 @@ def time_setup(setup: Setup, repeats: int) -> list[dict[str, Any]]:
 def compile_only(task: tuple[str, str, Any]) -> None:
     """Fills the compiler's cache; run side by side with others."""
     name, part, variant = task
-    setup = SETUPS[name]
+    setup = (SETUPS | FLOAT32_SETUPS)[name]
     job = Job.make(setup)
     if part == "forward":
         attempt(lambda: job.forward(Config(*variant)), 1)
@@ -145,23 +164,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--jobs", type=int, default=8, help="compilers side by side")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--float32", action="store_true", help="float32 alone")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     tasks = []
-    for name, setup in SETUPS.items():
-        tasks += [(name, "forward", x) for x in FORWARD[setup.block_size]]
-        tasks += [(name, "backward", x) for x in KEY[setup.block_size]]
-        tasks += [(name, "dQ", x) for x in QUERY[setup.block_size]]
+    setups = FLOAT32_SETUPS if arguments.float32 else SETUPS
+    out = arguments.out or (OUT_FLOAT32 if arguments.float32 else OUT)
+    for name, setup in setups.items():
+        tasks += [(name, "forward", x) for x in variants(setup, FORWARD)]
+        tasks += [(name, "backward", x) for x in variants(setup, KEY)]
+        tasks += [(name, "dQ", x) for x in variants(setup, QUERY)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         pool.map(compile_only, tasks, chunksize=1)
     results = {}
-    for name, setup in SETUPS.items():
+    for name, setup in setups.items():
         results[name] = time_setup(setup, arguments.repeats)
         print(name)
         for row in results[name]:
             print(f"  {row['part']:34} {row['config']!s:44} {row['ms'] or float('nan'):8.3f}")
     record = {"environment": environment("cuda"), "timings": results}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -213,7 +213,10 @@ class LaunchConfig:
 
 
 def _float32_config(tile: TileShape) -> LaunchConfig:
-    """A warp for 16 rows or columns: the operands of three TF32 products stand in registers."""
+    """The launch (`benchmarks/results/tune_triton_float32.json`) of the forward and dQ kernels.
+
+    A warp for 16 rows or columns: the operands of three TF32 products stand in registers.
+    """
     if tile.head_dim > 128:
         return LaunchConfig(16, 16, 4, 1)
     small = tile.head_dim <= 64
