@@ -107,7 +107,7 @@ def test_float32_training_is_faster_than_dense(block, dim):
     q, k, v = (
         torch.randn(1, tokens, heads, dim, device="cuda", requires_grad=True) for _ in range(3)
     )
-    dense = torch.rand(1, heads, blocks, blocks, device="cuda") < 0.25
+    dense = (torch.rand(1, heads, blocks, blocks, device="cuda") < 0.25).tril()
     pattern = BlockPattern.from_dense(dense, q_len=tokens, kv_len=tokens, block_size=block)
 
     def sparse():
