@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dilated_attention_pytorch.config import AdaptiveConfig
 from dilated_attention_pytorch.models import rotary, rotary_table
 from dilated_attention_pytorch.tasks.text import load_text
-from learning_map import METHODS, add_options, run_missing
+from learning_map import METHODS, SEEDS, add_options, run_missing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from provenance import where
@@ -357,25 +357,42 @@ def problems(names: Sequence[str] | None) -> Iterator[Lookup | Bytes]:
                 yield type(base)(**{**vars(base), "sparsity": sparsity})
 
 
+def _shown(
+    found: Mapping[tuple[str, float, str], list[float]], cell: str, asked: float, name: str
+) -> str:
+    """A cell of the table; empty if there is no run."""
+    if name == "dense":
+        asked = SPARSITIES[0]
+    if name == "best pattern":
+        patterns = [found[cell, asked, x] for x in PATTERNS if found[cell, asked, x]]
+        values = max(patterns, key=statistics.mean, default=[])
+    else:
+        values = found[cell, asked, name]
+    if not values:
+        return ""
+    few = f", {len(values)} seeds" if len(values) < len(SEEDS) else ""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}{few})"
+
+
 def write_page(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Writes the table: mean accuracy, and the lowest seed's."""
     found: dict[tuple[str, float, str], list[float]] = defaultdict(list)
     for run in runs:
         found[run["cell"], run["asked"], run["method"]].append(run["accuracy"])
-    columns = ("dense", "adaptive", "fixed", "best pattern", "mean_pool")
+    everybody = ("dense", "adaptive", "fixed", "best pattern", "mean_pool")
+    order = [base.name for base in BASES]
+    rows = sorted(
+        {(run["cell"], run["asked"]) for run in runs}, key=lambda x: (order.index(x[0]), x)
+    )
+    cells = {(row, name): _shown(found, *row, name) for row in rows for name in everybody}
+    columns = [name for name in everybody if any(cells[row, name] for row in rows)]
     lines = [
         "# Beyond needles", "", "Accuracy, mean of the seeds (the lowest).", "",
         f"| problem | sparsity | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|",
     ]  # fmt: skip
-    for cell, asked in dict.fromkeys((run["cell"], run["asked"]) for run in runs):
-        best = max(
-            (found[cell, asked, name] for name in PATTERNS if found[cell, asked, name]),
-            key=statistics.mean, default=[],
-        )  # fmt: skip
-        row = [best if name == "best pattern" else found[cell, asked, name] for name in columns]
-        row[0] = found[cell, SPARSITIES[0], "dense"]
-        shown = [f"{statistics.mean(x):.3f} ({min(x):.3f})" if x else "not run" for x in row]
-        lines.append(f"| {cell} | {asked:g} | {' | '.join(shown)} |")
+    for row in rows:
+        shown = [cells[row, name] or "not run" for name in columns]
+        lines.append(f"| {row[0]} | {row[1]:g} | {' | '.join(shown)} |")
     lines += ["", *where(runs)]
     (folder / "README.md").write_text("\n".join(lines))
 
