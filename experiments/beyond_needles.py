@@ -370,7 +370,7 @@ def _shown(
         values = found[cell, asked, name]
     if not values:
         return ""
-    few = f", {len(values)} seeds" if len(values) < len(SEEDS) else ""
+    few = f", {len(values)} of {len(SEEDS)} seeds" if len(values) < len(SEEDS) else ""
     return f"{statistics.mean(values):.3f} ({min(values):.3f}{few})"
 
 

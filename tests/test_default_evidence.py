@@ -62,6 +62,9 @@ def test_every_default_has_its_evidence(heading: str, defaults: dict[str, Any]) 
 
 def test_every_default_of_pretrained_runs_has_its_evidence() -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
-    from dilated_attention_pytorch.hf.train_selectors import FitRun
+    from dilated_attention_pytorch.hf.train_selectors import FitRun, PretrainedRun, TuneRun
 
     check("## Pretrained models", fields(FitRun))
+    shared = {f.name for f in dataclasses.fields(PretrainedRun)}
+    own = {name: value for name, value in fields(TuneRun).items() if name not in shared}
+    check("## `tune` alone", own)
