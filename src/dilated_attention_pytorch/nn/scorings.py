@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -23,6 +23,8 @@ from dilated_attention_pytorch.nn.selector import CachedKeys, Scoring, SelectorL
 from dilated_attention_pytorch.nn.state import Memory, NewestRow
 from dilated_attention_pytorch.ops.block_selection.interface import (
     best_blocks,
+    compiled_low_rank_scores,
+    compiled_unsupported_reason,
     find_candidates,
     low_rank_scores,
     low_rank_unsupported_reason,
@@ -32,7 +34,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     kernel_unsupported_reason as kernel_unsupported_reason,
 )
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
-from dilated_attention_pytorch.scoring.scorer import ImportanceScorer
+from dilated_attention_pytorch.scoring.scorer import ImportanceScorer, take_columns
 from dilated_attention_pytorch.scoring.summaries import exact_dtype
 from dilated_attention_pytorch.selection.budget import most_visible_share
 from dilated_attention_pytorch.selection.hierarchical import ChosenLevel
@@ -209,16 +211,27 @@ class TokenScoring(Scoring):
                 scores, *peaks = self._rate(layer, inputs)
                 kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals)
                 return replace(Scored.of(inputs, scores, kernels=True), kept=kept)
-        found = _low_rank(layer)(
-            inputs.query, inputs.key, inputs.mask, layer.block_size, inputs.candidates.indices,
-            query_valid=inputs.query_valid, past=layer.looks_back(inputs.mask),
-            peaks=layer.config.peak_share > 0,
-        )  # fmt: skip
-        scores, *peaks = found if layer.config.peak_share else (found,)
+        indices = inputs.candidates.indices
+        (b, n, h, _), m = inputs.query.shape, inputs.key.shape[1]
+        if compiled_unsupported_reason(inputs.query, layer.backend, b * n * h * m) is None:
+            maps = self._rate(layer, inputs, compiled_low_rank_scores)
+            scores, *peaks = maps if indices is None else [take_columns(x, indices) for x in maps]
+        else:
+            found = _low_rank(layer)(
+                inputs.query, inputs.key, inputs.mask, layer.block_size, indices,
+                query_valid=inputs.query_valid, past=layer.looks_back(inputs.mask),
+                peaks=layer.config.peak_share > 0,
+            )  # fmt: skip
+            scores, *peaks = found if layer.config.peak_share else (found,)
         kept = kept_by_peak(layer, peaks, inputs.candidates, inputs.rows.num_allowed)
         return replace(Scored.of(inputs, scores), kept=kept)
 
-    def _rate(self, layer: SelectorLayer, inputs: SelectionInputs) -> list[Tensor]:
+    def _rate(
+        self,
+        layer: SelectorLayer,
+        inputs: SelectionInputs,
+        kernel: Callable[..., list[Tensor]] = low_rank_scores,
+    ) -> list[Tensor]:
         """Scores and peaks of all tiles, ``(b, pattern heads, i, j)`` float32, with a kernel."""
         scorer, size = _low_rank(layer), layer.block_size
         stride, query, lead = scorer.query_stride, inputs.query, 0
@@ -229,7 +242,7 @@ class TokenScoring(Scoring):
         spans = inputs.rows.remember(
             ("spans", size, stride, lead), lambda: _sample_spans(inputs, size, stride, lead)
         )
-        return _rate_by_kernel(layer, query, inputs.key, spans, stride, inputs.mask)
+        return _rate_by_kernel(kernel, layer, query, inputs.key, spans, stride, inputs.mask)
 
     def unsupported_reason(self, layer: SelectorLayer, inputs: SelectionInputs) -> str | None:
         """Training, segments, and tiles of keys that do not fit."""
@@ -326,7 +339,7 @@ class TokenScoring(Scoring):
         if has_token_kernel(layer, key, blocks):
             spans = torch.stack([torch.zeros_like(last), last + 1], 1).int()
             visible = AttentionMask(query.shape[1], key.shape[1])
-            maps = _rate_by_kernel(layer, query, key, spans, 1, visible)
+            maps = _rate_by_kernel(low_rank_scores, layer, query, key, spans, 1, visible)
         else:
             maps = scorer.rate(query, key, last, size, peaks=layer.config.peak_share > 0)
         # Room of the state that the cache has not, whose blocks nobody sees.
@@ -402,6 +415,7 @@ def _low_rank(layer: SelectorLayer) -> LowRankScorer:
 
 
 def _rate_by_kernel(
+    kernel: Callable[..., list[Tensor]],
     layer: SelectorLayer,
     query: Tensor,
     key: Tensor,
@@ -411,7 +425,7 @@ def _rate_by_kernel(
 ) -> list[Tensor]:
     scorer, size = _low_rank(layer), layer.block_size
     return scorer.called(
-        lambda query, key: low_rank_scores(
+        lambda query, key: kernel(
             query, key, scorer.query_map, scorer.key_map, spans, query_stride=query_stride,
             block_size=size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
             peaks=layer.config.peak_share > 0,

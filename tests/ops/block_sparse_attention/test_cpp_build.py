@@ -124,8 +124,7 @@ def built(tmp_path_factory):
     if cpp.find_compiler() is None:
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("built")
-    source = Path(cpp.__file__).with_name("cpp_forward.cpp").read_text()
-    return cpp._compile(cpp.find_compiler(), source, folder)
+    return cpp._compile(cpp.find_compiler(), cpp.read_sources(), folder)
 
 
 @pytest.fixture

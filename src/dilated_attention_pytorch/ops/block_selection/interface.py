@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.candidates import CandidateRule, RowRange, count_forced
+from dilated_attention_pytorch.mask import ceil_div
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import (
+    AUTO_LOGITS,
+    build_failure,
+    library,
+)
 from dilated_attention_pytorch.ops.operators import (
     HAS_TRITON,
+    NAMESPACE,
     rows_of,
     triton_missing_reason,
 )
@@ -318,6 +328,102 @@ def low_rank_scores(
         pattern_heads, peaks,
     )  # fmt: skip
     return list(found[: 1 + peaks])
+
+
+def compiled_unsupported_reason(like: Tensor, backend: str, logits: int) -> str | None:
+    """Why :func:`compiled_low_rank_scores` is not taken for something, or None; may build it.
+
+    Args:
+        like: Queries.
+        backend: Of the layer.
+        logits: That dense attention would compute.
+    """
+    if like.device.type != "cpu" or like.dtype == torch.float64:
+        return f"it computes float32 on the CPU, not {like.dtype} on {like.device.type}"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return "it has no gradient, and a traced program may run where there is no compiler"
+    if backend != "cpp" and (backend != "auto" or logits < AUTO_LOGITS):
+        return f"with backend='auto' it pays from {AUTO_LOGITS:,} dense logits on"
+    return build_failure()
+
+
+def compiled_low_rank_scores(
+    query: Tensor,
+    key: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    spans: Tensor,
+    *,
+    query_stride: int,
+    block_size: int,
+    scale: float,
+    pattern_heads: int,
+    peaks: bool = False,
+) -> list[Tensor]:
+    """:func:`low_rank_scores` on the CPU in float32, by the compiled kernel."""
+    with torch.autocast("cpu", enabled=False):
+        query, key, query_map, key_map = (x.float() for x in (query, key, query_map, key_map))
+        query = torch.einsum("bthd,hdr->bhtr", query[:, ::query_stride], query_map)
+        groups = query_map.shape[0] // key.shape[2]
+        key = torch.einsum("bmhd,hdr->bhmr", key.repeat_interleave(groups, 2), key_map)
+        per_block, factor = block_size // query_stride, scale / math.log(2)
+        found = masses_op(query * factor, key, spans, per_block, block_size, peaks)
+        mass, *highest = found.unflatten(2, (pattern_heads, -1))
+        scores = mass.mean(2).clamp(min=torch.finfo(torch.float32).tiny).log()
+    return [scores, *(x.amax(2) for x in highest)]
+
+
+class _Masses(ctypes.Structure):
+    """``Masses`` of ``cpp_low_rank.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "spans", "mass", "peaks")),
+        *((name, ctypes.c_int64) for name in (
+            "span_step", "batch", "rows", "keys", "heads", "depth", "per_block", "block_size",
+            "threads",
+        )),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(f"{NAMESPACE}::low_rank_masses", mutates_args=())
+def masses_op(
+    query: Tensor, key: Tensor, spans: Tensor, per_block: int, block_size: int, peaks: bool
+) -> Tensor:
+    """Where the softmax of rows goes, the mean over each block of them; no gradient.
+
+    Args:
+        query: Rows ``(b, h, t, r)`` float32, times the scale and log2(e).
+        key: ``(b, h, m, r)``.
+        spans: ``(1 or b, 2, t)`` int32: the first key that each row sees, and one past the last;
+            rows that see nothing count for nothing.
+        per_block: Rows of a block.
+        block_size: Keys of a block.
+        peaks: Also the most that a row of a block gives.
+
+    Returns:
+        ``(1, b, h, i, j)``, with ``peaks`` ``(2, b, h, i, j)``.
+    """
+    query, key, spans = query.contiguous(), key.contiguous(), spans.contiguous()
+    out = _empty_masses(query, key, spans, per_block, block_size, peaks).zero_()
+    if out.numel() == 0:
+        return out
+    problem = _Masses(
+        query.data_ptr(), key.data_ptr(), spans.data_ptr(), out[0].data_ptr(),
+        out[1].data_ptr() if peaks else None, spans.stride(0) if spans.shape[0] > 1 else 0,
+        query.shape[0], query.shape[2], key.shape[2], *query.shape[1::2], per_block, block_size,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if library().low_rank_masses(ctypes.byref(problem)):
+        raise MemoryError("The compiled CPU kernel found no memory for its buffers.")
+    return out
+
+
+@masses_op.register_fake
+def _empty_masses(
+    query: Tensor, key: Tensor, spans: Tensor, per_block: int, block_size: int, peaks: bool
+) -> Tensor:
+    rows, columns = ceil_div(query.shape[2], per_block), ceil_div(key.shape[2], block_size)
+    return query.new_empty(1 + peaks, *query.shape[:2], rows, columns)
 
 
 def best_blocks(scores: Tensor, intervals: Tensor, budget: Tensor, width: int) -> Tensor:

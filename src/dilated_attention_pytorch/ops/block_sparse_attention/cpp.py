@@ -1,6 +1,7 @@
 """The compiled CPU kernel as an operator; its gradients are those of the PyTorch path.
 
-The user's own compiler builds ``cpp_forward.cpp`` at first use, and the library is kept.
+The user's own compiler builds it at first use, and the library is kept; in it is also what rates
+blocks by low-rank products.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ FLAGS = (
 )  # fmt: skip
 # For the instructions of this very machine; not every compiler knows the first.
 MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+# One program, in this order; and what it offers.
+SOURCES = ("block_sparse_attention/cpp_forward.cpp", "block_selection/cpp_low_rank.cpp")
+_OFFERED = ("block_sparse_forward", "low_rank_masses")
 # Set to 0, nothing is compiled or loaded.
 SWITCH = "DILATED_ATTENTION_CPP"
 # A compile takes two; a slow machine needs ten times as long.
@@ -129,7 +133,7 @@ def cache_folder() -> Path | None:
 
 
 def _cached_or_built(compiler: list[str]) -> ctypes.CDLL:
-    source = resources.files(__package__).joinpath("cpp_forward.cpp").read_text("utf-8")
+    source = read_sources()
     version = _run_compiler([*compiler, "--version"]).output
     parts = (source, str(FLAGS), str(MACHINE_FLAGS), shlex.join(compiler), version, _machine())
     words = "\0".join(parts).encode("utf-8", "backslashreplace")
@@ -146,6 +150,12 @@ def _cached_or_built(compiler: list[str]) -> ctypes.CDLL:
         with contextlib.suppress(OSError):
             _keep(content, cache, key)
     return _open(content, cache)
+
+
+def read_sources() -> str:
+    """All that is compiled."""
+    folder = resources.files(__package__).joinpath("..")
+    return "\n".join(folder.joinpath(name).read_text("utf-8") for name in SOURCES)
 
 
 def _own_cache() -> Path | None:
@@ -212,8 +222,9 @@ def _open(content: bytes, cache: Path | None) -> ctypes.CDLL:
             reason = error
     else:
         raise reason
-    if not hasattr(loaded, "block_sparse_forward"):
-        raise OSError("the library has no block_sparse_forward")
+    for name in _OFFERED:
+        if not hasattr(loaded, name):
+            raise OSError(f"the library has no {name}")
     return loaded
 
 

@@ -383,22 +383,26 @@ void work(const Problem& p, std::atomic<int64_t>& next, std::atomic<int>& status
   std::free(memory);
 }
 
+// Runs `work` on several threads at once, this one among them.
+template <class Work>
+void on_threads(int64_t threads, const Work& work) {
+  std::vector<std::thread> others;
+  try {
+    for (int64_t number = 1; number < threads; number++) others.emplace_back(work);
+  } catch (...) {
+    // No more threads to be had: those that there are do the work.
+  }
+  work();
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 // 0: done. 1: a list names a block that is not there. 2: out of memory.
 extern "C" int block_sparse_forward(const Problem* problem) {
   std::atomic<int64_t> next(0);
   std::atomic<int> status(0);
-  std::vector<std::thread> others;
-  try {
-    const int64_t threads = std::min(problem->threads, tasks_of(*problem));
-    for (int64_t number = 1; number < threads; number++) {
-      others.emplace_back([&] { work(*problem, next, status); });
-    }
-  } catch (...) {
-    // No more threads to be had: those that there are do the work.
-  }
-  work(*problem, next, status);
-  for (std::thread& other : others) other.join();
+  on_threads(std::min(problem->threads, tasks_of(*problem)),
+             [&] { work(*problem, next, status); });
   return status;
 }
