@@ -1,12 +1,18 @@
 """Compiles every selection kernel for sm_90, down to machine code, on a machine without a GPU.
 
+And those of attention in float32, whose operands must fit the registers.
+
 The interpreter accepts more than the compiler does; ``test_kernel_compilation.py`` runs this in a
 process of its own. Launches are turned into compilations; the tensors' values are never looked at.
 """
 
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -22,7 +28,13 @@ from dilated_attention_pytorch.ops.block_selection import (
     threshold,
     transpose,
 )
+from dilated_attention_pytorch.ops.block_sparse_attention import (
+    triton_backward,
+    triton_forward,
+    triton_tiles,
+)
 
+ATTENTION = "dilated_attention_pytorch.ops.block_sparse_attention"
 MODULES = (budgets, choice, lattice, low_rank, scores, summaries, threshold, transpose)
 
 
@@ -42,6 +54,7 @@ class Stand:
 driver.set_active(Stand())
 run = JITFunction.run
 compiled = set()
+stacks = {}
 
 
 def compile_only(self, *args, grid, warmup, **options):
@@ -53,10 +66,24 @@ def compile_only(self, *args, grid, warmup, **options):
         assert touches
         assert 0 < code.find("griddepcontrol.wait") < min(touches), self.fn.__name__
     compiled.add(self.fn.__name__)
+    if self.fn.__module__.startswith(ATTENTION):
+        stacks[self.fn.__name__] = stack_of(kernel.asm["ptx"])
+
+
+def stack_of(ptx):
+    """Bytes of a thread that stand in memory because the registers are full."""
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"(\d+) bytes stack frame", said)[1])
 
 
 JITFunction.run = compile_only
-triton_device.capability = lambda device: (9, 0)
+for module in (triton_device, triton_tiles, triton_backward):
+    module.capability = lambda device: (9, 0)
 
 
 B, H, N, D, Q, J, K = 1, 2, 128, 64, 8, 8, 4
@@ -108,8 +135,23 @@ def main():
     maps, spans = zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
         low_rank.low_rank_op(y, y, maps, maps, spans, 4, size, 0.1, H, size > 16)
+    attend_in_float32()
     kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
-    assert compiled == kernels, compiled ^ kernels
+    assert compiled - set(stacks) == kernels, compiled ^ kernels
+
+
+def attend_in_float32():
+    """At blocks of 32 and heads of 64 scalar products once took 5,296 bytes of stack."""
+    blocks = N // 32
+    q, lists = zeros(B, N, H, D), (ints(B, H, blocks), ints(B, H, blocks, blocks))
+    call = triton_tiles.Call(q, q, q, *lists, *[None] * 5, 32, 32, True, 0, 0.1)
+    out, lse = torch.empty_like(q), zeros(B, H, N)
+    triton_forward.launch_forward(call, out, lse)
+    transpose = ints(B, H, blocks + 1), ints(B, H, blocks * blocks)
+    triton_backward.launch_backward(
+        call, out, lse, out, None, *transpose, False, True, overlap=False
+    )
+    assert max(stacks.values()) <= 256, stacks
 
 
 main()

@@ -157,7 +157,7 @@ def test_it_is_left_alone_where_gradients_or_small_calls_are(monkeypatch):
     assert "gradient" in reason(query, "cpp", 1)
     with torch.no_grad():
         assert reason(query, "cpp", 1) is None
-        assert "from 33,554,432" in reason(query, "auto", 1)
+        assert "from 9,000,000" in reason(query, "auto", 1)
         assert reason(query, "auto", interface.AUTO_LOGITS) is None
         assert "auto" in reason(query, "gather", interface.AUTO_LOGITS)
         assert "float64" in reason(query.double(), "cpp", 1)

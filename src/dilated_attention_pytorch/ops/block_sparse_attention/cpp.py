@@ -317,7 +317,7 @@ def _machine() -> str:
 
 # Logits of dense attention from which on `auto` takes the kernel. Below, the first call would wait
 # for a compiler to save a few milliseconds.
-AUTO_LOGITS = 1 << 25
+AUTO_LOGITS = 9_000_000
 
 
 def cpp_attention(args: Arguments) -> tuple[Tensor, Tensor]:

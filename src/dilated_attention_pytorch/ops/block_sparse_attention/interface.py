@@ -150,7 +150,7 @@ def block_sparse_attention(
             PyTorch's dense attention if the pattern is known to keep every tile
             (``BlockPattern.complete_for``), no mask hides anything and neither ``block_bias``,
             ``mass_probe`` nor the lse is asked for. On a CPU it takes ``"cpp"`` for float32 from
-            ``2**25`` dense logits on: a kernel that the user's C++ compiler builds at first use
+            9,000,000 dense logits on: a kernel that the user's C++ compiler builds at first use
             (kept in ``~/.cache``; not in traced programs; environment variable
             ``DILATED_ATTENTION_CPP=0``: never).
         return_lse: Also return the log-sum-exp of the logits.
