@@ -6,6 +6,7 @@ Runs the commands of the README one after another, naming folders and the device
     python experiments/fetch_smollm2.py                  # model and texts, once
     python experiments/pretrained_defaults.py --device cuda
     python experiments/pretrained_defaults.py --only distill evaluate
+    python experiments/pretrained_defaults.py --only speed    # with distill's adapter, on a CPU
 
 A stage whose file is there is not run again; one that was stopped goes on. The runs themselves lie
 in ``.cache/pretrained_defaults``.
@@ -32,7 +33,7 @@ RUNS = CACHE / "pretrained_defaults"
 MODEL = CACHE / "smollm2"
 TRAINED_ON = ("cfi-en", "debian-handbook", "jargon-text")
 MEASURED_ON = "moby-dick"
-STAGES = ("distill", "evaluate", "tune", "evaluate-tuned")
+STAGES = ("distill", "evaluate", "tune", "evaluate-tuned", "speed")
 DISTILLED, TUNED = RUNS / "distill" / "adapter", RUNS / "tune"
 
 
@@ -44,6 +45,8 @@ def words(stage: str, model: Path, texts: Path) -> list[str]:
         if stage == "evaluate-tuned":
             adapter = ["--adapter", str(TUNED / "adapter"), "--lora", str(TUNED / "lora")]
         return ["evaluate", *given, *adapter, "--text", str(texts / f"{MEASURED_ON}.txt")]
+    if stage == "speed":
+        return [*words("evaluate", model, texts), "--suite", "speed"]
     start = ["--adapter", str(DISTILLED)] if stage == "tune" else []
     if (RUNS / stage / "checkpoints").is_dir():
         return [stage, "--resume", "--out", str(RUNS / stage)]
@@ -90,6 +93,28 @@ def cells(found: Mapping[str, Any], method: str, tuned: bool) -> list[str]:
     return out
 
 
+def speeds(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table of ``evaluate --suite speed``."""
+    if "speed" not in stages:
+        return []
+    lines = [
+        "", f"`evaluate --suite speed` on {stages['speed']['environment']['device']}, seconds of a "
+        "prompt and of a new token behind it:", "",
+        "| tokens | prompt, sparse | dense | dense / sparse | token, sparse | dense |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in stages["speed"]["found"]["rows"]:
+        prompt, token = (
+            [row[f"{part}_{how}"] for how in ("sparse", "dense")]
+            for part in ("prefill", "generation")
+        )
+        lines.append(
+            f"| {row['length']:,} | {prompt[0]:.2f} | {prompt[1]:.2f} | {prompt[1] / prompt[0]:.2f}"
+            f" | {token[0]:.3f} | {token[1]:.3f} |"
+        )
+    return lines
+
+
 def write_page(stages: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """Writes the table."""
     lines = [
@@ -109,6 +134,7 @@ def write_page(stages: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         for method in dict.fromkeys(row["method"] for row in found["rows"]):
             if stage == "evaluate" or method.startswith("adapter"):
                 lines += cells(found, method, stage == "evaluate-tuned")
+    lines += speeds(stages)
     lines += ["", "| command | seconds in all |", "|---|---|"]
     lines += [f"| `{name}` | {stage['wall_seconds']:.0f} |" for name, stage in stages.items()]
     lines += ["", *where(list(stages.values()))]

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from dilated_attention_pytorch.ops.block_sparse_attention import block_sparse_attention
-from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
+from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode, interface
+from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.pattern import BlockPattern
 
 CASES = {
@@ -85,6 +87,49 @@ def test_gather_equals_the_reference(case, lists, dtype):
     compare(inputs, options, "gather", tolerance)
 
 
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(build_failure() is not None, reason="no kernel"))
+
+
+@pytest.mark.parametrize("backend", [CPP])
+@pytest.mark.parametrize("lists", ["one", "kv", "query"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_compiled_kernel_equals_the_reference(case, lists, backend):
+    inputs, options = make(CASES[case], lists, torch.float32)
+    compare(inputs, options, backend, 1e-5)
+
+
+@pytest.mark.parametrize("backend", [CPP])
+def test_threads_change_no_bit(backend):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, h, 64, generator=generator) for n, h in ((3, 8), (4096, 2), (4096, 2))
+    )
+    index = torch.arange(0, 64, 2).int().expand(2, 8, 3, 32).contiguous()
+    count, before = torch.full((2, 8, 3), 32).int(), torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(block_sparse_decode(q, k, v, count, index, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_auto_takes_the_compiled_kernel_for_large_caches(monkeypatch):
+    (q, k, v, *lists), options = make(CASES["lengths"], "kv", torch.float32)
+    arguments = check_arguments(q, k, v, *lists, **options)
+    assert interface.choose_backend(arguments, "auto") == "gather"
+    monkeypatch.setattr(interface, "AUTO_LOGITS", 1000)
+    expected = "gather" if build_failure() is not None else "cpp"
+    assert interface.choose_backend(arguments, "auto") == expected
+    wide = check_arguments(q.double(), k.double(), v.double(), *lists, **options)
+    assert interface.choose_backend(wide, "auto") == "gather"
+    with pytest.raises(ValueError, match="float64"):
+        interface.choose_backend(wide, "cpp")
+
+
 @pytest.mark.parametrize("lists", ["one", "kv", "query"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run there")
@@ -101,10 +146,11 @@ def test_interpreted_half_precision_stays_close():
     compare(inputs, options, "triton", 0.03)
 
 
-@pytest.mark.parametrize("backend", ["gather", "reference"])
+@pytest.mark.parametrize("backend", ["gather", "reference", CPP])
 def test_any_strides(backend):
     """Caches laid out (batch, heads, tokens, dim), values alone so, and tokens that are no rows."""
-    inputs, options = make(CASES["left padding"], "query")
+    dtype = torch.float32 if backend == "cpp" else torch.float64
+    inputs, options = make(CASES["left padding"], "query", dtype)
     want = block_sparse_decode(*inputs, **options)
     q, k, v, *lists = inputs
     moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
 from dilated_attention_pytorch.ops.block_sparse_decode import block_sparse_decode
 from dilated_attention_pytorch.ops.block_sparse_decode.arguments import check_arguments
 from dilated_attention_pytorch.ops.block_sparse_decode.interface import run_decode
@@ -14,6 +15,7 @@ NO_TRITON = importlib.util.find_spec("triton") is None
 BACKENDS = [
     "reference",
     "gather",
+    pytest.param("cpp", marks=pytest.mark.skipif(build_failure() is not None, reason="no kernel")),
     pytest.param("triton", marks=pytest.mark.skipif(NO_TRITON, reason="triton is not installed")),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,7 +1,7 @@
 """The compiled CPU kernel as an operator; its gradients are those of the PyTorch path.
 
-The user's own compiler builds it at first use, and the library is kept; in it is also what rates
-blocks by low-rank products.
+The user's own compiler builds it at first use, and the library is kept; in it are also what rates
+blocks by low-rank products and the attention of new tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ FLAGS = (
 # For the instructions of this very machine; not every compiler knows the first.
 MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 # One program, in this order; and what it offers.
-SOURCES = ("block_sparse_attention/cpp_forward.cpp", "block_selection/cpp_low_rank.cpp")
-_OFFERED = ("block_sparse_forward", "low_rank_masses")
+SOURCES = (
+    "block_sparse_attention/cpp_forward.cpp", "block_selection/cpp_low_rank.cpp",
+    "block_sparse_decode/cpp_decode.cpp",
+)  # fmt: skip
+_OFFERED = ("block_sparse_forward", "low_rank_masses", "block_sparse_decode")
 # Set to 0, nothing is compiled or loaded.
 SWITCH = "DILATED_ATTENTION_CPP"
 # A compile takes two; a slow machine needs ten times as long.

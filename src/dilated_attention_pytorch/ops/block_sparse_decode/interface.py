@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dilated_attention_pytorch.ops.block_sparse_attention.arguments import readable
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import (
+    AUTO_LOGITS,
+    build_failure,
+    library,
+)
 from dilated_attention_pytorch.ops.block_sparse_attention.gather import (
     all_finite,
     rows_and_steps,
@@ -22,7 +28,7 @@ from dilated_attention_pytorch.ops.block_sparse_decode.arguments import (
     check_arguments,
     check_values,
 )
-from dilated_attention_pytorch.ops.operators import triton_missing_reason
+from dilated_attention_pytorch.ops.operators import rows_of, triton_missing_reason
 
 
 def reference_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
@@ -155,6 +161,62 @@ def _tokens(args: DecodeArguments, planes: int) -> tuple[Tensor, Tensor, Tensor 
     return token, hidden[..., None, :], bias[0][:, :, None] if bias else None
 
 
+class _Decode(ctypes.Structure):
+    """``Decode`` of ``cpp_decode.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "query", "key", "value", "counts", "indices", "bias", "lengths", "starts", "out", "lse",
+        )),
+        *((name, ctypes.c_int64 * 3) for name in (
+            "query_step", "key_step", "value_step", "count_step",
+        )),
+        *((name, ctypes.c_int64 * 4) for name in ("index_step", "bias_step")),
+        *((name, ctypes.c_int64) for name in (
+            "batch", "queries", "capacity", "heads", "kv_heads", "lists", "head_dim", "width",
+            "block_size", "threads",
+        )),
+        ("scale", ctypes.c_double),
+    )  # fmt: skip
+
+
+def cpp_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
+    """:func:`reference_decode` by the compiled kernel."""
+    query, key, value = (rows_of(x) for x in (args.query, args.key, args.value))
+    (b, n, h, d), (m, g), bias = query.shape, key.shape[1:3], args.block_bias
+    lengths, starts = (
+        None if x is None else x.long().contiguous() for x in (args.lengths, args.starts)
+    )
+    out, lse = query.new_empty(b, n, h, d), query.new_empty(b, h, n)
+    # In the order of the fields; the tuple keeps what is made here alive during the call.
+    tensors = (query, key, value, args.counts, args.indices, bias, lengths, starts, out, lse)
+
+    def steps(x: Tensor) -> list[int]:
+        # One list may stand for all tokens.
+        return [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+
+    problem = _Decode(
+        *(None if x is None else x.data_ptr() for x in tensors),
+        query.stride()[:3], key.stride()[:3], value.stride()[:3], tuple(steps(args.counts)),
+        tuple(steps(args.indices)), (0,) * 4 if bias is None else tuple(steps(bias)),
+        b, n, m, h, g, args.counts.shape[1], d, args.indices.shape[3], args.block_size,
+        torch.get_num_threads(), args.scale,
+    )  # fmt: skip
+    if out.numel() and library().block_sparse_decode(ctypes.byref(problem)):
+        raise MemoryError("The compiled CPU kernel found no memory for its buffers.")
+    return out, lse
+
+
+def cpp_unsupported_reason(arguments: DecodeArguments) -> str | None:
+    """Why the compiled kernel cannot run this, or None if it can; builds it if need be."""
+    query = arguments.query
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        return f"it computes float32 on the CPU, not {query.dtype} on {query.device.type}"
+    if torch.compiler.is_compiling():
+        return "a traced program may run where there is no compiler"
+    return build_failure()
+
+
 Backend = Callable[[DecodeArguments], tuple[Tensor, Tensor]]
 
 
@@ -168,6 +230,7 @@ def _triton_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
 BACKENDS: dict[str, Backend] = {
     "reference": reference_decode,
     "gather": gather_decode,
+    "cpp": cpp_decode,
     "triton": _triton_decode,
 }
 
@@ -217,8 +280,9 @@ def block_sparse_decode(
         scale: Factor of the logits. None: ``head_dim ** -0.5``.
         block_bias: Shaped like ``kv_indices``: added to every logit of a block; a block with -inf
             is not read. None: 0.
-        backend: ``"auto"`` (``"triton"`` on CUDA, ``"gather"`` elsewhere) or a name in
-            ``BACKENDS``.
+        backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes ``"triton"`` on CUDA, and on
+            a CPU for float32 ``"cpp"`` where ``block_sparse_attention`` takes it for a prompt as
+            long as the cache; else ``"gather"``.
         return_lse: Also return the log-sum-exp of the logits.
 
     Returns:
@@ -259,11 +323,15 @@ def choose_backend(arguments: DecodeArguments, backend: str) -> str:
         ValueError: If ``backend`` is unknown, or named and unable to take these arguments.
     """
     if backend == "auto":
-        on_gpu = arguments.query.device.type == "cuda"
-        return "triton" if on_gpu and triton_unsupported_reason(arguments) is None else "gather"
+        if arguments.query.device.type == "cuda":
+            return "triton" if triton_unsupported_reason(arguments) is None else "gather"
+        (batch, _, heads, _), tokens = arguments.query.shape, arguments.key.shape[1]
+        pays = batch * heads * tokens * tokens >= AUTO_LOGITS
+        return "cpp" if pays and cpp_unsupported_reason(arguments) is None else "gather"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
-    reason = triton_unsupported_reason(arguments) if backend == "triton" else None
+    able = {"triton": triton_unsupported_reason, "cpp": cpp_unsupported_reason}
+    reason = able[backend](arguments) if backend in able else None
     if reason:
         raise ValueError(f"backend={backend!r} cannot run this: {reason}; use backend='auto'.")
     return backend
