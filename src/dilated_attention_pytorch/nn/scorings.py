@@ -212,8 +212,9 @@ class TokenScoring(Scoring):
                 kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals)
                 return replace(Scored.of(inputs, scores, kernels=True), kept=kept)
         indices = inputs.candidates.indices
-        (b, n, h, _), m = inputs.query.shape, inputs.key.shape[1]
-        if compiled_unsupported_reason(inputs.query, layer.backend, b * n * h * m) is None:
+        # Of one sample: how it is scored does not hang on how many there are.
+        logits = inputs.query.shape[1] * layer.num_heads * inputs.key.shape[1]
+        if compiled_unsupported_reason(inputs.query, layer.backend, logits) is None:
             maps = self._rate(layer, inputs, compiled_low_rank_scores)
             scores, *peaks = maps if indices is None else [take_columns(x, indices) for x in maps]
         else:

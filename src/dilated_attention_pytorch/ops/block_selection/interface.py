@@ -336,7 +336,7 @@ def compiled_unsupported_reason(like: Tensor, backend: str, logits: int) -> str 
     Args:
         like: Queries.
         backend: Of the layer.
-        logits: That dense attention would compute.
+        logits: That dense attention would compute for a sample.
     """
     if like.device.type != "cpu" or like.dtype == torch.float64:
         return f"it computes float32 on the CPU, not {like.dtype} on {like.device.type}"

@@ -281,8 +281,8 @@ def block_sparse_decode(
         block_bias: Shaped like ``kv_indices``: added to every logit of a block; a block with -inf
             is not read. None: 0.
         backend: ``"auto"`` or a name in ``BACKENDS``. ``"auto"`` takes ``"triton"`` on CUDA, and on
-            a CPU for float32 ``"cpp"`` where ``block_sparse_attention`` takes it for a prompt as
-            long as the cache; else ``"gather"``.
+            a CPU for float32 ``"cpp"`` where ``block_sparse_attention`` takes it for one prompt
+            as long as the cache; else ``"gather"``.
         return_lse: Also return the log-sum-exp of the logits.
 
     Returns:
@@ -325,8 +325,8 @@ def choose_backend(arguments: DecodeArguments, backend: str) -> str:
     if backend == "auto":
         if arguments.query.device.type == "cuda":
             return "triton" if triton_unsupported_reason(arguments) is None else "gather"
-        (batch, _, heads, _), tokens = arguments.query.shape, arguments.key.shape[1]
-        pays = batch * heads * tokens * tokens >= AUTO_LOGITS
+        heads, tokens = arguments.query.shape[2], arguments.key.shape[1]
+        pays = heads * tokens * tokens >= AUTO_LOGITS
         return "cpp" if pays and cpp_unsupported_reason(arguments) is None else "gather"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
