@@ -208,7 +208,7 @@ class TokenScoring(Scoring):
         """The expected mass of every tile; with the kernels without gradient."""
         if kernels:
             with torch.no_grad():
-                scores, *peaks = self._rate(layer, inputs)
+                scores, *peaks = self._rate(layer, inputs, low_rank_scores)
                 kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals)
                 return replace(Scored.of(inputs, scores, kernels=True), kept=kept)
         indices = inputs.candidates.indices
@@ -231,7 +231,7 @@ class TokenScoring(Scoring):
         self,
         layer: SelectorLayer,
         inputs: SelectionInputs,
-        kernel: Callable[..., list[Tensor]] = low_rank_scores,
+        kernel: Callable[..., list[Tensor]],
     ) -> list[Tensor]:
         """Scores and peaks of all tiles, ``(b, pattern heads, i, j)`` float32, with a kernel."""
         scorer, size = _low_rank(layer), layer.block_size
