@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dilated_attention_pytorch import BlockPattern, block_sparse_attention
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_setups import Setup, event_ms, fresh, inputs, random_pattern
+from gpu_setups import Setup, event_ms, float32_setup, fresh, inputs, random_pattern
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "gpu_attention.json"
@@ -49,9 +49,7 @@ SWEEP = {
     **{f"{n} tokens": Setup(tokens=n) for n in (2048, 4096, 8192, 16384, 65536)},
 }
 FLOAT32 = {
-    f"block {block}, head_dim {dim}": Setup(
-        8192, 8, 8, dim, block, sparsity=0.75, causal=True, dtype="float32"
-    )
+    f"block {block}, head_dim {dim}": float32_setup(block, dim)
     for block, dim in ((16, 32), (16, 64), (32, 64), (64, 64), (64, 128))
 }
 LARGEST = Setup(tokens=131072, sparsity=0.95)

@@ -27,6 +27,11 @@ class Setup:
     dtype: str = "bfloat16"
 
 
+def float32_setup(block_size: int, head_dim: int) -> Setup:
+    """As small models train."""
+    return Setup(8192, 8, 8, head_dim, block_size, sparsity=0.75, causal=True, dtype="float32")
+
+
 def inputs(setup: Setup, grad: bool = False) -> list[Tensor]:
     """Random queries, keys and values."""
     torch.manual_seed(0)

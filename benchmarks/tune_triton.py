@@ -29,7 +29,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention.triton_forward import 
 from dilated_attention_pytorch.ops.block_sparse_attention.triton_tiles import Call, LaunchConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_setups import Setup, inputs, median_ms, random_pattern
+from gpu_setups import Setup, float32_setup, inputs, median_ms, random_pattern
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "tune_triton.json"
@@ -43,9 +43,7 @@ SETUPS = {
     "4 query heads per KV head": Setup(kv_heads=4),
 }
 FLOAT32_SETUPS = {
-    f"float32, block {block}, head_dim {dim}": Setup(
-        8192, 8, 8, dim, block, sparsity=0.75, causal=True, dtype="float32"
-    )
+    f"float32, block {block}, head_dim {dim}": float32_setup(block, dim)
     for block, dim in ((16, 32), (32, 64), (64, 64), (64, 128))
 }
 

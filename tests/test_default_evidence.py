@@ -68,3 +68,10 @@ def test_every_default_of_pretrained_runs_has_its_evidence() -> None:
     shared = {f.name for f in dataclasses.fields(PretrainedRun)}
     own = {name: value for name, value in fields(TuneRun).items() if name not in shared}
     check("## `tune` alone", own)
+
+
+def test_every_default_of_evaluate_has_its_evidence() -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    from dilated_attention_pytorch.hf.evaluate import EvaluationSettings
+
+    check("## `evaluate`", fields(EvaluationSettings))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -23,7 +23,6 @@ from dilated_attention_pytorch.nn.selector import CachedKeys, Scoring, SelectorL
 from dilated_attention_pytorch.nn.state import Memory, NewestRow
 from dilated_attention_pytorch.ops.block_selection.interface import (
     best_blocks,
-    compiled_low_rank_scores,
     compiled_unsupported_reason,
     find_candidates,
     low_rank_scores,
@@ -208,14 +207,14 @@ class TokenScoring(Scoring):
         """The expected mass of every tile; with the kernels without gradient."""
         if kernels:
             with torch.no_grad():
-                scores, *peaks = self._rate(layer, inputs, low_rank_scores)
+                scores, *peaks = self._rate(layer, inputs)
                 kept = kept_by_peak_with_kernels(layer, peaks, inputs.intervals)
                 return replace(Scored.of(inputs, scores, kernels=True), kept=kept)
         indices = inputs.candidates.indices
         # Of one sample: how it is scored does not hang on how many there are.
         logits = inputs.query.shape[1] * layer.num_heads * inputs.key.shape[1]
         if compiled_unsupported_reason(inputs.query, layer.backend, logits) is None:
-            maps = self._rate(layer, inputs, compiled_low_rank_scores)
+            maps = self._rate(layer, inputs, compiled=True)
             scores, *peaks = maps if indices is None else [take_columns(x, indices) for x in maps]
         else:
             found = _low_rank(layer)(
@@ -228,10 +227,7 @@ class TokenScoring(Scoring):
         return replace(Scored.of(inputs, scores), kept=kept)
 
     def _rate(
-        self,
-        layer: SelectorLayer,
-        inputs: SelectionInputs,
-        kernel: Callable[..., list[Tensor]],
+        self, layer: SelectorLayer, inputs: SelectionInputs, *, compiled: bool = False
     ) -> list[Tensor]:
         """Scores and peaks of all tiles, ``(b, pattern heads, i, j)`` float32, with a kernel."""
         scorer, size = _low_rank(layer), layer.block_size
@@ -243,7 +239,7 @@ class TokenScoring(Scoring):
         spans = inputs.rows.remember(
             ("spans", size, stride, lead), lambda: _sample_spans(inputs, size, stride, lead)
         )
-        return _rate_by_kernel(kernel, layer, query, inputs.key, spans, stride, inputs.mask)
+        return _rate_by_kernel(layer, query, inputs.key, spans, stride, inputs.mask, compiled)
 
     def unsupported_reason(self, layer: SelectorLayer, inputs: SelectionInputs) -> str | None:
         """Training, segments, and tiles of keys that do not fit."""
@@ -340,7 +336,7 @@ class TokenScoring(Scoring):
         if has_token_kernel(layer, key, blocks):
             spans = torch.stack([torch.zeros_like(last), last + 1], 1).int()
             visible = AttentionMask(query.shape[1], key.shape[1])
-            maps = _rate_by_kernel(low_rank_scores, layer, query, key, spans, 1, visible)
+            maps = _rate_by_kernel(layer, query, key, spans, 1, visible)
         else:
             maps = scorer.rate(query, key, last, size, peaks=layer.config.peak_share > 0)
         # Room of the state that the cache has not, whose blocks nobody sees.
@@ -416,20 +412,20 @@ def _low_rank(layer: SelectorLayer) -> LowRankScorer:
 
 
 def _rate_by_kernel(
-    kernel: Callable[..., list[Tensor]],
     layer: SelectorLayer,
     query: Tensor,
     key: Tensor,
     spans: Tensor,
     query_stride: int,
     mask: AttentionMask,
+    compiled: bool = False,
 ) -> list[Tensor]:
     scorer, size = _low_rank(layer), layer.block_size
     return scorer.called(
-        lambda query, key: kernel(
+        lambda query, key: low_rank_scores(
             query, key, scorer.query_map, scorer.key_map, spans, query_stride=query_stride,
             block_size=size, scale=scorer.scale, pattern_heads=layer.pattern_heads,
-            peaks=layer.config.peak_share > 0,
+            peaks=layer.config.peak_share > 0, compiled=compiled,
         ),
         query, key, mask, size,
     )  # fmt: skip

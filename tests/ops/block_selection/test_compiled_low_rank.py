@@ -6,7 +6,7 @@ import torch
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.mask import AttentionMask
 from dilated_attention_pytorch.ops.block_selection import interface
-from dilated_attention_pytorch.ops.block_selection.interface import compiled_low_rank_scores
+from dilated_attention_pytorch.ops.block_selection.interface import low_rank_scores
 from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
 from dilated_attention_pytorch.scoring.low_rank import LowRankScorer
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
@@ -53,9 +53,10 @@ def compiled(scorer, query, key, mask, valid, block, pattern_heads):
     spans = mask.spans(token)
     if valid is not None:
         spans = torch.where(valid[:, None, token], spans, 0)
-    return compiled_low_rank_scores(
+    return low_rank_scores(
         query, key, scorer.query_map, scorer.key_map, spans, query_stride=scorer.query_stride,
         block_size=block, scale=scorer.scale, pattern_heads=pattern_heads, peaks=True,
+        compiled=True,
     )  # fmt: skip
 
 

@@ -299,6 +299,7 @@ def low_rank_scores(
     scale: float,
     pattern_heads: int,
     peaks: bool = False,
+    compiled: bool = False,
 ) -> list[Tensor]:
     """:class:`LowRankScorer` on all tiles, without the square of the tokens. No gradient.
 
@@ -316,22 +317,23 @@ def low_rank_scores(
         scale: Factor of the logits.
         pattern_heads: Divides h; the mass of neighbouring heads is averaged.
         peaks: Also what the query that asks most for a block gives it; the most of those heads.
+        compiled: By the compiled kernel of the CPU, in float32.
 
     Returns:
         Logarithms of the expected mass, and with ``peaks`` those, too:
         ``(b, pattern_heads, i, j)`` float32.
     """
+    numbers = query_stride, block_size, scale, pattern_heads, peaks
+    if compiled:
+        return _compiled_scores(query, key, query_map, key_map, spans, *numbers)
     from dilated_attention_pytorch.ops.block_selection.low_rank import low_rank_op
 
-    found = low_rank_op(
-        query, key.to(query.dtype), query_map, key_map, spans, query_stride, block_size, scale,
-        pattern_heads, peaks,
-    )  # fmt: skip
+    found = low_rank_op(query, key.to(query.dtype), query_map, key_map, spans, *numbers)
     return list(found[: 1 + peaks])
 
 
 def compiled_unsupported_reason(like: Tensor, backend: str, logits: int) -> str | None:
-    """Why :func:`compiled_low_rank_scores` is not taken for something, or None; may build it.
+    """Why the compiled kernel does not rate something, or None if it does; builds it if need be.
 
     Args:
         like: Queries.
@@ -347,20 +349,10 @@ def compiled_unsupported_reason(like: Tensor, backend: str, logits: int) -> str 
     return build_failure()
 
 
-def compiled_low_rank_scores(
-    query: Tensor,
-    key: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    spans: Tensor,
-    *,
-    query_stride: int,
-    block_size: int,
-    scale: float,
-    pattern_heads: int,
-    peaks: bool = False,
-) -> list[Tensor]:
-    """:func:`low_rank_scores` on the CPU in float32, by the compiled kernel."""
+def _compiled_scores(
+    query: Tensor, key: Tensor, query_map: Tensor, key_map: Tensor, spans: Tensor,
+    query_stride: int, block_size: int, scale: float, pattern_heads: int, peaks: bool,
+) -> list[Tensor]:  # fmt: skip
     with torch.autocast("cpu", enabled=False):
         query, key, query_map, key_map = (x.float() for x in (query, key, query_map, key_map))
         query = torch.einsum("bthd,hdr->bhtr", query[:, ::query_stride], query_map)
