@@ -41,6 +41,10 @@ SETUPS = {
     "block 128, head_dim 128": Setup(block_size=128, head_dim=128),
     "block 64, head_dim 64, causal": Setup(block_size=64, head_dim=64, causal=True),
     "4 query heads per KV head": Setup(kv_heads=4),
+    **{
+        f"block {block}, head_dim {dim}, causal": Setup(16384, 8, 8, dim, block, causal=True)
+        for block, dim in ((16, 32), (16, 64), (32, 64), (32, 128))
+    },
 }
 FLOAT32_SETUPS = {
     f"float32, block {block}, head_dim {dim}": float32_setup(block, dim)
@@ -48,15 +52,22 @@ FLOAT32_SETUPS = {
 }
 
 # Query rows, key columns, warps, stages, registers per thread (none named: free).
+SMALL = {
+    size: [(size, size, warps, stages) for warps in (1, 2, 4) for stages in (1, 2, 3, 4)]
+    for size in (16, 32)
+}
 FORWARD = {
+    **SMALL,
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3, 128)],
     128: [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)],
 }
 KEY = {
+    **SMALL,
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168)],
     128: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)],
 }
 QUERY = {
+    **SMALL,
     64: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1), (64, 64, 4, 2, 128)],
     128: [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
 }
