@@ -1,6 +1,7 @@
 """Times launch configurations of the Triton kernels, on a GPU.
 
     python benchmarks/tune_triton.py              # bfloat16
+    python benchmarks/tune_triton.py --small      # blocks of 16 and 32: tune_triton_small.json
     python benchmarks/tune_triton.py --float32    # tune_triton_float32.json
 
 For each setup of the speed bars: every forward configuration; the backward pass with every dK, dV
@@ -33,6 +34,7 @@ from gpu_setups import Setup, float32_setup, inputs, median_ms, random_pattern
 from provenance import environment
 
 OUT = Path(__file__).parent / "results" / "tune_triton.json"
+OUT_SMALL = OUT.with_name("tune_triton_small.json")
 OUT_FLOAT32 = OUT.with_name("tune_triton_float32.json")
 Config = LaunchConfig
 
@@ -41,10 +43,10 @@ SETUPS = {
     "block 128, head_dim 128": Setup(block_size=128, head_dim=128),
     "block 64, head_dim 64, causal": Setup(block_size=64, head_dim=64, causal=True),
     "4 query heads per KV head": Setup(kv_heads=4),
-    **{
-        f"block {block}, head_dim {dim}, causal": Setup(16384, 8, 8, dim, block, causal=True)
-        for block, dim in ((16, 32), (16, 64), (32, 64), (32, 128))
-    },
+}
+SMALL_SETUPS = {
+    f"block {block}, head_dim {dim}, causal": Setup(8192, 8, 8, dim, block, causal=True)
+    for block, dim in ((16, 32), (16, 64), (32, 64), (32, 128))
 }
 FLOAT32_SETUPS = {
     f"float32, block {block}, head_dim {dim}": float32_setup(block, dim)
@@ -158,7 +160,7 @@ def time_setup(setup: Setup, repeats: int) -> list[dict[str, Any]]:
 def compile_only(task: tuple[str, str, Any]) -> None:
     """Fills the compiler's cache; run side by side with others."""
     name, part, variant = task
-    setup = (SETUPS | FLOAT32_SETUPS)[name]
+    setup = (SETUPS | SMALL_SETUPS | FLOAT32_SETUPS)[name]
     job = Job.make(setup)
     if part == "forward":
         attempt(lambda: job.forward(Config(*variant)), 1)
@@ -173,12 +175,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--jobs", type=int, default=8, help="compilers side by side")
+    parser.add_argument("--small", action="store_true", help="blocks of 16 and 32 alone")
     parser.add_argument("--float32", action="store_true", help="float32 alone")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     tasks = []
-    setups = FLOAT32_SETUPS if arguments.float32 else SETUPS
-    out = arguments.out or (OUT_FLOAT32 if arguments.float32 else OUT)
+    setups, out = SETUPS, OUT
+    if arguments.small:
+        setups, out = SMALL_SETUPS, OUT_SMALL
+    if arguments.float32:
+        setups, out = FLOAT32_SETUPS, OUT_FLOAT32
     for name, setup in setups.items():
         tasks += [(name, "forward", x) for x in variants(setup, FORWARD)]
         tasks += [(name, "backward", x) for x in variants(setup, KEY)]
@@ -192,7 +198,7 @@ def main() -> int:
         for row in results[name]:
             print(f"  {row['part']:34} {row['config']!s:44} {row['ms'] or float('nan'):8.3f}")
     record = {"environment": environment("cuda"), "timings": results}
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.out or out).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
