@@ -1,4 +1,4 @@
-"""What ``distill``, ``tune`` and ``evaluate`` give with nothing set, on a real model and real text.
+"""What the commands for pretrained models give with nothing set, on a real model and real text.
 
 Runs the commands of the README one after another, naming folders and the device alone.
 ``results/pretrained_defaults/`` holds what each printed (``distill.json``, ...) and ``README.md``.
@@ -33,7 +33,7 @@ RUNS = CACHE / "pretrained_defaults"
 MODEL = CACHE / "smollm2"
 TRAINED_ON = ("cfi-en", "debian-handbook", "jargon-text")
 MEASURED_ON = "moby-dick"
-STAGES = ("distill", "evaluate", "tune", "evaluate-tuned", "speed")
+STAGES = ("distill", "evaluate", "tune", "evaluate-tuned", "allot", "speed")
 DISTILLED, TUNED = RUNS / "distill" / "adapter", RUNS / "tune"
 
 
@@ -47,7 +47,7 @@ def words(stage: str, model: Path, texts: Path) -> list[str]:
         return ["evaluate", *given, *adapter, "--text", str(texts / f"{MEASURED_ON}.txt")]
     if stage == "speed":
         return [*words("evaluate", model, texts), "--suite", "speed"]
-    start = ["--adapter", str(DISTILLED)] if stage == "tune" else []
+    start = [] if stage == "distill" else ["--adapter", str(DISTILLED)]
     if (RUNS / stage / "checkpoints").is_dir():
         return [stage, "--resume", "--out", str(RUNS / stage)]
     trained = [str(texts / f"{name}.txt") for name in TRAINED_ON]

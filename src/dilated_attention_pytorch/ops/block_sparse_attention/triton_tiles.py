@@ -225,13 +225,27 @@ def _float32_config(tile: TileShape) -> LaunchConfig:
     return LaunchConfig(rows, columns, max(tile.pack(rows) * rows, columns) // 16, 1)
 
 
+def _small_warps(tile: TileShape, rows: int, columns: int, numbers: int) -> int | None:
+    """Warps (`benchmarks/results/tune_triton_small.json`) for blocks below 64; None from there on.
+
+    Args:
+        tile: The call's.
+        rows: Of a tile, of each packed head.
+        columns: Of a tile.
+        numbers: Of the longer side times ``head_dim`` that a warp takes.
+    """
+    longer = max(tile.pack(rows) * rows, columns)
+    return None if longer >= 64 else min(max(longer * tile.head_dim // numbers, 1), 4)
+
+
 def forward_config(tile: TileShape) -> LaunchConfig:
     """The launch (`benchmarks/results/tune_triton.json`) of the forward kernel."""
     d = tile.head_dim
     if tile.full_precision:
         return _float32_config(tile)
     rows, columns = min(tile.block_q, 64), min(tile.block_k, 64)
-    return LaunchConfig(rows, columns, 4, 3 if 64 < d <= 128 else 2)
+    warps = _small_warps(tile, rows, columns, 2048) or 4
+    return LaunchConfig(rows, columns, warps, 3 if 64 < d <= 128 else 2)
 
 
 def query_config(tile: TileShape) -> LaunchConfig:
@@ -240,6 +254,9 @@ def query_config(tile: TileShape) -> LaunchConfig:
     if tile.full_precision:
         return _float32_config(tile)
     rows, columns = min(tile.block_q, 64), min(tile.block_k, 64 if d <= 128 else 32)
+    warps = _small_warps(tile, rows, columns, 1024)
+    if warps is not None and d <= 128:
+        return LaunchConfig(rows, columns, warps, 3)
     return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2, 128 if d <= 64 else None)
 
 
@@ -253,9 +270,10 @@ def key_config(tile: TileShape) -> LaunchConfig:
         return LaunchConfig(rows, 16, 2 if tile.block_q == 16 and d <= 128 else 4, 1)
     rows = min(tile.block_q, 64 if d <= 128 else 32)
     columns = min(tile.block_k, 64)
+    warps = _small_warps(tile, rows, columns, 1024)
     if d <= 64:
-        return LaunchConfig(rows, columns, 4, 3, 168)
-    return LaunchConfig(rows, columns, 8 if d > 128 else 4, 2 if d <= 128 else 1)
+        return LaunchConfig(rows, columns, warps or 4, 3, None if warps else 168)
+    return LaunchConfig(rows, columns, 8 if d > 128 else warps or 4, 2 if d <= 128 else 1)
 
 
 def mass_config(tile: TileShape) -> LaunchConfig:
