@@ -32,7 +32,7 @@ RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 OPTIONAL = {
     "triton": (
         "ops.triton_device",
-        "ops.triton_ring_buffer",
+        "ops.block_selection.newest",
         *(
             f"ops.block_selection.{name}"
             for name in (

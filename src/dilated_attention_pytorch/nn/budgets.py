@@ -446,15 +446,22 @@ def threshold_floor(layer: BudgetLayer, inputs: SelectionInputs) -> Tensor | Non
 
 
 def newest_floor(layer: BudgetLayer, row: NewestRow, blocks: int, width: int) -> Tensor | None:
-    """What the newest row of each sample keeps at least, ``(b, heads, 1)``, by all rows so far."""
+    """What the newest row of each sample keeps at least, by all rows so far.
+
+    int32 ``(1 or b, heads, 1)``.
+    """
     if not layer.threshold_floor:
         return None
-    rows, share, sparsity = row.so_far(blocks), layer.threshold_floor, 1 - layer.densest
-    least = rows.remember(
-        (rule_of(layer, blocks), "newest floor", share, sparsity, width),
-        lambda: floor_budget(share, sparsity, *room(layer, rows, blocks), rows, width),
-    )
-    return row.newest(least, layer.pattern_heads)
+    share, sparsity, rule = layer.threshold_floor, 1 - layer.densest, rule_of(layer, blocks)
+
+    def compute() -> Tensor:
+        rows = row.so_far(blocks)
+        least = floor_budget(share, sparsity, *room(layer, rows, blocks), rows, width)
+        return row.newest(least, layer.pattern_heads).int()
+
+    if row.last is None:
+        return compute()
+    return row.rows.remember((rule, "newest floor", share, sparsity, width), compute)
 
 
 def row_lengths(layer: BudgetLayer, inputs: SelectionInputs) -> int | Tensor:

@@ -208,7 +208,7 @@ def allocate(
         peaks=table(
             heads if layer.sums_mass and layer.config.peak_share else 0, dtype=sample.dtype
         ),
-        sampled=counter(),
+        sampled=torch.zeros(batch, heads, device=query.device, dtype=torch.int64),
         counts=torch.zeros(batch, heads, dtype=torch.int32, device=query.device),
         indices=torch.zeros(batch, heads, width, dtype=torch.int32, device=query.device),
         bias=torch.zeros(batch, heads, bias, dtype=torch.float32, device=query.device),
@@ -359,17 +359,20 @@ def list_blocks(
     complexity = None
     if layer.keeps_summaries:
         complexity = _summarise(layer, memory, row)
-    if cached is not None and _lists_at_once(layer, cached, blocks):
-        scores, *peaks = layer.scoring.newest(layer, memory, row, None, cached, blocks)
-        intervals = rule.intervals(row.rows)
-        counts, indices = threshold_lists(
-            scores, intervals, newest_thresholds(layer, memory, row),
-            newest_floor(layer, row, blocks, blocks),
-            kept_by_peak_with_kernels(layer, peaks, intervals),
-        )  # fmt: skip
-        memory.counts.copy_(counts[..., 0])
-        memory.indices[..., :blocks].copy_(indices[:, :, 0])
-        return
+    if cached is not None and _lists_by_threshold(layer):
+        if cached.newest and layer.scoring.list_newest(layer, memory, row, cached, blocks):
+            return
+        if has_token_kernel(layer, cached.key, blocks):
+            scores, *peaks = layer.scoring.newest(layer, memory, row, None, cached, blocks)
+            intervals = rule.intervals(row.rows)
+            counts, indices = threshold_lists(
+                scores, intervals, newest_thresholds(layer, memory, row),
+                newest_floor(layer, row, blocks, blocks),
+                kept_by_peak_with_kernels(layer, peaks, intervals),
+            )  # fmt: skip
+            memory.counts.copy_(counts[..., 0])
+            memory.indices[..., :blocks].copy_(indices[:, :, 0])
+            return
     # The layers of a model share them.
     candidates = row.rows.remember(rule, lambda: rule.build(row.rows))
     scores, *peaks = layer.scoring.newest(layer, memory, row, candidates.indices, cached, blocks)
@@ -395,13 +398,9 @@ def list_blocks(
         memory.bias.copy_(slot_bias(layer, scores, scored, slots, kept)[:, :, 0])
 
 
-def _lists_at_once(layer: SelectorLayer, cached: CachedKeys, blocks: int) -> bool:
-    """Whether the kernel that keeps what reaches a threshold can make the lists."""
-    if not layer.budget.calibrated or has_bias(layer):
-        return False
-    if layer.segment_lengths is not None:
-        return False
-    return has_token_kernel(layer, cached.key, blocks)
+def _lists_by_threshold(layer: SelectorLayer) -> bool:
+    """Whether kernels that keep what reaches a threshold can make the lists."""
+    return layer.budget.calibrated and not has_bias(layer) and layer.segment_lengths is None
 
 
 def _summarise(layer: SelectorLayer, memory: Memory, row: NewestRow) -> Tensor | None:

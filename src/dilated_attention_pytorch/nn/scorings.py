@@ -17,6 +17,7 @@ from torch import Tensor
 from dilated_attention_pytorch.candidates import Candidates, count_forced
 from dilated_attention_pytorch.mask import AttentionMask, ceil_div
 from dilated_attention_pytorch.nn.budget_layer import Scored, key_means
+from dilated_attention_pytorch.nn.budgets import newest_floor, newest_thresholds, room, rule_of
 from dilated_attention_pytorch.nn.hierarchy import narrow_down
 from dilated_attention_pytorch.nn.inputs import OwnBlocks, SelectionInputs, bound_of
 from dilated_attention_pytorch.nn.selector import CachedKeys, Scoring, SelectorLayer
@@ -25,6 +26,7 @@ from dilated_attention_pytorch.ops.block_selection.interface import (
     best_blocks,
     compiled_unsupported_reason,
     find_candidates,
+    list_newest,
     low_rank_scores,
     low_rank_unsupported_reason,
     summarise_and_pass,
@@ -278,6 +280,38 @@ class TokenScoring(Scoring):
         index = numbers.clamp(0, blocks - 1)
         return [x.gather(-1, index.expand(*x.shape[:3], -1)) for x in maps]
 
+    def list_newest(
+        self,
+        layer: SelectorLayer,
+        memory: Memory,
+        row: NewestRow,
+        cached: CachedKeys,
+        blocks: int,
+    ) -> bool:
+        """Adds the newest query to what its row has expected, and lists the row's blocks.
+
+        With one kernel and thresholds; False: it cannot run this, and nothing was done.
+        """
+        scorer, size, share = _low_rank(layer), layer.block_size, layer.config.peak_share
+        fused = has_token_kernel(layer, cached.key, blocks)
+        fused = fused and memory.masses.dtype == torch.float32
+        if not fused and not _has_compiled_kernel(layer, memory, cached.key):
+            return False
+        threshold, maps = newest_thresholds(layer, memory, row), (scorer.query_map, scorer.key_map)
+        least = newest_floor(layer, row, blocks, blocks)
+        quota = newest_quota(layer, row, blocks) if share else None
+        scorer.called(
+            lambda queries, key: list_newest(
+                queries, key, maps, (memory.lengths, memory.known, cached.starts), threshold,
+                least, quota, (memory.masses, memory.peaks, memory.sampled),
+                (memory.counts, memory.indices), blocks=blocks, block_size=size,
+                stride=scorer.query_stride, scale=scorer.scale, sinks=layer.num_sink_blocks,
+                near=layer.num_local_blocks, compiled=not fused,
+            ),
+            memory.queries, cached.key, None, size,
+        )  # fmt: skip
+        return True
+
     def _of_all_blocks(
         self,
         layer: SelectorLayer,
@@ -300,7 +334,9 @@ class TokenScoring(Scoring):
         if cached.newest:
             found = self._rate_newest(layer, memory, newest, 1, cached, blocks)
             mass, *peaks = found[0].exp()[:, :, 0], *(x[:, :, 0] for x in found[1:])
-            begins, more = (x.view(-1, 1, 1) for x in (count == 1, newest > memory.sampled))
+            begins, more = (
+                x[..., None] for x in (count[:, None] == 1, newest[:, None] > memory.sampled)
+            )
             total.copy_(torch.where(begins, mass, torch.where(more, total + mass, total)))
             for peak in peaks:
                 highest.copy_(torch.where(begins, peak, torch.maximum(highest, peak)))
@@ -309,7 +345,7 @@ class TokenScoring(Scoring):
             total.copy_(mean[:, :, 0].exp() * count.view(-1, 1, 1))
             for peak in peaks:
                 highest.copy_(peak[:, :, 0])
-        memory.sampled.copy_(newest)
+        memory.sampled.copy_(newest[:, None].expand_as(memory.sampled))
         mean = (total / count.view(-1, 1, 1)).clamp(min=torch.finfo(total.dtype).tiny)
         return [x[:, :, None] for x in (mean.log(), highest)[: 1 + len(peaks)]]
 
@@ -401,6 +437,28 @@ def kept_by_peak_with_kernels(
 def _peak_budget(layer: SelectorLayer, forced: Tensor, allowed: Tensor) -> Tensor:
     share, keep = layer.config.peak_share, 1 - layer.base_sparsity
     return peak_budget(share, keep, forced, allowed, layer.pattern_heads)
+
+
+def newest_quota(layer: SelectorLayer, row: NewestRow, blocks: int) -> Tensor:
+    """What the newest row of each sample keeps by its peaks, int32 ``(1 or b, heads, 1)``."""
+
+    def compute() -> Tensor:
+        return _peak_budget(layer, *room(layer, row.rows, blocks)).int()
+
+    share, densest = layer.config.peak_share, layer.densest
+    if row.last is None or densest == 1:
+        # There the host does not know what the row's budget depends on.
+        return compute()
+    return row.rows.remember((rule_of(layer, blocks), "newest quota", share, densest), compute)
+
+
+def _has_compiled_kernel(layer: SelectorLayer, memory: Memory, key: Tensor) -> bool:
+    """Whether the compiled kernel of the CPU lists the newest row."""
+    if any(x.dtype != torch.float32 for x in (key, memory.queries, memory.masses)):
+        return False
+    # As attention to new tokens.
+    logits = layer.num_heads * key.shape[1] ** 2
+    return compiled_unsupported_reason(memory.queries, layer.backend, logits) is None
 
 
 def _network(layer: SelectorLayer) -> ImportanceScorer:

@@ -42,7 +42,7 @@ class Memory:
             in each block; p = 0 where choices keep no such sum.
         peaks: Shaped like it: the largest share that one of them gives; p = 0 without
             ``peak_share``, too.
-        sampled: ``(b,)`` int64: the newest token in both.
+        sampled: ``(b, p)`` int64: the newest token in both.
         counts: ``(b, p)`` int32: blocks that the newest token's row reads.
         indices: ``(b, p, k)`` int32: their numbers.
         bias: ``(b, p, k)`` float32: their logit bias, or k = 0.
@@ -480,7 +480,7 @@ def append_tokens(
     on_gpu = query.device.type == "cuda" and HAS_TRITON and query.dtype != torch.float64
     if backend == "triton" or (backend == "auto" and on_gpu):
         # Triton is imported on first use: the package itself needs torch alone.
-        from dilated_attention_pytorch.ops.triton_ring_buffer import append_op
+        from dilated_attention_pytorch.ops.block_selection.newest import append_op
 
         append_op(queries, keys, lengths, query, key, cached, starts)
         return

@@ -23,6 +23,7 @@ from dilated_attention_pytorch.ops.block_selection import (
     choice,
     lattice,
     low_rank,
+    newest,
     scores,
     summaries,
     threshold,
@@ -35,7 +36,7 @@ from dilated_attention_pytorch.ops.block_sparse_attention import (
 )
 
 ATTENTION = "dilated_attention_pytorch.ops.block_sparse_attention"
-MODULES = (budgets, choice, lattice, low_rank, scores, summaries, threshold, transpose)
+MODULES = (budgets, choice, lattice, low_rank, newest, scores, summaries, threshold, transpose)
 
 
 class Stand:
@@ -135,9 +136,24 @@ def main():
     maps, spans = zeros(H, D, 32), ints(1, 2, N // 4)
     for y, size in ((x, 16), (x.float(), 64), (x, 128), (x.half(), 32)):
         low_rank.low_rank_op(y, y, maps, maps, spans, 4, size, 0.1, H, size > 16)
+    list_newest()
     attend_in_float32()
     kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     assert compiled - set(stacks) == kernels, compiled ^ kernels
+
+
+def list_newest():
+    one = zeros(B, dtype=torch.int64)
+    for y, lists, rest in ((zeros(B, N, H, D), H, True), (zeros(B, N, 1, D).half(), 1, False)):
+        rings, maps = y.new_zeros(B, 48, H, D), zeros(H, D, 24)
+        newest.append_op(rings, rings, one, rings[:, :1], rings, True, one if rest else None)
+        budget = ints(1, lists, 1) if rest else None
+        sums = zeros(B, lists, J + 1), zeros(B, lists, J + 1), zeros(B, lists, dtype=torch.int64)
+        newest.list_newest_op(
+            rings, y, maps, maps, one, one, one if rest else None, 0.1,
+            None if rest else zeros(1, 1, 1), budget, budget, *sums, ints(B, lists),
+            ints(B, lists, K), J, 16, 2, 0.1, 1, 1,
+        )  # fmt: skip
 
 
 def attend_in_float32():

@@ -44,7 +44,7 @@ def load_rule(rows, stride_b, batch, row, num_rows):
 
 
 @triton.jit
-def _order(score):
+def order(score):
     """Integers that order like the floats; -0 equals 0, NaN equals -inf."""
     # -0 + 0 is 0.
     bits = (tl.where(score == score, score, float("-inf")) + 0.0).to(tl.int32, bitcast=True)
@@ -53,7 +53,7 @@ def _order(score):
 
 @triton.jit
 def _number(key):
-    """The float that :func:`_order` gave ``key``; infinities as large numbers."""
+    """The float that :func:`order` gave ``key``; infinities as large numbers."""
     number = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return tl.minimum(tl.maximum(number, -3.0e38), 3.0e38)
 
@@ -75,7 +75,7 @@ def running_count(flag, C: tl.constexpr):
 
 
 @triton.jit
-def _highest(key, count, low, many, high, few, C: tl.constexpr, FLOATS: tl.constexpr):
+def highest(key, count, low, many, high, few, C: tl.constexpr, FLOATS: tl.constexpr):
     """The ``count`` highest keys, ties to the lower place: booleans.
 
     Bisection on the value of the last one taken; it ends early when a cut fits exactly.
@@ -177,7 +177,7 @@ def choose_kernel(
     visible = (column - low).to(tl.uint32) < (end - low).to(tl.uint32)
     near = (column - near_first).to(tl.uint32) < (near_end - near_first).to(tl.uint32)
     # Forced blocks rank above all others: one choice finds both.
-    key = tl.where((column < sink_end) | near, KEY_OF_FORCED, _order(ranked))
+    key = tl.where((column < sink_end) | near, KEY_OF_FORCED, order(ranked))
     key = tl.where(visible, key, KEY_OF_FORBIDDEN)
     if LISTS:
         must = tl.sum((key == KEY_OF_FORCED).to(tl.int32), 0)
@@ -195,7 +195,7 @@ def choose_kernel(
     high = tl.max(key + 1, 0)
     lowest = tl.min(tl.where(visible, key, KEY_OF_FORCED), 0)
     wanted = tl.minimum(wanted, seen)
-    chosen = _highest(key, wanted, lowest, seen, high, must, C, True)
+    chosen = highest(key, wanted, lowest, seen, high, must, C, True)
     if EXPLORE:
         left = visible & (chosen == 0)
         # One bit less than would fit: a cut lies above the highest ticket.
@@ -203,7 +203,7 @@ def choose_kernel(
         rest = tl.sum(left.to(tl.int32), 0)
         extra = tl.minimum(explore, tl.maximum(explore + 1 - (wanted - must), 1))
         extra = tl.minimum(rest, extra)
-        chosen |= _highest(ticket, extra, 0, rest, tl.max(ticket, 0) + 1, 0, C, False)
+        chosen |= highest(ticket, extra, 0, rest, tl.max(ticket, 0) + 1, 0, C, False)
     every = chosen.to(tl.int32)
     slot = running_count(every, C) - 1
     take = (every > 0) & (slot < width)

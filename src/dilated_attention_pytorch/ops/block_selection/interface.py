@@ -500,6 +500,99 @@ def count_above(
     return found
 
 
+class _Newest(ctypes.Structure):
+    """``Newest`` of ``cpp_newest.cpp``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "queries", "key", "query_map", "key_map", "lengths", "known", "starts", "threshold",
+            "least", "quota", "masses", "peaks", "sampled", "counts", "indices",
+        )),
+        ("key_step", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64 * 2) for name in ("least_step", "quota_step")),
+        *((name, ctypes.c_int64) for name in (
+            "threshold_step", "batch", "ring", "heads", "kv_heads", "lists", "head_dim", "rank",
+            "capacity", "blocks", "room", "width", "block_size", "stride", "sinks", "near",
+            "threads",
+        )),
+        ("scale", ctypes.c_double),
+    )  # fmt: skip
+
+
+def list_newest(
+    queries: Tensor,
+    key: Tensor,
+    maps: tuple[Tensor, Tensor],
+    lengths: tuple[Tensor, Tensor, Tensor | None],
+    threshold: float | Tensor,
+    least: Tensor | None,
+    quota: Tensor | None,
+    sums: tuple[Tensor, Tensor, Tensor],
+    lists: tuple[Tensor, Tensor],
+    *,
+    blocks: int,
+    block_size: int,
+    stride: int,
+    scale: float,
+    sinks: int,
+    near: int,
+    compiled: bool = False,
+) -> None:
+    """Lists the blocks that a new token reads by the low-rank mass of its row's queries, in place.
+
+    Args:
+        queries: Ring buffer ``(b, ring, h, d)``, the new token's query included.
+        key: Cache ``(b, capacity, g, d)``, its key included.
+        maps: Of queries and keys, ``(h, d, r)``.
+        lengths: Tokens ``(b,)`` int64 of each sample; the first whose query is known; and the place
+            of token 0, or None: 0.
+        threshold: On a block's share of what the row's queries expect, or ``(1 or b, 1, 1)``.
+        least: What the row keeps at least, forced blocks included, int32 ``(1 or b, 1 or p, 1)``.
+        quota: What it keeps by peaks, likewise; None: nothing, and peaks are not kept.
+        sums: Masses and peaks of a state, ``(b, p, J + 1)`` float32, and which query is in them,
+            ``(b, p)`` int64: the newest one is added.
+        lists: Counts ``(b, p)`` and numbers ``(b, p, k)``, int32.
+        blocks: Key blocks to choose from.
+        block_size: Tokens per block.
+        stride: Every so many queries of a row count.
+        scale: Factor of the logits.
+        sinks: First blocks that every row reads.
+        near: Blocks before a row's own that it reads.
+        compiled: By the compiled kernel of the CPU, in float32.
+    """
+    numbers = blocks, block_size, stride, scale, sinks, near
+    if not compiled:
+        from dilated_attention_pytorch.ops.block_selection.newest import list_newest_op
+
+        given = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
+        list_newest_op(queries, key, *maps, *lengths, *given, least, quota, *sums, *lists, *numbers)
+        return
+    if not isinstance(threshold, Tensor):
+        threshold = torch.full((1,), threshold, dtype=torch.float32)
+    key, starts = rows_of(key), lengths[2]
+    # In the order of the fields; the tuple keeps what is made here alive during the call.
+    tensors = (
+        queries, key, *(x.float().contiguous() for x in maps), *lengths[:2],
+        None if starts is None else starts.long().contiguous(), threshold.float(), least, quota,
+        sums[0], None if quota is None else sums[1], sums[2], *lists,
+    )  # fmt: skip
+
+    def steps(x: Tensor | None) -> tuple[int, ...]:
+        if x is None:
+            return 0, 0
+        return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:2], x.shape[:2], strict=True))
+
+    problem = _Newest(
+        *(None if x is None else x.data_ptr() for x in tensors),
+        key.stride()[:3], steps(least), steps(quota), threshold.stride(0) * (len(threshold) > 1),
+        *queries.shape[:3], key.shape[2], lists[1].shape[1], key.shape[3], maps[0].shape[2],
+        key.shape[1], blocks, sums[0].shape[2], lists[1].shape[2], block_size, stride, sinks, near,
+        torch.get_num_threads(), scale,
+    )  # fmt: skip
+    if lists[1].numel() and library().list_newest(ctypes.byref(problem)):
+        raise MemoryError("The compiled CPU kernel found no memory for its buffers.")
+
+
 def transpose_lists(pattern: BlockPattern) -> PatternTranspose:
     """``BlockPattern.transpose`` by counting; entries past the last offset are undefined."""
     from dilated_attention_pytorch.ops.block_selection.transpose import transpose_op

@@ -1,7 +1,7 @@
 """The compiled CPU kernel as an operator; its gradients are those of the PyTorch path.
 
 The user's own compiler builds it at first use, and the library is kept; in it are also what rates
-blocks by low-rank products and the attention of new tokens.
+blocks by low-rank products, the attention of new tokens, and the choice of their blocks.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 # One program, in this order; and what it offers.
 SOURCES = (
     "block_sparse_attention/cpp_forward.cpp", "block_selection/cpp_low_rank.cpp",
-    "block_sparse_decode/cpp_decode.cpp",
+    "block_sparse_decode/cpp_decode.cpp", "block_selection/cpp_newest.cpp",
 )  # fmt: skip
-_OFFERED = ("block_sparse_forward", "low_rank_masses", "block_sparse_decode")
+_OFFERED = ("block_sparse_forward", "low_rank_masses", "block_sparse_decode", "list_newest")
 # Set to 0, nothing is compiled or loaded.
 SWITCH = "DILATED_ATTENTION_CPP"
 # A compile takes two; a slow machine needs ten times as long.

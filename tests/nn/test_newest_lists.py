@@ -1,0 +1,110 @@
+"""The kernels that list a new token's blocks keep what PyTorch keeps, and remember as much."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
+from dilated_attention_pytorch.nn.scorings import TokenScoring
+from dilated_attention_pytorch.nn.state import SelectorState
+from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
+from dilated_attention_pytorch.selection.threshold import ThresholdTable
+
+SIZE, HEADS, KV_HEADS, DIM = 16, 4, 2, 24
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+CASES = {
+    "distill": {"num_sink_blocks": 1, "peak_share": 0.5, "threshold_floor": 0.8},
+    "thresholds alone": {"query_stride": 4},
+    "kv group": {"share_within_kv_group": True, "peak_share": 0.25, "num_local_blocks": 1},
+    "shared": {"share_across_heads": True, "peak_share": 1.0, "hidden_dim": 5},
+}
+
+
+def make(backend: str, options: dict) -> BlockSparseAdaptive:
+    torch.manual_seed(0)
+    settings = {"query_stride": 2, "hidden_dim": 16, "base_sparsity": 0.5} | options
+    config = AdaptiveConfig(
+        scorer="low_rank", budget="threshold", block_size=SIZE, query_scope="block", **settings
+    )
+    layer = BlockSparseAdaptive(None, None, HEADS, DIM, config, num_kv_heads=KV_HEADS)
+    layer.set_thresholds(ThresholdTable((40, 200), (0.25, 0.08)))
+    layer.backend = backend
+    return layer.to(DEVICE).eval()
+
+
+def tokens(length: int, batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, length, HEADS + 2 * KV_HEADS, DIM)
+    every = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return list(every.to(DEVICE).split([HEADS, KV_HEADS, KV_HEADS], 2))
+
+
+def backends() -> list:
+    if ON_GPU:
+        return [pytest.param("triton", marks=pytest.mark.gpu)]
+    return ["cpp", "triton"]
+
+
+@pytest.fixture(params=backends())
+def backend(request) -> str:
+    """Triton's interpreter stands in where there is no GPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="the triton package is not installed")
+    elif reason := build_failure():
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def listed(monkeypatch) -> list[bool]:
+    """Whether a kernel made each list."""
+    found, run = [], TokenScoring.list_newest
+
+    def watched(*given) -> bool:
+        found.append(run(*given))
+        return found[-1]
+
+    monkeypatch.setattr(TokenScoring, "list_newest", watched)
+    return found
+
+
+def remembered(state: SelectorState) -> list[Tensor]:
+    memory = state.filled()
+    width = int(memory.counts.max())
+    return [memory.counts, memory.indices[..., :width], memory.sampled, memory.masses, memory.peaks]
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["alike", "ragged"])
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_lists_and_sums_are_those_of_pytorch(name, ragged, backend, listed) -> None:
+    """Ragged: samples of their own lengths, behind padding, in a cache with room."""
+    q, k, v = tokens(150)
+    lengths, starts = torch.tensor([70, 53], device=DEVICE), torch.tensor([0, 17], device=DEVICE)
+    kinds = {"key_lengths": lengths, "starts": starts} if ragged else {}
+    layers = [make(x, CASES[name]) for x in ("gather", backend)]
+    states = [SelectorState() for _ in layers]
+
+    def moved(x: Tensor) -> Tensor:
+        # Token 0 of the second sample lies at place 17 of the cache.
+        return torch.stack([x[0], x[1].roll(17, 0)]) if ragged else x
+
+    for layer, state in zip(layers, states, strict=True):
+        layer.remember(q[:, :70], k[:, :70], state, **kinds)
+    cache_k, cache_v = moved(k), moved(v)
+    for step in range(40):
+        new = torch.stack([q[0, 70 + step], q[1, (53 if ragged else 70) + step]])[:, None]
+        until = 150 if ragged else 71 + step
+        outs = [
+            layer.decode(new, cache_k[:, :until], cache_v[:, :until], state)
+            for layer, state in zip(layers, states, strict=True)
+        ]
+        for mine, want in zip(*map(remembered, reversed(states)), strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+    assert not any(listed[::2])
+    # But for the first one, for which nothing is remembered yet.
+    assert all(listed[3::2])
