@@ -106,9 +106,13 @@ def test_generated_tokens_list_blocks_at_once(floor: float, peaks: float) -> Non
                     step = model(ids[:, n : n + 1], past_key_values=step.past_key_values)
                     steps.append(step.logits)
             outs[backend] = torch.cat(steps, 1)
-        lists = counter.found["dilated_attention_pytorch.threshold_lists.default"]
+        lists, newest = (
+            counter.found[f"dilated_attention_pytorch.{name}.default"]
+            for name in ("threshold_lists", "list_newest")
+        )
         layers = model.config.num_hidden_layers
-        # A choice serves the tokens between two sampled queries.
+        # A choice serves the tokens between two sampled queries. The first one rates all of a row's.
         choices = layers * (end - start) // config.query_stride
-        assert lists == (choices if backend == "triton" else 0)
+        expected = (layers, choices - layers) if backend == "triton" else (0, 0)
+        assert (lists, newest) == expected
     torch.testing.assert_close(outs["triton"], outs["gather"], rtol=1e-4, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -97,13 +99,15 @@ def test_decoding_rates_a_row_with_the_kernel_as_in_pytorch(
         layer.set_thresholds(ThresholdTable((TOKENS,), (9.0,)))
     query, key = tokens()
     starts = torch.tensor([0, 7], device=DEVICE)
-    counted = scorings.low_rank_scores
 
-    def count(*args: Any, **options: Any) -> list[Tensor]:
+    def count(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
         kernels.append(1)
-        return counted(*args, **options)
+        return run(*args, **options)
 
-    monkeypatch.setattr(scorings, "low_rank_scores", count)
+    # The newest query of a row whose other queries have been rated has a kernel of its own.
+    for name in ("low_rank_scores", "list_newest"):
+        run = partial(count, getattr(scorings, name))
+        monkeypatch.setattr(scorings, name, run)
     compact = [torch.stack([x[0, :60], x[1, 7:67]]) for x in (query, key)]
     for backend in ("triton", "gather"):
         layer.backend, state = backend, SelectorState()
