@@ -111,7 +111,7 @@ def test_generated_tokens_list_blocks_at_once(floor: float, peaks: float) -> Non
             for name in ("threshold_lists", "list_newest")
         )
         layers = model.config.num_hidden_layers
-        # A choice serves the tokens between two sampled queries. The first one rates all of a row's.
+        # One serves the tokens between two sampled queries; the first rates all of its row's.
         choices = layers * (end - start) // config.query_stride
         expected = (layers, choices - layers) if backend == "triton" else (0, 0)
         assert (lists, newest) == expected
