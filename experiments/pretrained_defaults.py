@@ -33,13 +33,20 @@ RUNS = CACHE / "pretrained_defaults"
 MODEL = CACHE / "smollm2"
 TRAINED_ON = ("cfi-en", "debian-handbook", "jargon-text")
 MEASURED_ON = "moby-dick"
-STAGES = ("distill", "evaluate", "tune", "evaluate-tuned", "allot", "speed")
+STAGES = ("distill", "evaluate", "tune", "evaluate-tuned", "allot", "evaluate-allotted", "speed")
 DISTILLED, TUNED = RUNS / "distill" / "adapter", RUNS / "tune"
+ALLOTTED = RUNS / "allot" / "adapter"
 
 
 def words(stage: str, model: Path, texts: Path) -> list[str]:
     """The stage as a user types it, without the device."""
     given = ["--model", str(model)]
+    if stage == "evaluate-allotted":
+        # Of one cell: what other shares of the layers change.
+        cell = ["--lengths", "2048", "--sparsities", "0.9", "--prefixes", "0", "--repeats", "0"]
+        text = str(texts / f"{MEASURED_ON}.txt")
+        adapter = ["--adapter", str(ALLOTTED), "--text", text, "--baselines", "none"]
+        return ["evaluate", *given, *adapter, *cell]
     if stage.startswith("evaluate"):
         adapter = ["--adapter", str(DISTILLED)]
         if stage == "evaluate-tuned":
@@ -76,11 +83,11 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     return {stage: json.loads(p.read_text()) for stage, p in paths.items() if p.is_file()}
 
 
-def cells(found: Mapping[str, Any], method: str, tuned: bool) -> list[str]:
+def cells(found: Mapping[str, Any], method: str, which: str) -> list[str]:
     """Rows of the table: one per length and sparsity of a method."""
     rows = [r for r in found["rows"] if r["method"] == method]
     known = {"adapter:saved": "adapter as saved", "adapter": "adapter, calibrated here"}
-    name = known.get(method, method) + (", tuned" if tuned else "")
+    name = known.get(method, method) + (f", {which}" if which else "")
     out = []
     for row in sorted(rows, key=lambda r: (r["length"], r["sparsity"])):
         prefix = "-"
@@ -127,13 +134,13 @@ def write_page(stages: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         "| choice | tokens | asked | measured | perplexity / dense | kept mass | prefix / window |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for stage in ("evaluate", "evaluate-tuned"):
+    for stage in ("evaluate", "evaluate-tuned", "evaluate-allotted"):
         if stage not in stages:
             continue
         found = stages[stage]["found"]
         for method in dict.fromkeys(row["method"] for row in found["rows"]):
             if stage == "evaluate" or method.startswith("adapter"):
-                lines += cells(found, method, stage == "evaluate-tuned")
+                lines += cells(found, method, stage.partition("-")[2])
     lines += speeds(stages)
     lines += ["", "| command | seconds in all |", "|---|---|"]
     lines += [f"| `{name}` | {stage['wall_seconds']:.0f} |" for name, stage in stages.items()]

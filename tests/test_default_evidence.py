@@ -70,6 +70,15 @@ def test_every_default_of_pretrained_runs_has_its_evidence() -> None:
     check("## `tune` alone", own)
 
 
+def test_every_default_of_allot_has_its_evidence() -> None:
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    from dilated_attention_pytorch.hf.layer_shares import AllotJob
+
+    every = {f.name: f.default for f in dataclasses.fields(AllotJob)}
+    given = {k: value for k, value in every.items() if value is not dataclasses.MISSING}
+    check("## `allot`", given)
+
+
 def test_every_default_of_evaluate_has_its_evidence() -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     from dilated_attention_pytorch.hf.evaluate import EvaluationSettings

@@ -61,7 +61,13 @@ def test_the_index_page_is_what_the_results_say(
     assert sorted(index.NAMES) == NAMES
     shown = index.PICTURES
     monkeypatch.setattr(index, "PICTURES", tmp_path)
-    assert index.PAGE.read_text() == index.render()
+    page = index.render()
+    assert index.PAGE.read_text() == page
+    # Each in its own place.
+    for name in ("learning_map", "beyond_needles", "train_defaults"):
+        assert page.count(index.body(index.RESULTS / name)) == 1
+    assert page.count(index.table(index.RESULTS / "needle" / "table.md")) == 1
+    index.copy_pictures()
     for picture in tmp_path.iterdir():
         assert picture.read_bytes() == (shown / picture.name).read_bytes(), picture.name
 

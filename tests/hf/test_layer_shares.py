@@ -53,21 +53,6 @@ def test_costs_are_those_of_one_sparse_layer_among_dense_ones() -> None:
     assert max(abs(x) for costs in found.values() for x in costs) > 1e-3
 
 
-def test_background_keeps_the_other_layers_sparse() -> None:
-    windows = tokens(1, 97)
-    model = tiny_model()
-    with adapt(model, CONFIG) as adapted:
-        found = dict(measure_costs(adapted, windows, (0.4,), background=0.6))
-        dense = {**dict(adapted.selectors)}
-        for layer in (0, 1):
-            values = []
-            for sparsity in (0.0, 0.4):
-                dense[layer].set_base_sparsity(sparsity)
-                dense[1 - layer].set_base_sparsity(0.6)
-                values.append(loss(model, windows))
-            assert found[layer][0] == pytest.approx(values[1] - values[0], abs=1e-5)
-
-
 def test_only_the_layers_asked_for_are_measured() -> None:
     with adapt(tiny_model(), CONFIG) as adapted:
         assert [n for n, _ in measure_costs(adapted, tokens(1, 97), (0.4,), layers=[1])] == [1]

@@ -151,19 +151,16 @@ def measure_costs(
     sparsities: Sequence[float] = SPARSITIES,
     *,
     layers: Sequence[int] | None = None,
-    background: float | None = None,
 ) -> Iterator[tuple[int, tuple[float, ...]]]:
     """Loss with one layer sparse, above the loss with it dense; changes nothing.
 
-    That the costs of all add up is an assumption; ``background`` measures them where they are used.
+    The other layers are dense; that the costs of all add up is an assumption.
 
     Args:
         adapted: The model.
         windows: Tokens ``(windows, length + 1)``, of text that nothing is evaluated on.
         sparsities: At which to measure, ascending.
         layers: Which to measure; None: all.
-        background: Mean sparsity of all other layers, shared by the costs that the model has
-            already. None: the others are dense.
 
     Yields:
         A layer and its costs in nats per token, for :class:`SparsityCosts`.
@@ -178,31 +175,19 @@ def measure_costs(
     inputs = windows[:, :-1]
     length = inputs.shape[1]
     dense = {number: _dense(number, selector) for number, selector in adapted.selectors.items()}
-    others = dense
     samples = threshold_samples(adapted, inputs, dense=True)
-    if background is not None:
-        goals = adapted.layer_sparsities(background, length)
-        for _ in range(2):
-            others = {
-                number: at_sparsity(selector, goals[number], samples[number], length)
-                for number, selector in adapted.selectors.items()
-            }
-            with adapted.replaced(others):
-                samples = threshold_samples(adapted, inputs, dense=False)
     prefix = KeptPrefix(adapted, windows)
-    reference: tuple[int, float] | None = None
+    reference: float | None = None
     for number in list(adapted.selectors) if layers is None else layers:
         selector = adapted.selectors[number]
-        with adapted.replaced(others):
+        with adapted.replaced(dense):
             prefix.move_to(number)
-        # With a dense background it is the same for all layers.
-        if reference is None or (background is not None and reference[0] != number):
-            beside = {**others, number: dense[number]}
-            reference = number, _loss_with(adapted, prefix, beside)
+        if reference is None:
+            reference = _loss_with(adapted, prefix, dense)
         costs = []
         for sparsity in sparsities:
             own = at_sparsity(selector, sparsity, samples[number], length)
-            costs.append(_loss_with(adapted, prefix, {**others, number: own}) - reference[1])
+            costs.append(_loss_with(adapted, prefix, {**dense, number: own}) - reference)
         yield number, tuple(costs)
 
 
@@ -247,7 +232,6 @@ class AllotJob:
         lengths: Tokens of the windows: the lengths of use, as shares of other lengths do not serve.
         windows: Held-out windows per length, spread over the text.
         sparsities: At which every layer is measured, ascending in (0, 1).
-        background: Mean sparsity of the layers that are not measured; None: they are dense.
         validation_share: Share of the bytes to hold out.
         max_bytes: Read as many bytes at most; None: all.
         device: Where to measure.
@@ -260,7 +244,6 @@ class AllotJob:
     lengths: tuple[int, ...] = (2048,)
     windows: int = 3
     sparsities: tuple[float, ...] = SPARSITIES
-    background: float | None = None
     validation_share: float = 0.05
     max_bytes: int | None = None
     device: str = "cpu"
@@ -347,7 +330,7 @@ class Allotment:
                 continue
             windows = spread_windows(self.held_out, length + 1, job.windows)
             for layer, costs in measure_costs(
-                self.adapted, windows, job.sparsities, layers=missing, background=job.background
+                self.adapted, windows, job.sparsities, layers=missing
             ):
                 known[layer] = costs
                 self.folder.mkdir(parents=True, exist_ok=True)

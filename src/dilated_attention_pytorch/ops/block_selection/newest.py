@@ -139,6 +139,9 @@ def newest_sum_kernel(
     b = tl.load(key_map + place, mask=real, other=0.0).to(tl.float32)
     short = tl.sum(q[:, None] * a, 0)
     folded = tl.sum(short[None, :] * b, 1) * factor
+    if key.dtype.element_ty == tl.bfloat16:
+        # As in a pass, so that it chooses alike.
+        folded = folded.to(tl.bfloat16).to(tl.float32)
     first = newest * 0
     if STARTS:
         first += tl.load(starts + batch)
