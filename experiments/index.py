@@ -113,9 +113,9 @@ LEARNING_MAP
 
 ## Beyond needles
 
-`experiments/beyond_needles.py`: several needles a block, copying, two hops, recall in four and eight
-layers, images, cross-attention, both directions, bytes of real text that a copy from far away gets
-right, and hidden ones.
+`experiments/beyond_needles.py`: several needles a block, copying, two hops, recall in four and in
+eight layers, images, cross-attention, both directions, bytes of real text that a copy from far away
+gets right, and hidden ones.
 
 **Promise.** The same defaults work on other problems.
 
