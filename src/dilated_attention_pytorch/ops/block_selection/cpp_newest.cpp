@@ -227,8 +227,9 @@ extern "C" int list_newest(const Newest* problem) {
   std::atomic<int> status(0);
   const Newest& p = *problem;
   const int64_t tasks = p.batch * (p.heads / together(p));
-  // A thread takes as long to start as 2^18 numbers to read.
-  const int64_t worth = p.batch * p.kv_heads * p.blocks * p.block_size * p.head_dim >> 18;
+  // PyTorch's threads wait busily for a while; to start another among them takes a millisecond,
+  // as long as 2^21 numbers to read.
+  const int64_t worth = p.batch * p.kv_heads * p.blocks * p.block_size * p.head_dim >> 21;
   on_threads(std::min({p.threads, tasks, worth}), [&] { list_all(p, next, status); });
   return status;
 }

@@ -123,8 +123,9 @@ extern "C" int block_sparse_decode(const Decode* problem) {
   std::atomic<int> status(0);
   const Decode& p = *problem;
   const int64_t tasks = p.batch * p.heads * p.queries;
-  // A thread takes as long to start as 2^18 numbers to read.
-  const int64_t worth = tasks * p.width * p.block_size * p.head_dim >> 18;
+  // PyTorch's threads wait busily for a while; to start another among them takes a millisecond,
+  // as long as 2^21 numbers to read.
+  const int64_t worth = tasks * p.width * p.block_size * p.head_dim >> 21;
   on_threads(std::min({p.threads, tasks, worth}), [&] { attend_tokens(p, next, status); });
   return status;
 }
