@@ -370,7 +370,7 @@ class Evaluation:
 
 
 def measure_speed(
-    adapted: AdaptedModel, tokens: Tensor, repeats: int = 3, new_tokens: int = 8
+    adapted: AdaptedModel, tokens: Tensor, repeats: int = 3, new_tokens: int = 32
 ) -> dict[str, float]:
     """Times one prompt and some tokens that go on, densely and sparsely in turns.
 
