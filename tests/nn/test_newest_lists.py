@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
 from dilated_attention_pytorch.nn.scorings import TokenScoring
@@ -108,3 +111,24 @@ def test_lists_and_sums_are_those_of_pytorch(name, ragged, backend, listed) -> N
     assert not any(listed[::2])
     # But for the first one, for which nothing is remembered yet.
     assert all(listed[3::2])
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has other kernels")
+@pytest.mark.skipif(build_failure() is not None, reason="there is no compiled kernel")
+@torch.no_grad()
+def test_a_new_token_takes_few_operations() -> None:
+    """207 without the kernel; each costs the host some microseconds, whatever it computes."""
+    layer, counted, state = make("cpp", CASES["distill"]), [], SelectorState()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.append(func)
+            return func(*args, **(kwargs or {}))
+
+    qkv = tokens(103, batch=1)
+    layer.prefill(*(x[:, :70] for x in qkv), state)
+    for last in range(71, 104):
+        query, key, value = (x[:, :last] for x in qkv)
+        with Count() if last > 71 else nullcontext():
+            layer.decode(query[:, -1:], key, value, state)
+    assert len(counted) / 32 < 36

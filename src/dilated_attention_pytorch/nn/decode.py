@@ -270,15 +270,11 @@ def _attend(
 ) -> Tensor:
     """Attention of the newest tokens by the state's lists."""
     memory = state.filled()
-    width = memory.indices.shape[2]
-    if query.device.type == "cpu":
-        # Lists have room for the most that a row may read; there it would all be gathered.
-        width = int(memory.counts.max())
     arguments = arrange(
-        query, key, value, memory.counts[:, :, None], memory.indices[:, :, None, :width],
+        query, key, value, memory.counts[:, :, None], memory.indices[:, :, None],
         lengths=state.lengths, starts=state.starts, block_size=layer.block_size,
         scale=check_scale(layer.scale, layer.head_dim),
-        block_bias=memory.bias[:, :, None, :width] if memory.bias.shape[2] else None,
+        block_bias=memory.bias[:, :, None] if memory.bias.shape[2] else None,
         wants_lse=False,
     )  # fmt: skip
     backend = layer.backend if layer.backend in BACKENDS else "auto"

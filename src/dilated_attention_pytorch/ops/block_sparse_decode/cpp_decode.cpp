@@ -121,7 +121,18 @@ void attend_tokens(const Decode& p, std::atomic<int64_t>& next, std::atomic<int>
 extern "C" int block_sparse_decode(const Decode* problem) {
   std::atomic<int64_t> next(0);
   std::atomic<int> status(0);
-  const Decode& p = *problem;
+  Decode p = *problem;
+  // Lists have room for the most that a row may read.
+  int64_t most = 0;
+  for (int64_t b = 0; b < p.batch; b++) {
+    for (int64_t list = 0; list < p.lists; list++) {
+      for (int64_t n = 0; n < p.queries; n++) {
+        const int64_t place = b * p.count_step[0] + list * p.count_step[1] + n * p.count_step[2];
+        most = std::max<int64_t>(most, p.counts[place]);
+      }
+    }
+  }
+  p.width = std::min(p.width, most);
   const int64_t tasks = p.batch * p.heads * p.queries;
   // PyTorch's threads wait busily for a while; to start another among them takes a millisecond,
   // as long as 2^21 numbers to read.

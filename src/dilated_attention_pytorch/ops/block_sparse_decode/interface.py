@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from dilated_attention_pytorch.ops.block_sparse_decode.arguments import (
     check_values,
 )
 from dilated_attention_pytorch.ops.operators import rows_of, triton_missing_reason
+from dilated_attention_pytorch.runtime import tracing
 
 
 def reference_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
@@ -72,8 +74,15 @@ _CHUNK_NUMBERS_ELSEWHERE = 1 << 26
 def gather_decode(args: DecodeArguments) -> tuple[Tensor, Tensor]:
     """Computes output and lse as :func:`block_sparse_decode` defines them.
 
-    Does not wait for the device; lists shorter than the widest cost as much as the widest.
+    Does not wait for the device; lists shorter than the widest cost as much as the widest, on the
+    CPU as the longest one.
     """
+    if args.query.device.type == "cpu" and args.counts.numel() and not tracing():
+        width, bias = int(args.counts.max()), args.block_bias
+        args = replace(
+            args, indices=args.indices[..., :width],
+            block_bias=None if bias is None else bias[..., :width],
+        )  # fmt: skip
     with torch.autocast(args.query.device.type, enabled=False):
         return _decode(args)
 
