@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
@@ -111,6 +111,33 @@ def test_lists_and_sums_are_those_of_pytorch(name, ragged, backend, listed) -> N
     assert not any(listed[::2])
     # But for the first one, for which nothing is remembered yet.
     assert all(listed[3::2])
+
+
+@torch.no_grad()
+def test_weights_are_read_inside_of_the_call(backend, listed) -> None:
+    """As wrappers load them there and free them behind it."""
+    layer, other = make(backend, CASES["distill"]), make(backend, CASES["distill"])
+    kept = {name: x.clone() for name, x in other.scorer.named_parameters()}
+
+    def load(module, *_) -> None:
+        for name, value in kept.items():
+            setattr(module, name, nn.Parameter(value))
+
+    def free(module, *_) -> None:
+        for name, value in kept.items():
+            setattr(module, name, nn.Parameter(torch.full_like(value, torch.nan)))
+
+    other.scorer.register_forward_pre_hook(load)
+    other.scorer.register_forward_hook(free)
+    qkv, states = tokens(80), [SelectorState(), SelectorState()]
+    for each, state in zip((layer, other), states, strict=True):
+        each.prefill(*(x[:, :70] for x in qkv), state)
+        for last in range(71, 77):
+            query, key, value = (x[:, :last] for x in qkv)
+            each.decode(query[:, -1:], key, value, state)
+    assert any(listed)
+    for mine, want in zip(*map(remembered, states), strict=True):
+        assert torch.equal(mine, want)
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has other kernels")

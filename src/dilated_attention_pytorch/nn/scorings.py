@@ -297,16 +297,16 @@ class TokenScoring(Scoring):
         fused = fused and memory.masses.dtype == torch.float32
         if not fused and not _has_compiled_kernel(layer, memory, cached.key):
             return False
-        threshold, maps = newest_thresholds(layer, memory, row), (scorer.query_map, scorer.key_map)
+        threshold = newest_thresholds(layer, memory, row)
         least = newest_floor(layer, row, blocks, blocks)
         quota = newest_quota(layer, row, blocks) if share else None
         scorer.called(
             lambda queries, key: list_newest(
-                queries, key, maps, (memory.lengths, memory.known, cached.starts), threshold,
-                least, quota, (memory.masses, memory.peaks, memory.sampled),
-                (memory.counts, memory.indices), blocks=blocks, block_size=size,
-                stride=scorer.query_stride, scale=scorer.scale, sinks=layer.num_sink_blocks,
-                near=layer.num_local_blocks, compiled=not fused,
+                queries, key, (scorer.query_map, scorer.key_map),
+                (memory.lengths, memory.known, cached.starts), threshold, least, quota,
+                (memory.masses, memory.peaks, memory.sampled), (memory.counts, memory.indices),
+                blocks=blocks, block_size=size, stride=scorer.query_stride, scale=scorer.scale,
+                sinks=layer.num_sink_blocks, near=layer.num_local_blocks, compiled=not fused,
             ),
             memory.queries, cached.key, None, size,
         )  # fmt: skip
