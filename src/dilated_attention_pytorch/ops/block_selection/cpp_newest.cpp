@@ -94,7 +94,8 @@ void rate_heads(const Newest& p, const Place& at, int64_t b, int64_t kv_head, in
                 Room& x) {
   const int64_t d = p.head_dim, group = p.heads / p.kv_heads, share = p.heads / p.lists;
   const int64_t room = p.capacity + kLanes, start = p.starts ? p.starts[b] : 0;
-  const int64_t tokens = std::max<int64_t>(std::min(at.newest + 1, p.capacity - start), 0);
+  const int64_t most = std::min(p.capacity - start, p.blocks * p.block_size);
+  const int64_t tokens = std::max<int64_t>(std::min(at.newest + 1, most), 0);
   const float* key =
       p.key + b * p.key_step[0] + start * p.key_step[1] + kv_head * p.key_step[2];
   for (int64_t n = 0; n < group; n++) {

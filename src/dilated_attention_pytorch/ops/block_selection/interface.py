@@ -568,7 +568,7 @@ def list_newest(
         list_newest_op(queries, key, *maps, *lengths, *given, least, quota, *sums, *lists, *numbers)
         return
     if not isinstance(threshold, Tensor):
-        threshold = torch.full((1,), threshold, dtype=torch.float32)
+        threshold = torch.full((1,), threshold, dtype=torch.float32, device=key.device)
     key, starts = rows_of(key), lengths[2]
     # In the order of the fields; the tuple keeps what is made here alive during the call.
     tensors = (

@@ -145,7 +145,8 @@ def newest_sum_kernel(
     first = newest * 0
     if STARTS:
         first += tl.load(starts + batch)
-    tokens = tl.where(sees, tl.minimum(newest + 1, capacity - first), 0)
+    tokens = tl.minimum(tl.minimum(newest + 1, capacity - first), columns * BLOCK)
+    tokens = tl.where(sees, tokens, 0)
     step = tl.arange(0, N)
     keys = key + batch * k_stride_b + first * k_stride_n + head // groups * k_stride_h
     for block in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, tl.cdiv(tokens, BLOCK))):
@@ -181,7 +182,8 @@ def newest_list_kernel(
     first = newest * 0
     if STARTS:
         first += tl.load(starts + batch)
-    tokens = tl.where(sees, tl.minimum(newest + 1, capacity - first), 0)
+    tokens = tl.minimum(tl.minimum(newest + 1, capacity - first), columns * BLOCK)
+    tokens = tl.where(sees, tokens, 0)
     seen = lane < tl.cdiv(tokens, BLOCK)
     mass, highest_share = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for extra in range(SHARE):
