@@ -459,8 +459,6 @@ def newest_floor(layer: BudgetLayer, row: NewestRow, blocks: int, width: int) ->
         least = floor_budget(share, sparsity, *room(layer, rows, blocks), rows, width)
         return row.newest(least, layer.pattern_heads).int()
 
-    if row.last is None:
-        return compute()
     return row.rows.remember((rule, "newest floor", share, sparsity, width), compute)
 
 
@@ -536,10 +534,17 @@ def row_thresholds(layer: BudgetLayer, inputs: SelectionInputs) -> float | Tenso
 def newest_thresholds(layer: BudgetLayer, memory: Memory, row: NewestRow) -> float | Tensor:
     """The row's threshold in each sample, ``(b, 1, 1)``, or one number for all."""
     # With "past" those that the row's first token sees, whichever token chooses.
-    if row.tokens is not None and row.last is not None and (table := layer.threshold_table()):
-        own = row.last * layer.block_size + 1 if layer.past else _rounded(layer, row.tokens)
-        return table.at(own)
-    first = row.number * layer.block_size + 1
+    size, table = layer.block_size, layer.threshold_table()
+    known = (row.tokens,) if row.tokens is not None else row.lengths
+    if known is not None and table is not None:
+        found = [
+            table.at(max(n - 1, 0) // size * size + 1 if layer.past else _rounded(layer, n))
+            for n in known
+        ]
+        if row.tokens is not None:
+            return found[0]
+        return layer.thresholds.new_tensor(found).view(-1, 1, 1)
+    first = row.number * size + 1
     lengths = first if layer.past else _rounded(layer, memory.lengths)
     return thresholds_at(layer.threshold_rows(), lengths.view(-1, 1, 1))
 

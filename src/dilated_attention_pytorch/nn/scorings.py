@@ -446,8 +446,8 @@ def newest_quota(layer: SelectorLayer, row: NewestRow, blocks: int) -> Tensor:
         return _peak_budget(layer, *room(layer, row.rows, blocks)).int()
 
     share, densest = layer.config.peak_share, layer.densest
-    if row.last is None or densest == 1:
-        # There the host does not know what the row's budget depends on.
+    if densest == 1:
+        # There the host cannot read the sparsity.
         return compute()
     return row.rows.remember((rule_of(layer, blocks), "newest quota", share, densest), compute)
 

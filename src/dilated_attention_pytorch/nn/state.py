@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ class NewestRow:
         rows: What it sees.
         tokens: How many each sample has, if the host knows that all have as many.
         last: The number, if the host knows it.
+        lengths: Tokens of each sample, if they are others and the host may look.
     """
 
     number: Tensor
@@ -105,6 +107,7 @@ class NewestRow:
     rows: RowRange
     tokens: int | None = None
     last: int | None = None
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, memory: Memory, block_size: int, tokens: int | None = None) -> NewestRow:
@@ -114,9 +117,11 @@ class NewestRow:
             last = max(tokens - 1, 0) // block_size
             rows = _rows(AttentionMask(1, last + 1, True, last), number.device)
             return cls(number, number * block_size, rows, tokens, last)
-        own = number.view(-1, 1, 1)
-        rows = RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
-        return cls(number, number * block_size, rows)
+        if number.device.type == "cpu" and not tracing():
+            lengths = tuple(memory.lengths.tolist())
+            numbers = tuple(max(n - 1, 0) // block_size for n in lengths)
+            return cls(number, number * block_size, _shared_rows(numbers), lengths=lengths)
+        return cls(number, number * block_size, _rows_of(number))
 
     def so_far(self, blocks: int) -> RowRange:
         """All rows of a forward pass up to the newest one; those behind it see nothing."""
@@ -170,6 +175,19 @@ def _rows(mask: AttentionMask, device: torch.device) -> RowRange:
     It is kept, with what follows from it: all layers of a model and all tokens of a row share it.
     """
     return row_ranges(mask, (1, 1), has_diagonal=True, device=device)
+
+
+def _rows_of(number: Tensor) -> RowRange:
+    """What a row of each sample sees, by their numbers ``(b,)``."""
+    own = number.view(-1, 1, 1)
+    return RowRange(torch.zeros_like(own), own + 1, own, own, True, torch.zeros_like(own))
+
+
+@lru_cache(maxsize=64)
+def _shared_rows(numbers: tuple[int, ...]) -> RowRange:
+    """The same on the CPU, kept as in :func:`_rows`."""
+    with torch.inference_mode(False):
+        return _rows_of(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
 
 
 # The axis along which each tensor grows with the blocks.
