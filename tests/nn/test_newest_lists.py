@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilated_attention_pytorch import AdaptiveConfig, BlockSparseAdaptive
-from dilated_attention_pytorch.nn.scorings import TokenScoring
+from dilated_attention_pytorch.nn import decode
 from dilated_attention_pytorch.nn.state import SelectorState
 from dilated_attention_pytorch.ops.block_sparse_attention.cpp import build_failure
 from dilated_attention_pytorch.selection.threshold import ThresholdTable
@@ -64,13 +64,13 @@ def backend(request) -> str:
 @pytest.fixture
 def listed(monkeypatch) -> list[bool]:
     """Whether a kernel made each list."""
-    found, run = [], TokenScoring.list_newest
+    found, run = [], decode.list_newest_row
 
     def watched(*given) -> bool:
         found.append(run(*given))
         return found[-1]
 
-    monkeypatch.setattr(TokenScoring, "list_newest", watched)
+    monkeypatch.setattr(decode, "list_newest_row", watched)
     return found
 
 

@@ -20,6 +20,7 @@ from dilated_attention_pytorch.nn.scorings import (
     has_token_kernel,
     kept_by_peak,
     kept_by_peak_with_kernels,
+    list_newest_row,
 )
 from dilated_attention_pytorch.nn.select import slot_bias
 from dilated_attention_pytorch.nn.selector import CachedKeys, SelectorLayer
@@ -356,7 +357,7 @@ def list_blocks(
     if layer.keeps_summaries:
         complexity = _summarise(layer, memory, row)
     if cached is not None and _lists_by_threshold(layer):
-        if cached.newest and layer.scoring.list_newest(layer, memory, row, cached, blocks):
+        if list_newest_row(layer, memory, row, cached, blocks):
             return
         if has_token_kernel(layer, cached.key, blocks):
             scores, *peaks = layer.scoring.newest(layer, memory, row, None, cached, blocks)

@@ -280,38 +280,6 @@ class TokenScoring(Scoring):
         index = numbers.clamp(0, blocks - 1)
         return [x.gather(-1, index.expand(*x.shape[:3], -1)) for x in maps]
 
-    def list_newest(
-        self,
-        layer: SelectorLayer,
-        memory: Memory,
-        row: NewestRow,
-        cached: CachedKeys,
-        blocks: int,
-    ) -> bool:
-        """Adds the newest query to what its row has expected, and lists the row's blocks.
-
-        With one kernel and thresholds; False: it cannot run this, and nothing was done.
-        """
-        scorer, size, share = _low_rank(layer), layer.block_size, layer.config.peak_share
-        fused = has_token_kernel(layer, cached.key, blocks)
-        fused = fused and memory.masses.dtype == torch.float32
-        if not fused and not _has_compiled_kernel(layer, memory, cached.key):
-            return False
-        threshold = newest_thresholds(layer, memory, row)
-        least = newest_floor(layer, row, blocks, blocks)
-        quota = newest_quota(layer, row, blocks) if share else None
-        scorer.called(
-            lambda queries, key: list_newest(
-                queries, key, (scorer.query_map, scorer.key_map),
-                (memory.lengths, memory.known, cached.starts), threshold, least, quota,
-                (memory.masses, memory.peaks, memory.sampled), (memory.counts, memory.indices),
-                blocks=blocks, block_size=size, stride=scorer.query_stride, scale=scorer.scale,
-                sinks=layer.num_sink_blocks, near=layer.num_local_blocks, compiled=not fused,
-            ),
-            memory.queries, cached.key, None, size,
-        )  # fmt: skip
-        return True
-
     def _of_all_blocks(
         self,
         layer: SelectorLayer,
@@ -437,6 +405,34 @@ def kept_by_peak_with_kernels(
 def _peak_budget(layer: SelectorLayer, forced: Tensor, allowed: Tensor) -> Tensor:
     share, keep = layer.config.peak_share, 1 - layer.base_sparsity
     return peak_budget(share, keep, forced, allowed, layer.pattern_heads)
+
+
+def list_newest_row(
+    layer: SelectorLayer, memory: Memory, row: NewestRow, cached: CachedKeys, blocks: int
+) -> bool:
+    """Adds the newest query to what its row has expected, and lists the row's blocks.
+
+    With one kernel, where scores read tokens and thresholds decide. Arguments as of
+    ``Scoring.newest``; False: it cannot run this, and nothing was done.
+    """
+    scorer, size, share = _low_rank(layer), layer.block_size, layer.config.peak_share
+    fused = has_token_kernel(layer, cached.key, blocks) and memory.masses.dtype == torch.float32
+    if not cached.newest or not (fused or _has_compiled_kernel(layer, memory, cached.key)):
+        return False
+    threshold = newest_thresholds(layer, memory, row)
+    least = newest_floor(layer, row, blocks, blocks)
+    quota = newest_quota(layer, row, blocks) if share else None
+    scorer.called(
+        lambda queries, key: list_newest(
+            queries, key, (scorer.query_map, scorer.key_map),
+            (memory.lengths, memory.known, cached.starts), threshold, least, quota,
+            (memory.masses, memory.peaks, memory.sampled), (memory.counts, memory.indices),
+            blocks=blocks, block_size=size, stride=scorer.query_stride, scale=scorer.scale,
+            sinks=layer.num_sink_blocks, near=layer.num_local_blocks, compiled=not fused,
+        ),
+        memory.queries, cached.key, None, size,
+    )  # fmt: skip
+    return True
 
 
 def newest_quota(layer: SelectorLayer, row: NewestRow, blocks: int) -> Tensor:

@@ -96,20 +96,6 @@ class Scoring(ABC):
             blocks: Key blocks that there is room for.
         """
 
-    def list_newest(
-        self,
-        layer: SelectorLayer,
-        memory: Memory,
-        row: NewestRow,
-        cached: CachedKeys,
-        blocks: int,
-    ) -> bool:
-        """Lists the blocks of the newest row at once; False: nothing was done, rate them.
-
-        For thresholds, where the row's query before has been rated. Arguments as of ``newest``.
-        """
-        return False
-
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where everything is computed in the dtype that it has."""
